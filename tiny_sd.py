@@ -1,0 +1,1157 @@
+"""Stable Diffusion in one file, from the prompt to the picture, in NumPy.
+
+    "red apple" -> tokenizer -> text encoder -> context (1, 77, 768) ---+
+                                                                        v        x T
+    seed -> noise x_T (1, 64, 64, 4) --------------------------------> U-Net -> eps -> sampler -> x_0
+                                                                                                   |
+                                            picture (1, 512, 512, 3) <- VAE decoder <--------------+
+
+Every layer is a function of arrays. The weights are a nested mapping whose keys are the checkpoint's own names, and
+those names are the functions' arguments: `resnet(x, temb, **weights)` fails by itself if one is missing or unknown.
+Pictures lie channels last, (batch, height, width, channels), so that a linear layer, a 1x1 convolution and the
+projections of attention are one and the same `x @ w`.
+
+    python tiny_sd.py "red apple on a blue background"            the small model that comes with this file
+    python tiny_sd.py "a lighthouse in a storm" -m FOLDER|FILE    any Stable Diffusion 1.x checkpoint
+
+NOTES.md holds the mathematics, section by section in this file's order.
+"""
+
+import argparse
+import functools
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+__version__ = "0.1.0"
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """What the user can mend: the command line prints it as one line and ends with status 2."""
+
+
+# ── 1. Arrays and primitives ──────────────────────────────────────────────────────────────────────── NOTES §1 ──
+# A primitive is defined by its formula, in NumPy. Given torch tensors it runs torch's own kernel of the same name:
+# on_torch() is all that this file knows of torch, and the only place that imports it.
+
+def primitive(formula):
+    @functools.wraps(formula)
+    def operation(x, *args, **kwargs):
+        run = formula if isinstance(x, np.ndarray) else getattr(on_torch(), formula.__name__)
+        return run(x, *args, **kwargs)
+    return operation
+
+
+@functools.cache
+def on_torch():
+    """torch's kernels under the names of the primitives, and how arrays come to torch and back."""
+    import torch
+    import torch.nn.functional as F
+    first, last = (lambda x: x.permute(0, 3, 1, 2)), (lambda x: x.permute(0, 2, 3, 1))
+
+    def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
+        before, after = padding
+        if before != after:
+            x, before = F.pad(x, (0, 0, before, after, before, after)), 0
+        return last(F.conv2d(first(x), first(weight), bias, stride, before))
+
+    def group_norm(x, groups, eps, weight, bias):
+        return last(F.group_norm(first(x), groups, weight, bias, eps))
+
+    def place(array, device, dtype):
+        if device != "cpu" and not getattr(torch, device).is_available():
+            raise UserError(f"torch finds no {device} device here")
+        return torch.from_numpy(array).to(device, getattr(torch, dtype))
+
+    return SimpleNamespace(
+        linear=lambda x, weight, bias=None: F.linear(x, weight.reshape(len(weight), -1), bias),
+        conv2d=conv2d, group_norm=group_norm,
+        layer_norm=lambda x, weight, bias, eps=1e-5: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
+        sigmoid=torch.sigmoid, silu=F.silu, gelu=F.gelu, softmax=lambda x: F.softmax(x, -1),
+        dot_product_attention=lambda q, k, v, causal=False: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+        nearest=lambda x, height, width: last(F.interpolate(first(x), scale_factor=2.0))[:, :height, :width],
+        concat=lambda *xs: torch.cat(xs, -1),
+        cos_sin=lambda x: torch.cat([torch.cos(x), torch.sin(x)], -1),
+        array_like=lambda x, values: torch.as_tensor(values).to(x),
+        to_numpy=lambda x: x.detach().float().cpu().numpy(), place=place)
+
+
+@primitive
+def linear(x, weight, bias=None):
+    """x Wᵀ + b over the last axis; weight (out, in), or (out, 1, 1, in) of a 1x1 convolution, which is the same."""
+    y = x @ weight.reshape(len(weight), -1).T
+    return y if bias is None else y + bias
+
+
+@primitive
+def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
+    """y[i, j] = sum over the kernel's places (u, v) of x[s i + u, s j + v] @ weight[:, u, v].T, plus the bias.
+
+    x (batch, height, width, in), weight (out, kh, kw, in); padding: zeros (before, after) both height and width.
+    """
+    out, kh, kw, _ = weight.shape
+    x = np.pad(x, [(0, 0), padding, padding, (0, 0)])
+    patches = np.lib.stride_tricks.sliding_window_view(x, (kh, kw), axis=(1, 2))[:, ::stride, ::stride]
+    y = np.tensordot(patches, weight, [(3, 4, 5), (3, 1, 2)])
+    return y if bias is None else y + bias
+
+
+@primitive
+def group_norm(x, groups, eps, weight, bias):
+    """Each group of channels of each picture to mean 0 and variance 1, then scaled and shifted (Wu and He, 2018)."""
+    B, H, W, C = x.shape
+    g = x.reshape(B, H * W, groups, C // groups)
+    g = g - g.mean(axis=(1, 3), keepdims=True)
+    g /= np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + np.float32(eps))
+    return g.reshape(x.shape) * weight + bias
+
+
+@primitive
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Each row to mean 0 and variance 1, then scaled and shifted (Ba, Kiros and Hinton, 2016)."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(eps)) * weight + bias
+
+
+@primitive
+def sigmoid(x):
+    """1 / (1 + e⁻ˣ), in the form that cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
+@primitive
+def silu(x):
+    """x σ(x)."""
+    return x * sigmoid(x)
+
+
+def quick_gelu(x):
+    """x σ(1.702 x), the approximation of GELU that CLIP was trained with."""
+    return x * sigmoid(1.702 * x)
+
+
+@primitive
+def gelu(x):
+    """x Φ(x) = x (1 + erf(x / √2)) / 2, with erf by Abramowitz and Stegun 7.1.26 (error below 2e-7)."""
+    z = np.abs(x) * math.sqrt(0.5)
+    t = 1 / (1 + 0.3275911 * z)
+    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return x * (0.5 + np.copysign(0.5 - 0.5 * poly * np.exp(-z * z), x))
+
+
+@primitive
+def softmax(x):
+    """eˣ / Σ eˣ over the last axis; the row's maximum, subtracted first, cancels and keeps eˣ finite."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@primitive
+def dot_product_attention(q, k, v, causal=False):
+    """softmax(q kᵀ / √d) v; q (batch, heads, queries, d), k and v (batch, heads, keys, d) (Vaswani et al., 2017)."""
+    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]))
+    if causal:  # a query sees the keys up to its own place
+        scores = scores + np.triu(np.full(scores.shape[-2:], -np.inf, scores.dtype), 1)
+    return softmax(scores) @ v
+
+
+@primitive
+def nearest(x, height, width):
+    """The picture at twice its size by repeating each pixel, cut to (height, width)."""
+    return x[:, np.arange(height) // 2][:, :, np.arange(width) // 2]
+
+
+@primitive
+def concat(*xs):
+    """Arrays side by side along the channels."""
+    return np.concatenate(xs, axis=-1)
+
+
+@primitive
+def cos_sin(x):
+    """[cos x, sin x] along the last axis."""
+    return np.concatenate([np.cos(x), np.sin(x)], axis=-1)
+
+
+@primitive
+def array_like(x, values):
+    """values as an array of x's library, type and device."""
+    return np.asarray(values, x.dtype)
+
+
+@primitive
+def to_numpy(x):
+    """x as a float32 NumPy array."""
+    return x
+
+
+# ── 2. Tokenizer ──────────────────────────────────────────────────────────────────────────────────── NOTES §2 ──
+
+def byte_symbols():
+    """One printable character for each of the 256 bytes, in the order of the vocabulary (Radford et al., 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    return dict(zip(printable + hidden, map(chr, printable + [256 + i for i in range(len(hidden))])))
+
+
+class Tokenizer:
+    """Byte-level byte pair encoding, as CLIP's: words to bytes, bytes to symbols, symbols merged by rank.
+
+    merges: pairs of symbols, the earliest learnt first. vocab: {symbol: id}; by default CLIP's order, which is the
+    256 bytes, the same closing a word, the merges, and the two specials.
+    """
+    BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+    def __init__(self, merges, vocab=None, length=77, pad=EOS):
+        self.bytes = byte_symbols()
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        symbols = list(self.bytes.values())
+        names = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges] + [self.BOS, self.EOS]
+        self.vocab = vocab or {name: i for i, name in enumerate(names)}
+        self.length, self.pad = length, self.vocab[pad]
+
+    def words(self, text):
+        """Lower case, single spaces, then split into letters, single digits and runs of other signs."""
+        text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+        kinds = {c: unicodedata.category(c)[0] for c in set(text)}   # re has no \p{L}: name this text's own letters
+        L, N = ("".join(map(re.escape, (c for c in kinds if kinds[c] == kind))) for kind in "LN")
+        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[a-z{L}]+|[0-9{N}]|[^\sa-z{L}0-9{N}]+", text)
+
+    def merge(self, word):
+        """The word's symbols, after merging the pair of lowest rank again and again until none is known."""
+        *head, tail = (self.bytes[b] for b in word.encode())
+        symbols = [*head, tail + "</w>"]
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, math.inf))
+            if pair not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(symbols):
+                n = 2 if tuple(symbols[i:i + 2]) == pair else 1
+                merged.append("".join(symbols[i:i + n]))
+                i += n
+            symbols = merged
+        return symbols
+
+    def tokens(self, text):
+        """The ids of a text of any length, without the specials."""
+        unknown = self.vocab[self.EOS]
+        return [self.vocab.get(s, unknown) for word in self.words(text) for s in self.merge(word)]
+
+    def encode(self, text):
+        """(ids, cut): ids between BOS and EOS, padded to the model's length, and the end of the text that did not fit."""
+        ids, room = self.tokens(text), self.length - 2
+        kept = [self.vocab[self.BOS], *ids[:room], self.vocab[self.EOS]]
+        return np.array(kept + [self.pad] * (self.length - len(kept))), self.decode(ids[room:])
+
+    def decode(self, ids):
+        """The text of some ids, in lower case and with its spaces as the tokenizer sees them."""
+        name, byte = {i: s for s, i in self.vocab.items()}, {s: b for b, s in self.bytes.items()}
+        symbols = "".join(name[i] for i in ids).replace("</w>", " ")
+        return bytes(byte.get(c, 32) for c in symbols).decode(errors="replace").strip()
+
+
+# ── 3. Text encoder ───────────────────────────────────────────────────────────────────────────────── NOTES §3 ──
+
+def split_heads(x, n_head):
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
+
+
+def merge_heads(x):
+    B, n_head, T, d = x.shape
+    return x.swapaxes(1, 2).reshape(B, T, n_head * d)
+
+
+def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
+    h = layer_norm(x, **layer_norm1)
+    q, k, v = (split_heads(linear(h, **self_attn[name]), n_head) for name in ("q_proj", "k_proj", "v_proj"))
+    x = x + linear(merge_heads(dot_product_attention(q, k, v, causal=True)), **self_attn["out_proj"])
+    h = layer_norm(x, **layer_norm2)
+    return x + linear(activation(linear(h, **mlp["fc1"])), **mlp["fc2"])
+
+
+def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm):
+    """Token ids (batch, length) to the context (batch, length, width) that the U-Net attends to (Radford et al., 2021)."""
+    x = embeddings["token_embedding"]["weight"][ids] + embeddings["position_embedding"]["weight"][:ids.shape[1]]
+    for layer in encoder["layers"]:
+        x = text_layer(x, n_head, activation, **layer)
+    return layer_norm(x, **final_layer_norm)
+
+
+# ── 4. VAE ────────────────────────────────────────────────────────────────────────────────────────── NOTES §4 ──
+
+def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2, time_emb_proj=None, conv_shortcut=None):
+    """x + f(x), f two rounds of norm, SiLU and convolution, with the time added between them (He et al., 2015)."""
+    h = conv2d(silu(group_norm(x, groups, eps, **norm1)), **conv1)
+    if time_emb_proj:
+        h = h + linear(silu(temb), **time_emb_proj)[:, None, None]
+    h = conv2d(silu(group_norm(h, groups, eps, **norm2)), **conv2)
+    return h + (linear(x, **conv_shortcut) if conv_shortcut else x)
+
+
+def attention(x, context, n_head, to_q, to_k, to_v, to_out):
+    """Each place of x asks, and the places of the context answer; self-attention when the context is x."""
+    q, k, v = (split_heads(linear(s, **p), n_head) for s, p in ((x, to_q), (context, to_k), (context, to_v)))
+    return linear(merge_heads(dot_product_attention(q, k, v)), **to_out[0])
+
+
+def vae_attention(x, groups, **weights):
+    B, H, W, C = x.shape
+    norm = weights.pop("group_norm")
+    h = group_norm(x, groups, 1e-6, **norm).reshape(B, H * W, C)
+    return x + attention(h, h, 1, **weights).reshape(B, H, W, C)
+
+
+def vae_mid(x, groups, resnets, attentions):
+    x = resnet(x, None, groups, 1e-6, **resnets[0])
+    return resnet(vae_attention(x, groups, **attentions[0]), None, groups, 1e-6, **resnets[1])
+
+
+def vae_block(x, groups, resnets, downsamplers=(), upsamplers=()):
+    for weights in resnets:
+        x = resnet(x, None, groups, 1e-6, **weights)
+    for down in downsamplers:
+        x = conv2d(x, **down["conv"], stride=2, padding=(0, 1))     # on the right and at the bottom only
+    for up in upsamplers:
+        x = conv2d(nearest(x, 2 * x.shape[1], 2 * x.shape[2]), **up["conv"])
+    return x
+
+
+def encoder(x, groups, conv_in, down_blocks, mid_block, conv_norm_out, conv_out):
+    x = conv2d(x, **conv_in)
+    for block in down_blocks:
+        x = vae_block(x, groups, **block)
+    x = vae_mid(x, groups, **mid_block)
+    return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
+
+
+def decoder(z, groups, conv_in, mid_block, up_blocks, conv_norm_out, conv_out):
+    x = vae_mid(conv2d(z, **conv_in), groups, **mid_block)
+    for block in up_blocks:
+        x = vae_block(x, groups, **block)
+    return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
+
+
+def vae_encode(image, vae, groups):
+    """Picture (batch, 8h, 8w, 3) in [-1, 1] to the mean and log variance, each (batch, h, w, 4), of q(z | picture)."""
+    moments = linear(encoder(image, groups, **vae["encoder"]), **vae["quant_conv"])
+    n = moments.shape[-1] // 2
+    return moments[..., :n], moments[..., n:].clip(-30, 20)
+
+
+def vae_decode(z, vae, groups):
+    """Latents (batch, h, w, 4), unscaled, to the picture (batch, 8h, 8w, 3), about in [-1, 1]."""
+    return decoder(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
+
+
+# ── 5. U-Net ──────────────────────────────────────────────────────────────────────────────────────── NOTES §5 ──
+
+def time_encoding(t, dim):
+    """The times t (batch,) as waves of dim / 2 frequencies from 1 down to 1 / 10000, cosines first."""
+    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
+    return cos_sin(t[:, None] * array_like(t, frequencies))
+
+
+def feed_forward(x, net):
+    """GEGLU: half of a wide layer, gated by the GELU of the other half (Shazeer, 2020)."""
+    wide, _, narrow = net
+    h = linear(x, **wide["proj"])
+    n = h.shape[-1] // 2
+    return linear(h[..., :n] * gelu(h[..., n:]), **narrow)
+
+
+def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff):
+    h = layer_norm(x, **norm1)
+    x = x + attention(h, h, n_head, **attn1)
+    x = x + attention(layer_norm(x, **norm2), context, n_head, **attn2)
+    return x + feed_forward(layer_norm(x, **norm3), **ff)
+
+
+def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, proj_out):
+    """The picture's places as a sequence, attending to each other and to the words."""
+    B, H, W, C = x.shape
+    h = linear(group_norm(x, groups, 1e-6, **norm), **proj_in).reshape(B, H * W, C)
+    for block in transformer_blocks:
+        h = transformer_block(h, context, n_head, **block)
+    return x + linear(h.reshape(B, H, W, C), **proj_out)
+
+
+def down_block(x, temb, context, n_head, groups, resnets, attentions=None, downsamplers=()):
+    """Returns the picture at half the size, and all pictures on the way, for the way up."""
+    skips = []
+    for i, weights in enumerate(resnets):
+        x = resnet(x, temb, groups, 1e-5, **weights)
+        if attentions:
+            x = transformer(x, context, n_head, groups, **attentions[i])
+        skips.append(x)
+    for down in downsamplers:
+        x = conv2d(x, **down["conv"], stride=2)
+        skips.append(x)
+    return x, skips
+
+
+def unet_mid(x, temb, context, n_head, groups, resnets, attentions):
+    x = resnet(x, temb, groups, 1e-5, **resnets[0])
+    x = transformer(x, context, n_head, groups, **attentions[0])
+    return resnet(x, temb, groups, 1e-5, **resnets[1])
+
+
+def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=None, upsamplers=()):
+    """Takes from the end of skips, beside its own picture, one for each ResBlock."""
+    for i, weights in enumerate(resnets):
+        x = resnet(concat(x, skips.pop()), temb, groups, 1e-5, **weights)
+        if attentions:
+            x = transformer(x, context, n_head, groups, **attentions[i])
+    for up in upsamplers:
+        x = conv2d(nearest(x, *skips[-1].shape[1:3]), **up["conv"])
+    return x
+
+
+def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out):
+    """The noise in x_t, as the model sees it (Ronneberger et al., 2015; Rombach et al., 2022).
+
+    x (batch, h, w, 4), t (batch,) in 0..999, context (batch, words, width), n_head: one number for each level.
+    """
+    x = conv2d(x, **conv_in)
+    temb = array_like(x, time_encoding(t, x.shape[-1]))
+    temb = linear(silu(linear(temb, **time_embedding["linear_1"])), **time_embedding["linear_2"])
+    skips = [x]
+    for heads, weights in zip(n_head, down_blocks):
+        x, passed = down_block(x, temb, context, heads, groups, **weights)
+        skips += passed
+    x = unet_mid(x, temb, context, n_head[-1], groups, **mid_block)
+    for heads, weights in zip(reversed(n_head), up_blocks):
+        x = up_block(x, skips, temb, context, heads, groups, **weights)
+    return conv2d(silu(group_norm(x, groups, 1e-5, **conv_norm_out)), **conv_out)
+
+
+# ── 6. Diffusion ──────────────────────────────────────────────────────────────────────────────────── NOTES §6 ──
+
+def alpha_bars(config):
+    """ᾱ_t = Π (1 - β_s): the share of the picture's variance still in x_t, for t = 0 .. T - 1 (Ho et al., 2020)."""
+    T, first, last = (config.get(k, v) for k, v in
+                      (("num_train_timesteps", 1000), ("beta_start", 0.00085), ("beta_end", 0.012)))
+    if config.get("beta_schedule", "scaled_linear") != "scaled_linear":
+        raise UserError(f"the noise schedule {config['beta_schedule']!r} is not one that Stable Diffusion uses")
+    return np.cumprod(1 - np.linspace(first ** 0.5, last ** 0.5, T) ** 2)
+
+
+def add_noise(x_0, a, noise):
+    """q(x_t | x_0) in closed form: x_t = √ᾱ x_0 + √(1 - ᾱ) ε."""
+    return math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
+
+
+def split_prediction(kind, output, x_t, a):
+    """The model's output as (x̂_0, ε̂), the two parts of x_t = √ᾱ x̂_0 + √(1 - ᾱ) ε̂ (Salimans and Ho, 2022, for v)."""
+    signal, sigma = math.sqrt(a), math.sqrt(1 - a)
+    if kind == "epsilon":
+        return (x_t - sigma * output) / signal, output
+    if kind == "v_prediction":
+        return signal * x_t - sigma * output, signal * output + sigma * x_t
+    if kind == "sample":
+        return output, (x_t - signal * output) / sigma
+    raise UserError(f"the prediction type {kind!r} is not epsilon, v_prediction or sample")
+
+
+def guide(uncond, cond, scale):
+    """Classifier-free guidance: away from what any prompt would give, towards this one (Ho and Salimans, 2022)."""
+    return uncond + scale * (cond - uncond)
+
+
+# A sampler goes from noise to picture. It is given denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), the first x_t, the steps as
+# triples (t, ᾱ_t, ᾱ of the next step), and noise() for a fresh ε; it yields each x_t that it reaches.
+
+def ddpm(denoise, x, steps, noise):
+    """Ancestral sampling from the posterior q(x_{t-1} | x_t, x̂_0) (Ho et al., 2020, eq. 7)."""
+    for t, a, a_next in steps:
+        x_0, _ = denoise(x, t, a)
+        alpha = a / a_next
+        beta = 1 - alpha
+        mean = (math.sqrt(a_next) * beta * x_0 + math.sqrt(alpha) * (1 - a_next) * x) / (1 - a)
+        x = mean + math.sqrt(beta * (1 - a_next) / (1 - a)) * noise()
+        yield x
+
+
+def ddim(denoise, x, steps, noise):
+    """The same marginals without fresh noise: x̂_0 and ε̂ mixed anew for the next level (Song et al., 2021, eq. 12)."""
+    for t, a, a_next in steps:
+        x_0, eps = denoise(x, t, a)
+        x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * eps
+        yield x
+
+
+def euler(denoise, x, steps, noise, ancestral=False):
+    """Euler's method on dx/dσ = ε̂ for x = x_t / √ᾱ and σ = √(1 / ᾱ - 1) (Karras et al., 2022, algorithm 1)."""
+    for t, a, a_next in steps:
+        _, eps = denoise(x, t, a)
+        sigma, target = math.sqrt(1 / a - 1), math.sqrt(1 / a_next - 1)
+        up = target / sigma * math.sqrt(sigma ** 2 - target ** 2) if ancestral else 0.0
+        down = math.sqrt(target ** 2 - up ** 2)
+        x = x / math.sqrt(a) + (down - sigma) * eps
+        if ancestral:  # step below the target, then come back up to it with fresh noise
+            x = x + up * noise()
+        x = x * math.sqrt(a_next)
+        yield x
+
+
+def dpm_pp_2m(denoise, x, steps, noise):
+    """DPM-Solver++ (2M): exact in the linear part, x̂_0 extrapolated from two steps in λ = log(signal / noise)
+    (Lu et al., 2022, algorithm 2). First order where there is no second point: the first step, and the last to σ = 0."""
+    before = None
+    for t, a, a_next in steps:
+        x_0, _ = denoise(x, t, a)
+        direction = x_0
+        lam = 0.5 * math.log(a / (1 - a))
+        shrink = math.sqrt((1 - a_next) / (1 - a))                  # σ_next / σ
+        grow = shrink / math.sqrt(a_next / a)                       # e^-h, h = λ_next - λ; zero at the end
+        if before and grow:
+            last_x_0, last_lam = before
+            r = (lam - last_lam) / -math.log(grow)
+            direction = x_0 + (x_0 - last_x_0) / (2 * r)
+        x = shrink * x + math.sqrt(a_next) * (1 - grow) * direction
+        before = x_0, lam
+        yield x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": functools.partial(euler, ancestral=True),
+            "dpm++2m": dpm_pp_2m}
+
+
+def sampling_steps(sampler, n, config, karras=False):
+    """The n steps (t, ᾱ_t, ᾱ_next) that a sampler takes, from most noise to none; spacing as the scheduler's config says."""
+    a = alpha_bars(config)
+    T, spacing, offset = len(a), config.get("timestep_spacing", "leading"), config.get("steps_offset", 1)
+    if spacing == "trailing":
+        t = np.arange(T, 0, -T / n).round() - 1
+    else:   # DPM++ cuts the range in n + 1 parts and leaves out the last
+        m = n + (sampler == "dpm++2m")
+        t = np.arange(m) * (T // m) + offset if spacing == "leading" else np.linspace(0, T - 1, m)
+        t = t[::-1][:n]
+    if sampler in ("ddpm", "ddim", "dpm++2m"):
+        t = t.round()
+    sigma = np.interp(t, np.arange(T), np.sqrt(1 / a - 1))
+    if karras:
+        sigma, t = karras_levels(sampler, sigma, np.sqrt(1 / a - 1))
+    levels = 1 / (1 + sigma ** 2)
+    last = a[0] if sampler == "ddim" and not config.get("set_alpha_to_one", False) else 1.0
+    return list(zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), float(last)]))
+
+
+def karras_levels(sampler, sigma, all_sigma):
+    """Noise levels evenly spaced in σ^(1/7) (Karras et al., 2022, eq. 5), and the times t at which a model meets them."""
+    high, low = (all_sigma[-1], all_sigma[0]) if sampler == "dpm++2m" else (sigma[0], sigma[-1])
+    ramp = np.linspace(0, 1, len(sigma))
+    sigma = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    t = np.interp(np.log(sigma), np.log(all_sigma), np.arange(len(all_sigma)))
+    return sigma, t.round() if sampler == "dpm++2m" else t
+
+
+class Noise:
+    """The stream of torch.randn on a CPU generator with this seed, so that a seed means the same picture everywhere.
+
+    MT19937; the low 24 bits of each word are a uniform number; Box and Muller's method in blocks of 16, of which the
+    first eight give the radii and the last eight the angles. The last 16 numbers are drawn again if n is no multiple.
+    """
+
+    def __init__(self, seed):
+        self.words = np.random.RandomState(seed & 0xffffffff)
+
+    def uniform(self, n):
+        words = np.frombuffer(self.words.bytes(4 * n), "<u4")
+        return (words & 0xffffff).astype(np.float32) * np.float32(2 ** -24)
+
+    def normal(self, n):
+        z = box_muller(self.uniform(n)[:n // 16 * 16])
+        return z if n % 16 == 0 else np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
+
+    def __call__(self, channels, height, width):
+        """Standard normal numbers (height, width, channels), drawn in torch's order, channels first."""
+        return self.normal(channels * height * width).reshape(channels, height, width).transpose(1, 2, 0)
+
+
+def box_muller(u):
+    """Uniform numbers (16 n,) to standard normal ones."""
+    u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
+    radius, angle = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+# ── 7. Weights ────────────────────────────────────────────────────────────────────────────────────── NOTES §7 ──
+# The shapes of each part, as a checkpoint holds them, from the part's config: what a file must contain, no more, no less.
+
+def norm_shapes(n):
+    return {"weight": (n,), "bias": (n,)}
+
+
+def linear_shapes(i, o, bias=True):
+    return {"weight": (o, i), "bias": (o,)} if bias else {"weight": (o, i)}
+
+
+def conv_shapes(i, o, size=3):
+    return {"weight": (o, i, size, size), "bias": (o,)}
+
+
+def resnet_shapes(i, o, temb=None):
+    return {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o), "norm2": norm_shapes(o), "conv2": conv_shapes(o, o),
+            **({"time_emb_proj": linear_shapes(temb, o)} if temb else {}),
+            **({"conv_shortcut": conv_shapes(i, o, 1)} if i != o else {})}
+
+
+def attention_shapes(width, context, bias=False):
+    return {"to_q": linear_shapes(width, width, bias), "to_k": linear_shapes(context, width, bias),
+            "to_v": linear_shapes(context, width, bias), "to_out": [linear_shapes(width, width)]}
+
+
+def transformer_shapes(width, context):
+    block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
+             "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
+             "norm3": norm_shapes(width),
+             "ff": {"net": [{"proj": linear_shapes(width, 8 * width)}, None, linear_shapes(4 * width, width)]}}
+    return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1), "transformer_blocks": [block],
+            "proj_out": conv_shapes(width, width, 1)}
+
+
+def text_shapes(config):
+    width, wide = config["hidden_size"], config["intermediate_size"]
+    layer = {"layer_norm1": norm_shapes(width), "layer_norm2": norm_shapes(width),
+             "self_attn": {name: linear_shapes(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+             "mlp": {"fc1": linear_shapes(width, wide), "fc2": linear_shapes(wide, width)}}
+    return {"embeddings": {"token_embedding": {"weight": (config["vocab_size"], width)},
+                           "position_embedding": {"weight": (config["max_position_embeddings"], width)}},
+            "encoder": {"layers": [layer] * config["num_hidden_layers"]}, "final_layer_norm": norm_shapes(width)}
+
+
+def vae_shapes(config):
+    widths, n, z = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
+
+    def half(widths, n, i, o, blocks, sampler):
+        """Encoder or decoder: `widths` in the order in which it meets them."""
+        mid = widths[-1] if blocks == "down_blocks" else widths[0]
+        before = [widths[0], *widths[:-1]]
+        levels = [{"resnets": [resnet_shapes(a if j == 0 else b, b) for j in range(n)],
+                   **({sampler: [{"conv": conv_shapes(b, b)}]} if k + 1 < len(widths) else {})}
+                  for k, (a, b) in enumerate(zip(before, widths))]
+        middle = {"resnets": [resnet_shapes(mid, mid)] * 2,
+                  "attentions": [{"group_norm": norm_shapes(mid), **attention_shapes(mid, mid, bias=True)}]}
+        return {"conv_in": conv_shapes(i, widths[0]), blocks: levels, "mid_block": middle,
+                "conv_norm_out": norm_shapes(widths[-1]), "conv_out": conv_shapes(widths[-1], o)}
+
+    return {"encoder": half(widths, n, config["in_channels"], 2 * z, "down_blocks", "downsamplers"),
+            "quant_conv": conv_shapes(2 * z, 2 * z, 1), "post_quant_conv": conv_shapes(z, z, 1),
+            "decoder": half(widths[::-1], n + 1, z, config["out_channels"], "up_blocks", "upsamplers")}
+
+
+def unet_shapes(config):
+    widths, n, context = config["block_out_channels"], config["layers_per_block"], config["cross_attention_dim"]
+    temb = 4 * widths[0]
+
+    def level(inputs, width, kind, sampler):
+        return {"resnets": [resnet_shapes(i, width, temb) for i in inputs],
+                **({"attentions": [transformer_shapes(width, context) for _ in inputs]} if "Attn" in kind else {}),
+                **({sampler: [{"conv": conv_shapes(width, width)}]} if sampler else {})}
+
+    x, skips, down, up = widths[0], [widths[0]], [], []
+    for i, (width, kind) in enumerate(zip(widths, config["down_block_types"])):
+        last = i + 1 == len(widths)
+        down.append(level([x] + [width] * (n - 1), width, kind, None if last else "downsamplers"))
+        skips += [width] * (n if last else n + 1)
+        x = width
+    for i, (width, kind) in enumerate(zip(reversed(widths), config["up_block_types"])):
+        inputs = [(x if j == 0 else width) + skips.pop() for j in range(n + 1)]
+        up.append(level(inputs, width, kind, "upsamplers" if i + 1 < len(widths) else None))
+        x = width
+    middle = {"resnets": [resnet_shapes(widths[-1], widths[-1], temb)] * 2,
+              "attentions": [transformer_shapes(widths[-1], context)]}
+    return {"time_embedding": {"linear_1": linear_shapes(widths[0], temb), "linear_2": linear_shapes(temb, temb)},
+            "conv_in": conv_shapes(config["in_channels"], widths[0]), "down_blocks": down, "mid_block": middle,
+            "up_blocks": up, "conv_norm_out": norm_shapes(widths[0]),
+            "conv_out": conv_shapes(widths[0], config["out_channels"])}
+
+
+def flatten(tree, prefix=""):
+    """{"a": [{"b": leaf}]} as {"a.0.b": leaf}, the names of a checkpoint."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat = {}
+    for key, value in pairs:
+        if isinstance(value, (dict, list)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nest(flat):
+    """The inverse of flatten; numbered keys become lists, with None where a layer has no weights."""
+    tree = {}
+    for name, leaf in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+
+    def lists(node):
+        if not isinstance(node, dict):
+            return node
+        if node and all(key.isdigit() for key in node):
+            return [lists(node.get(str(i))) for i in range(1 + max(map(int, node)))]
+        return {key: lists(value) for key, value in node.items()}
+    return lists(tree)
+
+
+def read_safetensors(path):
+    """{name: array} of a .safetensors file, memory-mapped; bfloat16, unknown to NumPy, is the upper half of a float32."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        safe_open(path, "np")       # the library checks the header: whole, well-formed, no overlap
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:start].tobytes())
+    types, arrays = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}, {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in types:
+            raise UserError(f"{path}: {name} is {entry['dtype']}; weights are F32, F16 or BF16")
+        begin, end = entry["data_offsets"]
+        array = data[start + begin:start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = (array.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else array
+    return arrays
+
+
+def fill(part, arrays, shapes, place):
+    """The arrays as a nested mapping, each through place(); UserError names all that are missing, unknown or misshapen."""
+    expected = flatten(shapes)
+
+    def core(shape):        # a 1x1 convolution (o, i, 1, 1) is a linear layer (o, i), and files differ on which they hold
+        return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
+
+    wrong = [f"{name} is missing" for name in expected if name not in arrays]
+    wrong += [f"{name} is unknown" for name in arrays if name not in expected]
+    wrong += [f"{name} has shape {arrays[name].shape}, not {shape}" for name, shape in expected.items()
+              if name in arrays and core(arrays[name].shape) != core(shape)]
+    if wrong:
+        raise UserError(f"the weights of the {part} do not fit its config: " + "; ".join(wrong))
+    return nest({name: place(array) for name, array in arrays.items()})
+
+
+def placer(backend, device, dtype):
+    """A function that takes an array from a file to where and how the model computes, convolutions as (out, kh, kw, in)."""
+    def place(array):
+        array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+        if backend == "numpy":
+            return np.ascontiguousarray(array, np.float32)
+        return on_torch().place(np.array(array, order="C"), device, dtype)
+    return place
+
+
+@dataclass
+class Model:
+    """The three networks' weights, the tokenizer, and {part: config} for what the arrays do not tell."""
+    name: str
+    config: dict
+    tokenizer: Tokenizer
+    text_encoder: dict
+    vae: dict
+    unet: dict
+    digest: str = ""
+
+    @property
+    def factor(self):
+        """How many pixels a latent stands for in each direction."""
+        return 2 ** (len(self.config["vae"]["block_out_channels"]) - 1)
+
+
+def load(path, backend="numpy", device="cpu", dtype="float32"):
+    """The model in a diffusers folder, or in a single .safetensors file as CompVis named its weights.
+
+    backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, the VAE in float32.
+    """
+    path = Path(path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"{path.name} is a pickle, which can run any code: get {path.stem}.safetensors instead")
+    if not path.exists():
+        raise UserError(f"there is no model {path}")
+    config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
+    place, place_float32 = placer(backend, device, dtype), placer(backend, device, "float32")
+    return Model(path.stem if path.is_file() else path.name, config, tokenizer,
+                 fill("text encoder", arrays["text_encoder"], text_shapes(config["text_encoder"]), place),
+                 fill("VAE", arrays["vae"], vae_shapes(config["vae"]), place_float32),
+                 fill("U-Net", arrays["unet"], unet_shapes(config["unet"]), place), digest)
+
+
+def read_folder(folder):
+    """Config, tokenizer and arrays by part of a folder as diffusers writes it."""
+    def read_json(name):
+        try:
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a Stable Diffusion folder: {name} is missing") from None
+        except ValueError as error:
+            raise UserError(f"{folder / name} is not JSON: {error}") from None
+
+    config = {part: read_json(f"{part}/config.json") for part in ("text_encoder", "vae", "unet")}
+    config["scheduler"] = read_json("scheduler/scheduler_config.json")
+    arrays = {}
+    for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
+        files = [folder / part / (stem + end) for end in (".safetensors", ".fp16.safetensors")]
+        file = next((f for f in files if f.exists()), None)
+        if file is None:
+            raise UserError(f"{folder} is not complete: {part}/{stem}.safetensors is missing")
+        arrays[part] = read_safetensors(file)
+    arrays["text_encoder"] = text_names(arrays["text_encoder"])
+    arrays["vae"] = {modern_attention(name): array for name, array in arrays["vae"].items()}
+    return config, read_tokenizer(folder / "tokenizer", read_json), arrays, ""
+
+
+def read_tokenizer(folder, read_json):
+    settings = read_json("tokenizer/tokenizer_config.json")
+    if (folder / "merges.txt").exists():
+        vocab, lines = read_json("tokenizer/vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    else:
+        model = read_json("tokenizer/tokenizer.json")["model"]
+        vocab, merges = model["vocab"], [tuple(m.split() if isinstance(m, str) else m) for m in model["merges"]]
+    pad = settings.get("pad_token") or Tokenizer.EOS
+    return Tokenizer(merges, vocab, settings.get("model_max_length", 77), pad if isinstance(pad, str) else pad["content"])
+
+
+def clip_tokenizer():
+    """CLIP's own tokenizer; the merges are those of OpenAI's CLIP, 48,894 of the lines of its table."""
+    with gzip.open(HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+        return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]])
+
+
+def text_names(arrays):
+    return {name.removeprefix("text_model."): array for name, array in arrays.items() if "position_ids" not in name}
+
+
+def modern_attention(name):
+    """The names that the VAE's attention has today, from those of older files."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+    return name
+
+
+def read_single_file(path):
+    """Config, tokenizer and arrays by part of a checkpoint in the original layout: names are translated to diffusers',
+    sizes are read off the arrays, and the rest is Stable Diffusion 1's."""
+    prefixes = {"text_encoder": "cond_stage_model.transformer.", "vae": "first_stage_model.", "unet": "model.diffusion_model."}
+    arrays, unknown = {part: {} for part in prefixes}, []
+    for name, array in read_safetensors(path).items():
+        part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), None)
+        if part:
+            arrays[part][name.removeprefix(prefixes[part])] = array
+        elif not re.match(r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar", name):
+            unknown.append(name)
+    if unknown or not all(arrays.values()):
+        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: " + "; ".join(
+            [f"no {prefixes[part]}*" for part in arrays if not arrays[part]] + [f"{name} is unknown" for name in unknown]))
+    ups = 1 + max(int(n) for name in arrays["vae"] for n in re.findall(r"decoder\.up\.(\d+)", name))
+    downs = len({name for name in arrays["unet"] if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name)})
+    first = min(int(n) for name in arrays["unet"] for n in re.findall(r"input_blocks\.(\d+)\.0\.op\.weight", name))
+    arrays = {"text_encoder": text_names(arrays["text_encoder"]),
+              "vae": {vae_name(name, ups): array for name, array in arrays["vae"].items()},
+              "unet": {unet_name(name, first - 1): array for name, array in arrays["unet"].items()}}
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
+    return single_file_config(arrays), clip_tokenizer(), arrays, digest
+
+
+def single_file_config(arrays):
+    text, vae, unet = (nest(arrays[part]) for part in ("text_encoder", "vae", "unet"))
+    embedding, decoder = text["embeddings"], vae["decoder"]
+    down, up = unet["down_blocks"], unet["up_blocks"]
+    vocab, width = embedding["token_embedding"]["weight"].shape
+    attending = next(block["attentions"][0] for block in down if "attentions" in block)
+    return {
+        "text_encoder": {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": width // 64,
+                         "intermediate_size": len(text["encoder"]["layers"][0]["mlp"]["fc1"]["weight"]),
+                         "max_position_embeddings": len(embedding["position_embedding"]["weight"]),
+                         "num_hidden_layers": len(text["encoder"]["layers"]), "hidden_act": "quick_gelu"},
+        "vae": {"block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in vae["encoder"]["down_blocks"]],
+                "layers_per_block": len(vae["encoder"]["down_blocks"][0]["resnets"]), "scaling_factor": 0.18215,
+                "latent_channels": decoder["conv_in"]["weight"].shape[1], "norm_num_groups": 32,
+                "in_channels": 3, "out_channels": len(decoder["conv_out"]["weight"])},
+        "unet": {"block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in down],
+                 "layers_per_block": len(down[0]["resnets"]), "attention_head_dim": 8, "norm_num_groups": 32,
+                 "cross_attention_dim": attending["transformer_blocks"][0]["attn2"]["to_k"]["weight"].shape[1],
+                 "in_channels": unet["conv_in"]["weight"].shape[1], "out_channels": len(unet["conv_out"]["weight"]),
+                 "down_block_types": ["CrossAttn" if "attentions" in block else "" for block in down],
+                 "up_block_types": ["CrossAttn" if "attentions" in block else "" for block in up],
+                 "sample_size": 64},
+        "scheduler": {"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}}
+
+
+def vae_name(name, levels):
+    """A name in the VAE of a CompVis checkpoint, as diffusers has it; the decoder's levels are numbered backwards."""
+    name = re.sub(r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
+    for old, new in ((r"encoder\.down\.", "encoder.down_blocks."), (r"(blocks\.\d+)\.block\.", r"\1.resnets."),
+                     (r"\.(down|up)sample\.conv", r".\1samplers.0.conv"), ("nin_shortcut", "conv_shortcut"),
+                     (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+                     (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."), (r"coder\.norm_out", "coder.conv_norm_out")):
+        name = re.sub(old, new, name)
+    return name
+
+
+def unet_name(name, n):
+    """A name in the U-Net of a CompVis checkpoint, as diffusers has it; n: ResBlocks a level on the way down."""
+    for old, new in (("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
+                     ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")):
+        if name.startswith(old + "."):
+            return new + name[len(old):]
+    for old, new in (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
+                     ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")):
+        name = name.replace(old, new)
+    if m := re.fullmatch(r"middle_block\.(\d)\.(.*)", name):
+        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[int(m[1])]}.{m[2]}"
+    if m := re.fullmatch(r"(in|out)put_blocks\.(\d+)\.(\d)\.(.*)", name):
+        side, k, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
+        level, j = divmod(k - (side == "in"), n + 1)
+        if rest.startswith("op."):
+            return f"down_blocks.{level}.downsamplers.0.conv.{rest[3:]}"
+        if rest.startswith("conv."):
+            return f"up_blocks.{level}.upsamplers.0.{rest}"
+        return f"{'down' if side == 'in' else 'up'}_blocks.{level}.{('resnets', 'attentions')[slot]}.{j}.{rest}"
+    return name
+
+
+# ── 8. From prompt to picture ─────────────────────────────────────────────────────────────────────── NOTES §8 ──
+
+def encode_prompts(model, texts):
+    """The context (len(texts), length, width) of some texts; says on stderr what did not fit."""
+    config, rows = model.config["text_encoder"], []
+    for text in texts:
+        ids, cut = model.tokenizer.encode(text)
+        if cut:
+            print(f"tiny_sd: the prompt is too long for the model, which does not see: {cut}", file=sys.stderr)
+        rows.append(ids)
+    activation = {"quick_gelu": quick_gelu, "gelu": gelu}[config["hidden_act"]]
+    return text_encoder(np.stack(rows), config["num_attention_heads"], activation, **model.text_encoder)
+
+
+def denoiser(model, context, guidance):
+    """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), guided if context holds two rows (the negative prompt's, the prompt's) and not one.
+
+    x_t is a NumPy array (pictures, h, w, 4) whatever the library of the model: samplers need no other.
+    """
+    config = model.config["unet"]
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    heads = heads if isinstance(heads, list) else [heads] * len(config["block_out_channels"])
+    kind = model.config["scheduler"].get("prediction_type", "epsilon")
+
+    def predict(x, t, row):
+        x = array_like(context, x)
+        y = unet(x, np.full(len(x), t, np.float32), context[[row] * len(x)], heads, config.get("norm_num_groups", 32), **model.unet)
+        return to_numpy(y)
+
+    def denoise(x, t, a):
+        output = predict(x, t, len(context) - 1)
+        if len(context) == 2:
+            output = guide(predict(x, t, 0), output, guidance)
+        return split_prediction(kind, output, x, a)
+    return denoise
+
+
+def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sampler="dpm++2m", karras=False,
+             width=None, height=None, init=None, strength=0.75):
+    """Yields the latents x_t (len(seeds), h, w, 4) after each step; the last are the pictures', for decode().
+
+    init: a picture (height, width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise.
+    A guidance of 1 or less means none: the prompt alone.
+    """
+    levels = sampling_steps(sampler, steps, model.config["scheduler"], karras)
+    context = encode_prompts(model, [negative, prompt] if guidance > 1 else [prompt])
+    channels, streams = model.config["vae"]["latent_channels"], [Noise(seed) for seed in seeds]
+    size = model.config["unet"]["sample_size"]
+    h, w = ((n or size * model.factor) // model.factor for n in (height, width)) if init is None else (
+        n // model.factor for n in init.shape[:2])
+
+    def noise():
+        return np.stack([stream(channels, h, w) for stream in streams])
+
+    if init is None:
+        x = noise()
+    else:
+        levels = levels[len(levels) - steps_left(steps, strength):]
+        x_0 = encode(model, init, noise())
+        x = add_noise(x_0, levels[0][1], noise())
+    yield from SAMPLERS[sampler](denoiser(model, context, guidance), x, levels, noise)
+
+
+def steps_left(steps, strength):
+    """How many of the steps image-to-image takes; rounded first, since 50 * 0.58 is 28.999999999999996."""
+    return min(steps, int(round(steps * strength, 9)))
+
+
+def encode(model, picture, noise):
+    """Scaled latents drawn from q(z | picture); picture (height, width, 3) uint8, noise (pictures, h, w, 4)."""
+    config = model.config["vae"]
+    pixels = array_like(model.vae["quant_conv"]["weight"], picture[None].astype(np.float32) / 127.5 - 1)
+    mean, logvar = map(to_numpy, vae_encode(pixels, model.vae, config.get("norm_num_groups", 32)))
+    return (mean + np.exp(0.5 * logvar) * noise) * config.get("scaling_factor", 0.18215)
+
+
+def decode(model, x):
+    """Latents (pictures, h, w, 4) to pictures (pictures, height, width, 3) of uint8; UserError if any is not finite."""
+    config = model.config["vae"]
+    z = array_like(model.vae["quant_conv"]["weight"], x / config.get("scaling_factor", 0.18215))
+    pixels = np.concatenate([to_numpy(vae_decode(z[i:i + 1], model.vae, config.get("norm_num_groups", 32))) for i in range(len(z))])
+    if not np.isfinite(pixels).all():
+        raise UserError("the picture is not finite (NaN): try --dtype float32")
+    return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+# ── 9. Command line ───────────────────────────────────────────────────────────────────────────────── NOTES §9 ──
+
+SAMPLER_TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++2m": "DPM++ 2M"}
+
+
+def read_picture(path, width, height):
+    """A picture file as (height, width, 3) uint8: turned upright, transparency on white, resized and cut at the centre."""
+    from PIL import Image, ImageOps
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def save_picture(pixels, path, parameters):
+    """Writes a PNG whole or not at all, under the first free name of out.png, out-1.png, ...; returns that name."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    number = 0
+    while True:
+        target = path.with_stem(path.stem + (f"-{number}" if number else ""))
+        try:
+            target.open("xb").close()       # takes the name, so that no other process can
+            break
+        except FileExistsError:
+            number += 1
+    unfinished = target.with_name(target.name + ".part")
+    try:
+        Image.fromarray(pixels).save(unfinished, "PNG", pnginfo=info)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        target.unlink()
+        raise
+    return target
+
+
+def parameters_text(args, model, seed, width, height):
+    """How the picture was made, in the form that other programs read from a PNG's `parameters`."""
+    facts = {"Steps": args.steps, "Sampler": SAMPLER_TITLES[args.sampler] + (" Karras" if args.karras else ""),
+             "CFG scale": args.cfg_scale, "Seed": seed, "Size": f"{width}x{height}", "Model hash": model.digest,
+             "Model": re.sub("[,:]", " ", model.name), "Denoising strength": args.strength if args.init_img else "",
+             "RNG": "CPU", "Version": f"tiny_sd {__version__}"}
+    line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
+    return f"{args.prompt}\nNegative prompt: {args.negative_prompt}\n{line}"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(argv):
+    parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False)
+    add = parser.add_argument
+    add("words", nargs="?", metavar="PROMPT", help="what to draw")
+    add("-p", "--prompt", help="the same, as an option")
+    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    add("-m", "--model", default="emoji", help="a diffusers folder, a .safetensors file, or a name in weights/ (%(default)s)")
+    add("-o", "--output", type=Path, default=Path("out.png"), help="the PNG to write (%(default)s)")
+    add("-s", "--seed", type=int, default=0, help="(%(default)s)")
+    add("--steps", type=int, default=20, help="(%(default)s)")
+    add("--cfg-scale", "--guidance-scale", type=float, default=7.5, help="how much the prompt is stressed (%(default)s)")
+    add("--sampler", choices=SAMPLERS, default="dpm++2m", help="(%(default)s)")
+    add("--karras", action="store_true", help="Karras' spacing of the noise levels")
+    add("-W", "--width", type=int, help="in pixels (the model's own size)")
+    add("-H", "--height", type=int)
+    add("-b", "--batch-size", type=int, default=1, metavar="N", help="pictures, with the seeds seed, seed + 1, ...")
+    add("-i", "--init-img", metavar="FILE", help="a picture to start from")
+    add("--strength", type=float, default=0.75, help="how far to leave it, 0 to 1 (%(default)s)")
+    add("--backend", choices=("numpy", "torch"), help="numpy, unless a GPU is asked for")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    args = parser.parse_args(argv)
+    if (args.words is None) == (args.prompt is None):
+        parser.error("give one prompt")
+    args.prompt = args.words if args.prompt is None else args.prompt
+    args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
+    check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
+              f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch"),
+             (1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999"),
+             (0 <= args.seed < 2 ** 64, f"--seed {args.seed} is not from 0 to 2^64 - 1"),
+             (0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
+             (1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000"),
+             (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),
+             (not args.init_img or steps_left(args.steps, args.strength) > 0,
+              f"--strength {args.strength} of {args.steps} steps leaves no step"),
+             (not args.karras or args.sampler not in ("ddpm", "ddim"), f"--karras does not go with --sampler {args.sampler}"),
+             (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
+             (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to")]
+    for right, message in check:
+        if not right:
+            raise UserError(message)
+    return args
+
+
+def run(argv):
+    args = parse_arguments(argv)
+    from tqdm import tqdm
+    path = args.model if Path(args.model).exists() else HERE / "weights" / args.model
+    model = load(path, args.backend, args.device, args.dtype)
+    default = model.config["unet"]["sample_size"] * model.factor
+    width, height = args.width or default, args.height or default
+    for name, n in (("width", width), ("height", height)):
+        if n % model.factor or not 2 * model.factor <= n <= 4096:
+            raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
+    init = read_picture(args.init_img, width, height) if args.init_img else None
+    seeds = [args.seed + k for k in range(args.batch_size)]
+    total = steps_left(args.steps, args.strength) if args.init_img else args.steps
+    for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler,
+                           args.karras, width, height, init, args.strength), total=total, unit="step"):
+        pass
+    for seed, pixels in zip(seeds, decode(model, x)):
+        number = f"-{seed - args.seed:03d}" if len(seeds) > 1 else ""
+        path = args.output.with_stem(args.output.stem + number)
+        print(save_picture(pixels, path, parameters_text(args, model, seed, width, height)))
+
+
+def main(argv=None):
+    try:
+        run(argv)
+    except (UserError, OSError) as error:
+        print(f"tiny_sd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tiny_sd: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
