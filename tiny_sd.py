@@ -226,7 +226,8 @@ class Tokenizer:
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
         kinds = {c: unicodedata.category(c)[0] for c in set(text)}   # re has no \p{L}: name this text's own letters
         L, N = ("".join(map(re.escape, (c for c in kinds if kinds[c] == kind))) for kind in "LN")
-        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[a-z{L}]+|[0-9{N}]|[^\sa-z{L}0-9{N}]+", text)
+        space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[a-z{L}]+|[0-9{N}]|[^{space}a-z{L}0-9{N}]+", text)
 
     def merge(self, word):
         """The word's symbols, after merging the pair of lowest rank again and again until none is known."""
@@ -245,9 +246,12 @@ class Tokenizer:
         return symbols
 
     def tokens(self, text):
-        """The ids of a text of any length, without the specials."""
-        unknown = self.vocab[self.EOS]
-        return [self.vocab.get(s, unknown) for word in self.words(text) for s in self.merge(word)]
+        """The ids of a text of any length; the two specials are known where they are spelt out, and not added."""
+        symbols = []
+        for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+            special = piece in (self.BOS, self.EOS)
+            symbols += [piece] if special else [s for word in self.words(piece) for s in self.merge(word)]
+        return [self.vocab.get(s, self.vocab[self.EOS]) for s in symbols]
 
     def encode(self, text):
         """(ids, cut): ids between BOS and EOS, padded to the model's length, and the end of the text that did not fit."""
@@ -589,18 +593,13 @@ def box_muller(u):
 
 
 # ── 7. Weights ────────────────────────────────────────────────────────────────────────────────────── NOTES §7 ──
-# The shapes of each part, as a checkpoint holds them, from the part's config: what a file must contain, no more, no less.
+# The shapes of each network as a checkpoint holds them, from the network's config: what a file must contain, no more
+# and no less. A name in a file is the path to the array in these mappings: down_blocks.0.resnets.1.conv1.weight.
 
-def norm_shapes(n):
-    return {"weight": (n,), "bias": (n,)}
-
-
-def linear_shapes(i, o, bias=True):
-    return {"weight": (o, i), "bias": (o,)} if bias else {"weight": (o, i)}
-
-
-def conv_shapes(i, o, size=3):
-    return {"weight": (o, i, size, size), "bias": (o,)}
+def norm_shapes(n): return {"weight": (n,), "bias": (n,)}
+def bare_shapes(i, o): return {"weight": (o, i)}
+def linear_shapes(i, o): return {"weight": (o, i), "bias": (o,)}
+def conv_shapes(i, o, size=3): return {"weight": (o, i, size, size), "bias": (o,)}
 
 
 def resnet_shapes(i, o, temb=None):
@@ -609,15 +608,14 @@ def resnet_shapes(i, o, temb=None):
             **({"conv_shortcut": conv_shapes(i, o, 1)} if i != o else {})}
 
 
-def attention_shapes(width, context, bias=False):
-    return {"to_q": linear_shapes(width, width, bias), "to_k": linear_shapes(context, width, bias),
-            "to_v": linear_shapes(context, width, bias), "to_out": [linear_shapes(width, width)]}
+def attention_shapes(width, context, project=bare_shapes):
+    return {"to_q": project(width, width), "to_k": project(context, width), "to_v": project(context, width),
+            "to_out": [linear_shapes(width, width)]}
 
 
 def transformer_shapes(width, context):
     block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
-             "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
-             "norm3": norm_shapes(width),
+             "norm2": norm_shapes(width), "attn2": attention_shapes(width, context), "norm3": norm_shapes(width),
              "ff": {"net": [{"proj": linear_shapes(width, 8 * width)}, None, linear_shapes(4 * width, width)]}}
     return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1), "transformer_blocks": [block],
             "proj_out": conv_shapes(width, width, 1)}
@@ -626,65 +624,63 @@ def transformer_shapes(width, context):
 def text_shapes(config):
     width, wide = config["hidden_size"], config["intermediate_size"]
     layer = {"layer_norm1": norm_shapes(width), "layer_norm2": norm_shapes(width),
-             "self_attn": {name: linear_shapes(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+             "self_attn": {f"{name}_proj": linear_shapes(width, width) for name in ("q", "k", "v", "out")},
              "mlp": {"fc1": linear_shapes(width, wide), "fc2": linear_shapes(wide, width)}}
-    return {"embeddings": {"token_embedding": {"weight": (config["vocab_size"], width)},
-                           "position_embedding": {"weight": (config["max_position_embeddings"], width)}},
+    return {"embeddings": {"token_embedding": bare_shapes(width, config["vocab_size"]),
+                           "position_embedding": bare_shapes(width, config["max_position_embeddings"])},
             "encoder": {"layers": [layer] * config["num_hidden_layers"]}, "final_layer_norm": norm_shapes(width)}
 
 
 def vae_shapes(config):
     widths, n, z = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
+    top = widths[-1]
 
-    def half(widths, n, i, o, blocks, sampler):
-        """Encoder or decoder: `widths` in the order in which it meets them."""
-        mid = widths[-1] if blocks == "down_blocks" else widths[0]
-        before = [widths[0], *widths[:-1]]
-        levels = [{"resnets": [resnet_shapes(a if j == 0 else b, b) for j in range(n)],
-                   **({sampler: [{"conv": conv_shapes(b, b)}]} if k + 1 < len(widths) else {})}
-                  for k, (a, b) in enumerate(zip(before, widths))]
-        middle = {"resnets": [resnet_shapes(mid, mid)] * 2,
-                  "attentions": [{"group_norm": norm_shapes(mid), **attention_shapes(mid, mid, bias=True)}]}
-        return {"conv_in": conv_shapes(i, widths[0]), blocks: levels, "mid_block": middle,
+    def half(i, o, widths, n, blocks, resample):
+        levels = [{"resnets": [resnet_shapes(before if j == 0 else width, width) for j in range(n)],
+                   resample: [{"conv": conv_shapes(width, width)}]} for before, width in zip([widths[0], *widths], widths)]
+        del levels[-1][resample]
+        return {"conv_in": conv_shapes(i, widths[0]), blocks: levels,
+                "mid_block": {"resnets": [resnet_shapes(top, top)] * 2, "attentions": [
+                    {"group_norm": norm_shapes(top), **attention_shapes(top, top, linear_shapes)}]},
                 "conv_norm_out": norm_shapes(widths[-1]), "conv_out": conv_shapes(widths[-1], o)}
 
-    return {"encoder": half(widths, n, config["in_channels"], 2 * z, "down_blocks", "downsamplers"),
+    return {"encoder": half(config["in_channels"], 2 * z, widths, n, "down_blocks", "downsamplers"),
             "quant_conv": conv_shapes(2 * z, 2 * z, 1), "post_quant_conv": conv_shapes(z, z, 1),
-            "decoder": half(widths[::-1], n + 1, z, config["out_channels"], "up_blocks", "upsamplers")}
+            "decoder": half(z, config["out_channels"], widths[::-1], n + 1, "up_blocks", "upsamplers")}
 
 
 def unet_shapes(config):
     widths, n, context = config["block_out_channels"], config["layers_per_block"], config["cross_attention_dim"]
-    temb = 4 * widths[0]
+    first, top, temb = widths[0], widths[-1], 4 * widths[0]
 
-    def level(inputs, width, kind, sampler):
+    def level(inputs, width, kind, resample):
         return {"resnets": [resnet_shapes(i, width, temb) for i in inputs],
                 **({"attentions": [transformer_shapes(width, context) for _ in inputs]} if "Attn" in kind else {}),
-                **({sampler: [{"conv": conv_shapes(width, width)}]} if sampler else {})}
+                resample: [{"conv": conv_shapes(width, width)}]}
 
-    x, skips, down, up = widths[0], [widths[0]], [], []
-    for i, (width, kind) in enumerate(zip(widths, config["down_block_types"])):
-        last = i + 1 == len(widths)
-        down.append(level([x] + [width] * (n - 1), width, kind, None if last else "downsamplers"))
-        skips += [width] * (n if last else n + 1)
+    down, up, skips, x = [], [], [first], first
+    for width, kind in zip(widths, config["down_block_types"]):
+        down.append(level([x] + [width] * (n - 1), width, kind, "downsamplers"))
+        skips += [width] * (n + 1)      # each ResBlock leaves one for the way up, and so does the downsampler
         x = width
-    for i, (width, kind) in enumerate(zip(reversed(widths), config["up_block_types"])):
-        inputs = [(x if j == 0 else width) + skips.pop() for j in range(n + 1)]
-        up.append(level(inputs, width, kind, "upsamplers" if i + 1 < len(widths) else None))
+    skips.pop()
+    for width, kind in zip(reversed(widths), config["up_block_types"]):
+        up.append(level([(width if j else x) + skips.pop() for j in range(n + 1)], width, kind, "upsamplers"))
         x = width
-    middle = {"resnets": [resnet_shapes(widths[-1], widths[-1], temb)] * 2,
-              "attentions": [transformer_shapes(widths[-1], context)]}
-    return {"time_embedding": {"linear_1": linear_shapes(widths[0], temb), "linear_2": linear_shapes(temb, temb)},
-            "conv_in": conv_shapes(config["in_channels"], widths[0]), "down_blocks": down, "mid_block": middle,
-            "up_blocks": up, "conv_norm_out": norm_shapes(widths[0]),
-            "conv_out": conv_shapes(widths[0], config["out_channels"])}
+    del down[-1]["downsamplers"], up[-1]["upsamplers"]
+    return {"time_embedding": {"linear_1": linear_shapes(first, temb), "linear_2": linear_shapes(temb, temb)},
+            "conv_in": conv_shapes(config["in_channels"], first), "down_blocks": down,
+            "mid_block": {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [transformer_shapes(top, context)]},
+            "up_blocks": up, "conv_norm_out": norm_shapes(first), "conv_out": conv_shapes(first, config["out_channels"])}
+
+
+SHAPES = {"text_encoder": text_shapes, "vae": vae_shapes, "unet": unet_shapes}
 
 
 def flatten(tree, prefix=""):
     """{"a": [{"b": leaf}]} as {"a.0.b": leaf}, the names of a checkpoint."""
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     flat = {}
-    for key, value in pairs:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, (dict, list)):
             flat |= flatten(value, f"{prefix}{key}.")
         elif value is not None:
@@ -693,64 +689,58 @@ def flatten(tree, prefix=""):
 
 
 def nest(flat):
-    """The inverse of flatten; numbered keys become lists, with None where a layer has no weights."""
+    """The inverse of flatten: numbered keys become lists, with None where a layer has no weights."""
+    if not isinstance(flat, dict):
+        return flat
     tree = {}
     for name, leaf in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-
-    def lists(node):
-        if not isinstance(node, dict):
-            return node
-        if node and all(key.isdigit() for key in node):
-            return [lists(node.get(str(i))) for i in range(1 + max(map(int, node)))]
-        return {key: lists(value) for key, value in node.items()}
-    return lists(tree)
+        key, _, rest = name.partition(".")
+        if rest:
+            tree.setdefault(key, {})[rest] = leaf
+        else:
+            tree[key] = leaf
+    if all(key.isdigit() for key in tree):
+        return [nest(tree.get(str(i))) for i in range(1 + max(map(int, tree)))]
+    return {key: nest(value) for key, value in tree.items()}
 
 
 def read_safetensors(path):
     """{name: array} of a .safetensors file, memory-mapped; bfloat16, unknown to NumPy, is the upper half of a float32."""
     from safetensors import SafetensorError, safe_open
     try:
-        safe_open(path, "np")       # the library checks the header: whole, well-formed, no overlap
+        safe_open(path, "np")       # the library checks the header: whole, well-formed, without overlap
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:start].tobytes())
     types, arrays = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}, {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in types:
-            raise UserError(f"{path}: {name} is {entry['dtype']}; weights are F32, F16 or BF16")
-        begin, end = entry["data_offsets"]
-        array = data[start + begin:start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
-        arrays[name] = (array.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else array
+    for name in header.keys() - {"__metadata__"}:
+        kind, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if kind not in types:
+            raise UserError(f"{path}: {name} is {kind}; weights are F32, F16 or BF16")
+        array = data[start + begin:start + end].view(types[kind]).reshape(shape)
+        arrays[name] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
     return arrays
 
 
 def fill(part, arrays, shapes, place):
     """The arrays as a nested mapping, each through place(); UserError names all that are missing, unknown or misshapen."""
-    expected = flatten(shapes)
-
-    def core(shape):        # a 1x1 convolution (o, i, 1, 1) is a linear layer (o, i), and files differ on which they hold
+    def core(shape):        # files differ on whether a 1x1 convolution (o, i, 1, 1) is a linear layer (o, i)
         return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
-    wrong = [f"{name} is missing" for name in expected if name not in arrays]
-    wrong += [f"{name} is unknown" for name in arrays if name not in expected]
-    wrong += [f"{name} has shape {arrays[name].shape}, not {shape}" for name, shape in expected.items()
-              if name in arrays and core(arrays[name].shape) != core(shape)]
+    expected = flatten(shapes)
+    wrong = [f"{name} is missing" for name in expected.keys() - arrays.keys()]
+    wrong += [f"{name} is unknown" for name in arrays.keys() - expected.keys()]
+    wrong += [f"{name} has shape {arrays[name].shape} instead of {expected[name]}"
+              for name in expected.keys() & arrays.keys() if core(arrays[name].shape) != core(expected[name])]
     if wrong:
-        raise UserError(f"the weights of the {part} do not fit its config: " + "; ".join(wrong))
+        raise UserError(f"the weights of the {part} do not fit its config: " + "; ".join(sorted(wrong)))
     return nest({name: place(array) for name, array in arrays.items()})
 
 
 def placer(backend, device, dtype):
-    """A function that takes an array from a file to where and how the model computes, convolutions as (out, kh, kw, in)."""
+    """place(array): an array of a file to where and how the model computes, convolutions as (out, kh, kw, in)."""
     def place(array):
         array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
         if backend == "numpy":
@@ -763,23 +753,23 @@ def placer(backend, device, dtype):
 class Model:
     """The three networks' weights, the tokenizer, and {part: config} for what the arrays do not tell."""
     name: str
+    digest: str
     config: dict
     tokenizer: Tokenizer
     text_encoder: dict
     vae: dict
     unet: dict
-    digest: str = ""
 
     @property
     def factor(self):
-        """How many pixels a latent stands for in each direction."""
+        """How many pixels a latent stands for, in each direction."""
         return 2 ** (len(self.config["vae"]["block_out_channels"]) - 1)
 
 
 def load(path, backend="numpy", device="cpu", dtype="float32"):
-    """The model in a diffusers folder, or in a single .safetensors file as CompVis named its weights.
+    """The model in a diffusers folder, or in a single .safetensors file with CompVis' names.
 
-    backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, the VAE in float32.
+    backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, its VAE in float32.
     """
     path = Path(path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -787,148 +777,127 @@ def load(path, backend="numpy", device="cpu", dtype="float32"):
     if not path.exists():
         raise UserError(f"there is no model {path}")
     config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
-    place, place_float32 = placer(backend, device, dtype), placer(backend, device, "float32")
-    return Model(path.stem if path.is_file() else path.name, config, tokenizer,
-                 fill("text encoder", arrays["text_encoder"], text_shapes(config["text_encoder"]), place),
-                 fill("VAE", arrays["vae"], vae_shapes(config["vae"]), place_float32),
-                 fill("U-Net", arrays["unet"], unet_shapes(config["unet"]), place), digest)
+    types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}        # float16 overflows in the VAE
+    return Model(path.stem if path.is_file() else path.resolve().name, digest, config, tokenizer, **{
+        part: fill(part, arrays[part], SHAPES[part](config[part]), placer(backend, device, types[part])) for part in SHAPES})
 
 
 def read_folder(folder):
-    """Config, tokenizer and arrays by part of a folder as diffusers writes it."""
+    """Config, tokenizer and arrays by part from a folder as diffusers writes it, and no digest."""
+    def read(name):
+        try:
+            return (folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a whole Stable Diffusion folder: {name} is missing") from None
+
     def read_json(name):
         try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a Stable Diffusion folder: {name} is missing") from None
+            return json.loads(read(name))
         except ValueError as error:
             raise UserError(f"{folder / name} is not JSON: {error}") from None
 
-    config = {part: read_json(f"{part}/config.json") for part in ("text_encoder", "vae", "unet")}
-    config["scheduler"] = read_json("scheduler/scheduler_config.json")
-    arrays = {}
+    config, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
     for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
-        files = [folder / part / (stem + end) for end in (".safetensors", ".fp16.safetensors")]
-        file = next((f for f in files if f.exists()), None)
-        if file is None:
-            raise UserError(f"{folder} is not complete: {part}/{stem}.safetensors is missing")
-        arrays[part] = read_safetensors(file)
-    arrays["text_encoder"] = text_names(arrays["text_encoder"])
-    arrays["vae"] = {modern_attention(name): array for name, array in arrays["vae"].items()}
-    return config, read_tokenizer(folder / "tokenizer", read_json), arrays, ""
+        config[part] = read_json(f"{part}/config.json")
+        names = [f"{part}/{stem}{end}.safetensors" for end in ("", ".fp16")]
+        name = next((name for name in names if (folder / name).exists()), None)
+        if name is None:
+            raise UserError(f"{folder} is not a whole Stable Diffusion folder: {names[0]} is missing")
+        arrays[part] = {rename(part, name): array for name, array in read_safetensors(folder / name).items()}
+        arrays[part].pop("embeddings.position_ids", None)
 
-
-def read_tokenizer(folder, read_json):
     settings = read_json("tokenizer/tokenizer_config.json")
-    if (folder / "merges.txt").exists():
-        vocab, lines = read_json("tokenizer/vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    if (folder / "tokenizer/merges.txt").exists():
+        vocab, merges = read_json("tokenizer/vocab.json"), read("tokenizer/merges.txt").splitlines()
     else:
         model = read_json("tokenizer/tokenizer.json")["model"]
-        vocab, merges = model["vocab"], [tuple(m.split() if isinstance(m, str) else m) for m in model["merges"]]
+        vocab, merges = model["vocab"], model["merges"]
+    merges = [tuple(merge.split() if isinstance(merge, str) else merge) for merge in merges]
     pad = settings.get("pad_token") or Tokenizer.EOS
-    return Tokenizer(merges, vocab, settings.get("model_max_length", 77), pad if isinstance(pad, str) else pad["content"])
+    tokenizer = Tokenizer([merge for merge in merges if len(merge) == 2 and merge[0] != "#version:"], vocab,
+                          settings.get("model_max_length", 77), pad if isinstance(pad, str) else pad["content"])
+    return config, tokenizer, arrays, ""
 
 
 def clip_tokenizer():
-    """CLIP's own tokenizer; the merges are those of OpenAI's CLIP, 48,894 of the lines of its table."""
+    """CLIP's own, from OpenAI's table of merges, of which it uses the first 48,894."""
     with gzip.open(HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]])
 
 
-def text_names(arrays):
-    return {name.removeprefix("text_model."): array for name, array in arrays.items() if "position_ids" not in name}
+def rename(part, name, levels=4, n=3):
+    """A name from any file as diffusers writes it today. levels: of the VAE; n: blocks a level of the U-Net's way up."""
+    def block(side, k, slot):
+        return f"{side}_blocks.{k // n}.{('resnets', 'attentions')[slot]}.{k % n}."
 
-
-def modern_attention(name):
-    """The names that the VAE's attention has today, from those of older files."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-    return name
-
-
-def read_single_file(path):
-    """Config, tokenizer and arrays by part of a checkpoint in the original layout: names are translated to diffusers',
-    sizes are read off the arrays, and the rest is Stable Diffusion 1's."""
-    prefixes = {"text_encoder": "cond_stage_model.transformer.", "vae": "first_stage_model.", "unet": "model.diffusion_model."}
-    arrays, unknown = {part: {} for part in prefixes}, []
-    for name, array in read_safetensors(path).items():
-        part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), None)
-        if part:
-            arrays[part][name.removeprefix(prefixes[part])] = array
-        elif not re.match(r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar", name):
-            unknown.append(name)
-    if unknown or not all(arrays.values()):
-        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: " + "; ".join(
-            [f"no {prefixes[part]}*" for part in arrays if not arrays[part]] + [f"{name} is unknown" for name in unknown]))
-    ups = 1 + max(int(n) for name in arrays["vae"] for n in re.findall(r"decoder\.up\.(\d+)", name))
-    downs = len({name for name in arrays["unet"] if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name)})
-    first = min(int(n) for name in arrays["unet"] for n in re.findall(r"input_blocks\.(\d+)\.0\.op\.weight", name))
-    arrays = {"text_encoder": text_names(arrays["text_encoder"]),
-              "vae": {vae_name(name, ups): array for name, array in arrays["vae"].items()},
-              "unet": {unet_name(name, first - 1): array for name, array in arrays["unet"].items()}}
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
-    return single_file_config(arrays), clip_tokenizer(), arrays, digest
-
-
-def single_file_config(arrays):
-    text, vae, unet = (nest(arrays[part]) for part in ("text_encoder", "vae", "unet"))
-    embedding, decoder = text["embeddings"], vae["decoder"]
-    down, up = unet["down_blocks"], unet["up_blocks"]
-    vocab, width = embedding["token_embedding"]["weight"].shape
-    attending = next(block["attentions"][0] for block in down if "attentions" in block)
-    return {
-        "text_encoder": {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": width // 64,
-                         "intermediate_size": len(text["encoder"]["layers"][0]["mlp"]["fc1"]["weight"]),
-                         "max_position_embeddings": len(embedding["position_embedding"]["weight"]),
-                         "num_hidden_layers": len(text["encoder"]["layers"]), "hidden_act": "quick_gelu"},
-        "vae": {"block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in vae["encoder"]["down_blocks"]],
-                "layers_per_block": len(vae["encoder"]["down_blocks"][0]["resnets"]), "scaling_factor": 0.18215,
-                "latent_channels": decoder["conv_in"]["weight"].shape[1], "norm_num_groups": 32,
-                "in_channels": 3, "out_channels": len(decoder["conv_out"]["weight"])},
-        "unet": {"block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in down],
-                 "layers_per_block": len(down[0]["resnets"]), "attention_head_dim": 8, "norm_num_groups": 32,
-                 "cross_attention_dim": attending["transformer_blocks"][0]["attn2"]["to_k"]["weight"].shape[1],
-                 "in_channels": unet["conv_in"]["weight"].shape[1], "out_channels": len(unet["conv_out"]["weight"]),
-                 "down_block_types": ["CrossAttn" if "attentions" in block else "" for block in down],
-                 "up_block_types": ["CrossAttn" if "attentions" in block else "" for block in up],
-                 "sample_size": 64},
-        "scheduler": {"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}}
-
-
-def vae_name(name, levels):
-    """A name in the VAE of a CompVis checkpoint, as diffusers has it; the decoder's levels are numbered backwards."""
-    name = re.sub(r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
-    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
-    for old, new in ((r"encoder\.down\.", "encoder.down_blocks."), (r"(blocks\.\d+)\.block\.", r"\1.resnets."),
-                     (r"\.(down|up)sample\.conv", r".\1samplers.0.conv"), ("nin_shortcut", "conv_shortcut"),
-                     (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
-                     (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."), (r"coder\.norm_out", "coder.conv_norm_out")):
+    for old, new in {
+        "text_encoder": [(r"^text_model\.", "")],
+        "vae": [(r"^encoder\.down\.", "encoder.down_blocks."), (r"mid\.block_1", "mid_block.resnets.0"),
+                (r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}"),    # counted from below
+                (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+                (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"0\.(q|query)\.", "0.to_q."), (r"0\.(k|key)\.", "0.to_k."),
+                (r"0\.(v|value)\.", "0.to_v."), (r"0\.(proj_out|proj_attn)\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
+                (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"), (r"\.norm_out", ".conv_norm_out")],
+        "unet": [(r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
+                 (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+                 (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"),
+                 (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
+                 (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
+                 (r"^middle_block\.2", "mid_block.resnets.1"),
+                 (r"^input_blocks\.(\d+)\.0\.op", lambda m: f"down_blocks.{int(m[1]) // n - 1}.downsamplers.0.conv"),
+                 (r"^input_blocks\.(\d+)\.(\d)\.", lambda m: block("down", int(m[1]) - 1, int(m[2]))),
+                 (r"^output_blocks\.(\d+)\.\d\.conv\.", lambda m: f"up_blocks.{int(m[1]) // n}.upsamplers.0.conv."),
+                 (r"^output_blocks\.(\d+)\.(\d)\.", lambda m: block("up", int(m[1]), int(m[2])))],
+    }[part]:
         name = re.sub(old, new, name)
     return name
 
 
-def unet_name(name, n):
-    """A name in the U-Net of a CompVis checkpoint, as diffusers has it; n: ResBlocks a level on the way down."""
-    for old, new in (("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
-                     ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")):
-        if name.startswith(old + "."):
-            return new + name[len(old):]
-    for old, new in (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
-                     ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")):
-        name = name.replace(old, new)
-    if m := re.fullmatch(r"middle_block\.(\d)\.(.*)", name):
-        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[int(m[1])]}.{m[2]}"
-    if m := re.fullmatch(r"(in|out)put_blocks\.(\d+)\.(\d)\.(.*)", name):
-        side, k, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
-        level, j = divmod(k - (side == "in"), n + 1)
-        if rest.startswith("op."):
-            return f"down_blocks.{level}.downsamplers.0.conv.{rest[3:]}"
-        if rest.startswith("conv."):
-            return f"up_blocks.{level}.upsamplers.0.{rest}"
-        return f"{'down' if side == 'in' else 'up'}_blocks.{level}.{('resnets', 'attentions')[slot]}.{j}.{rest}"
-    return name
+def read_single_file(path):
+    """Config, tokenizer, arrays by part and digest of a checkpoint in the original layout: names are translated, sizes
+    are read off the arrays, and the rest is Stable Diffusion 1's."""
+    prefixes = {"text_encoder": "cond_stage_model.transformer.", "vae": "first_stage_model.", "unet": "model.diffusion_model."}
+    ignored = r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|.*position_ids"
+    file = {name: array for name, array in read_safetensors(path).items() if not re.match(ignored, name)}
+    old = {part: {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+           for part, prefix in prefixes.items()}
+    wrong = [f"{name} is unknown" for name in file if not name.startswith(tuple(prefixes.values()))]
+    wrong += [f"{prefixes[part]}* is missing" for part in old if not old[part]]
+    if wrong:
+        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: " + "; ".join(wrong))
+    levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
+    n = min((int(name.split(".")[1]) for name in old["unet"] if name.endswith(".0.op.weight")), default=3)
+    arrays = {part: {rename(part, name, levels, n): array for name, array in old[part].items()} for part in old}
+    with open(path, "rb") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
+    try:
+        config = read_off(**{part: nest(arrays[part]) for part in arrays})
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: it lacks {error}") from None
+    return config, clip_tokenizer(), arrays, digest
+
+
+def read_off(text_encoder, vae, unet):
+    """The configs of a Stable Diffusion 1.x from its nested arrays."""
+    tokens, places = (text_encoder["embeddings"][f"{kind}_embedding"]["weight"] for kind in ("token", "position"))
+    layers, encoder, down = text_encoder["encoder"]["layers"], vae["encoder"]["down_blocks"], unet["down_blocks"]
+    kinds = ["CrossAttn" if "attentions" in block else "" for block in down]
+    transformers = [block["attentions"][0]["transformer_blocks"][0] for block in down if "attentions" in block]
+    return {"text_encoder": {
+                "vocab_size": len(tokens), "hidden_size": tokens.shape[1], "max_position_embeddings": len(places),
+                "num_hidden_layers": len(layers), "num_attention_heads": max(1, tokens.shape[1] // 64),
+                "intermediate_size": len(layers[0]["mlp"]["fc1"]["weight"]), "hidden_act": "quick_gelu"},
+            "vae": {
+                "block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in encoder],
+                "layers_per_block": len(encoder[0]["resnets"]), "scaling_factor": 0.18215, "in_channels": 3,
+                "out_channels": 3, "latent_channels": len(vae["post_quant_conv"]["weight"])},
+            "unet": {
+                "block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in down],
+                "layers_per_block": len(down[0]["resnets"]), "down_block_types": kinds, "up_block_types": kinds[::-1],
+                "cross_attention_dim": transformers[0]["attn2"]["to_k"]["weight"].shape[1], "attention_head_dim": 8,
+                "in_channels": unet["conv_in"]["weight"].shape[1], "out_channels": len(unet["conv_out"]["weight"]),
+                "sample_size": 64},
+            "scheduler": {"prediction_type": "epsilon"}}
 
 
 # ── 8. From prompt to picture ─────────────────────────────────────────────────────────────────────── NOTES §8 ──
