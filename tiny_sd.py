@@ -318,46 +318,37 @@ def vae_attention(x, groups, **weights):
     return x + attention(h, h, 1, **weights).reshape(B, H, W, C)
 
 
-def vae_mid(x, groups, resnets, attentions):
-    x = resnet(x, None, groups, 1e-6, **resnets[0])
-    return resnet(vae_attention(x, groups, **attentions[0]), None, groups, 1e-6, **resnets[1])
-
-
-def vae_block(x, groups, resnets, downsamplers=(), upsamplers=()):
-    for weights in resnets:
+def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=()):
+    """ResBlocks, with attention between them in the middle of the network, then half or twice the size."""
+    for i, weights in enumerate(resnets):
         x = resnet(x, None, groups, 1e-6, **weights)
+        if i < len(attentions):
+            x = vae_attention(x, groups, **attentions[i])
     for down in downsamplers:
-        x = conv2d(x, **down["conv"], stride=2, padding=(0, 1))     # on the right and at the bottom only
+        x = conv2d(x, **down["conv"], stride=2, padding=(0, 1))     # zeros on the right and at the bottom only
     for up in upsamplers:
         x = conv2d(nearest(x, 2 * x.shape[1], 2 * x.shape[2]), **up["conv"])
     return x
 
 
-def encoder(x, groups, conv_in, down_blocks, mid_block, conv_norm_out, conv_out):
+def vae_half(x, groups, conv_in, mid_block, conv_norm_out, conv_out, down_blocks=(), up_blocks=()):
+    """The encoder, which has down_blocks, or the decoder, which has up_blocks."""
     x = conv2d(x, **conv_in)
-    for block in down_blocks:
-        x = vae_block(x, groups, **block)
-    x = vae_mid(x, groups, **mid_block)
-    return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
-
-
-def decoder(z, groups, conv_in, mid_block, up_blocks, conv_norm_out, conv_out):
-    x = vae_mid(conv2d(z, **conv_in), groups, **mid_block)
-    for block in up_blocks:
+    for block in (*down_blocks, mid_block, *up_blocks):
         x = vae_block(x, groups, **block)
     return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
 
 
 def vae_encode(image, vae, groups):
     """Picture (batch, 8h, 8w, 3) in [-1, 1] to the mean and log variance, each (batch, h, w, 4), of q(z | picture)."""
-    moments = linear(encoder(image, groups, **vae["encoder"]), **vae["quant_conv"])
+    moments = linear(vae_half(image, groups, **vae["encoder"]), **vae["quant_conv"])
     n = moments.shape[-1] // 2
     return moments[..., :n], moments[..., n:].clip(-30, 20)
 
 
 def vae_decode(z, vae, groups):
     """Latents (batch, h, w, 4), unscaled, to the picture (batch, 8h, 8w, 3), about in [-1, 1]."""
-    return decoder(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
+    return vae_half(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
 
 
 # ── 5. U-Net ──────────────────────────────────────────────────────────────────────────────────────── NOTES §5 ──
@@ -392,12 +383,12 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
     return x + linear(h.reshape(B, H, W, C), **proj_out)
 
 
-def down_block(x, temb, context, n_head, groups, resnets, attentions=None, downsamplers=()):
-    """Returns the picture at half the size, and all pictures on the way, for the way up."""
+def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
+    """A level on the way down, or the middle: its picture, and all pictures on the way, for the way up."""
     skips = []
     for i, weights in enumerate(resnets):
         x = resnet(x, temb, groups, 1e-5, **weights)
-        if attentions:
+        if i < len(attentions):
             x = transformer(x, context, n_head, groups, **attentions[i])
         skips.append(x)
     for down in downsamplers:
@@ -406,24 +397,19 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=None, downs
     return x, skips
 
 
-def unet_mid(x, temb, context, n_head, groups, resnets, attentions):
-    x = resnet(x, temb, groups, 1e-5, **resnets[0])
-    x = transformer(x, context, n_head, groups, **attentions[0])
-    return resnet(x, temb, groups, 1e-5, **resnets[1])
-
-
-def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=None, upsamplers=()):
-    """Takes from the end of skips, beside its own picture, one for each ResBlock."""
+def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
+    """A level on the way up, which takes beside its own picture one from the end of skips for each ResBlock."""
     for i, weights in enumerate(resnets):
         x = resnet(concat(x, skips.pop()), temb, groups, 1e-5, **weights)
-        if attentions:
+        if i < len(attentions):
             x = transformer(x, context, n_head, groups, **attentions[i])
     for up in upsamplers:
         x = conv2d(nearest(x, *skips[-1].shape[1:3]), **up["conv"])
     return x
 
 
-def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out):
+def unet(x, t, context, n_head, groups,
+         time_embedding, conv_in, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out):
     """The noise in x_t, as the model sees it (Ronneberger et al., 2015; Rombach et al., 2022).
 
     x (batch, h, w, 4), t (batch,) in 0..999, context (batch, words, width), n_head: one number for each level.
@@ -435,7 +421,7 @@ def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, mi
     for heads, weights in zip(n_head, down_blocks):
         x, passed = down_block(x, temb, context, heads, groups, **weights)
         skips += passed
-    x = unet_mid(x, temb, context, n_head[-1], groups, **mid_block)
+    x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)
     for heads, weights in zip(reversed(n_head), up_blocks):
         x = up_block(x, skips, temb, context, heads, groups, **weights)
     return conv2d(silu(group_norm(x, groups, 1e-5, **conv_norm_out)), **conv_out)
@@ -784,17 +770,11 @@ def load(path, backend="numpy", device="cpu", dtype="float32"):
 
 def read_folder(folder):
     """Config, tokenizer and arrays by part from a folder as diffusers writes it, and no digest."""
-    def read(name):
-        try:
-            return (folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a whole Stable Diffusion folder: {name} is missing") from None
-
     def read_json(name):
         try:
-            return json.loads(read(name))
-        except ValueError as error:
-            raise UserError(f"{folder / name} is not JSON: {error}") from None
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is not a whole Stable Diffusion folder: {name}: {error}") from None
 
     config, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
     for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
@@ -808,7 +788,8 @@ def read_folder(folder):
 
     settings = read_json("tokenizer/tokenizer_config.json")
     if (folder / "tokenizer/merges.txt").exists():
-        vocab, merges = read_json("tokenizer/vocab.json"), read("tokenizer/merges.txt").splitlines()
+        vocab = read_json("tokenizer/vocab.json")
+        merges = (folder / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
     else:
         model = read_json("tokenizer/tokenizer.json")["model"]
         vocab, merges = model["vocab"], model["merges"]
