@@ -69,7 +69,7 @@ def setting(size, vae, vae_groups, unet, attend, heads, unet_groups, text_width,
         "text": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY,
                  "hidden_size": text_width, "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers,
                  "num_attention_heads": text_width // 48, "max_position_embeddings": LENGTH, "hidden_act": "quick_gelu",
-                 "layer_norm_eps": 1e-5, "projection_dim": text_width, "bos_token_id": VOCABULARY - 2,
+                 "layer_norm_eps": 1e-5, "torch_dtype": "float32", "projection_dim": text_width, "bos_token_id": VOCABULARY - 2,
                  "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}}
 
 
@@ -356,20 +356,21 @@ def fit(o, stage, params, loss, draw, show):
     """Lower loss(nested params, *batch) until --minutes or --steps are over, and return the averaged parameters.
 
     params {name: tensor}; draw(step, rng) -> batch, of which each process takes its share; show(params) -> a picture for
-    STATE/stage.png, or None. The state is kept in STATE/stage.pt once a minute; where one is, training goes on from it.
+    STATE/stage.png, or None. The state, with each step's loss, is kept in STATE/stage.pt once a minute (--keep-every);
+    where one is, training goes on from it.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = Loss(loss, {n: p.to(o.device) for n, p in params.items()})
     steps = optimizers(model, o.rate or o.setting["rate"][stage])
     mean = [p.detach().clone() for p in model.leaves]
-    done, spent, path = 0, 0.0, o.state / f"{stage}.pt"
+    done, spent, losses, path = 0, 0.0, [], o.state / f"{stage}.pt"
     if path.exists():
         state = torch.load(path, map_location=o.device, weights_only=True)
         for target, source in ((model.leaves, state["params"]), (mean, state["mean"])):
             torch._foreach_copy_([p.data for p in target], source)
         for optimizer, saved in zip(steps, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        done, spent = state["step"], state["seconds"]
+        done, spent, losses = state["step"], state["seconds"], state.get("losses", [])
 
     run = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     run = torch.compile(run) if o.compile else run
@@ -377,7 +378,7 @@ def fit(o, stage, params, loss, draw, show):
     goal = o.steps or 60 * o.minutes
     bar = tqdm(total=round(goal), initial=round(done if o.steps else spent), desc=stage, disable=rank > 0,
                unit="step" if o.steps else "s", mininterval=1 if sys.stderr.isatty() else 20)
-    running = []
+    begin = done
 
     def averaged():
         return {n: p.reshape(s) for (n, s), p in zip(model.shapes.items(), mean)}
@@ -386,7 +387,7 @@ def fit(o, stage, params, loss, draw, show):
         if rank == 0:
             with whole(path) as temporary:
                 torch.save({"params": [p.data for p in model.leaves], "mean": mean, "step": done, "seconds": spent,
-                            "optimizers": [optimizer.state_dict() for optimizer in steps]}, temporary)
+                            "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in steps]}, temporary)
 
     while (progress := (done if o.steps else spent) / goal) < 1:
         rng = np.random.default_rng([o.seed, done, zlib.crc32(stage.encode())])
@@ -403,24 +404,24 @@ def fit(o, stage, params, loss, draw, show):
             optimizer.zero_grad()
         done += 1
         torch._foreach_lerp_(mean, [p.data for p in model.leaves], 1 - min(0.998, done / (done + 10)))
-        running.append(value.item())
-        if not math.isfinite(running[-1]):
-            raise UserError(f"{stage}: the loss is {running[-1]} at step {done}; lower --rate and go on from {path}")
-        clock = torch.tensor(time.monotonic() - begun)
+        report = torch.tensor([(time.monotonic() - begun) * (rank == 0), value.item() / ranks])
         if ranks > 1:                                       # all processes stop at the same step: by the first one's clock
-            clock = clock.to(o.device)
-            dist.broadcast(clock, 0)
-        spent = clock.item()
-        bar.set_postfix_str(f"step {done}, loss {np.mean(running[-200:]):.4f}", refresh=False)
+            report = report.to(o.device)
+            dist.all_reduce(report)
+        spent, loss = report.tolist()
+        losses.append(loss)
+        if not math.isfinite(loss):
+            raise UserError(f"{stage}: the loss is {loss} at step {done}; lower --rate and go on from {path}")
+        bar.set_postfix_str(f"step {done}, loss {np.mean(losses[-200:]):.4f}", refresh=False)
         bar.update(round(done if o.steps else spent) - bar.n)
-        if time.monotonic() - kept > 60:
+        if time.monotonic() - kept > o.keep_every:
             keep()
             kept = time.monotonic()
         if rank == 0 and time.monotonic() - shown > o.show_every:
             save_picture(show(averaged()), o.state / f"{stage}.png")
             shown = time.monotonic()
     bar.close()
-    if running:
+    if done > begin:
         keep()
         if rank == 0:
             save_picture(show(averaged()), o.state / f"{stage}.png")
@@ -517,14 +518,14 @@ class Bank:
     the U-Net meets more scenes than memory holds, and each is encoded once."""
 
     def __init__(self, o, filled, capacity):
-        rng = np.random.default_rng(o.seed)
+        rng, filled = np.random.default_rng(o.seed), o.bank or filled
         self.o, self.things, self.words, self.capacity, self.turn = o, load_things(o), tokenizer(o), capacity, 0
         self.vae, self.groups, self.scale = nest(trained(o, "vae")), o.setting["vae"]["norm_num_groups"], 1.0
-        self.ids, self.latents = self.make([draw_scene(self.things.names, rng) for _ in range(1024)])
+        self.ids, self.latents = self.make([draw_scene(self.things.names, rng) for _ in range(min(1024, filled))])
         self.scale = scaling_factor(o, self.latents)
         self.latents *= self.scale
         while len(self.ids) < filled:
-            self.renew(1024, rng)
+            self.renew(min(1024, filled - len(self.ids)), rng)
 
     @torch.no_grad()
     def make(self, scenes):
@@ -818,7 +819,7 @@ def evaluate(o):
     chosen = np.random.default_rng(1).permutation(len(names))[:o.limit].tolist()
     report = {"VAE: PSNR, dB": reconstruction(judge, model)}
     if (o.state / "clip.pt").exists():
-        report["retrieval by the contrastive stage, top 1"] = retrieval(o, nest(trained(o, "clip")), Bank(o, 0, 1024))
+        report["retrieval by the contrastive stage, top 1"] = retrieval(o, nest(trained(o, "clip")), Bank(o, 1, 1024))
 
     def shares(title, ranks):
         """ranks (scenes, parts, 2 spaces): a scene counts where all of its parts do."""
@@ -912,6 +913,8 @@ def parse_arguments():
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, help="of each process, on a CPU")
     p.add_argument("--compile", action="store_true", help="compile the losses first, which pays on a GPU")
+    p.add_argument("--bank", type=int, metavar="N", help="scenes encoded ahead (default: 4096 for clip, 8192 for unet)")
+    p.add_argument("--keep-every", type=float, default=60, metavar="SECONDS", help="between savings of the state (default: 60)")
     p.add_argument("--show-every", type=float, default=600, metavar="SECONDS", help="between sheets of samples")
     p.add_argument("--state", type=Path, default=HERE / "state", help="folder of what training keeps (default: weights/state)")
     p.add_argument("--data", type=Path, help="zip of rendered pictures (default: STATE/emoji.zip)")
@@ -922,8 +925,8 @@ def parse_arguments():
     o = p.parse_args()
     o.setting, o.data = CONFIGS[o.config], o.data or o.state / "emoji.zip"
     o.how = {"steps": o.draw_steps, "guidance": o.cfg_scale}
-    if min(o.minutes, 1 if o.steps is None else o.steps, o.limit) <= 0:
-        p.error("--minutes, --steps and --limit must be above 0")
+    if min(o.minutes, o.limit, *(1 if n is None else n for n in (o.steps, o.batch, o.bank))) <= 0:
+        p.error("--minutes, --steps, --batch, --bank and --limit must be above 0")
     return o
 
 

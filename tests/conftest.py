@@ -1,0 +1,206 @@
+"""What the tests share: a small Stable Diffusion 1.x with random weights, as diffusers writes it and as CompVis did."""
+
+import functools
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"                      # a test never needs a network
+for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads would only wait for each other
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import tiny_sd  # noqa: E402
+
+torch.set_num_threads(1)
+
+LEVELS = 4      # of the U-Net and of the VAE, as in Stable Diffusion 1
+TEXT = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "max_position_embeddings": 77, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407}
+VAE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4, "sample_size": 64,
+       "down_block_types": ("DownEncoderBlock2D",) * LEVELS, "up_block_types": ("UpDecoderBlock2D",) * LEVELS}
+UNET = {"block_out_channels": (32, 64, 96, 128), "layers_per_block": 2, "cross_attention_dim": 128, "attention_head_dim": 8,
+        "sample_size": 8, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+             "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+
+
+def randomise(network, seed, **gains):
+    """The network with noise on every bias and norm, so that none can be left out or exchanged unseen, and its matrices
+    whose names hold a word of `gains` made that much stronger, so that the prompt and the time matter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn_like(p)
+            for word, gain in gains.items():
+                p *= gain if word in name and p.ndim > 1 else 1
+    return network.eval()
+
+
+def make_unet(**changes):
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(1)
+    return randomise(UNet2DConditionModel(**{**UNET, **changes}), 2, attn2=3, time_emb_proj=2, conv_out=2)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The small model as a diffusers pipeline."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=randomise(AutoencoderKL(**VAE), 3), text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 4, weight=3),
+        tokenizer=reference_tokenizer(tmp_path_factory.mktemp("tokenizer")), unet=make_unet(),
+        scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def reference_tokenizer(folder):
+    from transformers import CLIPTokenizer
+    write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def write_tokenizer(folder):
+    """CLIP's vocab.json and merges.txt, as in the folders of Stable Diffusion 1.x."""
+    import json
+    tokenizer = tiny_sd.clip_tokenizer()
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, tokenizer.rank)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def folder(reference, tmp_path_factory):
+    """The small model as a folder, written by diffusers."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    reference.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder_with(folder, tmp_path):
+    """folder_with(unet=network): a copy of the folder with that part in its place."""
+    def write(**parts):
+        copy = shutil.copytree(folder, tmp_path / "small", copy_function=os.link)     # never write into one of its files
+        for part, network in parts.items():
+            shutil.rmtree(copy / part)
+            network.save_pretrained(copy / part)
+        return copy
+    return write
+
+
+@pytest.fixture(scope="session")
+def single_file(folder, tmp_path_factory):
+    """single_file("F16"): the path of the same weights in one file with CompVis' names, as F32, F16 or BF16."""
+    @functools.cache
+    def write(kind):
+        path = tmp_path_factory.mktemp("single") / f"small-{kind}.safetensors"
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+        arrays = {name: array.to(dtype) for name, array in compvis(folder).items()}
+        arrays["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        save_file({**arrays, "betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}, path)
+        return path
+    return write
+
+
+def compvis(folder):
+    """The weights in a diffusers folder under CompVis' names."""
+    arrays = {}
+    for part, stem in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
+        for name, array in load_file(folder / part / f"{stem}.safetensors").items():
+            name = compvis_name(part, name)
+            convolution = "attn_1" in name and array.ndim == 2      # there, 1x1 convolutions
+            arrays[name] = array[:, :, None, None] if convolution else array
+    return arrays
+
+
+def compvis_name(part, name):
+    """CompVis' name of a part's array that diffusers or transformers calls `name`."""
+    if part == "text_encoder":
+        return "cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")
+    return "model.diffusion_model." + compvis_unet_name(name) if part == "unet" else "first_stage_model." + compvis_vae_name(name)
+
+
+def compvis_unet_name(name):
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    if match := re.match("|".join(map(re.escape, outer)), name):
+        return outer[match[0]] + name[match.end():]
+    if match := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.", name):
+        prefix = f"middle_block.{1 if match[1] == 'attentions' else 2 * int(match[2])}."
+    else:
+        match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(conv\.)?", name)
+        side, level, kind, i = match[1], int(match[2]), match[3], int(match[4])
+        index = 3 * level + (i + 1 if side == "down" else i)
+        prefix = {"resnets": f"{'in' if side == 'down' else 'out'}put_blocks.{index}.0.",
+                  "attentions": f"{'in' if side == 'down' else 'out'}put_blocks.{index}.1.",
+                  "downsamplers": f"input_blocks.{3 * level + 3}.0.op.",
+                  "upsamplers": f"output_blocks.{3 * level + 2}.{2 if level else 1}.conv."}[kind]
+    return prefix + re.sub(r"^\w+", lambda m: resnet.get(m[0], m[0]), name[match.end():])
+
+
+def compvis_vae_name(name):
+    for new, old in [(r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"), (r"\.resnets\.(\d)", r".block.\1"),
+                     (r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{LEVELS - 1 - int(m[1])}"),
+                     (r"(down|up)samplers\.0", r"\1sample"), (r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+                     (r"mid_block\.attentions\.0", "mid.attn_1"), (r"attn_1\.group_norm", "attn_1.norm"),
+                     (r"attn_1\.to_out\.0", "attn_1.proj_out"), (r"attn_1\.to_", "attn_1."),
+                     ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
+        name = re.sub(new, old, name)
+    return name
+
+
+@pytest.fixture(scope="session", params=["numpy", "torch"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(folder, backend):
+    """The small model as tiny_sd loads it from the folder."""
+    return tiny_sd.load(folder, backend)
+
+
+# ── The largest differences, printed under the results ─────────────────────────────────────────────────────────────
+
+LARGEST = {}
+
+
+def record(part, difference):
+    LARGEST[part] = max(float(difference), LARGEST.get(part, 0))
+
+
+def same(part, ours, reference, tolerance):
+    """Fails if ours is farther from the reference than tolerance times the reference's largest value."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    assert np.isfinite(reference).all() and np.ptp(reference) > 0, "a constant reference tests nothing"
+    difference = np.abs(ours - reference).max() / np.abs(reference).max()
+    record(part, difference)
+    assert difference <= tolerance, f"{part}: {difference:.1e} from the reference, of its largest value"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if LARGEST:
+        terminalreporter.section("largest differences from the reference")
+        for part, difference in LARGEST.items():
+            terminalreporter.write_line(f"{difference:8.2g}  {part}")

@@ -1,0 +1,48 @@
+"""What the tests share: random weights, and a whole Stable Diffusion so small that it draws a picture in milliseconds."""
+
+import json
+import math
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import tiny_sd as sd
+
+MERGES = [("r", "e"), ("re", "d</w>"), ("a", "p"), ("p", "l"), ("ap", "pl"), ("appl", "e</w>")]
+TOKENIZER = sd.Tokenizer(MERGES, length=12)
+CONFIG = {
+    "text_encoder": {"vocab_size": len(TOKENIZER.vocab), "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+                     "num_attention_heads": 3, "max_position_embeddings": 12, "hidden_act": "quick_gelu"},
+    "vae": {"block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 4, "in_channels": 3,
+            "out_channels": 3, "norm_num_groups": 2, "scaling_factor": 0.5},
+    "unet": {"block_out_channels": [8, 16], "layers_per_block": 1, "cross_attention_dim": 12, "attention_head_dim": 2,
+             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "sample_size": 8,
+             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "in_channels": 4, "out_channels": 4},
+    "scheduler": {"prediction_type": "epsilon"}}
+FILES = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+
+
+def random_arrays(shapes, seed=0):
+    """{name: float32 array} for {name: shape}: scales about 1, shifts about 0, matrices that keep the variance."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        z = rng.standard_normal(shape, np.float32)
+        return 0.2 * z + name.endswith("weight") if len(shape) == 1 else z / math.sqrt(math.prod(shape[1:]))
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+def write_model(folder):
+    """The random model as a diffusers folder."""
+    def write(name, text):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+    for part, stem in FILES.items():
+        write(f"{part}/config.json", json.dumps(CONFIG[part]))
+        save_file(random_arrays(sd.flatten(sd.SHAPES[part](CONFIG[part]))), folder / part / f"{stem}.safetensors")
+    write("scheduler/scheduler_config.json", json.dumps(CONFIG["scheduler"]))
+    write("tokenizer/tokenizer_config.json", json.dumps({"model_max_length": TOKENIZER.length}))
+    write("tokenizer/vocab.json", json.dumps(TOKENIZER.vocab))
+    write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *map(" ".join, MERGES)]))
+    return folder

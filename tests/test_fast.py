@@ -1,0 +1,115 @@
+"""Each fast form of §10 against the formula that it replaces, on awkward sizes, values and types."""
+
+import numpy as np
+import pytest
+
+import tiny_sd
+from tiny_sd import conv2d, dot_product_attention, gelu, group_norm, layer_norm, linear, silu
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def assert_same(operation, *args, tolerance=2e-5, **kwargs):
+    """The two forms differ by at most `tolerance` of the result's own size."""
+    fast, formula = operation(*args, **kwargs), operation.formula(*args, **kwargs)
+    assert operation.on_numpy is not operation.formula and fast.dtype == formula.dtype and fast.shape == formula.shape
+    assert np.abs(fast - formula).max() <= tolerance * np.abs(formula).max()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (32, 32), (33, 35), (64, 70), (1, 1100)])
+@pytest.mark.parametrize("i, o", [(32, 48), (4, 40), (40, 3), (3, 3)])
+def test_conv2d(height, width, i, o):
+    x, weight = normal(2, height, width, i), normal(o, 3, 3, i, seed=1)
+    assert_same(conv2d, x, weight, normal(o, seed=2))
+    assert_same(conv2d, x, weight)
+    assert_same(conv2d, x, weight.astype(np.float16), normal(o, seed=2), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("size, stride, padding", [(3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2)), (3, 1, (0, 2))])
+def test_other_convolutions(size, stride, padding):
+    assert_same(conv2d, normal(3, 19, 10, 36), normal(50, size, size, 36, seed=1), normal(50), stride, padding)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_winograd_loses_little(m):
+    """Both tile sizes against float64, relative to the result's deviation."""
+    x, weight = normal(1, 40, 40, 64), normal(64, 3, 3, 64, seed=1)
+    exact = conv2d.formula(x.astype(np.float64), weight.astype(np.float64))
+    error = np.abs(tiny_sd.winograd(x, weight, None, m) - exact).max() / exact.std()
+    assert error < {2: 1e-5, 4: 5e-5}[m]
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_toom_cook_is_exact(m):
+    A, G, B = tiny_sd.toom_cook(m)
+    d, g = np.arange(m + 2.0) ** 2, np.array([3.0, -1.0, 2.0])
+    assert np.allclose(A.T @ ((G @ g) * (B.T @ d)), np.correlate(d, g), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0, 0.1, 1, 8, 60])
+@pytest.mark.parametrize("queries, keys, d", [(1, 1, 8), (77, 77, 40), (1025, 257, 40), (300, 513, 161), (5, 1100, 64)])
+def test_attention(scale, queries, keys, d):
+    """Large scores take the guarded branch, where rows are nearly one-hot."""
+    q, k, v = scale * normal(2, 3, queries, d), scale * normal(2, 3, keys, d, seed=1), normal(2, 3, keys, d, seed=2)
+    assert_same(dot_product_attention, q, k, v, tolerance=5e-5 * max(1, scale ** 2 / 20))
+
+
+def test_attention_takes_both_branches(monkeypatch):
+    """And shifts of all keys, which softmax cannot see, do not matter to the bound."""
+    taken = []
+    for name in ("plain_powers", "guarded_powers"):
+        form = getattr(tiny_sd, name)
+        monkeypatch.setattr(tiny_sd, name, lambda *a, form=form, name=name: taken.append(name) or form(*a))
+    q, k, v = normal(1, 1, 9, 8), normal(1, 1, 9, 8, seed=1), normal(1, 1, 9, 8, seed=2)
+    calm, shifted = dot_product_attention(q, k, v), dot_product_attention(q, k + 1000, v)
+    assert set(taken) == {"plain_powers"} and np.abs(calm - shifted).max() < 1e-3
+    dot_product_attention(30 * q, 30 * k, v)
+    assert set(taken) == {"plain_powers", "guarded_powers"}
+
+
+def test_causal_attention_of_a_text():
+    assert_same(dot_product_attention, normal(2, 3, 77, 8), normal(2, 3, 77, 8, seed=1), normal(2, 3, 77, 8), causal=True)
+
+
+@pytest.mark.parametrize("shape, groups", [((1, 1, 1, 32), 32), ((3, 7, 5, 96), 32), ((2, 300, 11, 64), 8)])
+def test_group_norm(shape, groups):
+    x = 3 * normal(*shape) + 5
+    assert_same(group_norm, x, groups, 1e-5, normal(shape[-1], seed=1), normal(shape[-1], seed=2), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 700), (2, 400, 9, 33)])
+def test_row_by_row(shape):
+    x = 4 * normal(*shape)
+    assert_same(silu, x)
+    assert_same(gelu, x)
+    assert_same(layer_norm, x, normal(shape[-1], seed=1), normal(shape[-1], seed=2))
+
+
+@pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1)])
+def test_linear(rows, i, o):
+    assert_same(linear, normal(*rows, i), normal(o, i, seed=1), normal(o, seed=2))
+    assert_same(linear, normal(*rows, i), normal(o, 1, 1, i, seed=1))
+
+
+def test_a_prepared_weight_dies_with_its_weight():
+    kept = {"count": 0}
+
+    @tiny_sd.once
+    def prepare(weight):
+        kept["count"] += 1
+        return weight * 2
+    weight = np.ones(3)
+    assert prepare(weight) is prepare(weight) and kept["count"] == 1
+    known = prepare.__closure__[[cell for cell in prepare.__code__.co_freevars].index("known")].cell_contents
+    del weight
+    assert not known
+
+
+def test_parallel_keeps_order_nests_and_raises():
+    assert tiny_sd.parallel(lambda i: sum(tiny_sd.parallel(lambda j: i * j, range(5))), range(20)) == [10 * i for i in range(20)]
+    assert tiny_sd.parallel(abs, []) == []
+    with pytest.raises(ZeroDivisionError):
+        tiny_sd.parallel(lambda i: 1 / (i - 3), range(8))
+    assert tiny_sd.parallel(abs, [-1]) == [1]

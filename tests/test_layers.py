@@ -1,0 +1,345 @@
+"""Every primitive against torch's, every layer against the module of diffusers or transformers with the same weights.
+
+The references compute in float64; ours in float32, by the formula, by what NumPy has in its place, and on torch tensors.
+No picture is square, and no batch is of one.
+"""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets import unet_2d_blocks as blocks
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from helpers import random_arrays, sd
+
+partial = functools.partial
+
+
+@pytest.fixture
+def formulas(monkeypatch):
+    """Every primitive by its formula, even where NumPy has something faster in its place."""
+    for primitive in vars(sd).values():
+        if hasattr(primitive, "on_numpy"):
+            monkeypatch.setattr(primitive, "on_numpy", primitive.formula)
+
+
+@pytest.fixture(params=["formula", "numpy", "torch"])
+def place(request):
+    """place(array): a copy for one of the ways to compute."""
+    if request.param == "formula":
+        request.getfixturevalue("formulas")
+    return torch.tensor if request.param == "torch" else np.array
+
+
+def each(f, tree):
+    """f of every array in nested mappings, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: each(f, value) for key, value in tree.items()}
+    return type(tree)(each(f, value) for value in tree) if isinstance(tree, (list, tuple)) else f(tree)
+
+
+def leaves(tree):
+    found = []
+    each(found.append, tree)
+    return [leaf for leaf in found if leaf is not None]
+
+
+def channels_first(operation):
+    """A function of torch's on pictures (and convolutions) whose channels lie last."""
+    def move(*axes):
+        return lambda a: a.permute(axes) if a.ndim == 4 else a
+    return lambda *xs: each(move(0, 2, 3, 1), operation(*each(move(0, 3, 1, 2), xs)))
+
+
+def in_float64(a):
+    return torch.tensor(a, dtype=torch.float64 if a.dtype == np.float32 else None)
+
+
+def assert_close(ours, theirs, rtol=1e-5):
+    """No error larger than rtol of the largest number; and the same shape, in float32."""
+    for y, reference in zip(leaves(ours), leaves(theirs), strict=True):
+        assert y.shape == reference.shape and str(y.dtype).endswith("float32")
+        np.testing.assert_allclose(y, reference, rtol=0, atol=rtol * max(abs(reference).max(), 1e-30))
+
+
+def assert_unchanged(now, before):
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(now), leaves(before), strict=True))
+
+
+# ── Primitives ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def conv(stride=1, padding=(1, 1)):
+    return (partial(sd.conv2d, stride=stride, padding=padding),
+            channels_first(lambda x, *p: F.conv2d(F.pad(x, padding * 2), *p, stride=stride)))
+
+
+def norm(groups, eps):
+    return (lambda x, *p: sd.group_norm(x, groups, eps, *p),
+            channels_first(lambda x, *p: F.group_norm(x, groups, *p, eps)))
+
+
+def enlarge(*size):
+    return lambda x: sd.nearest(x, *size), channels_first(lambda x: F.interpolate(x, size))
+
+
+PICTURE, KERNEL = (3, 7, 5, 4), (6, 3, 3, 4)
+PRIMITIVES = {  # ours, the reference, and the shapes of the arrays that both are given
+    "linear": (sd.linear, F.linear, (3, 5, 7), (11, 7), (11,)),
+    "linear, no bias": (sd.linear, F.linear, (3, 5, 7), (11, 7)),
+    "linear, a 1x1 convolution": (sd.linear, channels_first(F.conv2d), PICTURE, (6, 1, 1, 4), (6,)),
+    "conv2d": (*conv(), PICTURE, KERNEL, (6,)),
+    "conv2d, no bias": (*conv(), PICTURE, KERNEL),
+    "conv2d, one row": (*conv(), (2, 1, 9, 4), KERNEL, (6,)),
+    "conv2d, 1x1": (*conv(padding=(0, 0)), PICTURE, (6, 1, 1, 4), (6,)),
+    "conv2d, 5x3": (*conv(padding=(0, 0)), PICTURE, (2, 5, 3, 4), (2,)),
+    "conv2d, stride 2, odd": (*conv(2), PICTURE, KERNEL, (6,)),
+    "conv2d, stride 2, even": (*conv(2), (2, 6, 10, 4), KERNEL, (6,)),
+    "conv2d, one-sided, odd": (*conv(2, (0, 1)), PICTURE, KERNEL, (6,)),
+    "conv2d, one-sided, even": (*conv(2, (0, 1)), (2, 6, 10, 4), KERNEL, (6,)),
+    "group_norm, 1": (*norm(1, 1e-5), PICTURE, (4,), (4,)),
+    "group_norm, 2": (*norm(2, 1e-2), PICTURE, (4,), (4,)),
+    "group_norm, 4": (*norm(4, 1e-6), PICTURE, (4,), (4,)),
+    "layer_norm": (sd.layer_norm, lambda x, *p: F.layer_norm(x, (7,), *p), (3, 5, 7), (7,), (7,)),
+    "layer_norm, eps": (
+        partial(sd.layer_norm, eps=0.1), lambda x, *p: F.layer_norm(x, (7,), *p, 0.1), (3, 5, 7), (7,), (7,)),
+    "sigmoid": (sd.sigmoid, torch.sigmoid, PICTURE),
+    "silu": (sd.silu, F.silu, PICTURE),
+    "gelu": (sd.gelu, F.gelu, PICTURE),
+    "quick_gelu": (sd.quick_gelu, lambda x: x / (1 + torch.exp(-1.702 * x)), PICTURE),
+    "softmax": (sd.softmax, partial(F.softmax, dim=-1), (3, 2, 5, 7)),
+    "attention": (sd.dot_product_attention, F.scaled_dot_product_attention, (3, 2, 5, 4), (3, 2, 9, 4), (3, 2, 9, 4)),
+    "attention, causal": (partial(sd.dot_product_attention, causal=True),
+                          partial(F.scaled_dot_product_attention, is_causal=True), *[(3, 2, 7, 4)] * 3),
+    "nearest, even": (*enlarge(14, 10), PICTURE),
+    "nearest, odd": (*enlarge(13, 9), PICTURE),
+    "nearest, odd height": (*enlarge(13, 10), PICTURE),
+    "nearest, one pixel": (*enlarge(1, 2), (2, 1, 1, 4)),
+    "concat": (sd.concat, lambda *xs: torch.cat(xs, -1), PICTURE, (3, 7, 5, 2)),
+    "cos_sin": (sd.cos_sin, lambda x: torch.cat([x.cos(), x.sin()], -1), (3, 7)),
+}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_primitive(name, place):
+    ours, theirs, *shapes = PRIMITIVES[name]
+    arrays = [np.random.default_rng(i).standard_normal(shape, np.float32) for i, shape in enumerate(shapes)]
+    inputs = each(place, arrays)
+    assert_close(ours(*inputs), theirs(*each(in_float64, arrays)))
+    assert_unchanged(inputs, arrays)
+
+
+def test_conv2d_is_a_sum_over_places(place):
+    """In plain loops, without any library's convolution."""
+    x, weight, bias = random_arrays({"x": (2, 7, 5, 4), "w": (6, 3, 3, 4), "bias": (6,)}).values()
+    padded, y = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]), np.zeros((2, 4, 3, 6)) + bias
+    for i, j, u, v in np.ndindex(4, 3, 3, 3):
+        y[:, i, j] += padded[:, 2 * i + u, 2 * j + v] @ weight[:, u, v].T
+    assert_close(sd.conv2d(*each(place, [x, weight, bias]), stride=2), y)
+
+
+def test_gelu_is_exact(place):
+    """To 1e-6 of its definition by erf; the form with tanh is 4.7e-4 off."""
+    x = np.linspace(-6, 6, 2001, dtype=np.float32)
+    exact = [t * (1 + math.erf(t / math.sqrt(2))) / 2 for t in x.tolist()]
+    np.testing.assert_allclose(sd.gelu(place(x)), exact, rtol=0, atol=1e-6)
+
+
+LIMITS = {  # the operation, the numbers, and what they become
+    "sigmoid": (sd.sigmoid, [-1e4, -100, 0, 100, 1e4], [0, 0, 0.5, 1, 1]),
+    "silu": (sd.silu, [-1e4, -200, 0, 200, 1e4], [0, 0, 0, 200, 1e4]),
+    "gelu": (sd.gelu, [-1e4, -200, 0, 200, 1e4], [0, 0, 0, 200, 1e4]),
+    "quick_gelu": (sd.quick_gelu, [-1e4, -200, 0, 200, 1e4], [0, 0, 0, 200, 1e4]),
+    "softmax": (sd.softmax, [[1e4, 0, -1e4], [-1e4, -2e4, -1e4]], [[1, 0, 0], [0.5, 0, 0.5]]),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.filterwarnings("error")
+def test_large_numbers(name, place):
+    operation, x, limit = LIMITS[name]
+    np.testing.assert_allclose(operation(place(np.float32(x))), limit, atol=1e-30)
+
+
+@pytest.mark.filterwarnings("error")
+def test_attention_with_large_scores_copies_the_value_of_the_best_key(place):
+    order = [3, 1, 4, 0, 2]
+    q, v = 1e3 * np.eye(5, dtype=np.float32)[None, None], np.arange(15, dtype=np.float32).reshape(1, 1, 5, 3)
+    assert_close(sd.dot_product_attention(*each(place, [q, q[:, :, order], v[:, :, order]])), v)
+
+
+def test_a_word_sees_no_later_word(place):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, 7, 4), np.float32)
+    later = np.arange(7)[:, None] >= 4
+    before, after = (np.asarray(sd.dot_product_attention(*each(place, qkv), causal=True))
+                     for qkv in ([q, k, v], [q, k + later, v + later]))
+    assert_close(after[:, :, :4], before[:, :, :4])
+    assert (abs(after - before)[:, :, 4:] > 1e-3).all()
+
+
+def test_group_norm_far_from_zero():
+    """Where the mean is a thousand deviations, E[x²] - E[x]² would leave nothing right."""
+    x, weight, bias = random_arrays({"x": PICTURE, "weight": (4,), "bias": (4,)}).values()
+    arrays, (ours, theirs) = [500 + x, weight, bias], norm(2, 1e-5)
+    assert_close(ours(*arrays), theirs(*each(in_float64, arrays)), 2e-3)
+
+
+def test_time_encoding(place):
+    """Cosines first. At t = 999 a phase of float32 is itself uncertain by 3e-5."""
+    t = np.array([0, 1, 37.5, 999], np.float32)
+    ours = sd.time_encoding(place(t), 20)
+    assert_close(ours, get_timestep_embedding(torch.tensor(t), 20, flip_sin_to_cos=True, downscale_freq_shift=0), 1e-4)
+
+
+# ── Layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TIME, WORDS, PLACES = (3, 20), (3, 6, 10), (3, 35, 8)
+X, WIDE, LARGE = (3, 7, 5, 8), (3, 7, 5, 12), (3, 13, 9, 8)         # LARGE: what the way up must come back to
+TIMED = dict(temb_channels=20, resnet_eps=1e-5, resnet_groups=4)
+WORDED = dict(TIMED, num_attention_heads=2, cross_attention_dim=10)
+VAE = dict(block_out_channels=(4, 8, 12), layers_per_block=2, norm_num_groups=2)
+UNET = dict(block_out_channels=(8, 12, 16), layers_per_block=2, cross_attention_dim=10, attention_head_dim=(2, 3, 4),
+            norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+TEXT = dict(vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
+            max_position_embeddings=9)
+
+
+def same(ours, module, *inputs, call=lambda module, *inputs: module(*inputs)):
+    return ours, module, call, inputs
+
+
+LAYERS = {  # a layer of ours with its settings, the reference, and the inputs (or their shapes) in the order of both
+    "resnet": same(
+        partial(sd.resnet, groups=4, eps=1e-5),
+        ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=20, groups=4, eps=1e-5), X, TIME),
+    "resnet, as wide as before": same(
+        partial(sd.resnet, groups=4, eps=1e-5),
+        ResnetBlock2D(in_channels=8, temb_channels=20, groups=4, eps=1e-5), X, TIME),
+    "resnet, timeless": same(
+        partial(sd.resnet, temb=None, groups=2, eps=1e-6),
+        ResnetBlock2D(in_channels=8, out_channels=6, temb_channels=None, groups=2, eps=1e-6), X,
+        call=lambda block, x: block(x, None)),
+    "attention": same(partial(sd.attention, n_head=2), Attention(8, 10, heads=2, dim_head=4), PLACES, WORDS),
+    "self-attention": same(lambda x, **p: sd.attention(x, x, 4, **p), Attention(8, heads=4, dim_head=2), PLACES),
+    "vae_attention": same(
+        partial(sd.vae_attention, groups=4),
+        Attention(8, heads=1, dim_head=8, norm_num_groups=4, eps=1e-6, bias=True, residual_connection=True), X),
+    "vae_block, middle": same(
+        partial(sd.vae_block, groups=4), blocks.UNetMidBlock2D(8, None, resnet_groups=4, attention_head_dim=8), X),
+    "vae_block, down": same(
+        partial(sd.vae_block, groups=4),
+        blocks.DownEncoderBlock2D(8, 12, num_layers=2, resnet_groups=4, downsample_padding=0), X),
+    "vae_block, up": same(
+        partial(sd.vae_block, groups=4), blocks.UpDecoderBlock2D(8, 12, num_layers=2, resnet_groups=4), X),
+    "vae_half, encoder": same(
+        partial(sd.vae_half, groups=2), Encoder(3, 4, ("DownEncoderBlock2D",) * 3, **VAE), (2, 14, 11, 3)),
+    "vae_half, decoder": same(
+        partial(sd.vae_half, groups=2), Decoder(4, 3, ("UpDecoderBlock2D",) * 3, **VAE), (2, 5, 3, 4)),
+    "feed_forward": same(sd.feed_forward, FeedForward(8, activation_fn="geglu"), PLACES),
+    "transformer_block": same(
+        partial(sd.transformer_block, n_head=2), BasicTransformerBlock(8, 2, 4, cross_attention_dim=10), PLACES, WORDS,
+        call=lambda block, x, words: block(x, None, words)),
+    "transformer": same(
+        partial(sd.transformer, n_head=2, groups=4),
+        Transformer2DModel(2, 4, 8, norm_num_groups=4, cross_attention_dim=10), X, WORDS,
+        call=lambda block, *inputs: block(*inputs, return_dict=False)[0]),
+    "down_block": same(
+        partial(sd.down_block, n_head=2, groups=4),
+        blocks.CrossAttnDownBlock2D(8, 12, num_layers=2, **WORDED), X, TIME, WORDS),
+    "down_block, wordless": same(
+        partial(sd.down_block, context=None, n_head=2, groups=4),
+        blocks.DownBlock2D(8, 12, num_layers=2, add_downsample=False, **TIMED), X, TIME),
+    "down_block, middle": same(
+        lambda *inputs, **p: sd.down_block(*inputs, n_head=2, groups=4, **p)[0],
+        blocks.UNetMidBlock2DCrossAttn(8, **WORDED), X, TIME, WORDS),
+    "up_block": same(
+        partial(sd.up_block, n_head=2, groups=4),
+        blocks.CrossAttnUpBlock2D(8, 12, 8, num_layers=2, **WORDED), X, [LARGE, X, WIDE], TIME, WORDS,
+        call=lambda block, x, skips, *xs: block(x, skips, *xs, upsample_size=skips[0].shape[2:])),
+    "up_block, wordless": same(
+        partial(sd.up_block, context=None, n_head=2, groups=4),
+        blocks.UpBlock2D(8, 8, 12, num_layers=2, add_upsample=False, **TIMED), X, [X, WIDE], TIME),
+    "unet": same(
+        partial(sd.unet, n_head=(2, 3, 4), groups=4), UNet2DConditionModel(**UNET),
+        (3, 11, 6, 4), np.array([0, 37.5, 999], np.float32), WORDS, call=lambda unet, *inputs: unet(*inputs).sample),
+    "text_encoder": same(
+        partial(sd.text_encoder, n_head=3, activation=sd.quick_gelu), CLIPTextModel(CLIPTextConfig(**TEXT)),
+        np.random.default_rng(0).integers(50, size=(3, 7)), call=lambda clip, ids: clip(ids).last_hidden_state),
+}
+layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@functools.cache
+def setting(name):
+    """Random inputs and weights {name: array} of a layer. What a norm will see is so small that it shows whether its
+    epsilon is 1e-5 or 1e-6."""
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return x if isinstance(x, np.ndarray) else list(map(draw, x)) if isinstance(x, list) else (
+            0.1 * rng.standard_normal(x, np.float32))
+
+    _, module, _, inputs = LAYERS[name]
+    weights = random_arrays({key: tuple(p.shape) for key, p in module.named_parameters()})
+    return list(map(draw, inputs)), {key: w * np.float32(0.1 if w.ndim == 4 else 1) for key, w in weights.items()}
+
+
+def run(name, inputs, weights):
+    """Our layer, given its weights as a checkpoint holds them."""
+    last = {key: w.permute(0, 2, 3, 1) if torch.is_tensor(w) else w.transpose(0, 2, 3, 1)
+            for key, w in weights.items() if w.ndim == 4}
+    return LAYERS[name][0](*each(lambda x: x, inputs), **sd.nest(weights | last))
+
+
+@layer
+@torch.no_grad()
+def test_layer(name, place):
+    _, module, call, _ = LAYERS[name]
+    inputs, weights = given = each(place, setting(name))
+    module.double().load_state_dict(each(torch.tensor, setting(name)[1]), strict=False)
+    reference = channels_first(partial(call, module))(*each(in_float64, setting(name)[0]))
+    assert_close(run(name, inputs, weights), reference)
+    assert_unchanged(given, setting(name))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "unet"])   # which is made of the others
+def test_a_missing_or_unknown_weight_is_an_error_that_names_it(name):
+    inputs, weights = setting(name)
+    for key in weights:
+        owner, _, leaf = key.rpartition(".")
+        if "_embedding." not in key:                            # a table, not a layer
+            with pytest.raises(TypeError, match="surplus"):
+                run(name, inputs, weights | {f"{owner}.surplus": weights[key]})
+        if leaf == "weight":                                    # a bias may be absent, as attention's are
+            with pytest.raises((TypeError, KeyError), match=f"weight|{owner.rpartition('.')[2]}"):
+                run(name, inputs, {other: weights[other] for other in weights if other != key})
+
+
+@pytest.mark.parametrize("name", ["resnet", "attention", "transformer", "vae_block, down", "vae_half, decoder", "unet"])
+def test_autograd_is_the_slope_of_numpy(name, formulas):
+    """Through all inputs and weights at once, along a random direction, in float64."""
+    inputs, weights = setting(name)
+    point = [a.astype(np.float64) for a in [*inputs, *weights.values()]]
+    rng = np.random.default_rng(1)
+    direction = [rng.standard_normal(a.shape) for a in point]
+
+    def loss(point):
+        y = run(name, point[:len(inputs)], dict(zip(weights, point[len(inputs):])))
+        return (y * y).sum()
+
+    above, below = (loss([a + h * d for a, d in zip(point, direction)]) for h in (1e-6, -1e-6))
+    tensors = [torch.tensor(a, requires_grad=True) for a in point]
+    gradients = torch.autograd.grad(loss(tensors), tensors)
+    along = sum((g.numpy() * d).sum() for g, d in zip(gradients, direction))
+    assert along == pytest.approx((above - below) / 2e-6, rel=1e-5)

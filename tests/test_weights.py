@@ -1,0 +1,245 @@
+"""Every layout in which Stable Diffusion 1.x lies about gives the same weights, and a wrong file is refused by name."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import tiny_sd
+from conftest import compvis_name, write_tokenizer
+
+PARTS = ("text_encoder", "vae", "unet")
+
+
+def rewrite(path, change):
+    """Lets change() edit the arrays of a file; the old file, perhaps linked to by others, stays as it is."""
+    arrays = load_file(path)
+    path.unlink()
+    arrays = change(arrays) or arrays
+    save_file({name: array.contiguous() for name, array in arrays.items()}, path)
+
+
+def rename(*rules):
+    """A change of names, by regular expressions."""
+    def change(arrays):
+        renamed = {}
+        for name, array in arrays.items():
+            for old, new in rules:
+                name = re.sub(old, new, name)
+            renamed[name] = array
+        assert renamed.keys() != arrays.keys()
+        return renamed
+    return change
+
+
+def same_weights(ours, others, change=lambda array: array):
+    """Bit for bit, in whatever type and order of axes they are kept."""
+    for part in PARTS:
+        found, expected = (tiny_sd.flatten(getattr(model, part)) for model in (ours, others))
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            array = change(torch.from_numpy(np.array(array, np.float32))).numpy()
+            assert np.array_equal(np.asarray(found[name], np.float32).ravel(), array.ravel()), name
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return tiny_sd.load(folder)
+
+
+def weights_file(folder, part):
+    return next((folder / part).glob("*.safetensors"))
+
+
+# ── Layouts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_single_file_equals_folder(kind, dtype, single_file, plain):
+    """Bit for bit, after rounding to the file's type."""
+    same_weights(tiny_sd.load(single_file(kind)), plain, lambda array: array.to(dtype).float())
+
+
+def test_single_file_draws_the_folders_picture(single_file, folder, backend):
+    pictures = []
+    for path in (folder, single_file("F32")):
+        model = tiny_sd.load(path, backend)
+        *_, x = tiny_sd.generate(model, "a photo of a cat", "a dog", seeds=(3,), steps=3, width=72, height=64)
+        pictures.append(tiny_sd.decode(model, x))
+    assert np.array_equal(*pictures) and pictures[0].std() > 20
+
+
+def test_diffusers_reads_the_single_file(single_file, folder, reference):
+    """So its names are those of CompVis, as diffusers knows them."""
+    pipe = StableDiffusionPipeline.from_single_file(single_file("F32"), config=str(folder), local_files_only=True)
+    for part in PARTS:
+        theirs, ours = (getattr(p, part).state_dict() for p in (reference, pipe))
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_single_file_without_text_model(single_file, plain, tmp_path):
+    path = shutil.copy(single_file("F16"), tmp_path / "old.safetensors")
+    rewrite(path, rename((r"transformer\.text_model\.", "transformer.")))
+    same_weights(tiny_sd.load(path), plain, lambda array: array.half().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_folder(dtype, folder_with, plain):
+    """As diffusers' variant="fp16" names its files."""
+    folder = folder_with()
+    for part in PARTS:
+        path = weights_file(folder, part)
+        rewrite(path, lambda arrays: {name: array.to(dtype) for name, array in arrays.items()})
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    same_weights(tiny_sd.load(folder), plain, lambda array: array.to(dtype).float())
+
+
+def convolutions(arrays):
+    for name in arrays:
+        if "attentions.0" in name and arrays[name].ndim == 2:
+            arrays[name] = arrays[name][:, :, None, None]
+
+
+def positions(arrays):
+    arrays["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+
+
+OLD_VAE = rename((r"0\.to_q", "0.query"), (r"0\.to_k", "0.key"), (r"0\.to_v", "0.value"), (r"0\.to_out\.0", "0.proj_attn"))
+
+
+@pytest.mark.parametrize("part, changes", {
+    "text_model. before each name": ("text_encoder", [rename((r"^(text_model\.)?", "text_model."))]),
+    "position_ids": ("text_encoder", [rename((r"^(text_model\.)?", "text_model.")), positions]),
+    "VAE with query, key, value, proj_attn": ("vae", [OLD_VAE]),
+    "VAE whose attention is 1x1 convolutions": ("vae", [convolutions]),
+    "both": ("vae", [OLD_VAE, convolutions]),
+    "U-Net whose 1x1 convolutions are linear": ("unet", [lambda arrays: {
+        name: array.flatten(1) if array.shape[2:] == (1, 1) else array for name, array in arrays.items()}])}.items(),
+    ids=lambda x: x if isinstance(x, str) else "")
+def test_older_folders(part, changes, folder_with, plain):
+    folder = folder_with()
+    for change in changes[1]:
+        rewrite(weights_file(folder, changes[0]), change)
+    same_weights(tiny_sd.load(folder), plain)
+
+
+def test_both_forms_of_tokenizer(folder_with):
+    """tokenizer.json as written today, vocab.json and merges.txt as written before."""
+    new, = folder_with(),
+    assert (new / "tokenizer/tokenizer.json").exists() and not (new / "tokenizer/merges.txt").exists()
+    one = tiny_sd.load(new).tokenizer
+    (new / "tokenizer/tokenizer.json").unlink()
+    write_tokenizer(new / "tokenizer")
+    other = tiny_sd.load(new).tokenizer
+    assert vars(one) == vars(other) == vars(tiny_sd.clip_tokenizer())
+
+
+# ── Errors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def spoil(arrays):
+    del arrays["conv_in.bias"]
+    arrays["conv_in.scale"] = torch.zeros(3)
+    arrays["conv_out.bias"] = torch.zeros(5)
+    arrays["down_blocks.0.resnets.0.conv1.weight"] = torch.zeros(32, 32, 1, 1)
+
+
+def test_wrong_weights_are_named(folder_with):
+    folder = folder_with()
+    rewrite(weights_file(folder, "unet"), spoil)
+    with pytest.raises(tiny_sd.UserError) as error:
+        tiny_sd.load(folder)
+    for line in ("unet", "conv_in.bias is missing", "conv_in.scale is unknown", "conv_out.bias has shape (5,) instead of (4,)",
+                 "down_blocks.0.resnets.0.conv1.weight has shape (32, 32, 1, 1) instead of (32, 32, 3, 3)"):
+        assert line in str(error.value)
+
+
+def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch):
+    """Of a single file too, from which the sizes must be read off: one array of many is left out in turn."""
+    monkeypatch.setattr(tiny_sd, "clip_tokenizer", lambda: None)        # quicker, as is a small vocabulary
+    arrays = load_file(single_file("BF16"))
+    tokens = compvis_name("text_encoder", "embeddings.token_embedding.weight")
+    arrays[tokens] = arrays[tokens][:16].clone()
+    path = tmp_path / "missing.safetensors"
+    for part in PARTS:
+        names = list(tiny_sd.flatten(getattr(plain, part)))
+        sizes = [name for name in names if re.search(r"resnets\.0\.conv1|conv_in|embedding|fc1|quant|samplers|0\.attn2", name)]
+        for name in {*sizes, *names[::20]}:
+            old = compvis_name(part, name)
+            save_file({other: array for other, array in arrays.items() if other != old}, path)
+            with pytest.raises(tiny_sd.UserError) as error:
+                tiny_sd.load(path)
+            assert name in str(error.value) or old in str(error.value)
+
+
+def test_unknown_arrays_of_a_single_file_are_named(single_file, tmp_path):
+    path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
+    extra = ["lora_te.alpha", "first_stage_model.loss.logvar", "model.diffusion_model.label_emb.0.0.weight"]
+    rewrite(path, lambda arrays: arrays.update(dict.fromkeys(extra[:1], torch.zeros(1))))
+    with pytest.raises(tiny_sd.UserError, match=r"lora_te\.alpha is unknown"):
+        tiny_sd.load(path)
+    for name in extra[1:]:
+        path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
+        rewrite(path, lambda arrays: arrays.update({name: torch.zeros(1)}))
+        with pytest.raises(tiny_sd.UserError, match=re.escape(name.split("model.", 1)[1].split(".", 1)[1])):
+            tiny_sd.load(path)
+
+
+def test_training_state_is_ignored(single_file, plain, tmp_path):
+    """As in v1-5-pruned.safetensors: the moving averages and the schedule, of whatever type."""
+    path = shutil.copy(single_file("F32"), tmp_path / "pruned.safetensors")
+    rewrite(path, lambda arrays: arrays.update({
+        "model_ema.num_updates": torch.tensor(5, dtype=torch.int32), "model_ema.diffusion_modelconv_inbias": torch.zeros(4),
+        "alphas_cumprod_prev": torch.zeros(9), "sqrt_alphas_cumprod": torch.zeros(9), "posterior_variance": torch.zeros(9),
+        "log_one_minus_alphas_cumprod": torch.zeros(9), "logvar": torch.zeros(9)}))
+    same_weights(tiny_sd.load(path), plain)
+
+
+@pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt", "sd.pth", "pytorch_model.bin"])
+def test_pickles_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(tiny_sd.UserError, match=re.escape(name) + ".* pickle.* " + name.split(".")[0] + r"\.safetensors"):
+        tiny_sd.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_files_are_refused(keep, single_file, folder_with, tmp_path):
+    data = single_file("BF16").read_bytes()[:keep]
+    (tmp_path / "cut.safetensors").write_bytes(data)
+    folder = folder_with()
+    weights_file(folder, "vae").unlink()
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(data)
+    for path in (tmp_path / "cut.safetensors", folder):
+        with pytest.raises(tiny_sd.UserError, match="safetensors"):
+            tiny_sd.load(path)
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+                                  "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+def test_missing_files_are_named(name, folder_with):
+    folder = folder_with()
+    (folder / name).unlink()
+    with pytest.raises(tiny_sd.UserError, match=name):
+        tiny_sd.load(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_configs_are_checked(part, folder_with):
+    """JSON that is none, and a config without one of the sizes: one line that names the file or the size, no traceback."""
+    folder = folder_with()
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text())
+    for text, expected in [("{", f"{part}/config.json"), *((json.dumps({k: v for k, v in config.items() if k != key}), key) for key in (
+            {"text_encoder": ["hidden_size"], "vae": ["latent_channels"], "unet": ["block_out_channels"]}[part]))]:
+        path.unlink()
+        path.write_text(text)
+        with pytest.raises(tiny_sd.UserError, match=expected):
+            tiny_sd.load(folder)
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(tiny_sd.UserError, match="nothing"):
+        tiny_sd.load(tmp_path / "nothing")
