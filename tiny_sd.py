@@ -60,7 +60,6 @@ def primitive(formula):
     operation.formula = operation.on_numpy = formula
     return operation
 
-
 @functools.cache
 def on_torch():
     """torch's kernels under the names of the primitives, and how arrays come to torch and back."""
@@ -94,13 +93,11 @@ def on_torch():
         array_like=lambda x, values: torch.as_tensor(values).to(x),
         to_numpy=lambda x: x.detach().float().cpu().numpy(), place=place)
 
-
 @primitive
 def linear(x, weight, bias=None):
     """x Wᵀ + b over the last axis; weight (out, in), or (out, 1, 1, in) of a 1x1 convolution, which is the same."""
     y = x @ weight.reshape(len(weight), -1).T
     return y if bias is None else y + bias
-
 
 @primitive
 def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
@@ -114,7 +111,6 @@ def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
     y = np.tensordot(patches, weight, [(3, 4, 5), (3, 1, 2)])
     return y if bias is None else y + bias
 
-
 @primitive
 def group_norm(x, groups, eps, weight, bias):
     """Each group of channels of each picture to mean 0 and variance 1, then scaled and shifted (Wu and He, 2018)."""
@@ -124,30 +120,25 @@ def group_norm(x, groups, eps, weight, bias):
     g /= np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + np.float32(eps))
     return g.reshape(x.shape) * weight + bias
 
-
 @primitive
 def layer_norm(x, weight, bias, eps=1e-5):
     """Each row to mean 0 and variance 1, then scaled and shifted (Ba, Kiros and Hinton, 2016)."""
     x = x - x.mean(axis=-1, keepdims=True)
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(eps)) * weight + bias
 
-
 @primitive
 def sigmoid(x):
     """1 / (1 + e⁻ˣ), in the form that cannot overflow."""
     return 0.5 + 0.5 * np.tanh(0.5 * x)
-
 
 @primitive
 def silu(x):
     """x σ(x)."""
     return x * sigmoid(x)
 
-
 def quick_gelu(x):
     """x σ(1.702 x), the approximation of GELU that CLIP was trained with."""
     return x * sigmoid(1.702 * x)
-
 
 @primitive
 def gelu(x):
@@ -157,13 +148,11 @@ def gelu(x):
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     return x * (0.5 + np.copysign(0.5 - 0.5 * poly * np.exp(-z * z), x))
 
-
 @primitive
 def softmax(x):
     """eˣ / Σ eˣ over the last axis; the row's maximum, subtracted first, cancels and keeps eˣ finite."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
-
 
 @primitive
 def dot_product_attention(q, k, v, causal=False):
@@ -173,36 +162,30 @@ def dot_product_attention(q, k, v, causal=False):
         scores = scores + np.triu(np.full(scores.shape[-2:], -np.inf, scores.dtype), 1)
     return softmax(scores) @ v
 
-
 @primitive
 def nearest(x, height, width):
     """The picture at twice its size by repeating each pixel, cut to (height, width)."""
     return x[:, np.arange(height) // 2][:, :, np.arange(width) // 2]
-
 
 @primitive
 def concat(*xs):
     """Side by side along the channels."""
     return np.concatenate(xs, axis=-1)
 
-
 @primitive
 def cos_sin(x):
     """[cos x, sin x] along the last axis."""
     return np.concatenate([np.cos(x), np.sin(x)], axis=-1)
-
 
 @primitive
 def by_row(x, work):
     """work(rows of x) for all rows, the NumPy results one after the other; torch takes all rows at once."""
     return np.concatenate([work(x[i:i + 1]) for i in range(len(x))])
 
-
 @primitive
 def array_like(x, values):
     """values as an array of x's library, type and device."""
     return np.asarray(values, x.dtype)
-
 
 @primitive
 def to_numpy(x):
@@ -217,7 +200,6 @@ def byte_symbols():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
     return dict(zip(printable + hidden, map(chr, printable + [256 + i for i in range(len(hidden))])))
-
 
 class Tokenizer:
     """Byte-level byte pair encoding, as CLIP's: words to bytes, bytes to symbols, symbols merged by rank.
@@ -245,7 +227,7 @@ class Tokenizer:
 
     def merge(self, word):
         """The word's symbols, after merging the pair of lowest rank again and again until none is known."""
-        *head, tail = (self.bytes[b] for b in word.encode())
+        *head, tail = (self.bytes[b] for b in word.encode(errors="replace"))
         symbols = [*head, tail + "</w>"]
         while len(symbols) > 1:
             pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, math.inf))
@@ -286,11 +268,9 @@ def split_heads(x, n_head):
     B, T, C = x.shape
     return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
 
-
 def merge_heads(x):
     B, n_head, T, d = x.shape
     return x.swapaxes(1, 2).reshape(B, T, n_head * d)
-
 
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     h = layer_norm(x, **layer_norm1)
@@ -298,7 +278,6 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     x = x + linear(merge_heads(dot_product_attention(q, k, v, causal=True)), **self_attn["out_proj"])
     h = layer_norm(x, **layer_norm2)
     return x + linear(activation(linear(h, **mlp["fc1"])), **mlp["fc2"])
-
 
 def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm):
     """Token ids (batch, length) to the context (batch, length, width) that the U-Net attends to (Radford et al., 2021)."""
@@ -318,19 +297,16 @@ def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2, time_emb_proj=None,
     h = conv2d(silu(group_norm(h, groups, eps, **norm2)), **conv2)
     return h + (linear(x, **conv_shortcut) if conv_shortcut else x)
 
-
 def attention(x, context, n_head, to_q, to_k, to_v, to_out):
     """Each place of x asks, and the places of the context answer; self-attention when the context is x."""
     q, k, v = (split_heads(linear(s, **p), n_head) for s, p in ((x, to_q), (context, to_k), (context, to_v)))
     return linear(merge_heads(dot_product_attention(q, k, v)), **to_out[0])
-
 
 def vae_attention(x, groups, **weights):
     B, H, W, C = x.shape
     norm = weights.pop("group_norm")
     h = group_norm(x, groups, 1e-6, **norm).reshape(B, H * W, C)
     return x + attention(h, h, 1, **weights).reshape(B, H, W, C)
-
 
 def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=()):
     """ResBlocks, with attention between them in the middle of the network, then half or twice the size."""
@@ -344,7 +320,6 @@ def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=())
         x = conv2d(nearest(x, 2 * x.shape[1], 2 * x.shape[2]), **up["conv"])
     return x
 
-
 def vae_half(x, groups, conv_in, mid_block, conv_norm_out, conv_out, down_blocks=(), up_blocks=()):
     """The encoder, which has down_blocks, or the decoder, which has up_blocks."""
     x = conv2d(x, **conv_in)
@@ -352,13 +327,11 @@ def vae_half(x, groups, conv_in, mid_block, conv_norm_out, conv_out, down_blocks
         x = vae_block(x, groups, **block)
     return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
 
-
 def vae_encode(image, vae, groups):
     """Picture (batch, 8h, 8w, 3) in [-1, 1] to the mean and log variance, each (batch, h, w, 4), of q(z | picture)."""
     moments = linear(vae_half(image, groups, **vae["encoder"]), **vae["quant_conv"])
     n = moments.shape[-1] // 2
     return moments[..., :n], moments[..., n:].clip(-30, 20)
-
 
 def vae_decode(z, vae, groups):
     """Latents (batch, h, w, 4), unscaled, to the picture (batch, 8h, 8w, 3), about in [-1, 1]."""
@@ -372,7 +345,6 @@ def time_encoding(t, dim):
     frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
     return cos_sin(t[:, None] * array_like(t, frequencies))
 
-
 def feed_forward(x, net):
     """GEGLU: half of a wide layer, gated by the GELU of the other half (Shazeer, 2020)."""
     wide, _, narrow = net
@@ -380,13 +352,11 @@ def feed_forward(x, net):
     n = h.shape[-1] // 2
     return linear(h[..., :n] * gelu(h[..., n:]), **narrow)
 
-
 def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff):
     h = layer_norm(x, **norm1)
     x = x + attention(h, h, n_head, **attn1)
     x = x + attention(layer_norm(x, **norm2), context, n_head, **attn2)
     return x + feed_forward(layer_norm(x, **norm3), **ff)
-
 
 def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, proj_out):
     """The picture's places as a sequence, attending to each other and to the words."""
@@ -395,7 +365,6 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
     for block in transformer_blocks:
         h = transformer_block(h, context, n_head, **block)
     return x + linear(h.reshape(B, H, W, C), **proj_out)
-
 
 def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
     """A level on the way down, or the middle: its picture, and all pictures on the way, for the way up."""
@@ -410,7 +379,6 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsam
         skips.append(x)
     return x, skips
 
-
 def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
     """A level on the way up, which takes beside its own picture one from the end of skips for each ResBlock."""
     for i, weights in enumerate(resnets):
@@ -420,7 +388,6 @@ def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), up
     for up in upsamplers:
         x = conv2d(nearest(x, *skips[-1].shape[1:3]), **up["conv"])
     return x
-
 
 def unet(x, t, context, n_head, groups,
          time_embedding, conv_in, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out):
@@ -448,15 +415,11 @@ def alpha_bars(config):
     """ᾱ_t = Π (1 - β_s): the share of the picture's variance still in x_t, for t = 0 .. T - 1 (Ho et al., 2020)."""
     T, first, last = (config.get(k, v) for k, v in
                       (("num_train_timesteps", 1000), ("beta_start", 0.00085), ("beta_end", 0.012)))
-    if config.get("beta_schedule", "scaled_linear") != "scaled_linear":
-        raise UserError(f"the noise schedule {config['beta_schedule']!r} is not one that Stable Diffusion uses")
     return np.cumprod(1 - np.linspace(first ** 0.5, last ** 0.5, T) ** 2)
-
 
 def add_noise(x_0, a, noise):
     """q(x_t | x_0) in closed form: x_t = √ᾱ x_0 + √(1 - ᾱ) ε."""
     return math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
-
 
 def split_prediction(kind, output, x_t, a):
     """The model's output as (x̂_0, ε̂), the two parts of x_t = √ᾱ x̂_0 + √(1 - ᾱ) ε̂ (Salimans and Ho, 2022, for v)."""
@@ -465,15 +428,11 @@ def split_prediction(kind, output, x_t, a):
         return (x_t - sigma * output) / signal, output
     if kind == "v_prediction":
         return signal * x_t - sigma * output, signal * output + sigma * x_t
-    if kind == "sample":
-        return output, (x_t - signal * output) / sigma
-    raise UserError(f"the prediction type {kind!r} is not epsilon, v_prediction or sample")
-
+    return output, (x_t - signal * output) / sigma      # "sample"
 
 def guide(uncond, cond, scale):
     """Classifier-free guidance: away from what any prompt would give, towards this one (Ho and Salimans, 2022)."""
     return uncond + scale * (cond - uncond)
-
 
 # A sampler goes from noise to picture. It is given denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), the first x_t, the steps as
 # triples (t, ᾱ_t, ᾱ of the next step), and noise() for a fresh ε; it yields each x_t that it reaches.
@@ -488,14 +447,12 @@ def ddpm(denoise, x, steps, noise):
         x = mean + math.sqrt(beta * (1 - a_next) / (1 - a)) * noise()
         yield x
 
-
 def ddim(denoise, x, steps, noise):
     """The same marginals without fresh noise: x̂_0 and ε̂ mixed anew for the next level (Song et al., 2021, eq. 12)."""
     for t, a, a_next in steps:
         x_0, eps = denoise(x, t, a)
         x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * eps
         yield x
-
 
 def euler(denoise, x, steps, noise, ancestral=False):
     """Euler's method on dx/dσ = ε̂ for x = x_t / √ᾱ and σ = √(1 / ᾱ - 1) (Karras et al., 2022). Ancestral,
@@ -510,7 +467,6 @@ def euler(denoise, x, steps, noise, ancestral=False):
             x = x + up * noise()
         x = x * math.sqrt(a_next)
         yield x
-
 
 def dpm_pp_2m(denoise, x, steps, noise):
     """DPM-Solver++ (2M): exact in the linear part, x̂_0 extrapolated from two steps in λ = log(signal / noise)
@@ -530,21 +486,21 @@ def dpm_pp_2m(denoise, x, steps, noise):
         before = x_0, lam
         yield x
 
-
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": functools.partial(euler, ancestral=True),
             "dpm++2m": dpm_pp_2m}
-
 
 def sampling_steps(sampler, n, config, karras=False):
     """The n steps (t, ᾱ_t, ᾱ_next) that a sampler takes, from most noise to none; spacing as the scheduler's config says."""
     a = alpha_bars(config)
     T, spacing, offset = len(a), config.get("timestep_spacing", "leading"), config.get("steps_offset", 1)
     if spacing == "trailing":
-        t = np.arange(T, 0, -T / n).round() - 1
+        t = (T - np.arange(n) * T / n).round() - 1
     else:   # DPM++ cuts the range in n + 1 parts and leaves out the last
         m = n + (sampler == "dpm++2m")
         t = np.arange(m) * (T // m) + offset if spacing == "leading" else np.linspace(0, T - 1, m)
         t = t[::-1][:n]
+    if n > T or t[0] > T - 1:
+        raise UserError(f"{n} steps are more than this sampler can take")
     if sampler in ("ddpm", "ddim", "dpm++2m"):
         t = t.round()
     sigma = np.interp(t, np.arange(T), np.sqrt(1 / a - 1))
@@ -554,7 +510,6 @@ def sampling_steps(sampler, n, config, karras=False):
     last = a[0] if sampler == "ddim" and not config.get("set_alpha_to_one", False) else 1.0
     return list(zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), float(last)]))
 
-
 def karras_levels(sampler, sigma, all_sigma):
     """Noise levels evenly spaced in σ^(1/7) (Karras et al., 2022, eq. 5), and the times t at which a model meets them."""
     high, low = (all_sigma[-1], all_sigma[0]) if sampler == "dpm++2m" else (sigma[0], sigma[-1])
@@ -562,7 +517,6 @@ def karras_levels(sampler, sigma, all_sigma):
     sigma = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     t = np.interp(np.log(sigma), np.log(all_sigma), np.arange(len(all_sigma)))
     return sigma, t.round() if sampler == "dpm++2m" else t
-
 
 class Noise:
     """The stream of torch.randn on a CPU generator with this seed, so that a seed means the same picture everywhere.
@@ -586,7 +540,6 @@ class Noise:
         """Standard normal numbers (height, width, channels), drawn in torch's order, channels first."""
         return self.normal(channels * height * width).reshape(channels, height, width).transpose(1, 2, 0)
 
-
 def box_muller(u):
     """Uniform numbers (16 n,) to standard normal ones."""
     u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
@@ -603,17 +556,14 @@ def bare_shapes(i, o): return {"weight": (o, i)}
 def linear_shapes(i, o): return {"weight": (o, i), "bias": (o,)}
 def conv_shapes(i, o, size=3): return {"weight": (o, i, size, size), "bias": (o,)}
 
-
 def resnet_shapes(i, o, temb=None):
     return {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o), "norm2": norm_shapes(o), "conv2": conv_shapes(o, o),
             **({"time_emb_proj": linear_shapes(temb, o)} if temb else {}),
             **({"conv_shortcut": conv_shapes(i, o, 1)} if i != o else {})}
 
-
 def attention_shapes(width, context, project=bare_shapes):
     return {"to_q": project(width, width), "to_k": project(context, width), "to_v": project(context, width),
             "to_out": [linear_shapes(width, width)]}
-
 
 def transformer_shapes(width, context):
     block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
@@ -621,7 +571,6 @@ def transformer_shapes(width, context):
              "ff": {"net": [{"proj": linear_shapes(width, 8 * width)}, None, linear_shapes(4 * width, width)]}}
     return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1), "transformer_blocks": [block],
             "proj_out": conv_shapes(width, width, 1)}
-
 
 def text_shapes(config):
     width, wide = config["hidden_size"], config["intermediate_size"]
@@ -631,7 +580,6 @@ def text_shapes(config):
     return {"embeddings": {"token_embedding": bare_shapes(width, config["vocab_size"]),
                            "position_embedding": bare_shapes(width, config["max_position_embeddings"])},
             "encoder": {"layers": [layer] * config["num_hidden_layers"]}, "final_layer_norm": norm_shapes(width)}
-
 
 def vae_shapes(config):
     widths, n, z = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
@@ -649,7 +597,6 @@ def vae_shapes(config):
     return {"encoder": half(config["in_channels"], 2 * z, widths, n, "down_blocks", "downsamplers"),
             "quant_conv": conv_shapes(2 * z, 2 * z, 1), "post_quant_conv": conv_shapes(z, z, 1),
             "decoder": half(z, config["out_channels"], widths[::-1], n + 1, "up_blocks", "upsamplers")}
-
 
 def unet_shapes(config):
     widths, n, context = config["block_out_channels"], config["layers_per_block"], config["cross_attention_dim"]
@@ -675,9 +622,8 @@ def unet_shapes(config):
             "mid_block": {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [transformer_shapes(top, context)]},
             "up_blocks": up, "conv_norm_out": norm_shapes(first), "conv_out": conv_shapes(first, config["out_channels"])}
 
-
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 SHAPES = {"text_encoder": text_shapes, "vae": vae_shapes, "unet": unet_shapes}
-
 
 def flatten(tree, prefix=""):
     """{"a": [{"b": leaf}]} as {"a.0.b": leaf}, the names of a checkpoint."""
@@ -688,7 +634,6 @@ def flatten(tree, prefix=""):
         elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat
-
 
 def nest(flat):
     """The inverse of flatten: numbered keys become lists, with None where a layer has no weights."""
@@ -705,7 +650,6 @@ def nest(flat):
         return [nest(tree.get(str(i))) for i in range(1 + max(map(int, tree)))]
     return {key: nest(value) for key, value in tree.items()}
 
-
 def read_safetensors(path):
     """{name: array} of a .safetensors file, memory-mapped; bfloat16, unknown to NumPy, is the upper half of a float32."""
     from safetensors import SafetensorError, safe_open
@@ -716,7 +660,7 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:start].tobytes())
-    types, arrays = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}, {}
+    types, arrays = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}, {}
     for name in header.keys() - {"__metadata__"}:
         kind, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
         if kind not in types:
@@ -724,7 +668,6 @@ def read_safetensors(path):
         array = data[start + begin:start + end].view(types[kind]).reshape(shape)
         arrays[name] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
     return arrays
-
 
 def fill(part, arrays, shapes, place):
     """The arrays as a nested mapping, each through place(); UserError names all that are missing, unknown or misshapen."""
@@ -740,7 +683,6 @@ def fill(part, arrays, shapes, place):
         raise UserError(f"the weights of the {part} do not fit its config: " + "; ".join(sorted(wrong)))
     return nest({name: place(array) for name, array in arrays.items()})
 
-
 def placer(backend, device, dtype):
     """place(array): an array of a file to where the model computes and in its type, convolutions as (out, kh, kw, in)."""
     def place(array):
@@ -749,7 +691,6 @@ def placer(backend, device, dtype):
             return array if array.ndim == 4 and array.shape[1] > 1 else np.ascontiguousarray(array, np.float32)
         return on_torch().place(np.array(array, order="C"), device, dtype)
     return place
-
 
 @dataclass
 class Model:
@@ -767,7 +708,6 @@ class Model:
         """How many pixels a latent stands for, in each direction."""
         return 2 ** (len(self.config["vae"]["block_out_channels"]) - 1)
 
-
 def load(path, backend="numpy", device="cpu", dtype="float32"):
     """The model in a diffusers folder, or in a single .safetensors file with CompVis' names.
 
@@ -778,20 +718,51 @@ def load(path, backend="numpy", device="cpu", dtype="float32"):
         raise UserError(f"{path.name} is a pickle, which can run any code: get {path.stem}.safetensors instead")
     if not path.exists():
         raise UserError(f"there is no model {path}")
-    config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
     types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}        # float16 overflows in the VAE
-    return Model(path.stem if path.is_file() else path.resolve().name, digest, config, tokenizer, **{
-        part: fill(part, arrays[part], SHAPES[part](config[part]), placer(backend, device, types[part])) for part in SHAPES})
+    try:
+        config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
+        networks = {part: fill(part, arrays[part], shapes(config[part]), placer(backend, device, types[part]))
+                    for part, shapes in SHAPES.items()}
+        check_config(tokenizer, **config)
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: its configs do not describe a Stable Diffusion: {error!r}") from None
+    return Model(path.stem if path.is_file() else path.resolve().name, digest, config, tokenizer, **networks)
 
+def check_config(tokenizer, text_encoder, vae, unet, scheduler):
+    """UserError where the configs ask for what this file does not compute, or contradict each other."""
+    def divides(widths, parts):
+        return all(width % n == 0 for width, n in zip(widths, parts))
+
+    for right, message in [
+            *((divides(part["block_out_channels"], [part.get("norm_num_groups", 32)] * 9),
+               f"the {name}'s channels do not divide into its norm_num_groups") for name, part in (("vae", vae), ("unet", unet))),
+            (divides(unet["block_out_channels"], heads_by_level(unet)), "the unet's channels do not divide into its heads"),
+            (divides([text_encoder["hidden_size"]], [text_encoder["num_attention_heads"]]),
+             "the text_encoder's hidden_size does not divide into its num_attention_heads"),
+            (text_encoder["hidden_act"] in ACTIVATIONS, f"the activation {text_encoder['hidden_act']!r} is unknown"),
+            (2 < tokenizer.length <= text_encoder["max_position_embeddings"],
+             f"the text_encoder has no places for the tokenizer's {tokenizer.length} tokens"),
+            (isinstance(unet["sample_size"], int), f"the sample_size {unet['sample_size']!r} is not a number"),
+            *((scheduler.get(key, known[0]) in known, f"the {key} {scheduler.get(key)!r} is unknown") for key, known in (
+                ("prediction_type", ("epsilon", "v_prediction", "sample")), ("beta_schedule", ("scaled_linear",)),
+                ("timestep_spacing", ("leading", "trailing", "linspace"))))]:
+        if not right:
+            raise UserError(f"the model cannot be used: {message}")
+
+def heads_by_level(unet):
+    """The U-Net's number of attention heads for each level, which its config calls attention_head_dim."""
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    return heads if isinstance(heads, list) else [heads] * len(unet["block_out_channels"])
 
 def read_folder(folder):
     """Config, tokenizer and arrays by part from a folder as diffusers writes it, and no digest."""
-    def read_json(name):
+    def read(name, parse):
         try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return parse((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder} is not a whole Stable Diffusion folder: {name}: {error}") from None
 
+    read_json = functools.partial(read, parse=lambda text: {**json.loads(text)})
     config, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
     for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
         config[part] = read_json(f"{part}/config.json")
@@ -804,8 +775,7 @@ def read_folder(folder):
 
     settings = read_json("tokenizer/tokenizer_config.json")
     if (folder / "tokenizer/merges.txt").exists():
-        vocab = read_json("tokenizer/vocab.json")
-        merges = (folder / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
+        vocab, merges = read_json("tokenizer/vocab.json"), read("tokenizer/merges.txt", str.splitlines)
     else:
         model = read_json("tokenizer/tokenizer.json")["model"]
         vocab, merges = model["vocab"], model["merges"]
@@ -815,12 +785,10 @@ def read_folder(folder):
                           settings.get("model_max_length", 77), pad if isinstance(pad, str) else pad["content"])
     return config, tokenizer, arrays, ""
 
-
 def clip_tokenizer():
     """CLIP's own, from OpenAI's table of merges, of which it uses the first 48,894."""
     with gzip.open(HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]])
-
 
 def rename(part, name, levels=4, n=3):
     """A name from any file as diffusers writes it today. levels: of the VAE; n: blocks a level of the U-Net's way up."""
@@ -849,7 +817,6 @@ def rename(part, name, levels=4, n=3):
         name = re.sub(old, new, name)
     return name
 
-
 def read_single_file(path):
     """Config, tokenizer, arrays by part and digest of a checkpoint in the original layout: names are translated, sizes
     are read off the arrays, and the rest is Stable Diffusion 1's."""
@@ -863,37 +830,42 @@ def read_single_file(path):
     if wrong:
         raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: " + "; ".join(wrong))
     levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
-    n = min((int(name.split(".")[1]) for name in old["unet"] if name.endswith(".0.op.weight")), default=3)
+    n = min((int(name.split(".")[1]) for name in old["unet"] if ".0.op." in name), default=3)
     arrays = {part: {rename(part, name, levels, n): array for name, array in old[part].items()} for part in old}
     with open(path, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
     try:
-        config = read_off(**{part: nest(arrays[part]) for part in arrays})
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: it lacks {error}") from None
+        config = read_off(**arrays)
+    except KeyError as error:
+        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: {error.args[0]} is missing") from None
     return config, clip_tokenizer(), arrays, digest
 
-
 def read_off(text_encoder, vae, unet):
-    """The configs of a Stable Diffusion 1.x from its nested arrays."""
-    tokens, places = (text_encoder["embeddings"][f"{kind}_embedding"]["weight"] for kind in ("token", "position"))
-    layers, encoder, down = text_encoder["encoder"]["layers"], vae["encoder"]["down_blocks"], unet["down_blocks"]
-    kinds = ["CrossAttn" if "attentions" in block else "" for block in down]
-    transformers = [block["attentions"][0]["transformer_blocks"][0] for block in down if "attentions" in block]
+    """The configs of a Stable Diffusion 1.x from its arrays; a KeyError names one that is missing."""
+    def count(arrays, numbered):
+        return len({match[1] for match in map(re.compile(numbered + r"\.(\d+)\.").match, arrays) if match})
+
+    def widths(arrays, side):
+        return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
+
+    tokens, places = (text_encoder[f"embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    down = widths(unet, "down_blocks")
+    kinds = ["CrossAttn" * any(name.startswith(f"down_blocks.{i}.attentions.") for name in unet) for i in range(len(down))]
     return {"text_encoder": {
                 "vocab_size": len(tokens), "hidden_size": tokens.shape[1], "max_position_embeddings": len(places),
-                "num_hidden_layers": len(layers), "num_attention_heads": max(1, tokens.shape[1] // 64),
-                "intermediate_size": len(layers[0]["mlp"]["fc1"]["weight"]), "hidden_act": "quick_gelu"},
+                "num_hidden_layers": count(text_encoder, "encoder.layers"), "hidden_act": "quick_gelu",
+                "num_attention_heads": max(1, tokens.shape[1] // 64),
+                "intermediate_size": len(text_encoder["encoder.layers.0.mlp.fc1.weight"])},
             "vae": {
-                "block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in encoder],
-                "layers_per_block": len(encoder[0]["resnets"]), "scaling_factor": 0.18215, "in_channels": 3,
-                "out_channels": 3, "latent_channels": len(vae["post_quant_conv"]["weight"])},
+                "block_out_channels": widths(vae, "encoder.down_blocks"), "scaling_factor": 0.18215,
+                "layers_per_block": count(vae, "encoder.down_blocks.0.resnets"), "in_channels": 3,
+                "out_channels": 3, "latent_channels": len(vae["post_quant_conv.weight"])},
             "unet": {
-                "block_out_channels": [len(block["resnets"][0]["conv1"]["weight"]) for block in down],
-                "layers_per_block": len(down[0]["resnets"]), "down_block_types": kinds, "up_block_types": kinds[::-1],
-                "cross_attention_dim": transformers[0]["attn2"]["to_k"]["weight"].shape[1], "attention_head_dim": 8,
-                "in_channels": unet["conv_in"]["weight"].shape[1], "out_channels": len(unet["conv_out"]["weight"]),
-                "sample_size": 64},
+                "block_out_channels": down, "layers_per_block": count(unet, "down_blocks.0.resnets"),
+                "down_block_types": kinds, "up_block_types": kinds[::-1], "attention_head_dim": 8, "sample_size": 64,
+                "cross_attention_dim":
+                    unet["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+                "in_channels": unet["conv_in.weight"].shape[1], "out_channels": len(unet["conv_out.weight"])},
             "scheduler": {"prediction_type": "epsilon"}}
 
 
@@ -907,9 +879,8 @@ def encode_prompts(model, texts):
         if cut:
             print(f"tiny_sd: the prompt is too long for the model, which does not see: {cut}", file=sys.stderr)
         rows.append(ids)
-    activation = {"quick_gelu": quick_gelu, "gelu": gelu}[config["hidden_act"]]
+    activation = ACTIVATIONS[config["hidden_act"]]
     return text_encoder(np.stack(rows), config["num_attention_heads"], activation, **model.text_encoder)
-
 
 def denoiser(model, context, guidance):
     """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), guided if context holds two rows (the negative prompt's, the prompt's) and not one.
@@ -917,9 +888,8 @@ def denoiser(model, context, guidance):
     x_t is a NumPy array (pictures, h, w, 4) whatever the library of the model: samplers need no other.
     """
     config = model.config["unet"]
-    heads = config.get("num_attention_heads") or config["attention_head_dim"]
-    heads = heads if isinstance(heads, list) else [heads] * len(config["block_out_channels"])
-    groups, kind = config.get("norm_num_groups", 32), model.config["scheduler"].get("prediction_type", "epsilon")
+    heads, groups = heads_by_level(config), config.get("norm_num_groups", 32)
+    kind = model.config["scheduler"].get("prediction_type", "epsilon")
 
     def denoise(x, t, a):
         def predict(rows):
@@ -934,10 +904,9 @@ def denoiser(model, context, guidance):
         return split_prediction(kind, output, x, a)
     return denoise
 
-
 def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sampler="dpm++2m", karras=False,
              width=None, height=None, init=None, strength=0.75):
-    """Yields the latents x_t (len(seeds), h, w, 4) after each step; the last are the pictures', for decode().
+    """A generator of the latents x_t (len(seeds), h, w, 4) after each step; the last are the pictures', for decode().
 
     init: a picture (height, width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise.
     A guidance of 1 or less means none: the prompt alone.
@@ -958,13 +927,11 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
         levels = levels[len(levels) - steps_left(steps, strength):]
         x_0 = encode(model, init, noise())
         x = add_noise(x_0, levels[0][1], noise())
-    yield from SAMPLERS[sampler](denoiser(model, context, guidance), x, levels, noise)
-
+    return SAMPLERS[sampler](denoiser(model, context, guidance), x, levels, noise)
 
 def steps_left(steps, strength):
     """How many of the steps image-to-image takes; rounded first, since 50 * 0.58 is 28.999999999999996."""
     return min(steps, int(round(steps * strength, 9)))
-
 
 def encode(model, picture, noise):
     """Scaled latents drawn from q(z | picture); picture (height, width, 3) uint8, noise (pictures, h, w, 4)."""
@@ -973,14 +940,13 @@ def encode(model, picture, noise):
     mean, logvar = map(to_numpy, vae_encode(pixels, model.vae, config.get("norm_num_groups", 32)))
     return (mean + np.exp(0.5 * logvar) * noise) * config.get("scaling_factor", 0.18215)
 
-
 def decode(model, x):
     """Latents (pictures, h, w, 4) to pictures (pictures, height, width, 3) of uint8; UserError if any is not finite."""
     config = model.config["vae"]
     z = array_like(model.vae["quant_conv"]["weight"], x / config.get("scaling_factor", 0.18215))
     pixels = np.concatenate([to_numpy(vae_decode(z[i:i + 1], model.vae, config.get("norm_num_groups", 32))) for i in range(len(z))])
     if not np.isfinite(pixels).all():
-        raise UserError("the picture is not finite (NaN): try --dtype float32")
+        raise UserError("the picture is not finite: the weights are not, or --dtype float32 is needed")
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -988,12 +954,14 @@ def decode(model, x):
 
 SAMPLER_TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++2m": "DPM++ 2M"}
 
-
 def read_picture(path, width, height):
     """A picture file as (height, width, 3) uint8: turned upright, transparency on white, resized and cut at the centre."""
     from PIL import Image, ImageOps
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode.startswith("I;16"):     # which Pillow would clip to white
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -1001,46 +969,43 @@ def read_picture(path, width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
-
 def save_picture(pixels, path, parameters):
     """Writes a PNG whole or not at all, under the first free name of out.png, out-1.png, ...; returns that name."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
     info = PngInfo()
     info.add_text("parameters", parameters)
-    number = 0
-    while True:
-        target = path.with_stem(path.stem + (f"-{number}" if number else ""))
-        try:
-            target.open("xb").close()       # takes the name, so that no other process can
-            break
-        except FileExistsError:
-            number += 1
-    unfinished = target.with_name(target.name + ".part")
+    unfinished = path.with_name(f".tiny_sd-{os.getpid()}.part")
     try:
         Image.fromarray(pixels).save(unfinished, "PNG", pnginfo=info)
-        os.replace(unfinished, target)
-    except BaseException:
+        for number in itertools.count():
+            target = path.with_stem(path.stem + f"-{number}" * (number > 0))
+            try:
+                target.open("xb").close()       # takes the name, so that no other process can
+                break
+            except FileExistsError:
+                pass
+        try:
+            os.replace(unfinished, target)
+        except BaseException:
+            target.unlink()
+            raise
+    finally:
         unfinished.unlink(missing_ok=True)
-        target.unlink()
-        raise
     return target
-
 
 def parameters_text(args, model, seed, width, height):
     """How the picture was made, in the form that other programs read from a PNG's `parameters`."""
     facts = {"Steps": args.steps, "Sampler": SAMPLER_TITLES[args.sampler] + (" Karras" if args.karras else ""),
              "CFG scale": args.cfg_scale, "Seed": seed, "Size": f"{width}x{height}", "Model hash": model.digest,
-             "Model": re.sub("[,:]", " ", model.name), "Denoising strength": args.strength if args.init_img else "",
+             "Model": re.sub("[,:]", " ", model.name), "Denoising strength": "" if args.init_img is None else args.strength,
              "RNG": "CPU", "Version": f"tiny_sd {__version__}"}
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
     return f"{args.prompt}\nNegative prompt: {args.negative_prompt}\n{line}"
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
-
 
 def parse_arguments(argv):
     parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False)
@@ -1066,7 +1031,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if (args.words is None) == (args.prompt is None):
         parser.error("give one prompt")
-    args.prompt = args.words if args.prompt is None else args.prompt
+    args.prompt, args.negative_prompt = (text.encode(errors="replace").decode() for text in (
+        args.words if args.prompt is None else args.prompt, args.negative_prompt))
     args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
     check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
               f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch"),
@@ -1075,30 +1041,30 @@ def parse_arguments(argv):
              (0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
              (1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000"),
              (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),
-             (not args.init_img or steps_left(args.steps, args.strength) > 0,
+             (args.init_img is None or not 0 < args.strength <= 1 or steps_left(args.steps, args.strength) > 0,
               f"--strength {args.strength} of {args.steps} steps leaves no step"),
              (not args.karras or args.sampler not in ("ddpm", "ddim"), f"--karras does not go with --sampler {args.sampler}"),
              (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
-             (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to")]
+             (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to"),
+             (os.access(args.output.parent, os.W_OK), f"the folder {args.output.parent} cannot be written to")]
     for right, message in check:
         if not right:
             raise UserError(message)
     return args
 
-
 def run(argv):
     args = parse_arguments(argv)
     from tqdm import tqdm
-    path = args.model if Path(args.model).exists() else HERE / "weights" / args.model
+    path = next((path for path in (Path(args.model), HERE / "weights" / args.model) if path.exists()), args.model)
     model = load(path, args.backend, args.device, args.dtype)
     default = model.config["unet"]["sample_size"] * model.factor
-    width, height = args.width or default, args.height or default
+    width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):
         if n % model.factor or not 2 * model.factor <= n <= 4096:
             raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
-    init = read_picture(args.init_img, width, height) if args.init_img else None
+    init = None if args.init_img is None else read_picture(args.init_img, width, height)
     seeds = [args.seed + k for k in range(args.batch_size)]
-    total = steps_left(args.steps, args.strength) if args.init_img else args.steps
+    total = args.steps if init is None else steps_left(args.steps, args.strength)
     for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler,
                            args.karras, width, height, init, args.strength), total=total, unit="step"):
         pass
@@ -1107,12 +1073,11 @@ def run(argv):
         path = args.output.with_stem(args.output.stem + number)
         print(save_picture(pixels, path, parameters_text(args, model, seed, width, height)))
 
-
 def main(argv=None):
     try:
         run(argv)
-    except (UserError, OSError) as error:
-        print(f"tiny_sd: {error}", file=sys.stderr)
+    except (UserError, OSError, ImportError, MemoryError) as error:
+        print("tiny_sd:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tiny_sd: interrupted", file=sys.stderr)
@@ -1127,7 +1092,6 @@ def main(argv=None):
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
-
 
 def parallel(work, items):
     """[work(item), ...], computed by the calling thread and by as many more as there are idle cores. Calls may nest: the
@@ -1152,15 +1116,13 @@ def parallel(work, items):
         helper.result()
     return results
 
-
 def blocks(length, size):
     """The slices 0:size, size:2 size, ... that cover `length`."""
     size = max(1, size)
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
-
 def once(prepare):
-    """Remembers prepare(weight, ...) for as long as the weight lives."""
+    """Remembers prepare(weight, ...) for as long as the weight lives: replace a weight, rather than change it in place."""
     known, lock = {}, threading.Lock()
 
     def prepared(weight, *args):
@@ -1172,14 +1134,12 @@ def once(prepare):
             return known[key]
     return prepared
 
-
 def faster(operation):
     """Gives an operation a second form, which runs in place of its formula on NumPy arrays."""
     def register(form):
         operation.on_numpy = form
         return form
     return register
-
 
 def rowwise(formula):
     """A formula that treats each row, a place or a token, alike, in blocks of rows that fit in the cache."""
@@ -1193,15 +1153,12 @@ def rowwise(formula):
         return out.reshape(x.shape)
     return blockwise
 
-
 for operation in (silu, gelu, layer_norm):
     operation.on_numpy = rowwise(operation.formula)
-
 
 @faster(by_row)
 def threaded_by_row(x, work):
     return np.concatenate(parallel(work, [x[i:i + 1] for i in range(len(x))]))
-
 
 @faster(linear)
 def blocked_linear(x, weight, bias=None):
@@ -1215,7 +1172,6 @@ def blocked_linear(x, weight, bias=None):
             out[where] += bias[where[1]]
     parallel(block, itertools.product(blocks(len(rows), 1024), blocks(len(weight), 640)))
     return out.reshape(*x.shape[:-1], -1)
-
 
 @faster(group_norm)
 def blocked_group_norm(x, groups, eps, weight, bias):
@@ -1239,7 +1195,6 @@ def blocked_group_norm(x, groups, eps, weight, bias):
     parallel(block, places)
     return out.reshape(x.shape)
 
-
 @faster(conv2d)
 def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
     out, kh, kw, c = weight.shape
@@ -1247,17 +1202,14 @@ def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
         return winograd(x, weight, bias, 4 if x.shape[1] * x.shape[2] >= 1024 else 2)
     return im2col(x, weight, bias, stride, padding)
 
-
 def windows(x, size, stride):
     """All size x size windows of x as a view (batch, rows, columns, size, size, channels)."""
     return np.moveaxis(np.lib.stride_tricks.sliding_window_view(x, size, (1, 2))[:, ::stride, ::stride], 3, -1)
-
 
 @once
 def matrix(weight):
     """A convolution's weight (out, kh, kw, in) as (kh kw in, out), in float32."""
     return np.ascontiguousarray(weight.reshape(len(weight), -1).T, np.float32)
-
 
 def im2col(x, weight, bias, stride, padding):
     """Each window as a row of one matrix product; a few rows of the picture at a time, since the windows overlap."""
@@ -1273,7 +1225,6 @@ def im2col(x, weight, bias, stride, padding):
     parallel(block, [(i, s) for i in range(B) for s in blocks(H, 2 ** 20 // (W * kh * kw * c))])
     return y
 
-
 def toom_cook(m):
     """A, G, B such that y = Aᵀ (G g * Bᵀ d) correlates m + 2 numbers d with the 3 of g. To multiply two polynomials:
     evaluate both at m + 2 points, multiply, interpolate; to correlate is the transpose of that (Winograd, 1980). The
@@ -1282,18 +1233,15 @@ def toom_cook(m):
     A, G, V = (np.vstack([np.vander(points, k, increasing=True), np.eye(k)[-1]]) for k in (m, 3, m + 2))
     return A, G, np.linalg.inv(V)
 
-
 def both_ways(matrix):
     """Applied to the height and to the width of a tile at once: the Kronecker square."""
     return np.kron(matrix, matrix).astype(np.float32)
-
 
 @once
 def spectrum(weight, m):
     """Each filter as G g Gᵀ: ((m + 2)², in, out)."""
     g = np.asarray(weight.transpose(1, 2, 3, 0), np.float32).reshape(9, -1)
     return (both_ways(toom_cook(m)[1]) @ g).reshape(-1, weight.shape[3], len(weight))
-
 
 def winograd(x, weight, bias, m):
     """A 3x3 convolution with ((m + 2) / 3m)² of the multiplications, for m = 4 a quarter (Lavin and Gray, 2015).
@@ -1328,14 +1276,13 @@ def winograd(x, weight, bias, m):
     parallel(block, [strips[s] for s in blocks(len(strips), 128 // across)])
     return y.reshape(n, down * m, across * m, out)[:, :H, :W]
 
-
 @faster(dot_product_attention)
 def blocked_attention(q, k, v, causal=False):
     """Without ever holding all scores: 1024 queries meet 256 keys at a time, and the numerator and the denominator of
     the softmax are both sums over such blocks (Rabe and Staats, 2021)."""
     if causal:
         return dot_product_attention.formula(q, k, v, causal)
-    out = np.empty(q.shape, q.dtype)
+    out = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
     k = (k - k.mean(axis=-2, keepdims=True)) * (math.log2(math.e) / math.sqrt(q.shape[-1]))    # eˢ = 2^(s log₂e)
     bound = np.sqrt((q * q).sum(-1).max(-1) * (k * k).sum(-1).max(-1))              # |q·k| <= |q| |k|
 
@@ -1347,7 +1294,6 @@ def blocked_attention(q, k, v, causal=False):
     parallel(block, [(*head, rows) for head in np.ndindex(q.shape[:2]) for rows in blocks(q.shape[2], 1024)])
     return out
 
-
 def plain_powers(q, k, v):
     """Σ 2^(q·k) v and Σ 2^(q·k) where no exponent exceeds 100: the shift that softmax cancels is not needed."""
     total, weight = 0, 0
@@ -1356,7 +1302,6 @@ def plain_powers(q, k, v):
         np.exp2(p, out=p)
         total, weight = total + p @ v[s], weight + p.sum(-1)
     return total, weight
-
 
 def guarded_powers(q, k, v):
     """The same over 2^(largest exponent so far), with the sums rescaled whenever that grows (Milakov and Gimelshein,
@@ -1372,4 +1317,8 @@ def guarded_powers(q, k, v):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if status == 130:
+        os._exit(status)        # at once: threads may still be in the middle of a step
+    sys.exit(status)

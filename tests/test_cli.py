@@ -429,7 +429,7 @@ def start(*argv, without=()):
     """The program in a process of its own, to which some packages are not installed."""
     for name in without:
         Path("lacking").mkdir(exist_ok=True)
-        Path("lacking", f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})")
+        Path("lacking", f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
     return subprocess.Popen(
         [sys.executable, ROOT / "tiny_sd.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": "lacking"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -451,11 +451,10 @@ def test_numpy_is_enough(model):
     (["apple", "--steps", "0"], [], "--steps 0"),
     (["apple", "--backend", "torch"], ["torch"], "torch"),
     (["apple"], ["tqdm"], "tqdm"),
-    ([b"\xff\xfe"], [], ""),
 ])
 def test_one_line_and_no_traceback(model, argv, without, named):
     status, out, err = finish(start(*argv, "-m", model, without=without))
-    assert (status, out) == (2, "") and re.fullmatch(f"tiny_sd: .*{named}.*\n", err)
+    assert (status, out) == (2, "") and re.fullmatch(f"tiny_sd: .*{named}.*\n", err), err
     assert not list(Path().glob("*.png"))
 
 

@@ -50,8 +50,6 @@ def levels_between(high, low, n):
 def test_the_schedule():
     assert ALPHA_BAR[0] == pytest.approx(1 - 0.00085) and ALPHA_BAR[999] == pytest.approx(0.00466, abs=5e-6)
     assert len(ALPHA_BAR) == 1000 and (np.diff(ALPHA_BAR) < 0).all()
-    with pytest.raises(sd.UserError, match="linear"):
-        sd.alpha_bars({"beta_schedule": "linear"})
 
 
 @pytest.mark.parametrize("t", [0, 1, 20, 500, 999])
@@ -82,11 +80,6 @@ def test_every_prediction_type_tells_picture_and_noise(kind, t):
     a, x_0, eps = ALPHA_BAR[t], normal(3, 5), normal(3, 5, seed=1)
     x_t = sd.add_noise(x_0, a, eps)
     np.testing.assert_allclose(sd.split_prediction(kind, KINDS[kind](x_0, eps, a), x_t, a), (x_0, eps), atol=1e-9)
-
-
-def test_an_unknown_prediction_type_is_named():
-    with pytest.raises(sd.UserError, match="flow"):
-        sd.split_prediction("flow", 0.0, 0.0, 0.5)
 
 
 # ── The reverse process ──────────────────────────────────────────────────────────────────────────────────────────────

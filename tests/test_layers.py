@@ -292,7 +292,7 @@ def setting(name):
 
     _, module, _, inputs = LAYERS[name]
     weights = random_arrays({key: tuple(p.shape) for key, p in module.named_parameters()})
-    return list(map(draw, inputs)), {key: w * np.float32(0.1 if w.ndim == 4 else 1) for key, w in weights.items()}
+    return list(map(draw, inputs)), {key: w * np.float32(0.5 if w.ndim == 4 else 1) for key, w in weights.items()}
 
 
 def run(name, inputs, weights):
