@@ -218,7 +218,7 @@ class Tokenizer:
         self.length, self.pad = length, self.vocab[pad]
 
     def words(self, text):
-        """Lower case, single spaces, then split into letters, single digits and runs of other signs."""
+        """Lower case, then split into runs of letters, single numerals and runs of other signs; space only parts them."""
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
         kinds = {c: unicodedata.category(c)[0] for c in set(text)}   # re has no \p{L}: name this text's own letters
         L, N = ("".join(map(re.escape, (c for c in kinds if kinds[c] == kind))) for kind in "LN")
@@ -265,14 +265,17 @@ class Tokenizer:
 # ── 3. Text encoder ───────────────────────────────────────────────────────────────────────────────── NOTES §3 ──
 
 def split_heads(x, n_head):
+    """(batch, T, n_head d) to (batch, n_head, T, d)."""
     B, T, C = x.shape
     return x.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)
 
 def merge_heads(x):
+    """(batch, n_head, T, d) to (batch, T, n_head d)."""
     B, n_head, T, d = x.shape
     return x.swapaxes(1, 2).reshape(B, T, n_head * d)
 
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
+    """Attention of each word to those before it, then a feed-forward layer; x (batch, length, width)."""
     h = layer_norm(x, **layer_norm1)
     q, k, v = (split_heads(linear(h, **self_attn[name]), n_head) for name in ("q_proj", "k_proj", "v_proj"))
     x = x + linear(merge_heads(dot_product_attention(q, k, v, causal=True)), **self_attn["out_proj"])
@@ -303,6 +306,7 @@ def attention(x, context, n_head, to_q, to_k, to_v, to_out):
     return linear(merge_heads(dot_product_attention(q, k, v)), **to_out[0])
 
 def vae_attention(x, groups, **weights):
+    """Self-attention, of one head, among all places of a picture (batch, height, width, channels)."""
     B, H, W, C = x.shape
     norm = weights.pop("group_norm")
     h = group_norm(x, groups, 1e-6, **norm).reshape(B, H * W, C)
@@ -353,6 +357,7 @@ def feed_forward(x, net):
     return linear(h[..., :n] * gelu(h[..., n:]), **narrow)
 
 def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff):
+    """Attention among the places, attention to the words, a feed-forward layer; x (batch, places, channels)."""
     h = layer_norm(x, **norm1)
     x = x + attention(h, h, n_head, **attn1)
     x = x + attention(layer_norm(x, **norm2), context, n_head, **attn2)
@@ -477,12 +482,12 @@ def dpm_pp_2m(denoise, x, steps, noise):
         direction = x_0
         lam = 0.5 * math.log(a / (1 - a))
         shrink = math.sqrt((1 - a_next) / (1 - a))                  # σ_next / σ
-        grow = shrink / math.sqrt(a_next / a)                       # e^-h, h = λ_next - λ; zero at the end
-        if before and grow:
+        decay = shrink / math.sqrt(a_next / a)                      # e^-h, h = λ_next - λ; zero at the end
+        if before and decay:
             last_x_0, last_lam = before
-            r = (lam - last_lam) / -math.log(grow)
+            r = (lam - last_lam) / -math.log(decay)
             direction = x_0 + (x_0 - last_x_0) / (2 * r)
-        x = shrink * x + math.sqrt(a_next) * (1 - grow) * direction
+        x = shrink * x + math.sqrt(a_next) * (1 - decay) * direction
         before = x_0, lam
         yield x
 
@@ -507,7 +512,7 @@ def sampling_steps(sampler, n, config, karras=False):
     if karras:
         sigma, t = karras_levels(sampler, sigma, np.sqrt(1 / a - 1))
     levels = 1 / (1 + sigma ** 2)
-    last = a[0] if sampler == "ddim" and not config.get("set_alpha_to_one", False) else 1.0
+    last = a[0] if sampler == "ddim" and not config.get("set_alpha_to_one", True) else 1.0
     return list(zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), float(last)]))
 
 def karras_levels(sampler, sigma, all_sigma):
@@ -866,7 +871,7 @@ def read_off(text_encoder, vae, unet):
                 "cross_attention_dim":
                     unet["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
                 "in_channels": unet["conv_in.weight"].shape[1], "out_channels": len(unet["conv_out.weight"])},
-            "scheduler": {"prediction_type": "epsilon"}}
+            "scheduler": {"prediction_type": "epsilon", "set_alpha_to_one": False}}
 
 
 # ── 8. From prompt to picture ─────────────────────────────────────────────────────────────────────── NOTES §8 ──

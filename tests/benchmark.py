@@ -1,19 +1,18 @@
 """How fast tiny_sd is beside diffusers, torch.compile and OpenVINO: the same weights, the same work, in turn.
 
-    python tests/benchmark.py                                       every part beside diffusers, float32 on the CPU
-    python tests/benchmark.py --peer all --part unet --part vae     beside every peer, two parts
-    python tests/benchmark.py --width 32 --size 64 --rounds 2       all of it on a small model, in a minute or two
-    python tests/benchmark.py --device cuda --dtype float16 --peer all --part unet --part loaded --batch 8
+    python tests/benchmark.py                                            every part beside diffusers, float32 on the CPU
+    python tests/benchmark.py --peer all --part unet --part vae          two parts beside every peer
+    python tests/benchmark.py --width 32 --size 64 --rounds 2            a quick look, on a small model
+    python tests/benchmark.py --peer all --part unet --part loaded --device cuda --dtype float16 --batch 8
 
-The parts: `unet`, a step of guided sampling, both halves; `vae`, decoding and encoding; `text`, two prompts; `loaded`, a
-whole picture in a process that holds the model already; `picture`, the same from the start of the process to the file;
-`bundled`, that with weights/emoji. A picture takes 20 steps of DPM++ 2M at guidance 7.5.
+`unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`: a picture in a process
+that holds the model already. `picture`: the same from the start of the process to the file. `bundled`: that with
+weights/emoji. A picture is 20 steps of DPM++ 2M at guidance 7.5.
 
-All parts but `bundled` read one folder of random float16 weights with Stable Diffusion 1.5's shapes (2.1 GB, written
-once among the temporary files). Each side is a process of its own, and only one of them computes at a time: each is asked
-once for a result that all must agree on, and then in turn for the times. All sides stay in memory meanwhile: compare
-with one peer after the other where it is short. What a side prepares for a picture, such as the keys and values of
-the words, is prepared in its first call. The file's pages that a process has mapped count as its memory.
+All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, written once among the temporary
+files. Each side is a process that waits while another computes: first each gives a result, which must agree, then they
+are timed in turn. All stay in memory: where that is short, take one peer at a time. Memory counts the pages of mapped
+files. What a side keeps from its first call, such as the words' keys and values, is not in the times.
 """
 
 import argparse
@@ -32,15 +31,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent       # neither NumPy nor tiny_sd up here: they would choose threads for all
+ROOT = Path(__file__).resolve().parent.parent       # neither tiny_sd nor NumPy here: that would choose threads for all sides
 PARTS = {"unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"], "picture": ["file"],
          "bundled": ["file"]}
-NEEDS = {"diffusers": ["torch", "diffusers", "transformers"], "compiled": ["torch", "diffusers", "transformers"],
-         "openvino": ["torch", "diffusers", "transformers", "openvino"]}
-DOES = {"diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"], "openvino": ["unet", "vae", "text"]}
-UNASKED = [("cuda", "openvino"), ("cpu", "compiled")]       # what `--peer all` leaves out
-PROMPT = "a lighthouse in a storm"
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the largest value; a picture's: a grey level
+PEERS = {"diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"], "openvino": ["unet", "vae", "text"]}
+PROMPT, BUNDLED_PROMPT = "a lighthouse in a storm", "red apple on a blue background"
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the largest value
 
 
 class Failure(Exception):
@@ -50,19 +46,19 @@ class Failure(Exception):
 # ── The model: random weights with the shapes of Stable Diffusion 1.5 ──────────────────────────────────────────────
 
 def configs(width=320):
-    """The configs of Stable Diffusion 1.5, the channels as if the U-Net's first level had `width` of them."""
+    """Stable Diffusion 1.5's configs, its channels as if the U-Net's first level had `width` of them."""
     def scaled(n, step=32):
         return max(step, round(n * width / 320 / step) * step)
 
-    words, attn, vae = scaled(768, 64), "CrossAttn", [scaled(n) for n in (128, 256, 512, 512)]
+    words, attn = scaled(768, 64), "CrossAttn"
     return {
         "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
                          "hidden_size": words, "intermediate_size": 4 * words, "num_attention_heads": words // 64,
                          "projection_dim": words, "num_hidden_layers": 12, "vocab_size": 49408,
                          "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407},
-        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": vae, "layers_per_block": 2, "latent_channels": 4,
-                "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-                "in_channels": 3, "out_channels": 3, "sample_size": 512, "scaling_factor": 0.18215},
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [scaled(n) for n in (128, 256, 512, 512)],
+                "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4,
+                "up_block_types": ["UpDecoderBlock2D"] * 4, "in_channels": 3, "out_channels": 3, "sample_size": 512},
         "unet": {"_class_name": "UNet2DConditionModel", "block_out_channels": [scaled(n) for n in (320, 640, 1280, 1280)],
                  "layers_per_block": 2, "cross_attention_dim": words, "attention_head_dim": 8, "sample_size": 64,
                  "in_channels": 4, "out_channels": 4, "down_block_types": [f"{attn}DownBlock2D"] * 3 + ["DownBlock2D"],
@@ -72,89 +68,79 @@ def configs(width=320):
 
 
 def write_model(folder, width):
-    """The model as a diffusers folder, in float16: matrices that keep the variance, scales of one, shifts of zero."""
+    """A diffusers folder in float16: matrices that keep the variance, scales of one, shifts of zero."""
     import numpy as np
     from safetensors.numpy import save_file
     sys.path.insert(0, str(ROOT))
     import tiny_sd as sd
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-
-    def write(name, content):
-        path = unfinished / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
     rng, tokenizer, config = np.random.default_rng(0), sd.clip_tokenizer(), configs(width)
+    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
 
-    def draw(name, shape):
+    def random(name, shape):
         if len(shape) == 1:
             return np.full(shape, name.endswith("weight"), np.float16)
-        z = rng.standard_normal(shape, np.float32)
-        z *= z[0].size ** -0.5
-        return z.astype(np.float16)
+        return (rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)).astype(np.float16)
 
-    for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
-        write(f"{part}/config.json", config[part])
-        prefix = "text_model." if part == "text_encoder" else ""
-        arrays = {prefix + name: draw(name, shape) for name, shape in sd.flatten(sd.SHAPES[part](config[part])).items()}
-        save_file(arrays, unfinished / part / f"{stem}.safetensors", {"format": "pt"})
-    write("scheduler/scheduler_config.json", config["scheduler"])
-    write("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
-                                              "pad_token": tokenizer.EOS, "unk_token": tokenizer.EOS})
-    write("tokenizer/vocab.json", tokenizer.vocab)
-    write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n")
-    write("model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None],
-        "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False})
+    files = {f"{part}/config.json": config[part] for part in sd.SHAPES} | {
+        "scheduler/scheduler_config.json": config["scheduler"], "tokenizer/vocab.json": tokenizer.vocab,
+        "tokenizer/tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
+                                            "pad_token": tokenizer.EOS, "unk_token": tokenizer.EOS},
+        "tokenizer/merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n",
+        "model_index.json": {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
+                             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+                             "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"],
+                             "safety_checker": [None, None], "feature_extractor": [None, None]}}
+    for name, content in files.items():
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    for part, stem in (("text_encoder", "text_model."), ("vae", ""), ("unet", "")):
+        arrays = {stem + name: random(name, shape) for name, shape in sd.flatten(sd.SHAPES[part](config[part])).items()}
+        file = "model" if stem else "diffusion_pytorch_model"
+        save_file(arrays, unfinished / part / f"{file}.safetensors", {"format": "pt"})
     unfinished.rename(folder)
 
 
 def inputs(args):
-    """Noise of three shapes: latents, the context of both halves (negative, prompt), a picture; channels last."""
+    """Noise, channels last: latents, the context of both halves (negative, prompt), a picture."""
     import numpy as np
-    rng, n = np.random.default_rng(1), args.size // 8
-    words = configs(args.width)["unet"]["cross_attention_dim"]
-    return [rng.standard_normal(shape, np.float32) for shape in
-            ((args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3))]
+    rng, n, words = np.random.default_rng(1), args.size // 8, configs(args.width)["unet"]["cross_attention_dim"]
+    return [rng.standard_normal(shape, np.float32)
+            for shape in ((args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3))]
 
 
-# ── The sides: each gives {operation: call() -> NumPy array, channels last} ────────────────────────────────────────
+# ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ────────────────────────
 
 def tiny_sd(part, args, folder):
     import numpy as np
     sys.path.insert(0, str(ROOT))
     import tiny_sd as sd
     model, (x, context, image) = sd.load(folder, args.backend, args.device, args.dtype), inputs(args)
-
-    def to(network, values):
-        return sd.array_like(network["conv_in"]["bias"], values)
+    unet, vae = ((lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
+                 for network in (model.unet, model.vae["encoder"]))     # an array as the network's own
+    denoise = sd.denoiser(model, unet(context), 0.5)    # the mean of the halves: a difference in either shows as it is
 
     def picture():
         *_, latents = sd.generate(model, PROMPT, seeds=range(args.batch), width=args.size, height=args.size)
         return sd.decode(model, latents) / np.float32(255)
 
-    unet, vae = model.unet, model.vae
-    denoise = sd.denoiser(model, to(unet, context), 0.5)    # the mean of the halves: a difference in either is seen as it is
     return {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
-            "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(to(vae["encoder"], x), vae, 32)),
-                    "encode": lambda: np.concatenate([*map(sd.to_numpy, sd.vae_encode(to(vae["encoder"], image), vae, 32))], -1)},
+            "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
+                    "encode": lambda: np.concatenate([*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1)},
             "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
             "loaded": {"picture": picture}}[part]
 
 
 def networks(part, args, folder, dtype):
-    """diffusers' and transformers' networks: {operation: (module, its inputs)}, each giving one tensor."""
+    """diffusers' and transformers' networks as {operation: (module, its inputs)}; each gives one tensor."""
     import torch
-    torch.set_num_threads(cores())
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    torch.set_num_threads(cores())
 
     class Network(torch.nn.Module):
-        def __init__(self, network, forward):
+        def __init__(self, network, call):
             super().__init__()
-            self.network, self.call = network.to(args.device).eval(), forward
+            self.network, self.call = network.to(args.device).eval(), call
 
         def forward(self, *tensors):
             return self.call(self.network, *tensors)
@@ -168,33 +154,30 @@ def networks(part, args, folder, dtype):
         return torch.cat([q.mean, q.logvar], 1)
 
     x, context, image = (torch.from_numpy(a).to(args.device, dtype) for a in inputs(args))
-    x, image = x.permute(0, 3, 1, 2).contiguous(), image.permute(0, 3, 1, 2).contiguous()
+    x, image = (a.permute(0, 3, 1, 2).contiguous() for a in (x, image))
     if part == "unet":
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
         t = torch.tensor(500.0, device=args.device)
         return {"step": (Network(unet, step), (x, t, context.repeat_interleave(args.batch, 0)))}
     if part == "vae":
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
-        return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)),
-                "encode": (Network(vae, moments), (image,))}
+        return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)), "encode": (Network(vae, moments), (image,))}
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(["", PROMPT], padding="max_length", return_tensors="pt")
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype)
     return {"encode": (Network(encoder, lambda encoder, ids: encoder(ids)[0]), (tokens.input_ids.to(args.device),))}
 
 
 def pipeline(folder, device, dtype):
-    """diffusers' pipeline with the sampler of the comparison; draw(prompt, size, batch) -> pictures of PIL."""
+    """diffusers' pipeline, and draw(prompt, size, batch) -> PIL's pictures."""
     import torch
-    torch.set_num_threads(cores())
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    torch.set_num_threads(cores())
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), safety_checker=None).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt, size, batch):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return pipe(prompt, width=size, height=size, num_inference_steps=20, guidance_scale=7.5, generator=streams,
-                    num_images_per_prompt=batch).images
+        return pipe(prompt, width=size, height=size, num_inference_steps=20, generator=streams, num_images_per_prompt=batch).images
     return pipe, draw
 
 
@@ -202,29 +185,28 @@ def diffusers(part, args, folder, compiled=False):
     import numpy as np
     import torch
 
-    def faster(module):
-        mode = "reduce-overhead" if args.device == "cuda" else None     # CUDA graphs
-        return torch.compile(module.to(memory_format=torch.channels_last), mode=mode) if compiled else module
+    def faster(network):
+        mode = "reduce-overhead" if args.device == "cuda" else None     # with CUDA graphs
+        return torch.compile(network.to(memory_format=torch.channels_last), mode=mode) if compiled else network
 
-    if part == "loaded":
-        pipe, draw = pipeline(folder, args.device, args.dtype)
-        pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
-        return {"picture": lambda: np.float32(draw(PROMPT, args.size, args.batch)) / 255}
-
-    def operation(module, tensors):
-        module, last = faster(module), lambda y: y.permute(0, 2, 3, 1) if y.ndim == 4 else y
-        tensors = [t.to(memory_format=torch.channels_last) if compiled and t.ndim == 4 else t for t in tensors]
+    def operation(network, tensors):
+        network = faster(network)
 
         @torch.inference_mode()
         def call():
-            return last(module(*tensors)).float().cpu().numpy()      # waits for the GPU
+            y = network(*tensors).float().cpu()         # which waits for the GPU
+            return (y.permute(0, 2, 3, 1) if y.ndim == 4 else y).numpy()
         return call
 
-    return {name: operation(*work) for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()}
+    if part != "loaded":
+        return {name: operation(*work) for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()}
+    pipe, draw = pipeline(folder, args.device, args.dtype)
+    pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
+    return {"picture": lambda: np.stack([np.float32(picture) / 255 for picture in draw(PROMPT, args.size, args.batch)])}
 
 
 def compiled(part, args, folder):
-    return diffusers(part, args, folder, True)
+    return diffusers(part, args, folder, compiled=True)
 
 
 def openvino(part, args, folder):
@@ -234,165 +216,148 @@ def openvino(part, args, folder):
     settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[args.dtype],
                 "INFERENCE_NUM_THREADS": cores(), "PERFORMANCE_HINT": "LATENCY"}
 
-    def operation(module, tensors):
+    def operation(network, tensors):
         with torch.inference_mode():
-            model = ov.convert_model(module, example_input=tensors)
+            model = ov.convert_model(network, example_input=tensors)
         model.reshape({port: list(t.shape) for port, t in zip(model.inputs, tensors)})
         run, arrays = ov.compile_model(model, "CPU", settings), [t.numpy() for t in tensors]
         return lambda: (lambda y: np.moveaxis(y, 1, -1) if y.ndim == 4 else y)(run(arrays)[0])
-
     return {name: operation(*work) for name, work in networks(part, args, folder, torch.float32).items()}
 
 
-# ── Processes: one that stays for each side, or one for each picture ───────────────────────────────────────────────
+def program(side, part, args, folder):
+    """The part's pictures by a program that draws them into files and ends."""
+    import numpy as np
+    from PIL import Image
+    prompt, size = (BUNDLED_PROMPT, args.own_size) if part == "bundled" else (PROMPT, args.size)
+    facts = [folder, args.device, args.dtype, args.batch, prompt, size or ""]
+    if side == "tiny_sd":
+        names = ["-m", "--device", "--dtype", "-b", "-p", "-W", "-H"]
+        options = [word for pair in zip(names, facts + [size]) for word in pair][:None if size else 10]
+        command = [ROOT / "tiny_sd.py", *options, "--backend", args.backend, "-o", "out.png"]
+    else:
+        command = [__file__, "draw", *facts]
+
+    def call():
+        with tempfile.TemporaryDirectory() as here:
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=here, capture_output=True, text=True)
+            if done.returncode:
+                raise Failure(" ".join(done.stderr.splitlines()[-1:]))
+            return np.stack([np.float32(Image.open(path)) / 255 for path in sorted(Path(here).glob("*.png"))])
+    return {"file": call}
+
+
+def draw(folder, device, dtype, batch, prompt, size):
+    """The peer's program: python benchmark.py draw ..."""
+    for i, picture in enumerate(pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch))):
+        picture.save(f"out-{i:03d}.png")
+
+
+# ── A process for each side ────────────────────────────────────────────────────────────────────────────────────────
 
 def cores():
-    """How many cores this process may use: what every side gets."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def peak_memory(device):
-    """The most memory in MB, the GPU's or resident, that this process held since the last call; None if unknown."""
+def peak_memory(part, device):
+    """The largest memory in MB: of the programs run; else since the last call, the GPU's or resident. None if unknown."""
+    if PARTS[part] == ["file"]:
+        import resource
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     if device == "cuda":
         import torch
         peak = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return peak
-    try:
-        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        Path("/proc/self/clear_refs").write_text("5")
-        return int(peak[1]) * 1024 / 1e6
-    except OSError:
-        return None
+    with contextlib.suppress(OSError):
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        Path("/proc/self/clear_refs").write_text("5")       # the peak starts anew
+        return peak
 
 
 def serve(pipe, side, part, args, folder):
-    """What a side's process does: answers the name of an operation with (seconds, its result, the peak of memory)."""
+    """What a side's process does: answers the name of an operation with (seconds, result, MB), or tells its error."""
     try:
-        operations = {"tiny_sd": tiny_sd, "diffusers": diffusers, "compiled": compiled, "openvino": openvino}[side](part, args, folder)
+        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "compiled": compiled, "openvino": openvino}
+        calls = program(side, part, args, folder) if PARTS[part] == ["file"] else sides[side](part, args, folder)
         while True:
-            call = operations[pipe.recv()]
+            call = calls[pipe.recv()]
             start = time.perf_counter()
             result = call()
-            pipe.send((time.perf_counter() - start, result, peak_memory(args.device)))
+            pipe.send((time.perf_counter() - start, result, peak_memory(part, args.device)))
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        pipe.send(" ".join([type(error).__name__, *str(error).split()])[:500])
 
 
-class Worker:
-    """A side in a process that stays."""
+def start(side, *work):
+    """Starts a side's process; returns ask(operation) -> (seconds, result, MB)."""
+    spawn = multiprocessing.get_context("spawn")
+    pipe, end = spawn.Pipe()
+    spawn.Process(target=serve, args=(end, side, *work), daemon=True).start()
+    end.close()
 
-    def __init__(self, side, part, args, folder):
-        spawn = multiprocessing.get_context("spawn")
-        self.name, (self.pipe, end) = side, spawn.Pipe()
-        spawn.Process(target=serve, args=(end, side, part, args, folder), daemon=True).start()
-        end.close()
-
-    def call(self, operation):
-        self.pipe.send(operation)
-        try:
-            answer = self.pipe.recv()
-        except EOFError:
-            raise Failure(f"the process of {self.name} died; was there memory enough?") from None
-        if isinstance(answer, str):
-            raise Failure(f"{self.name}: {answer}")
-        return answer
-
-    def close(self):
-        self.pipe.close()       # which ends the process
-
-
-class Program:
-    """A side as a program that draws into a file and ends."""
-
-    def __init__(self, side, part, args, folder):
-        prompt = "red apple on a blue background" if part == "bundled" else PROMPT
-        size = () if part == "bundled" and not args.chosen_size else (str(args.size),)
-        self.name, self.environment = side, dict(os.environ)
-        self.command = [sys.executable, __file__, "draw", folder, args.device, args.dtype, prompt, str(args.batch), *size]
-        if side == "tiny_sd":
-            options = {"-m": folder, "-o": "out.png", "-b": args.batch, "--backend": args.backend, "--device": args.device,
-                       "--dtype": args.dtype, **dict.fromkeys(("-W", "-H") if size else (), args.size)}
-            self.command = [sys.executable, ROOT / "tiny_sd.py", prompt, *(str(x) for pair in options.items() for x in pair)]
-
-    def call(self, operation):
-        import numpy as np
-        from PIL import Image
-        with tempfile.TemporaryDirectory() as here:
-            with open(Path(here) / "stderr", "wb") as errors:
-                start = time.perf_counter()
-                child = subprocess.Popen(self.command, cwd=here, stdout=subprocess.DEVNULL, stderr=errors)
-                _, status, usage = os.wait4(child.pid, 0)
-                seconds = time.perf_counter() - start
-            child.returncode = os.waitstatus_to_exitcode(status)
-            if child.returncode:
-                said = Path(here, "stderr").read_text(errors="replace").split("\n")
-                raise Failure(f"{self.name} ended with {child.returncode}: {''.join(said[-2:])}")
-            pictures = [np.asarray(Image.open(path), np.float32) / 255 for path in sorted(Path(here).glob("*.png"))]
-        return seconds, np.stack(pictures), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-    def close(self):
-        pass
-
-
-def draw(folder, device, dtype, prompt, batch, size=None):
-    """The peer's program for `picture` and `bundled`, run by this file's name and the word draw."""
-    _, pictures = pipeline(folder, device, dtype)
-    for i, picture in enumerate(pictures(prompt, size and int(size), int(batch))):
-        picture.save(f"out-{i:03d}.png")
+    def ask(operation):
+        with contextlib.suppress(EOFError, OSError):
+            pipe.send(operation)
+            answer = pipe.recv()
+            if not isinstance(answer, str):
+                return answer
+            raise Failure(f"{side}: {answer}")
+        raise Failure(f"the process of {side} died: was there memory enough?")
+    return ask
 
 
 # ── The comparison ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-def compare(part, sides, args):
-    """Results of a part, one for each operation and side; Failure if the sides disagree, before anything is timed."""
+def compare(part, args, folder):
+    """The part's results, one for each operation and side; Failure, before anything is timed, if the sides disagree."""
     import numpy as np
-    results = []
+    names = ["tiny_sd", *(peer for peer in args.peer if part in PEERS[peer])]
+    sides, results = {name: start(name, part, args, folder) for name in names}, []
     for operation in PARTS[part]:
-        first, whole = [side.call(operation) for side in sides], operation in ("picture", "file")
-        allowed = TOLERANCE[args.dtype] if not whole else 1.01 / 255 if args.dtype == "float32" else 1
-        rows = []
-        for side, (_, result, peak) in zip(sides, first):
-            ours = first[0][1]
+        rows, picture, ours = {}, operation in ("picture", "file"), None
+        allowed = TOLERANCE[args.dtype] if not picture else 1.01 / 255 if args.dtype == "float32" else 1
+        for name in names:
+            _, result, mb = sides[name](operation)
+            ours = result if ours is None else ours
             if result.shape != ours.shape or not np.isfinite(result).all() or not np.ptp(result):
-                raise Failure(f"{part} {operation}: {side.name} gives no sound array of shape {ours.shape}")
-            difference = float(np.abs(result - ours).max() / (1 if whole else np.abs(result).max()))
+                raise Failure(f"{part} {operation}: {name} gives {result.shape} instead of {ours.shape}, or not numbers")
+            difference = float(np.abs(result - ours).max() / (1 if picture else np.abs(result).max()))
             if difference > allowed:
-                raise Failure(f"{part} {operation}: {side.name} and tiny_sd differ by {difference:.1e}, more than {allowed:.1e}")
-            rows.append({"part": part, "operation": operation, "side": side.name, "difference": difference, "loading_mb": peak,
-                         "running_mb": peak and 0, "seconds": []})
-        for k in range(args.rounds * len(sides)):
-            i = (k + k // len(sides)) % len(sides)      # in turn, each round from another side on
-            seconds, _, peak = sides[i].call(operation)
-            rows[i]["seconds"].append(round(seconds, 6))
-            rows[i]["running_mb"] = peak and max(peak, rows[i]["running_mb"])
-        for row in rows:
+                raise Failure(f"{part} {operation}: {name} and tiny_sd differ by {difference:.1e}, more than {allowed:.1e}")
+            rows[name] = {"part": part, "operation": operation, "side": name, "difference": difference, "first_mb": mb,
+                          "later_mb": mb and 0, "seconds": []}
+        for k in range(args.rounds):
+            for name in names[k % len(names):] + names[:k % len(names)]:
+                seconds, _, mb = sides[name](operation)
+                rows[name]["seconds"].append(seconds)
+                rows[name]["later_mb"] = mb and max(mb, rows[name]["later_mb"])
+        for row in rows.values():
             row["median"] = statistics.median(row["seconds"])
-            row["ratio"] = statistics.median(rows[0]["seconds"]) / row["median"]
-        results += rows
+            row["ratio"] = statistics.median(rows["tiny_sd"]["seconds"]) / row["median"]
+        results += rows.values()
     return results
 
 
 def table(results):
-    """The results as Markdown; a difference is of the largest value, or of white in a picture."""
-    def cells(row):
-        ours, mb = row["side"] == "tiny_sd", lambda n: f"{n:,.0f}" if n else ""
-        return [f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
-                f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", "" if ours else f"{row['ratio']:.2f}",
-                mb(row["loading_mb"]), mb(row["running_mb"]), "" if ours else f"{row['difference']:.1e}"]
+    """As Markdown. A difference is of the largest value; in a picture, of white."""
+    lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "peak MB at first", "peak MB later", "difference"],
+             ["---"] * 2 + ["---:"] * 6]
+    for row in results:
+        ratio, difference = ("", "") if row["side"] == "tiny_sd" else (f"{row['ratio']:.2f}", f"{row['difference']:.1e}")
+        lines.append([f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
+                      f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio,
+                      *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])), difference])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    head = ["", "side", "median s", "range s", "tiny_sd ÷ it", "peak MB, first call", "peak MB, later", "largest difference"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 2 + ["---:"] * 6, *map(cells, results)])
 
-
-def machine(args):
-    """Processor, cores and versions, as {name: value}."""
+def machine(device):
     facts = {"processor": platform.processor() or platform.machine(), "cores": cores(), "python": platform.python_version()}
     with contextlib.suppress(OSError, TypeError):
         facts["processor"] = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    if args.device == "cuda":
+    if device == "cuda":
         import torch
         facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     for library in ("numpy", "torch", "diffusers", "transformers", "openvino"):
@@ -408,83 +373,72 @@ def parse_arguments():
 
     parser = Parser(description="Time tiny_sd beside other programs.", allow_abbrev=False)
     add = parser.add_argument
-    add("--peer", action="append", choices=[*DOES, "all"], help="may be repeated (diffusers)")
+    add("--peer", action="append", choices=[*PEERS, "all"], help="may be repeated (diffusers)")
     add("--part", action="append", choices=[*PARTS, "all"], help="may be repeated (all)")
-    add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless the type or a GPU needs torch")
+    add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless only torch can")
     add("--dtype", choices=TOLERANCE, default="float32", help="(%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
-    add("--threads", type=int, help="cores that each side may use (all)")
-    add("--size", type=int, help="height and width in pixels (512; `bundled`: the model's own)")
+    add("--threads", type=int, default=cores(), help="cores that each side may use (%(default)s)")
+    add("--size", type=int, dest="own_size", metavar="PIXELS", help="height and width (512; the bundled model's own)")
     add("--batch", type=int, default=1, help="pictures at once (%(default)s)")
-    add("--width", type=int, default=320, help="channels of the random U-Net's first level: 32 for a quick look (%(default)s)")
+    add("--width", type=int, default=320, help="channels of the random U-Net's first level; 32 is quick (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
-    plain, args.chosen_size, args.size = (args.device, args.dtype) == ("cpu", "float32"), args.size, args.size or 512
+    plain, args.size = (args.device, args.dtype) == ("cpu", "float32"), args.own_size or 512
     args.backend = args.backend or ("numpy" if plain else "torch")
-    peers = args.peer or ["diffusers"]
-    args.peer = [peer for peer in DOES if peer in peers or "all" in peers and not (args.device, peer) in UNASKED]
-    args.part = [part for part in PARTS if part in (args.part or ["all"]) or "all" in (args.part or ["all"])]
+    every = ["diffusers", "openvino" if args.device == "cpu" else "compiled"]
+    args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in (every if peer == "all" else [peer])))
+    args.part = list(dict.fromkeys(p for part in args.part or ["all"] for p in (PARTS if part == "all" else [part])))
     for right, message in [
             (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
-            (args.rounds >= 1 and args.batch >= 1, "--rounds and --batch are at least 1"),
+            (args.device == "cpu" or "openvino" not in args.peer, "--peer openvino computes on the CPU"),
+            (min(args.rounds, args.batch) >= 1, "--rounds and --batch are at least 1"),
             (64 <= args.size <= 4096 and args.size % 64 == 0, f"--size {args.size} is not a multiple of 64 up to 4096"),
             (32 <= args.width <= 320 and args.width % 32 == 0, f"--width {args.width} is not a multiple of 32 up to 320"),
-            (args.threads is None or 1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
-            (args.threads is None or hasattr(os, "sched_setaffinity"), "--threads: this system cannot restrict a process"),
-            (args.device == "cpu" or "openvino" not in args.peer, "--peer openvino computes on the CPU here"),
-            (not args.json or args.json.parent.is_dir(), f"there is no folder for --json {args.json}")]:
+            (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
+            (not args.json or args.json.parent.is_dir(), f"there is no folder {args.json and args.json.parent} for --json")]:
         if not right:
             parser.error(message)
     return args
 
 
 def run(args):
-    """Prints a table for each part as soon as it is measured; returns the results of all."""
-    facts, results = machine(args), []
+    """Prints, and writes to --json, each part's results as soon as they are known."""
+    facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
-        if missing := [library for library in NEEDS[peer] if not importlib.util.find_spec(library)]:
+        needed = ["torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else [])]
+        if missing := [library for library in needed if not importlib.util.find_spec(library)]:
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
-    folder = Path(tempfile.gettempdir()) / f"tiny_sd-benchmark-{args.width}"
-    if not folder.exists() and args.part != ["bundled"]:
-        print(f"writing random weights to {folder}", flush=True)
-        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, args.width))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise Failure(f"could not write {folder}")
     for part in args.part:
-        path = ROOT / "weights" / "emoji" if part == "bundled" else folder
-        if not path.exists():
-            print(f"without {part}: there is no {path}")
+        folder = ROOT / "weights/emoji" if part == "bundled" else Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}")
+        if part != "bundled" and not folder.exists():       # in a process of its own, to leave no memory behind
+            writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, args.width))
+            writer.start()
+            writer.join()
+        if not folder.exists():
+            print(f"without {part}: there is no {folder}")
             continue
         for peer in args.peer:
-            if part not in DOES[peer]:
+            if part not in PEERS[peer]:
                 print(f"without {peer}: it has no part {part}")
-        names = ["tiny_sd", *(peer for peer in args.peer if part in DOES[peer])]
-        sides = [(Program if PARTS[part] == ["file"] else Worker)(name, part, args, path) for name in names]
-        try:
-            measured = compare(part, sides, args)
-        finally:
-            for side in sides:
-                side.close()
-        print(f"\n{table(measured)}\n", flush=True)
-        results += measured
+        results += compare(part, args, folder)
+        print(f"\n{table([row for row in results if row['part'] == part])}\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps({"machine": facts, "command": sys.argv[1:], "results": results}, indent=1))
 
 
 def main():
-    os.environ["HF_HUB_OFFLINE"] = "1"
     args = parse_arguments()
-    if args.threads:        # every process that starts from here inherits it
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:
         run(args)
-    except Failure as failure:
-        print(f"benchmark: {failure}", file=sys.stderr)
+    except (Failure, OSError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
