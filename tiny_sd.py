@@ -1167,15 +1167,16 @@ def threaded_by_row(x, work):
 
 @faster(linear)
 def blocked_linear(x, weight, bias=None):
-    """The product in blocks, each to one core."""
+    """A part of the rows, or of the columns if there are more of them, for each core."""
     w, rows = weight.reshape(len(weight), -1).T, x.reshape(-1, x.shape[-1])
     out = np.empty((len(rows), len(weight)), x.dtype)
 
-    def block(where):
-        np.matmul(rows[where[0]], w[:, where[1]], out=out[where])
-        if bias is not None:
-            out[where] += bias[where[1]]
-    parallel(block, itertools.product(blocks(len(rows), 1024), blocks(len(weight), 640)))
+    def block(s):
+        a, b, y = (rows[s], w, out[s]) if len(rows) > len(weight) else (rows, w[:, s], out[:, s])
+        np.matmul(a, b, out=y)
+    parallel(block, blocks(max(out.shape), -(-max(out.shape) // cores)))
+    if bias is not None:
+        out += bias
     return out.reshape(*x.shape[:-1], -1)
 
 @faster(group_norm)
@@ -1305,7 +1306,8 @@ def plain_powers(q, k, v):
     for s in blocks(len(k), 256):
         p = q @ k[s].T
         np.exp2(p, out=p)
-        total, weight = total + p @ v[s], weight + p.sum(-1)
+        total += p @ v[s]
+        weight += p @ np.ones(p.shape[1], p.dtype)      # a sum over the row, as a product: faster than sum
     return total, weight
 
 def guarded_powers(q, k, v):
