@@ -55,7 +55,7 @@ class UserError(ValueError):
 def primitive(formula):
     @functools.wraps(formula)
     def operation(x, *args, **kwargs):
-        run = operation.on_numpy if isinstance(x, np.ndarray) else getattr(on_torch(), formula.__name__)
+        run = operation.on_numpy if isinstance(x, (np.ndarray, np.generic)) else getattr(on_torch(), formula.__name__)
         return run(x, *args, **kwargs)
     operation.formula = operation.on_numpy = formula
     return operation
@@ -1042,7 +1042,7 @@ def parse_arguments(argv):
     check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
               f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch"),
              (1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999"),
-             (0 <= args.seed < 2 ** 64, f"--seed {args.seed} is not from 0 to 2^64 - 1"),
+             (0 <= args.seed <= 2 ** 64 - args.batch_size, f"--seed {args.seed} is not from 0 to 2^64 - 1"),
              (0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
              (1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000"),
              (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),

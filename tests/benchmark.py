@@ -17,6 +17,7 @@ files. What a side keeps from its first call, such as the words' keys and values
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -161,7 +162,8 @@ def networks(part, args, folder, dtype):
         return {"step": (Network(unet, step), (x, t, context.repeat_interleave(args.batch, 0)))}
     if part == "vae":
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
-        return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)), "encode": (Network(vae, moments), (image,))}
+        return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)),
+                "encode": (Network(vae, moments), (image,))}
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(["", PROMPT], padding="max_length", return_tensors="pt")
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype)
     return {"encode": (Network(encoder, lambda encoder, ids: encoder(ids)[0]), (tokens.input_ids.to(args.device),))}
@@ -177,7 +179,8 @@ def pipeline(folder, device, dtype):
 
     def draw(prompt, size, batch):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return pipe(prompt, width=size, height=size, num_inference_steps=20, generator=streams, num_images_per_prompt=batch).images
+        return pipe(prompt, width=size, height=size, num_inference_steps=20, guidance_scale=7.5, generator=streams,
+                    num_images_per_prompt=batch).images
     return pipe, draw
 
 
@@ -203,10 +206,6 @@ def diffusers(part, args, folder, compiled=False):
     pipe, draw = pipeline(folder, args.device, args.dtype)
     pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
     return {"picture": lambda: np.stack([np.float32(picture) / 255 for picture in draw(PROMPT, args.size, args.batch)])}
-
-
-def compiled(part, args, folder):
-    return diffusers(part, args, folder, compiled=True)
 
 
 def openvino(part, args, folder):
@@ -278,7 +277,8 @@ def peak_memory(part, device):
 def serve(pipe, side, part, args, folder):
     """What a side's process does: answers the name of an operation with (seconds, result, MB), or tells its error."""
     try:
-        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "compiled": compiled, "openvino": openvino}
+        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino,
+                 "compiled": functools.partial(diffusers, compiled=True)}
         calls = program(side, part, args, folder) if PARTS[part] == ["file"] else sides[side](part, args, folder)
         while True:
             call = calls[pipe.recv()]
@@ -396,6 +396,7 @@ def parse_arguments():
             (min(args.rounds, args.batch) >= 1, "--rounds and --batch are at least 1"),
             (64 <= args.size <= 4096 and args.size % 64 == 0, f"--size {args.size} is not a multiple of 64 up to 4096"),
             (32 <= args.width <= 320 and args.width % 32 == 0, f"--width {args.width} is not a multiple of 32 up to 320"),
+            (hasattr(os, "sched_setaffinity") or args.threads == cores(), "--threads: this system cannot restrict a process"),
             (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
             (not args.json or args.json.parent.is_dir(), f"there is no folder {args.json and args.json.parent} for --json")]:
         if not right:
@@ -413,7 +414,8 @@ def run(args):
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
     for part in args.part:
-        folder = ROOT / "weights/emoji" if part == "bundled" else Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}")
+        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}")
+        folder = ROOT / "weights" / "emoji" if part == "bundled" else random
         if part != "bundled" and not folder.exists():       # in a process of its own, to leave no memory behind
             writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, args.width))
             writer.start()
@@ -432,7 +434,7 @@ def run(args):
 
 def main():
     args = parse_arguments()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}      # no network, no noise
     if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:
