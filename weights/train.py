@@ -759,7 +759,7 @@ class Judge:
         means = [tiny_sd.to_numpy(tiny_sd.vae_encode(x[i:i + 64], vae, groups)[0]) for i in range(0, len(x), 64)]
         return np.concatenate(means).reshape(len(pictures), -1), signature(pictures)
 
-    @functools.lru_cache(maxsize=4)
+    @functools.lru_cache(maxsize=None)
     def originals(self, side, colour):
         pictures = self.things.pictures[side].astype(np.uint16)
         return self.spaces((pictures[..., :3] + np.array(colour) * (255 - pictures[..., 3:]) // 255).astype(np.uint8))
