@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent       # neither tiny_sd nor NumPy here: that would choose threads for all sides
@@ -65,7 +66,8 @@ def configs(width=320):
                  "in_channels": 4, "out_channels": 4, "down_block_types": [f"{attn}DownBlock2D"] * 3 + ["DownBlock2D"],
                  "up_block_types": ["UpBlock2D"] + [f"{attn}UpBlock2D"] * 3},
         "scheduler": {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True,
-                      "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}}
+                      "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
+                      "timestep_spacing": "leading"}}
 
 
 def write_model(folder, width):
@@ -414,7 +416,8 @@ def run(args):
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
     for part in args.part:
-        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}")
+        version = zlib.crc32(json.dumps(configs(args.width)).encode())
+        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}-{version:08x}")
         folder = ROOT / "weights" / "emoji" if part == "bundled" else random
         if part != "bundled" and not folder.exists():       # in a process of its own, to leave no memory behind
             writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, args.width))
