@@ -178,6 +178,7 @@ def pipeline(folder, device, dtype):
     torch.set_num_threads(cores())
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), safety_checker=None).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt, size, batch):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
@@ -437,7 +438,7 @@ def run(args):
 
 def main():
     args = parse_arguments()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}      # no network, no noise
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "DIFFUSERS_VERBOSITY": "error"}
     if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:

@@ -80,7 +80,7 @@ CONFIGS = {
                     {"vae": 64, "clip": 1024, "unet": 512}, {"vae": 1e-3, "clip": 1e-3, "unet": 1e-3})}
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
              "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
-             "timestep_spacing": "leading", "prediction_type": "epsilon"}
+             "timestep_spacing": "leading", "prediction_type": "v_prediction"}
 
 
 def read(path):
@@ -346,10 +346,11 @@ def optimizers(model, rate):
 
 
 def cpu_attention(q, k, v, causal=False):
-    """The formula itself: at these sizes a CPU goes back through it faster than through torch's fused kernel."""
+    """The formula itself: at these sizes a CPU computes it faster than torch's fused kernel, both ways."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
     if causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return tiny_sd.dot_product_attention.__wrapped__(q, k, v)
+        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+    return scores.softmax(-1) @ v
 
 
 def fit(o, stage, params, loss, draw, show):
@@ -625,14 +626,19 @@ def unet_parameters(o):
 
 
 def unet_loss(o, alpha_bar, params, ids, x_0, t, noise):
-    """The noise's squared error, weighted by min(SNR, 5) / SNR (Ho et al., 2020; Hang et al., 2023)."""
+    """The squared error of v, weighted by min(1, 5 (1 - ᾱ)): that of x_0 by between 1 and 5 at every noise level.
+
+    Where little of the picture is left, v asks for the picture and epsilon for next to nothing (Salimans and Ho, 2022);
+    and it is there that the caption must say what to draw. The cap is that of Hang et al. (2023).
+    """
     a = alpha_bar[t][:, None, None, None]
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+    v = a.sqrt() * noise - (1 - a).sqrt() * x_0
     text, unet = o.setting["text"], o.setting["unet"]
     context = tiny_sd.text_encoder(ids, text["num_attention_heads"], tiny_sd.quick_gelu, **params["text"])
-    eps = tiny_sd.unet(x_t, t.float(), context, unet["attention_head_dim"], unet["norm_num_groups"], **params["unet"])
-    error = (eps.float() - noise).square().mean((1, 2, 3))
-    return ((5 * (1 - a) / a).flatten().clip(max=1) * error).mean()
+    drawn = tiny_sd.unet(x_t, t.float(), context, unet["attention_head_dim"], unet["norm_num_groups"], **params["unet"])
+    error = (drawn.float() - v).square().mean((1, 2, 3))
+    return ((5 * (1 - a)).flatten().clip(max=1) * error).mean()
 
 
 PROMPTS = ["red apple", "cat", "a dog on a light blue background", "rocket", "pizza on a green background",
