@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -692,8 +693,8 @@ def placer(backend, device, dtype):
     """place(array): an array of a file to where the model computes and in its type, convolutions as (out, kh, kw, in)."""
     def place(array):
         array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-        if backend == "numpy":      # what §10 makes of the larger convolutions is float32; they stay in the file until then
-            return array if array.ndim == 4 and array.shape[1] > 1 else np.ascontiguousarray(array, np.float32)
+        if backend == "numpy":      # larger convolutions stay in the file until §10 needs them; x @ Wᵀ reads W by columns
+            return array if array.ndim == 4 and array.shape[1] > 1 else np.asfortranarray(array, np.float32)
         return on_torch().place(np.array(array, order="C"), device, dtype)
     return place
 
@@ -1102,6 +1103,8 @@ def parallel(work, items):
     """[work(item), ...], computed by the calling thread and by as many more as there are idle cores. Calls may nest: the
     two halves of guidance take a core each, and the blocks inside them find more only where there are more."""
     items, helpers = list(items), []
+    if len(items) == 1:
+        return [work(items[0])]
     results, queue = [None] * len(items), iter(range(len(items)))      # shared: to take the next number is atomic
 
     def drain():
@@ -1126,6 +1129,10 @@ def blocks(length, size):
     size = max(1, size)
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
+def shares(length, multiplications):
+    """The slices of `length` for the cores, or all of it in one where waking another core takes longer."""
+    return blocks(length, -(-length // (cores if multiplications > 2 ** 22 else 1)))
+
 def once(prepare):
     """Remembers prepare(weight, ...) for as long as the weight lives: replace a weight, rather than change it in place."""
     known, lock = {}, threading.Lock()
@@ -1136,6 +1143,10 @@ def once(prepare):
             if key not in known:
                 known[key] = prepare(weight, *args)
                 weakref.finalize(weight, known.pop, key)
+                while isinstance(weight, np.ndarray):
+                    weight = weight.base
+                if hasattr(weight, "madvise"):      # a file in memory: the pages that were read need not stay
+                    weight.madvise(mmap.MADV_DONTNEED)
             return known[key]
     return prepared
 
@@ -1149,6 +1160,8 @@ def faster(operation):
 def rowwise(formula):
     """A formula that treats each row, a place or a token, alike, in blocks of rows that fit in the cache."""
     def blockwise(x, *args, **kwargs):
+        if x.size <= 2 ** 16:
+            return formula(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty_like(rows)
 
@@ -1158,7 +1171,7 @@ def rowwise(formula):
         return out.reshape(x.shape)
     return blockwise
 
-for operation in (silu, gelu, layer_norm):
+for operation in (sigmoid, silu, gelu, layer_norm):
     operation.on_numpy = rowwise(operation.formula)
 
 @faster(by_row)
@@ -1174,7 +1187,7 @@ def blocked_linear(x, weight, bias=None):
     def block(s):
         a, b, y = (rows[s], w, out[s]) if len(rows) > len(weight) else (rows, w[:, s], out[:, s])
         np.matmul(a, b, out=y)
-    parallel(block, blocks(max(out.shape), -(-max(out.shape) // cores)))
+    parallel(block, shares(max(out.shape), rows.size * len(weight)))
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], -1)
@@ -1204,13 +1217,20 @@ def blocked_group_norm(x, groups, eps, weight, bias):
 @faster(conv2d)
 def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
     out, kh, kw, c = weight.shape
-    if (kh, kw, stride, padding) == (3, 3, 1, (1, 1)) and min(c, out) >= 32:
-        return winograd(x, weight, bias, 4 if x.shape[1] * x.shape[2] >= 1024 else 2)
+    places = x.shape[1] * x.shape[2]        # with few of them, reading the larger filters takes the longest
+    if (kh, kw, stride, padding) == (3, 3, 1, (1, 1)) and min(c, out) >= 32 and places >= 256:
+        return winograd(x, weight, bias, 4 if places >= 1024 else 2)
     return im2col(x, weight, bias, stride, padding)
 
-def windows(x, size, stride):
-    """All size x size windows of x as a view (batch, rows, columns, size, size, channels)."""
-    return np.moveaxis(np.lib.stride_tricks.sliding_window_view(x, size, (1, 2))[:, ::stride, ::stride], 3, -1)
+def windows(x, size, stride, padding):
+    """All windows of x, which gets the zeros around it that np.pad would give it but faster, as a view
+    (batch, rows, columns, height, width, channels); size (height, width)."""
+    (top, bottom), (left, right) = padding
+    B, H, W, C = x.shape
+    padded = np.zeros((B, top + H + bottom, left + W + right, C), x.dtype)
+    padded[:, top:top + H, left:left + W] = x
+    (b, i, j, c), (h, w) = padded.strides, ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], size))
+    return np.lib.stride_tricks.as_strided(padded, (B, h, w, *size, C), (b, stride * i, stride * j, i, j, c))
 
 @once
 def matrix(weight):
@@ -1220,7 +1240,7 @@ def matrix(weight):
 def im2col(x, weight, bias, stride, padding):
     """Each window as a row of one matrix product; a few rows of the picture at a time, since the windows overlap."""
     out, kh, kw, c = weight.shape
-    view, w = windows(np.pad(x, [(0, 0), padding, padding, (0, 0)]), (kh, kw), stride), matrix(weight)
+    view, w = windows(x, (kh, kw), stride, (padding, padding)), matrix(weight)
     B, H, W = view.shape[:3]
     y = np.empty((B, H, W, out), x.dtype)
 
@@ -1239,15 +1259,16 @@ def toom_cook(m):
     A, G, V = (np.vstack([np.vander(points, k, increasing=True), np.eye(k)[-1]]) for k in (m, 3, m + 2))
     return A, G, np.linalg.inv(V)
 
-def both_ways(matrix):
-    """Applied to the height and to the width of a tile at once: the Kronecker square."""
-    return np.kron(matrix, matrix).astype(np.float32)
+@functools.cache
+def both_ways(m):
+    """The Kronecker squares of A, G, B, which apply each to the height and to the width of a tile at once."""
+    return [np.kron(matrix, matrix).astype(np.float32) for matrix in toom_cook(m)]
 
 @once
 def spectrum(weight, m):
     """Each filter as G g Gᵀ: ((m + 2)², in, out)."""
     g = np.asarray(weight.transpose(1, 2, 3, 0), np.float32).reshape(9, -1)
-    return (both_ways(toom_cook(m)[1]) @ g).reshape(-1, weight.shape[3], len(weight))
+    return (both_ways(m)[1] @ g).reshape(-1, weight.shape[3], len(weight))
 
 def winograd(x, weight, bias, m):
     """A 3x3 convolution with ((m + 2) / 3m)² of the multiplications, for m = 4 a quarter (Lavin and Gray, 2015).
@@ -1255,38 +1276,29 @@ def winograd(x, weight, bias, m):
     Tiles of (m + 2)² places overlap by two. One matrix transforms each tile; then place p of all tiles meets place p of
     all filters in a product over the channels; and one matrix more turns the sums into the m² places of the result.
     """
-    A, _, B = map(both_ways, toom_cook(m))
-    U, (n, H, W, C), out = spectrum(weight, m), x.shape, len(weight)
+    (A, _, B), U, (n, H, W, C), out = both_ways(m), spectrum(weight, m), x.shape, len(weight)
     down, across = -(-H // m), -(-W // m)
-    tiles = windows(np.pad(x, [(0, 0), (1, down * m + 1 - H), (1, across * m + 1 - W), (0, 0)]), (m + 2, m + 2), m)
+    tiles = windows(x, (m + 2, m + 2), m, ((1, down * m + 1 - H), (1, across * m + 1 - W)))
     y = np.empty((n, down, m, across, m, out), x.dtype)
 
-    def block(strips):      # rows of tiles, about 128 tiles, so that all three steps find them in the cache
-        V = np.empty((len(B), len(strips), across, C), x.dtype)
-        Y = np.empty((len(B), len(strips), across, out), x.dtype)
-
-        def forward(i):
-            np.matmul(B.T, np.moveaxis(tiles[strips[i]], 0, 2).reshape(len(B), -1), out=V[:, i].reshape(len(B), -1))
+    def block(s):           # about 128 tiles, so that all three steps find them in the cache
+        V = (B.T @ tiles[:, s].transpose(3, 4, 0, 1, 2, 5).reshape(len(B), -1)).reshape(len(B), -1, C)
+        Y = np.empty((*V.shape[:2], out), x.dtype)
 
         def product(p):
-            np.matmul(V[p].reshape(-1, C), U[p], out=Y[p].reshape(-1, out))
+            np.matmul(V[p], U[p], out=Y[p])
+        parallel(product, shares(len(B), V.size * out))
+        places = (A.T @ Y.reshape(len(B), -1)).reshape(m, m, n, -1, across, out)
+        y[:, s] = (places if bias is None else places + bias).transpose(2, 3, 0, 4, 1, 5)
 
-        def backward(i):
-            places = (A.T @ Y[:, i].reshape(len(B), -1)).reshape(m, m, across, out)
-            y[strips[i]] = (places if bias is None else places + bias).swapaxes(1, 2)
-
-        for step, items in ((forward, len(strips)), (product, len(B)), (backward, len(strips))):
-            parallel(step, range(items))
-
-    strips = list(np.ndindex(n, down))
-    parallel(block, [strips[s] for s in blocks(len(strips), 128 // across)])
+    parallel(block, blocks(down, 128 // (n * across)))
     return y.reshape(n, down * m, across * m, out)[:, :H, :W]
 
 @faster(dot_product_attention)
 def blocked_attention(q, k, v, causal=False):
     """Without ever holding all scores: 1024 queries meet 256 keys at a time, and the numerator and the denominator of
     the softmax are both sums over such blocks (Rabe and Staats, 2021)."""
-    if causal:
+    if causal or math.prod(q.shape[:-1]) * k.shape[-2] <= 2 ** 17:
         return dot_product_attention.formula(q, k, v, causal)
     out = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
     k = (k - k.mean(axis=-2, keepdims=True)) * (math.log2(math.e) / math.sqrt(q.shape[-1]))    # eˢ = 2^(s log₂e)

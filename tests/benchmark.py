@@ -114,9 +114,9 @@ def inputs(args):
 # ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ────────────────────────
 
 def tiny_sd(part, args, folder):
-    import numpy as np
     sys.path.insert(0, str(ROOT))
-    import tiny_sd as sd
+    import tiny_sd as sd        # before NumPy
+    import numpy as np
     model, (x, context, image) = sd.load(folder, args.backend, args.device, args.dtype), inputs(args)
     unet, vae = ((lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
                  for network in (model.unet, model.vae["encoder"]))     # an array as the network's own
@@ -317,6 +317,7 @@ def start(side, *work):
 def compare(part, args, folder):
     """The part's results, one for each operation and side; Failure, before anything is timed, if the sides disagree."""
     import numpy as np
+    from tqdm import tqdm
     names = ["tiny_sd", *(peer for peer in args.peer if part in PEERS[peer])]
     sides, results = {name: start(name, part, args, folder) for name in names}, []
     for operation in PARTS[part]:
@@ -332,7 +333,7 @@ def compare(part, args, folder):
                 raise Failure(f"{part} {operation}: {name} and tiny_sd differ by {difference:.1e}, more than {allowed:.1e}")
             rows[name] = {"part": part, "operation": operation, "side": name, "difference": difference, "first_mb": mb,
                           "later_mb": mb and 0, "seconds": []}
-        for k in range(args.rounds):
+        for k in tqdm(range(args.rounds), f"{part} {operation}", unit="round", leave=False, disable=False):
             for name in names[k % len(names):] + names[:k % len(names)]:
                 seconds, _, mb = sides[name](operation)
                 rows[name]["seconds"].append(seconds)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tiny_sd
-from tiny_sd import conv2d, dot_product_attention, gelu, group_norm, layer_norm, linear, silu
+from tiny_sd import conv2d, dot_product_attention, gelu, group_norm, layer_norm, linear, sigmoid, silu
 
 
 def normal(*shape, seed=0):
@@ -33,6 +33,15 @@ def test_other_convolutions(size, stride, padding):
 
 
 @pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (33, 35)])
+def test_winograd_cuts_any_size_into_tiles(height, width, m):
+    x, weight, bias = normal(3, height, width, 5), normal(7, 3, 3, 5, seed=1), normal(7, seed=2)
+    for b in (bias, None):
+        exact = conv2d.formula(x, weight, b)
+        assert np.abs(tiny_sd.winograd(x, weight, b, m) - exact).max() <= 2e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("m", [2, 4])
 def test_winograd_loses_little(m):
     """Both tile sizes against float64, relative to the result's deviation."""
     x, weight = normal(1, 40, 40, 64), normal(64, 3, 3, 64, seed=1)
@@ -49,7 +58,7 @@ def test_toom_cook_is_exact(m):
 
 
 @pytest.mark.parametrize("scale", [0, 0.1, 1, 8, 60])
-@pytest.mark.parametrize("queries, keys, d", [(1, 1, 8), (77, 77, 40), (1025, 257, 40), (300, 513, 161), (5, 1100, 64)])
+@pytest.mark.parametrize("queries, keys, d", [(5, 7, 8), (1, 22000, 8), (77, 400, 40), (1025, 257, 40), (300, 513, 161), (40, 1100, 64)])
 def test_attention(scale, queries, keys, d):
     """Large scores take the guarded branch, where rows are nearly one-hot."""
     q, k, v = scale * normal(2, 3, queries, d), scale * normal(2, 3, keys, d, seed=1), normal(2, 3, keys, d, seed=2)
@@ -62,7 +71,7 @@ def test_attention_takes_both_branches(monkeypatch):
     for name in ("plain_powers", "guarded_powers"):
         form = getattr(tiny_sd, name)
         monkeypatch.setattr(tiny_sd, name, lambda *a, form=form, name=name: taken.append(name) or form(*a))
-    q, k, v = normal(1, 1, 9, 8), normal(1, 1, 9, 8, seed=1), normal(1, 1, 9, 8, seed=2)
+    q, k, v = normal(1, 1, 400, 8), normal(1, 1, 500, 8, seed=1), normal(1, 1, 500, 8, seed=2)
     calm, shifted = dot_product_attention(q, k, v), dot_product_attention(q, k + 1000, v)
     assert set(taken) == {"plain_powers"} and np.abs(calm - shifted).max() < 1e-3
     dot_product_attention(30 * q, 30 * k, v)
@@ -79,18 +88,20 @@ def test_group_norm(shape, groups):
     assert_same(group_norm, x, groups, 1e-5, normal(shape[-1], seed=1), normal(shape[-1], seed=2), tolerance=5e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 700), (2, 400, 9, 33)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 700), (2, 400, 9, 33), (1, 70001), (70001, 1)])
 def test_row_by_row(shape):
     x = 4 * normal(*shape)
+    assert_same(sigmoid, x)
     assert_same(silu, x)
     assert_same(gelu, x)
     assert_same(layer_norm, x, normal(shape[-1], seed=1), normal(shape[-1], seed=2))
 
 
-@pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1)])
+@pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1), ((3,), 800, 5001)])
 def test_linear(rows, i, o):
     assert_same(linear, normal(*rows, i), normal(o, i, seed=1), normal(o, seed=2))
     assert_same(linear, normal(*rows, i), normal(o, 1, 1, i, seed=1))
+    assert_same(linear, normal(*rows, i), np.asfortranarray(normal(o, i, seed=1)), normal(o, seed=2))      # as load lays it
 
 
 def test_a_prepared_weight_dies_with_its_weight():
@@ -105,6 +116,14 @@ def test_a_prepared_weight_dies_with_its_weight():
     known = prepare.__closure__[[cell for cell in prepare.__code__.co_freevars].index("known")].cell_contents
     del weight
     assert not known
+
+
+def test_a_weight_in_a_file_is_read_again_after_its_pages_went(tmp_path):
+    exact = normal(2, 40, 3, 3, 32)
+    exact.tofile(tmp_path / "weight")
+    x, weights = normal(1, 17, 16, 32, seed=1), np.memmap(tmp_path / "weight", np.float32, "r", shape=exact.shape)
+    for weight, values in zip(weights, exact):
+        assert np.array_equal(conv2d(x, weight), conv2d(x, values)) and np.array_equal(weight, values)
 
 
 def test_parallel_keeps_order_nests_and_raises():
