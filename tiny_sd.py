@@ -18,6 +18,8 @@ NOTES.md holds the mathematics, section by section in this file's order.
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -1098,6 +1100,9 @@ def main(argv=None):
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
+for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):      # BLAS' threads, if NumPy was imported before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(str(library)).scipy_openblas_set_num_threads64_(1)
 
 def parallel(work, items):
     """[work(item), ...], computed by the calling thread and by as many more as there are idle cores. Calls may nest: the

@@ -1,5 +1,9 @@
 """Each fast form of §10 against the formula that it replaces, on awkward sizes, values and types."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -124,6 +128,20 @@ def test_a_weight_in_a_file_is_read_again_after_its_pages_went(tmp_path):
     x, weights = normal(1, 17, 16, 32, seed=1), np.memmap(tmp_path / "weight", np.float32, "r", shape=exact.shape)
     for weight, values in zip(weights, exact):
         assert np.array_equal(conv2d(x, weight), conv2d(x, values)) and np.array_equal(weight, values)
+
+
+@pytest.mark.parametrize("first, second", [("numpy", "tiny_sd"), ("tiny_sd", "numpy")])
+def test_blas_keeps_to_one_thread(first, second):
+    """Whichever is imported first: its threads would fight with ours."""
+    code = f"""if True:
+        import {first}, {second}, ctypes, pathlib
+        for library in pathlib.Path(numpy.__file__).parents[1].glob("numpy.libs/*openblas*"):
+            print(ctypes.CDLL(str(library)).scipy_openblas_get_num_threads64_())"""
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, env=environment, capture_output=True, text=True)
+    if not run.stdout and not run.returncode:
+        pytest.skip("this NumPy brings no OpenBLAS of its own")
+    assert run.stdout == "1\n", run.stderr
 
 
 def test_parallel_keeps_order_nests_and_raises():
