@@ -59,8 +59,12 @@ def primitive(formula):
     @functools.wraps(formula)
     def operation(x, *args, **kwargs):
         run = operation.on_numpy if isinstance(x, (np.ndarray, np.generic)) else getattr(on_torch(), formula.__name__)
-        return run(x, *args, **kwargs)
+        y = run(x, *args, **kwargs)
+        for listener in operation.listeners:    # none, unless someone wants to see what is computed: show.py
+            listener(y, x, *args, **kwargs)
+        return y
     operation.formula = operation.on_numpy = formula
+    operation.listeners = []
     return operation
 
 @functools.cache
@@ -959,11 +963,11 @@ def denoiser(model, context, guidance):
     return denoise
 
 def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sampler="dpm++2m", karras=False,
-             width=None, height=None, init=None, strength=0.75):
+             width=None, height=None, init=None, strength=0.75, denoiser=denoiser):
     """A generator of the latents x_t (len(seeds), h, w, 4) after each step; the last are the pictures', for decode().
 
     init: a picture (height, width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise.
-    A guidance of 1 or less means none: the prompt alone.
+    A guidance of 1 or less means none: the prompt alone. Give a `denoiser` of your own to see, or change, each guess.
     """
     levels = sampling_steps(sampler, steps, model.config["scheduler"], karras)
     context = encode_prompts(model, [negative, prompt] if guidance > 1 else [prompt])
@@ -1083,6 +1087,8 @@ def parse_arguments(argv):
     add("--backend", choices=("numpy", "torch"), help="numpy, unless a GPU is asked for")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--show", type=Path, metavar="DIR", help="a new folder for pictures of what is computed on the way")
+    add("--explain", action="store_true", help="draw nothing: print the prompt's tokens and the model's parts")
     args = parser.parse_args(argv)
     if (args.words is None) == (args.prompt is None):
         parser.error("give one prompt")
@@ -1099,6 +1105,7 @@ def parse_arguments(argv):
              (args.init_img is None or not 0 < args.strength <= 1 or steps_left(args.steps, args.strength) > 0,
               f"--strength {args.strength} of {args.steps} steps leaves no step"),
              (not args.karras or args.sampler not in ("ddpm", "ddim"), f"--karras does not go with --sampler {args.sampler}"),
+             (not args.show or not args.explain, "--explain draws nothing that --show could show"),
              (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
              (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to"),
              (os.access(args.output.parent, os.W_OK), f"the folder {args.output.parent} cannot be written to")]
@@ -1110,22 +1117,29 @@ def parse_arguments(argv):
 def run(argv):
     args = parse_arguments(argv)
     from tqdm import tqdm
+    if args.show or args.explain:
+        import show
+    watched = show.Film(args.show) if args.show else denoiser
     model = load(args.model, args.backend, args.device, args.dtype)
     default = model.config["unet"]["sample_size"] * model.factor
     width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):
         if n % model.factor or not 2 * model.factor <= n <= 4096:
             raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
+    if args.explain:
+        return show.explain(model, args.prompt, width, height)
     init = None if args.init_img is None else read_picture(args.init_img, width, height)
     seeds = [args.seed + k for k in range(args.batch_size)]
     total = args.steps if init is None else steps_left(args.steps, args.strength)
     for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler,
-                           args.karras, width, height, init, args.strength), total=total, unit="step"):
+                           args.karras, width, height, init, args.strength, watched), total=total, unit="step"):
         pass
     for seed, pixels in zip(seeds, decode(model, x)):
         number = f"-{seed - args.seed:03d}" if len(seeds) > 1 else ""
         path = args.output.with_stem(args.output.stem + number)
         print(save_picture(pixels, path, parameters_text(args, model, seed, width, height)))
+    if args.show:
+        print(watched.save(x, args.prompt, seeds))
 
 def main(argv=None):
     try:
@@ -1395,6 +1409,7 @@ def guarded_powers(q, k, v):
 
 
 if __name__ == "__main__":
+    sys.modules["tiny_sd"] = sys.modules["__main__"]        # for show.py, which imports this file
     status = main()
     sys.stdout.flush()
     if status == 130:

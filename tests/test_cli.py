@@ -473,5 +473,5 @@ def test_help_names_every_option(capsys):
         sd.main(["--help"])
     text = capsys.readouterr().out
     for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed --steps --cfg-scale --guidance-scale
-            --sampler --karras -W --width -H --height -b --batch-size -i --init-img --strength --backend --device --dtype""".split():
+            --sampler --karras -W --width -H --height -b --batch-size -i --init-img --strength --backend --device --dtype --show --explain""".split():
         assert re.search(rf"(?<![\w-]){flag}\b", text), flag

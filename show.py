@@ -1,0 +1,416 @@
+"""What tiny_sd computes on the way to a picture: pictures of every stage, and the sizes of every part.
+
+    python tiny_sd.py "red apple" --show DIR        the picture, and a page about how it came to be: DIR/index.html
+    python tiny_sd.py "red apple" --explain         no picture, but how the prompt is read, and what each part costs
+    python show.py notes                            the pictures of NOTES.md, drawn anew from the bundled model
+
+It is also an example of tiny_sd as a library. It changes nothing there: it listens to the primitives, and gives
+generate() a denoiser of its own, which asks tiny_sd's and writes down the answers.
+"""
+
+import contextlib
+import copy
+import html
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import tiny_sd      # first, since it tells NumPy's BLAS how many threads to use
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+
+# ── Listening ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def listening(**listeners):
+    """While it lasts, each call of the named primitives is told to f(result, *arguments), and the halves of guidance are
+    computed one after the other, so that their calls do not mingle."""
+    by_row = tiny_sd.by_row
+    together, by_row.on_numpy = by_row.on_numpy, by_row.formula
+    try:
+        for name, listener in listeners.items():
+            getattr(tiny_sd, name).listeners.append(listener)
+        yield
+    finally:
+        by_row.on_numpy = together
+        for name, listener in listeners.items():
+            getattr(tiny_sd, name).listeners.remove(listener)
+
+def probabilities(q, k):
+    """softmax(q kᵀ / √d) (batch, heads, queries, keys), which attention itself need not hold."""
+    q, k = tiny_sd.to_numpy(q), tiny_sd.to_numpy(k)
+    return tiny_sd.softmax.formula(q @ k.mT / math.sqrt(q.shape[-1]))
+
+class Film:
+    """What a run computes at each step. Give it to tiny_sd.generate() as its denoiser, and save() it at the end.
+
+    steps: for each guess t, a = ᾱ_t, x = x_t and x_0 = x̂_0 (pictures, h, w, channels), push = ε̂_c - ε̂_∅ of the same
+    shape (None without guidance), and attention {(h', w'): (pictures, tokens, h', w')}: how much of its attention each
+    place gives to each token of the prompt, averaged over the heads and layers of one resolution.
+    UserError if the folder to save to is in use, or cannot be made.
+    """
+
+    def __init__(self, folder=None):
+        self.folder, self.steps = folder and Path(os.path.abspath(folder)), []
+        if self.folder and self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+            raise tiny_sd.UserError(f"--show {folder} is there already: name a new folder, or an empty one")
+        if self.folder and not (self.folder.parent.is_dir() and os.access(self.folder.parent, os.W_OK)):
+            raise tiny_sd.UserError(f"--show {folder} cannot be made: there is no folder {self.folder.parent} to write to")
+
+    def __call__(self, model, context, guidance):
+        """A denoise() as samplers want it, which remembers."""
+        self.model = model
+        denoise = tiny_sd.denoiser(model, context, guidance)
+        kind = model.config["scheduler"].get("prediction_type", "epsilon")
+
+        def watched(x, t, a):
+            outputs, maps, calls, n = [], [], itertools.count(), len(x)
+
+            def hear_output(y, rows, work):
+                outputs.append(y)
+
+            def hear_attention(y, q, k, v, causal=False):
+                if next(calls) % 2:     # in each transformer block the places come first, the words second
+                    maps.append(probabilities(q, k).mean(1))
+
+            with listening(by_row=hear_output, dot_product_attention=hear_attention):
+                x_0, eps = denoise(x, t, a)
+            push = None
+            if len(outputs[-1]) == 2 * n:       # the second half is the prompt's
+                maps = [m[n:] for m in maps] if len(maps[0]) == 2 * n else maps[len(maps) // 2:]
+                uncond, cond = (tiny_sd.split_prediction(kind, half, x, a)[1] for half in np.split(outputs[-1], 2))
+                push = cond - uncond
+            sizes = {h * w: (h, w) for h, w in (
+                (-(-x.shape[1] // 2 ** i), -(-x.shape[2] // 2 ** i)) for i in range(8))}
+            attention = {sizes[places]: np.mean([m for m in maps if m.shape[1] == places], axis=0).swapaxes(1, 2)
+                         for places in sorted({m.shape[1] for m in maps}, reverse=True)}
+            attention = {size: m.reshape(*m.shape[:2], *size) for size, m in attention.items()}
+            self.steps.append(SimpleNamespace(t=t, a=a, x=x, x_0=x_0, push=push, attention=attention))
+            return x_0, eps
+        return watched
+
+    def save(self, x, prompt, seeds):
+        """Writes the folder, whole or not at all, and gives back the path of its page. x: the last latents."""
+        unfinished = self.folder.with_name(f".tiny_sd-{os.getpid()}.part")
+        unfinished.mkdir()
+        try:
+            write_page(self, x, prompt, seeds, unfinished)
+            if self.folder.exists():
+                self.folder.rmdir()     # fails if something was put there in the meantime
+            unfinished.rename(self.folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return self.folder / "index.html"
+
+
+# ── Drawing, with Pillow alone ──────────────────────────────────────────────────────────────────────────────────────
+
+HEAT = np.array([(0, 0, 0), (80, 20, 110), (190, 55, 85), (250, 145, 20), (255, 255, 170)])     # from little to much
+
+def heat(values, most=None):
+    """An array (h, w) from 0 to `most` as colours."""
+    v = np.clip(values / (most or values.max() or 1), 0, 1)
+    return Image.fromarray(np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in HEAT.T], -1).round().astype(np.uint8))
+
+def grey(values, most):
+    """An array (h, w) from -most, black, to most, white."""
+    return Image.fromarray((np.clip(values / most / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+
+def over(picture, values, most=None, smooth=True):
+    """A heat map over the picture (h, w, 3)."""
+    picture = Image.fromarray(picture)
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(picture.size, how))
+    return Image.blend(picture.convert("L").convert("RGB"), heat(values, most), 0.65)
+
+def font(size):
+    return ImageFont.load_default(size)
+
+def enlarged(picture, size):
+    """At least `size` pixels wide, in whole multiples."""
+    n = max(1, round(size / picture.width))
+    return picture.resize((n * picture.width, n * picture.height), Image.Resampling.NEAREST)
+
+def sheet(rows, across=(), down=(), size=96, gap=4):
+    """Rows of pictures of one size as one, with words above the columns and before the rows."""
+    rows = [[enlarged(cell, size) for cell in row] for row in rows]
+    write, (w, h) = font(13), rows[0][0].size
+    left = max([0, *(math.ceil(write.getlength(word)) + 12 for word in down)])
+    top = 22 * bool(across)
+    page = Image.new("RGB", (left + len(rows[0]) * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
+    draw = ImageDraw.Draw(page)
+    for i, word in enumerate(across):
+        draw.text((left + i * (w + gap) + w / 2, 10), word, "black", write, "mm")
+    for i, word in enumerate(down):
+        draw.text((left - 8, top + i * (h + gap) + h / 2), word, "black", write, "rm")
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            page.paste(cell, (left + j * (w + gap), top + i * (h + gap)))
+    return page
+
+def curve(values, names, title, size=(640, 240)):
+    """A line through values, from 0 up, with names under some of its points."""
+    (w, h), write = size, font(13)
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    top = max(values) or 1
+    at = [(60 + i * (w - 90) / max(1, len(values) - 1), h - 35 - v / top * (h - 75)) for i, v in enumerate(values)]
+    for y, label in ((h - 35, "0"), (40, f"{top:.3g}")):
+        draw.line((60, y, w - 30, y), "#ccc")
+        draw.text((52, y), label, "black", write, "rm")
+    every = -(-len(values) // 10)
+    for (x, _), name in list(zip(at, names))[::every]:
+        draw.text((x, h - 20), name, "black", write, "mm")
+    draw.text((60, 18), title, "black", write, "lm")
+    draw.line(at, "#b3262e", 3)
+    for x, y in at:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), "#b3262e")
+    return page
+
+
+# ── The page of one run ─────────────────────────────────────────────────────────────────────────────────────────────
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
+p, h1, h2, h3 {{ max-width: 46rem }}
+img {{ display: block; max-width: 100%; width: {width}px; image-rendering: {rendering} }}
+img.wide {{ width: auto; image-rendering: auto }}
+figure {{ margin: 0 }}
+figcaption, td, th {{ font-size: .85rem; text-align: left; vertical-align: top }}
+.row {{ display: flex; flex-wrap: wrap; gap: 1rem }}
+.pair {{ display: flex; gap: 2px }}
+.scroll {{ overflow-x: auto }}
+</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+class Page:
+    """An HTML page and the pictures beside it, written to a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.body, self.prefix = folder, [], ""
+
+    def say(self, *lines):
+        self.body += lines
+
+    def image(self, picture, name, words, wide=False):
+        """Saves a picture, and gives back the tag that shows it."""
+        path = self.folder / f"{self.prefix}{name}.png"
+        picture.save(path)
+        return f'<img src="{path.name}" alt="{html.escape(words)}"{" class=wide" * wide}>'
+
+    def write(self, title, width, rendering):
+        text = PAGE.format(title=html.escape(title), width=width, rendering=rendering, body="\n".join(self.body))
+        (self.folder / "index.html").write_text(text, encoding="utf-8")
+
+def pieces(tokenizer, text):
+    """[(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
+    found = []
+    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+        special = piece in (tokenizer.BOS, tokenizer.EOS)
+        found += [(piece, [piece])] if special else [(w, tokenizer.merge(w)) for w in tokenizer.words(piece)]
+    return found
+
+def places_of_words(tokenizer, prompt):
+    """[(word, the slice of its tokens among the model's places)]: the start, the words that fit, and the rest."""
+    found, end, room = [("(start)", slice(0, 1))], 1, tokenizer.length - 1
+    for word, symbols in pieces(tokenizer, prompt):
+        if end < room:
+            found.append((word, slice(end, min(end + len(symbols), room))))
+            end = found[-1][1].stop
+    return [*found, ("(end and padding)", slice(end, tokenizer.length))]
+
+def write_page(film, x, prompt, seeds, folder):
+    """index.html and its pictures, for each seed a part."""
+    page, final = Page(folder), tiny_sd.decode(film.model, x)
+    decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
+               for s in tqdm(film.steps, desc="pictures", unit="step")]
+    page.say(f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
+             f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd {tiny_sd.__version__} with the model "
+             f"{html.escape(film.model.name)}. NOTES.md has the mathematics.</p>")
+    for k, seed in enumerate(seeds):
+        page.prefix = f"{seed}-" if len(seeds) > 1 else ""
+        result = Image.fromarray(final[k])
+        page.say(f"<h2>Seed {seed}</h2>", page.image(result, "picture", prompt))
+        film_section(page, film.steps, [[Image.fromarray(both[k]) for both in pair] for pair in decoded], result)
+        words_section(page, film, k, final[k], prompt)
+        if film.steps[0].push is not None:
+            guidance_section(page, film.steps, k)
+        latents_section(page, film, k, x[k])
+    page.write(prompt or "tiny_sd", *((128, "pixelated") if final.shape[2] < 256 else (192, "auto")))
+
+def film_section(page, steps, pairs, result):
+    frames = [sheet([pair], size=128) for pair in [*pairs, (result, result)]]
+    frames[0].save(page.folder / f"{page.prefix}film.png", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[300] * len(pairs) + [2000])
+    page.say("<h3>The film</h3><p>At each step the program holds a noisy x<sub>t</sub> (left). From it the network guesses the "
+             "clean picture x̂<sub>0</sub> (right): the mean of all that could hide in the noise, a blur at first. The sampler "
+             "goes a part of the way there, and asks again. σ is the noise per signal. Both are shown as the decoder sees them.</p>",
+             f'<img class="wide" src="{page.prefix}film.png" alt="the same, moving">', '<div class="row">')
+    for i, (step, pair) in enumerate(zip(steps, pairs)):
+        tags = [page.image(picture, f"film-{i + 1:03d}-{name}", f"{name} at step {i + 1}") for picture, name in zip(pair, ("x", "x0"))]
+        page.say(f'<figure><div class="pair">{"".join(tags)}</div><figcaption>step {i + 1}: t = {step.t:.0f}, '
+                 f"σ = {sigma(step):.3g}</figcaption></figure>")
+    page.say("</div>")
+
+def sigma(step):
+    return math.sqrt(1 / step.a - 1)
+
+def words_section(page, film, k, picture, prompt):
+    sizes = list(film.steps[0].attention)
+    thirds = [part for part in np.array_split(np.arange(len(film.steps)), 3) if len(part)]
+    page.say("<h3>What each place listens to</h3><p>In cross-attention every place of the picture divides its attention among "
+             "the tokens of the prompt. A row shows where a word was listened to: first over all steps and resolutions, then at "
+             "each resolution, then in each third of the way. Black is none, pale yellow the most in that map; the numbers are "
+             "the mean and the largest share. Start and padding take what no word wants.</p>",
+             '<div class="scroll"><table><tr><th>word<th>mean', *(f"<th>at {h} × {w}" for h, w in sizes),
+             *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
+    for n, (word, places) in enumerate(places_of_words(film.model.tokenizer, prompt)):
+        maps = {size: np.array([s.attention[size][k, places].sum(0) for s in film.steps]) for size in sizes}
+        whole = np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
+        cells = [(whole.mean(0), True), *((maps[size].mean(0), False) for size in sizes), *((whole[part].mean(0), True) for part in thirds)]
+        page.say(f"<tr><th>{html.escape(word)}", *(
+            f"<td>{page.image(over(picture, m, smooth=smooth), f'word-{n:02d}-{i}', f'attention to {word}')}{m.mean():.1%}, {m.max():.1%}"
+            for i, (m, smooth) in enumerate(cells)), "</tr>")
+    page.say("</table></div>")
+
+def enlarge(values, size):
+    """An array (h, w) at another size (height, width), its mean kept."""
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size[::-1], Image.Resampling.NEAREST))
+
+def guidance_section(page, steps, k):
+    pushes = [np.sqrt(np.square(step.push[k]).sum(-1)) for step in steps]
+    lengths, most = [math.sqrt(np.square(p).sum()) for p in pushes], max(p.max() for p in pushes)
+    page.say("<h3>What the prompt changes</h3><p>The network answers twice, with the prompt (ε<sub>c</sub>) and with the negative "
+             "one (ε<sub>∅</sub>). Guidance exaggerates the difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the "
+             "channels, shows where the prompt has something to say at each step; all maps have one scale.</p>",
+             page.image(curve(lengths, [f"t = {s.t:.0f}" for s in steps], "length of the difference, over the whole picture"), "guidance", "a curve", True),
+             '<div class="row">')
+    for i, push in enumerate(pushes):
+        page.say(f"<figure>{page.image(heat(push, most), f'guidance-{i + 1:03d}', f'guidance at step {i + 1}')}"
+                 f"<figcaption>step {i + 1}: {lengths[i]:.3g}</figcaption></figure>")
+    page.say("</div>")
+
+def latents_section(page, film, k, latents):
+    channels = np.moveaxis(latents, -1, 0)
+    page.say("<h3>The latent picture</h3><p>The channels of the result, which the decoder turns into the picture: "
+             f"{' × '.join(map(str, latents.shape))} numbers for {film.model.factor ** 2 * 3 * latents.shape[0] * latents.shape[1]:,}. "
+             "Black is −3, white 3; the scale of the model makes their spread about 1.</p>", '<div class="row">')
+    for i, channel in enumerate(channels):
+        page.say(f"<figure>{page.image(grey(channel, 3), f'latent-{i}', f'channel {i}')}<figcaption>channel {i}: mean "
+                 f"{channel.mean():.2f}, spread {channel.std():.2f}</figcaption></figure>")
+    page.say("</div>")
+
+
+# ── The prompt's tokens and the model's parts ───────────────────────────────────────────────────────────────────────
+
+def merging(tokenizer, word):
+    """The word's symbols at first and after each merge, as a tokenizer leaves them that learns one merge after the other."""
+    learner, known = copy.copy(tokenizer), [None]
+    learner.rank = {}
+    while known:
+        symbols = learner.merge(word)
+        yield symbols
+        known = [pair for pair in zip(symbols, symbols[1:]) if pair in tokenizer.rank]
+        if known:
+            pair = min(known, key=tokenizer.rank.get)
+            learner.rank[pair] = tokenizer.rank[pair]
+
+def tokens_text(tokenizer, prompt):
+    """How the prompt is read: bytes, symbols, merges, ids, and what is cut."""
+    ids, cut = tokenizer.encode(prompt)
+    lines = []
+    for word, symbols in pieces(tokenizer, prompt):
+        special = word in (tokenizer.BOS, tokenizer.EOS)
+        lines.append(f"  {word}: " + ("a special token" if special else f"bytes {word.encode(errors='replace').hex(' ')}"))
+        steps = [symbols] if special else merging(tokenizer, word)
+        lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
+        lines.append(f"      {' '.join(str(tokenizer.vocab.get(s, tokenizer.vocab[tokenizer.EOS])) for s in symbols)}")
+    used = 2 + sum(len(symbols) for _, symbols in pieces(tokenizer, prompt))
+    filled = max(0, len(ids) - used)
+    return "\n".join(["Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; then the ids.", *lines, "",
+                      f"The model's {len(ids)} places: {ids[0]} marks the start, {ids[min(used, len(ids)) - 1]} the end, "
+                      f"and {filled} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
+                      f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."])
+
+def part_of(network, name):
+    """The row of the table to which a weight of a network belongs: unet, down_blocks.0.resnets.1.conv1.weight to
+    "unet down_blocks.0.resnets"."""
+    side = re.match(r"(encoder|decoder)\.", name) if network == "vae" else None
+    network, name = (f"vae {side[1]}", name[side.end():]) if side else (network, name)
+    return network + " " + re.match(r"(down|up)_blocks\.\d+\.\w+|mid_block\.\w+|encoder\.layers|\w+", name)[0]
+
+def sizes(model, prompt, width, height):
+    """{part: SimpleNamespace(shape, parameters, flops)}: what each part of the model gives out, holds, and computes, for one
+    pass of one picture through each network, in the order in which they run; counted by listening to that. flops: the
+    multiplications and additions of all matrix products, which are next to everything."""
+    owner, table, order = {}, {}, []
+    for network in ("text_encoder", "unet", "vae"):
+        for name, array in tiny_sd.flatten(getattr(model, network)).items():
+            owner[id(array)] = part_of(network, name)
+            row = table.setdefault(part_of(network, name), SimpleNamespace(shape=(), parameters=0, flops=0))
+            row.parameters += math.prod(array.shape)
+
+    def count(y, flops, weight=None):
+        order.append(order[-1] if weight is None else owner[id(weight)])
+        row = table[order[-1]]
+        row.flops, row.shape = row.flops + flops, tuple(y.shape)[1:]
+
+    def linear(y, x, weight, bias=None):
+        count(y, 2 * math.prod(y.shape) * x.shape[-1], weight)
+
+    def conv2d(y, x, weight, bias=None, **how):
+        count(y, 2 * math.prod(y.shape) * math.prod(weight.shape[1:]), weight)
+
+    def attention(y, q, k, v, causal=False):
+        count(y, 4 * math.prod(q.shape) * k.shape[-2])
+
+    def group_norm(y, x, groups, eps, weight, bias):
+        count(y, 0, weight)
+
+    def layer_norm(y, x, weight, bias):
+        count(y, 0, weight)
+
+    x = np.zeros((1, height // model.factor, width // model.factor, model.config["vae"]["latent_channels"]), np.float32)
+    runs = [lambda: tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, [prompt]), 1)(x, 500, 0.5),
+            lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x), lambda: tiny_sd.decode(model, x)]
+    with listening(linear=linear, conv2d=conv2d, dot_product_attention=attention, group_norm=group_norm, layer_norm=layer_norm):
+        for work in tqdm(runs, desc="counting", unit="part", leave=False):
+            work()
+    return {name: table[name] for name in [*(table.keys() - set(order)), *dict.fromkeys(order)]}
+
+def explain(model, prompt, width, height):
+    """Prints how the prompt is read, and what each part of the model gives out, holds and costs."""
+    print(tokens_text(model.tokenizer, prompt))
+    table = sizes(model, prompt, width, height)
+    print(f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the parameters, and the multiplications "
+          "and\nadditions of matrix products (linear layers, convolutions, attention). One step of sampling is the U-Net once, and\n"
+          "twice with guidance; the others run once a picture, the VAE's encoder only to start from a picture.\n")
+    print(f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}")
+    for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
+        rows = list(rows)
+        for name, row in [*rows, (f"{network}, all of it", SimpleNamespace(
+                shape=(), parameters=sum(r.parameters for _, r in rows), flops=sum(r.flops for _, r in rows)))]:
+            shape = " x ".join(map(str, row.shape))
+            print(f"{name:40}{shape:>16}{row.parameters:>14,}{metric(row.flops):>10}")
+
+def metric(n):
+    """12 G for 12,000,000,000, nothing for 0."""
+    power = 0
+    while n >= 1000:
+        n, power = n / 1000, power + 1
+    return f"{n:.3g} {' kMGTP'[power]}" if n else ""

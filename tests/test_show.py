@@ -1,0 +1,290 @@
+"""show.py: that listening changes nothing, that what it hears is what it says, and the page that it writes."""
+
+import html
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT
+from helpers import CONFIG, TOKENIZER, sd, write_model
+
+import show
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+PRIMITIVES = [value for value in vars(sd).values() if hasattr(value, "listeners")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(params=["epsilon", "v_prediction", "sample"])
+def kind(request, monkeypatch):
+    monkeypatch.setitem(CONFIG["scheduler"], "prediction_type", request.param)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def model(request, tmp_path):
+    return sd.load(write_model(tmp_path / "tiny"), request.param)
+
+
+def filmed(model, *args, **settings):
+    film = show.Film()
+    *_, x = sd.generate(model, *args, **settings, denoiser=film)
+    return film.steps, x
+
+
+# ── What is heard ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 1}, {"sampler": "euler_a"}, {"width": 10, "height": 18}])
+def test_watching_changes_nothing(kind, model, settings):
+    settings = {"seeds": (0, 7), "steps": 3, **settings}
+    *_, plain = sd.generate(model, "red apple", "app", **settings)
+    steps, x = filmed(model, "red apple", "app", **settings)
+    assert np.array_equal(x, plain) and len(steps) == 3
+    assert not any(primitive.listeners for primitive in PRIMITIVES)
+    assert sd.by_row.on_numpy is sd.threaded_by_row
+
+
+def test_guesses_and_the_push_of_guidance(kind, model):
+    """Against denoisers of each half alone."""
+    context = sd.encode_prompts(model, ["app", "red apple"])
+    uncond, cond = (sd.denoiser(model, context[i:i + 1], 1) for i in range(2))
+    for step in filmed(model, "red apple", "app", seeds=(0, 7), steps=3)[0]:
+        halves = [denoise(step.x, step.t, step.a) for denoise in (uncond, cond)]
+        x_0, eps = (sd.guide(*parts, 7.5) for parts in zip(*halves))
+        np.testing.assert_allclose(step.x, sd.add_noise(x_0, step.a, eps), atol=1e-4)
+        np.testing.assert_allclose(step.x_0, x_0, atol=1e-4 / math.sqrt(step.a))
+        np.testing.assert_allclose(step.push, halves[1][1] - halves[0][1], atol=1e-4)
+
+
+def test_attention_is_the_prompts(model):
+    """Shares that add to 1, and those of the prompt without any other beside it, for each picture of a batch."""
+    guided = filmed(model, "red apple", "app", seeds=(0, 7), steps=1)[0][0].attention
+    assert {size: m.shape for size, m in guided.items()} == {(8, 8): (2, 12, 8, 8), (4, 4): (2, 12, 4, 4)}
+    for k, seed in enumerate((0, 7)):
+        alone = filmed(model, "red apple", seeds=(seed,), steps=1, guidance=1)[0][0].attention
+        for size, m in guided.items():
+            np.testing.assert_allclose(m.sum(1), 1, atol=1e-5)
+            np.testing.assert_allclose(m[k], alone[size][0], atol=1e-5)
+    other = filmed(model, "red", seeds=(0,), steps=1, guidance=1)[0][0].attention
+    assert abs(guided[8, 8][0] - other[8, 8][0]).max() > 1e-3
+
+
+def test_probabilities():
+    """Times the values they are attention, by torch."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, n, 8)).astype(np.float32) for n in (50, 7, 7))
+    expected = torch.nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, (q, k, v)))
+    np.testing.assert_allclose(show.probabilities(q, k) @ v, expected, atol=1e-5)
+
+
+def test_listeners_leave_when_something_fails():
+    with pytest.raises(ZeroDivisionError), show.listening(linear=print, conv2d=print):
+        1 / 0
+    assert not any(primitive.listeners for primitive in PRIMITIVES)
+
+
+def test_places_of_words():
+    """Of the start, of each word that fits, and of the rest: every place once."""
+    tokenizer = sd.Tokenizer([("a", "p")], length=8)
+    assert show.places_of_words(tokenizer, "red Ap") == [
+        ("(start)", slice(0, 1)), ("red", slice(1, 4)), ("ap", slice(4, 6)), ("(end and padding)", slice(6, 8))]
+    assert show.places_of_words(tokenizer, "red <|endoftext|> apple pie")[1:] == [
+        ("red", slice(1, 4)), ("<|endoftext|>", slice(4, 5)), ("apple", slice(5, 7)), ("(end and padding)", slice(7, 8))]
+
+
+# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+class Parsed(html.parser.HTMLParser):
+    """The pictures and tags of a page; fails if tags do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.tags = [], [], set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        assert attributes.keys() <= {"lang", "charset", "name", "content", "class", "src", "alt"}
+        if tag == "img":
+            assert "alt" in attributes
+            self.images.append(attributes["src"])
+        if tag not in ("meta", "img", "th", "td", "tr"):        # the last three may be left open
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "tr":
+            assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        capsys.readouterr()
+        status = sd.main(["--model", str(tiny), "--steps", "2", *argv])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
+    return run
+
+
+@pytest.mark.parametrize("flags, pictures, steps, guided", [
+    ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False), ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True)])
+def test_the_page(run, flags, pictures, steps, guided):
+    """Of every picture: the result, the film whole and step by step, a map of each word over all, at two resolutions and in
+    up to three parts of the way, guidance as a curve and at each step, and four channels."""
+    Image.new("RGB", (9, 5), "red").save("in.png")
+    status, out, err = run('<red> & "apple"', "--show", "seen", *flags.split())
+    assert status == 0 and err == [] and Path(out[-1]) == Path("seen/index.html").resolve()
+    text = Path("seen/index.html").read_text(encoding="utf-8")
+    page, words = Parsed(text), len(["(start)", "<", "red", ">", "&", '"', "apple", '"', "(rest)"])
+    assert "script" not in page.tags and "://" not in text and "&lt;red&gt; &amp; &quot;apple&quot;" in text
+    assert sorted(page.images) == sorted(path.name for path in Path("seen").glob("*.png"))
+    assert len(page.images) == pictures * (1 + 1 + 2 * steps + words * (3 + min(3, steps)) + (1 + steps) * guided + 4)
+    for name in page.images:
+        Image.open(f"seen/{name}").load()
+    assert all(path.name[0] != "." for path in Path().iterdir())
+
+
+def test_the_film_shows_each_step(run):
+    assert run("apple", "--show", "seen", "--steps", "3")[0] == 0
+    film, frame = Image.open("seen/film.png"), lambda name: np.asarray(Image.open(f"seen/{name}.png").resize((128, 128), 0))
+    assert film.n_frames == 4
+    for i in range(4):
+        film.seek(i)
+        left, right = (f"film-{i + 1:03d}-x", f"film-{i + 1:03d}-x0") if i < 3 else ("picture", "picture")
+        both = np.asarray(film.convert("RGB"))
+        assert np.array_equal(both[:, :128], frame(left)) and np.array_equal(both[:, -128:], frame(right))
+
+
+def test_the_picture_is_the_same_as_without(run):
+    assert run("apple", "-o", "plain.png")[0] == run("apple", "-o", "shown.png", "--show", "seen")[0] == 0
+    plain, *shown = (np.asarray(Image.open(path)) for path in ("plain.png", "shown.png", "seen/picture.png"))
+    assert all(np.array_equal(plain, other) for other in shown)
+
+
+@pytest.mark.parametrize("name", ["full", "file", "file/new", "none/new", ".", "a" * 300])
+def test_a_folder_that_cannot_be_made(run, name):
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    Path("file").write_text("mine")
+    before = sorted(Path().rglob("*"))
+    status, out, err = run("apple", "--show", name)
+    assert status == 2 and out == [] and len(err) == 1 and sorted(Path().rglob("*")) == before
+
+
+def test_an_empty_folder_is_filled(run):
+    Path("empty").mkdir()
+    assert run("apple", "--show", "empty")[0] == 0 and Path("empty/index.html").exists()
+
+
+@pytest.mark.parametrize("error, status", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+def test_a_page_half_written_is_taken_away(run, monkeypatch, error, status):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(show, "latents_section", fail)
+    result, out, err = run("apple", "--show", "seen")
+    assert (result, out, len(err)) == (status, ["out.png"], 1) and [path.name for path in Path().iterdir()] == ["out.png"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_the_page_in_a_browser(run):
+    """Each picture has pixels on the screen, in one column or in many, and nothing is asked for from elsewhere. The question
+    is put by a script in a copy of the page."""
+    assert run("red apple", "--show", "seen")[0] == 0
+    text = Path("seen/index.html").read_text(encoding="utf-8")
+    question = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+        images: [...document.images].map(i => [i.getAttribute("src"), i.complete && i.naturalWidth, i.width]),
+        width: document.documentElement.scrollWidth, window: innerWidth,
+        asked: performance.getEntriesByType("resource").map(e => e.name)})})</script>"""
+    Path("seen/asked.html").write_text(text.replace("</body>", question + "</body>"), encoding="utf-8")
+    for width in (1280, 500):
+        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={Path('profile').resolve()}",
+                               f"--window-size={width},900", "--dump-dom", Path("seen/asked.html").resolve().as_uri()],
+                              capture_output=True, text=True, timeout=120)
+        answer = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.S)[1]))
+        assert [name for name, _, _ in answer["images"]] == Parsed(text).images
+        assert all(natural > 0 and shown > 0 for _, natural, shown in answer["images"])
+        assert answer["width"] <= answer["window"]      # what is wider scrolls by itself
+        assert all(name.startswith("file:") for name in answer["asked"])
+
+
+# ── The prompt and the parts ─────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("word", ["emoji", "internationalization", "aaaaaaa", "é🍎", "x"])
+def test_merges_step_by_step(word):
+    """One pair at a time, those learnt first before others, from single bytes to what the tokenizer makes of the word."""
+    clip = sd.clip_tokenizer()
+    steps = list(show.merging(clip, word))
+    assert len(steps[0]) == len(word.encode()) and steps[-1] == clip.merge(word)
+    ranks = []
+    for before, after in zip(steps, steps[1:]):
+        assert "".join(before) == "".join(after)
+        new = next(symbol for symbol in after if symbol not in before or after.count(symbol) > before.count(symbol))
+        ranks.append(min(rank for pair, rank in clip.rank.items() if "".join(pair) == new and pair[0] in before and pair[1] in before))
+    assert ranks == sorted(ranks)
+
+
+def test_explain(run):
+    status, out, err = run("Red apple " * 6, "--explain")
+    text = "\n".join(out)
+    assert status == 0 and not list(Path().glob("*.png"))
+    assert "  red: bytes 72 65 64\n      r e d</w>\n    → re d</w>\n    → red</w>\n      513\n  apple: " in text
+    assert "Cut off, because it does not fit: red apple\n" in text and "nothing" not in text.lower()
+    ids = TOKENIZER.encode("red apple " * 6)[0]
+    assert " ".join(map(str, ids)) + "\n" in text
+    numbers = {line.split(",")[0]: line for line in out if ", all of it" in line}
+    for part, network in (("text_encoder", "text_encoder"), ("unet", "unet"), ("vae", "vae")):
+        total = sum(math.prod(shape) for shape in sd.flatten(sd.SHAPES[network](CONFIG[network])).values())
+        assert f" {total:,} " in numbers[part]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("size", [(16, 16), (10, 18)])
+def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
+    """By torch.utils.flop_counter, which listens to torch's own kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    (width, height), model = size, sd.load(tiny, "torch")
+    x = np.zeros((1, height // 2, width // 2, 4), np.float32)
+    ours = {}
+    for name, row in show.sizes(sd.load(tiny, backend), "red apple", width, height).items():
+        ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
+    context = sd.encode_prompts(model, ["red apple"])
+    works = {"text_encoder": lambda: sd.encode_prompts(model, ["red apple"]), "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
+             "vae": lambda: (sd.encode(model, np.zeros((height, width, 3), np.uint8), x), sd.decode(model, x))}
+    for name, work in works.items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # attention as plain products
+            work()
+        assert ours[name] == counter.get_total_flops() > 0
+
+
+def test_explain_or_show(run):
+    status, out, err = run("apple", "--explain", "--show", "seen")
+    assert status == 2 and out == [] and "--explain" in err[0]
+
+
+def test_as_a_program(tiny, tmp_path):
+    """Which imports itself as a library, once."""
+    for flags in (["--show", "seen"], ["--explain"]):
+        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--steps", "2", *flags],
+                              capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+    full = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--show", "seen"],
+                          capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert full.returncode == 2 and re.fullmatch("tiny_sd: --show seen .*\n", full.stderr), full.stderr
