@@ -70,6 +70,16 @@ def test_equations():
     assert set(re.findall(r"\((?:the form )?(\d\d?\.\d+)\)", WORDS)) <= numbers
 
 
+def test_every_equation_names_a_test():
+    """Each number stands once in the table of tests, and each test in the file that it is said to be in."""
+    table = NOTES.split("## Where each equation is checked")[1].split("\n## ")[0]
+    named = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+)\) \|$", table, re.M)
+    numbers = [n for numbers, _, _ in named for n in re.findall(r"\((\d+\.\d+)\)", numbers)]
+    assert numbers == re.findall(r"\\tag\{(\d+\.\d+)\}", NOTES)
+    for _, test, path in named:
+        assert test in defined_in((ROOT / path).read_text(encoding="utf-8")), test
+
+
 def test_mathematics_as_github_reads_it():
     """Inline mathematics is $`...`$ with a space before and no letter behind; no macro that GitHub refuses."""
     assert NOTES.count("```") % 2 == 0 and "$" not in WORDS
