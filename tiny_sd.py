@@ -692,8 +692,45 @@ def fill(part, arrays, shapes, place):
     wrong += [f"{name} has shape {arrays[name].shape} instead of {expected[name]}"
               for name in expected.keys() & arrays.keys() if core(arrays[name].shape) != core(expected[name])]
     if wrong:
-        raise UserError(f"the weights of the {part} do not fit its config: " + "; ".join(sorted(wrong)))
+        raise UserError(f"the weights of the {part} do not fit its config: {listed(wrong)}")
     return nest({name: place(array) for name, array in arrays.items()})
+
+def add_loras(arrays, loras):
+    """Adds weight · α/r · B A to each array W for which a LoRA, a pair (file, weight), holds A and B (Hu et al., 2021).
+
+    With all dots as underscores, the namings of kohya, of peft and of older diffusers differ only at both ends:
+    lora_unet_W_lora_down_weight, unet_W_lora_A_weight, W_lora_down_weight with "processor" in W. r is the height of A.
+    """
+    from safetensors import safe_open
+    form = re.compile("(?:base_model_model_|lora_)?(unet_|te_|text_encoder_|)(?:text_model_)?(.+?)_(?:lora_)?(?:linear_layer_)?"
+                      "(A|down|B|up|alpha)(?:_default\\w*)?(?:_weight)?")
+    known = {(part, name.removesuffix(".weight").replace(".", "_")): name
+             for part in ("unet", "text_encoder") for name in arrays[part] if name.endswith(".weight")}
+    for path, weight in loras:
+        pairs, wrong = {}, []
+        for name, array in read_safetensors(path).items():
+            match = form.fullmatch(name.replace(".", "_"))
+            part = "text_encoder" if match and match[1] in ("te_", "text_encoder_") else "unet"
+            target = part, re.sub("_to_out$", "_to_out_0", match[2].replace("_processor", "")) if match else None
+            if target in known:
+                pairs.setdefault(target, {})[{"A": "down", "B": "up"}.get(match[3], match[3])] = array
+            else:
+                wrong.append(name)
+        if wrong:
+            raise UserError(f"{path} does not fit the model, which has nothing for {listed(wrong)}")
+        try:
+            settings = json.loads((safe_open(path, "np").metadata() or {}).get("lora_adapter_metadata", "{}"))     # peft's
+            for target, pair in pairs.items():
+                part, name = arrays[target[0]], known[target]
+                up, down = (np.asarray(pair[side], np.float32).reshape(len(pair[side]), -1) for side in ("up", "down"))
+                alpha = float(pair.get("alpha", settings.get(f"{target[0]}.lora_alpha", len(down))))
+                part[name] = part[name] + (np.float32(weight * alpha / len(down)) * (up @ down)).reshape(part[name].shape)
+        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not fit the model's {name}: {error}") from None
+
+def listed(problems):
+    """Some problems in one line, of many the first five."""
+    return "; ".join(sorted(problems)[:5]) + f"; and {len(problems) - 5} more" * (len(problems) > 5)
 
 def placer(backend, device, dtype):
     """place(array): an array of a file to where the model computes and in its type, convolutions as (out, kh, kw, in)."""
@@ -767,7 +804,7 @@ def find(name):
         raise UserError(f"there is no model {name}: put {files} of {repository} into {HERE / 'weights' / name}; "
                         f"they could not be fetched: {error}") from None
 
-def load(path, backend="numpy", device="cpu", dtype="float32"):
+def load(path, backend="numpy", device="cpu", dtype="float32", loras=()):
     """The model in a diffusers folder, or in a single .safetensors file with CompVis' names; path may be what find() takes.
 
     backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, its VAE in float32.
@@ -779,6 +816,7 @@ def load(path, backend="numpy", device="cpu", dtype="float32"):
     types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}        # float16 overflows in the VAE
     try:
         config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else read_single_file(path)
+        add_loras(arrays, loras)
         networks = {part: fill(part, arrays[part], shapes(config[part]), placer(backend, device, types[part]))
                     for part, shapes in SHAPES.items()}
         check_config(tokenizer, **config)
@@ -886,7 +924,7 @@ def read_single_file(path):
     wrong = [f"{name} is unknown" for name in file if not name.startswith(tuple(prefixes.values()))]
     wrong += [f"{prefixes[part]}* is missing" for part in old if not old[part]]
     if wrong:
-        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: " + "; ".join(wrong))
+        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: {listed(wrong)}")
     levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
     n = min((int(name.split(".")[1]) for name in old["unet"] if ".0.op." in name), default=3)
     arrays = {part: {rename(part, name, levels, n): array for name, array in old[part].items()} for part in old}
@@ -1057,9 +1095,15 @@ def parameters_text(args, model, seed, width, height):
     facts = {"Steps": args.steps, "Sampler": SAMPLER_TITLES[args.sampler] + (" Karras" if args.karras else ""),
              "CFG scale": args.cfg_scale, "Seed": seed, "Size": f"{width}x{height}", "Model hash": model.digest,
              "Model": re.sub("[,:]", " ", model.name), "Denoising strength": "" if args.init_img is None else args.strength,
+             "Lora": re.sub("[,:]", " ", " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)),
              "RNG": "CPU", "Version": f"tiny_sd {__version__}"}
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
     return f"{args.prompt}\nNegative prompt: {args.negative_prompt}\n{line}"
+
+def lora(text):
+    """FILE or FILE:WEIGHT as (file, weight)."""
+    file, weight = re.fullmatch(r"(.*?)(?::(-?[\d.]+))?", text, re.DOTALL).groups()
+    return file, float(weight or 1)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1073,6 +1117,7 @@ def parse_arguments(argv):
     add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     add("-m", "--model", default="emoji", metavar="NAME",
         help=f"a folder, a .safetensors file, a name in weights/, OWNER/NAME on the Hugging Face hub, or {', '.join(HUB)} (%(default)s)")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="a LoRA to add to the model; repeatable")
     add("-o", "--output", type=Path, default=Path("out.png"), help="the PNG to write (%(default)s)")
     add("-s", "--seed", type=int, default=0, help="(%(default)s)")
     add("--steps", type=int, default=20, help="(%(default)s)")
@@ -1120,7 +1165,7 @@ def run(argv):
     if args.show or args.explain:
         import show
     watched = show.Film(args.show) if args.show else denoiser
-    model = load(args.model, args.backend, args.device, args.dtype)
+    model = load(args.model, args.backend, args.device, args.dtype, args.lora)
     default = model.config["unet"]["sample_size"] * model.factor
     width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):

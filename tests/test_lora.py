@@ -1,0 +1,208 @@
+"""LoRAs in each naming they lie about in are W + w α/r B A, as diffusers fuses them, and what does not fit is refused by name."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny_sd
+from conftest import record
+
+UNET = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+        "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0", "down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
+        "down_blocks.0.attentions.1.proj_in", "down_blocks.2.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv",
+        "up_blocks.0.resnets.0.conv_shortcut", "mid_block.resnets.0.time_emb_proj"]
+TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.2.self_attn.out_proj", "encoder.layers.1.mlp.fc1"]
+ATTENTION = [name for name in UNET if "attn" in name]
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return {part: tiny_sd.flatten(getattr(tiny_sd.load(folder), part)) for part in ("unet", "text_encoder")}
+
+
+@pytest.fixture(scope="module")
+def pairs(plain):
+    """{(part, module): (A, B)}, of rank 3, as torch keeps the weights: channels before places."""
+    torch.manual_seed(5)
+    made = {}
+    for part, names in (("unet", UNET), ("text_encoder", TEXT)):
+        for name in names:
+            shape = plain[part][f"{name}.weight"].shape
+            inputs = shape[1:] if len(shape) == 2 else (shape[3], *shape[1:3])
+            made[part, name] = (torch.randn(3, *inputs) / np.prod(inputs) ** 0.5,
+                                torch.randn(shape[0], 3, *[1] * (len(shape) - 2)) / 3 ** 0.5)
+    return made
+
+
+def kohya(part, name):
+    start = "lora_unet_" if part == "unet" else "lora_te_text_model_"
+    name = start + name.replace(".", "_")
+    return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+
+
+def peft(part, name):
+    name = f"{part}.{'text_model.' * (part == 'text_encoder')}{name}"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"
+
+
+def old_diffusers(part, name):
+    if part == "text_encoder":
+        name = f"text_encoder.text_model.{name}.lora_linear_layer"
+        return f"{name}.down.weight", f"{name}.up.weight", None
+    name = "unet." + re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1_lora", name)
+    return f"{name}.down.weight", f"{name}.up.weight", None
+
+
+def bare_processor(part, name):
+    return tuple(name and name.removeprefix("unet.") for name in old_diffusers(part, name))
+
+
+def base_model(part, name):
+    return f"base_model.model.{name}.lora_A.default.weight", f"base_model.model.{name}.lora_B.default.weight", None
+
+
+NAMINGS = {"kohya": (kohya, UNET + TEXT), "peft": (peft, UNET + TEXT), "old diffusers": (old_diffusers, ATTENTION + TEXT),
+           "processors alone": (bare_processor, ATTENTION), "peft's own": (base_model, UNET)}
+
+
+def write(path, pairs, naming, names, alpha=None, dtype=torch.float32, metadata=None):
+    arrays = {}
+    for (part, name), (A, B) in pairs.items():
+        if name in names:
+            down, up, scale = naming(part, name)
+            arrays[down], arrays[up] = A.to(dtype).contiguous(), B.to(dtype).contiguous()
+            if alpha is not None and scale:
+                arrays[scale] = torch.tensor(float(alpha)).to(dtype)
+    save_file(arrays, path, metadata)
+    return path
+
+
+def largest_error(model, plain, pairs, names, scale):
+    """Of each weight from W + scale · B A, computed in torch as a convolution by A followed by one by B."""
+    errors = []
+    for part in plain:
+        for name, array in tiny_sd.flatten(getattr(model, part)).items():
+            expected = torch.from_numpy(np.array(plain[part][name], np.float32))
+            pair = pairs.get((part, name.removesuffix(".weight")))
+            if pair and name.removesuffix(".weight") in names and name.endswith(".weight"):
+                delta = torch.einsum("or,r...->o...", pair[1].flatten(1), pair[0]) * scale
+                expected = expected + (delta.permute(0, 2, 3, 1) if delta.ndim == 4 else delta)
+            errors.append(float(np.abs(np.asarray(array, np.float32) - expected.numpy().reshape(array.shape)).max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_namings(naming, folder, plain, pairs, backend, tmp_path):
+    name, names = NAMINGS[naming]
+    path = write(tmp_path / "lora.safetensors", pairs, name, names)
+    assert largest_error(tiny_sd.load(folder, backend, loras=[(path, 0.5)]), plain, pairs, names, 0.5) < 1e-5
+
+
+@pytest.mark.parametrize("naming", ["kohya", "peft"])
+def test_alpha_over_rank(naming, folder, plain, pairs, tmp_path):
+    path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS[naming], alpha=12)
+    assert largest_error(tiny_sd.load(folder, loras=[(path, -1)]), plain, pairs, UNET + TEXT, -4) < 1e-5
+
+
+def test_alpha_in_the_metadata(folder, plain, pairs, tmp_path):
+    """Where diffusers writes it today."""
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 12, "text_encoder.lora_alpha": 12})}
+    path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["peft"], metadata=metadata)
+    assert largest_error(tiny_sd.load(folder, loras=[(path, 1)]), plain, pairs, UNET + TEXT, 4) < 1e-5
+
+
+def test_half_precision_and_several_files(folder, plain, pairs, tmp_path):
+    one = write(tmp_path / "one.safetensors", pairs, *NAMINGS["kohya"], dtype=torch.float16)
+    two = write(tmp_path / "two.safetensors", pairs, *NAMINGS["peft"], dtype=torch.bfloat16)
+    model = tiny_sd.load(folder, loras=[(one, 1), (two, 0.5)])
+    assert 0 < largest_error(model, plain, pairs, UNET + TEXT, 1.5) < 0.02
+
+
+def test_single_file(single_file, pairs, tmp_path):
+    path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["kohya"])
+    bare, model = tiny_sd.load(single_file("F32")), tiny_sd.load(single_file("F32"), loras=[(path, 1)])
+    plain = {part: tiny_sd.flatten(getattr(bare, part)) for part in ("unet", "text_encoder")}
+    assert largest_error(model, plain, pairs, UNET + TEXT, 1) < 1e-5
+
+
+@pytest.mark.parametrize("naming", ["kohya", "peft"])
+def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
+    """load_lora_weights and fuse_lora, which need peft."""
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    names = [name for name in UNET + TEXT if "time_emb" not in name or naming == "peft"]      # diffusers has no name for it
+    settings = {f"{part}.{key}": value for part, modules in (("unet", UNET), ("text_encoder", TEXT))
+                for key, value in (("r", 3), ("lora_alpha", 2), ("target_modules", modules))}
+    path = write(tmp_path / "lora.safetensors", pairs, NAMINGS[naming][0], names, **(
+        {"alpha": 2} if naming == "kohya" else {"metadata": {"lora_adapter_metadata": json.dumps(settings)}}))
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return np.asarray(pipe("a photo of a cat", num_inference_steps=3, guidance_scale=5, width=64, height=64,
+                               generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
+
+    before = draw()
+    pipe.load_lora_weights(str(path))
+    pipe.fuse_lora(lora_scale=0.8)
+    model = tiny_sd.load(folder, backend, loras=[(path, 0.8)])
+    *_, x = tiny_sd.generate(model, "a photo of a cat", seeds=(3,), steps=3, guidance=5, sampler="ddim", width=64, height=64)
+    ours, reference = tiny_sd.decode(model, x)[0].astype(int), draw()
+    assert abs(reference - before).max() > 20
+    record(f"picture with a LoRA, {naming}, in 1/255", abs(ours - reference).max())
+    assert abs(ours - reference).max() <= 1
+
+
+# ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def wrong_rank(arrays):
+    arrays["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"] = torch.zeros(3, 128, 3, 3)
+    arrays["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"] = torch.zeros(128, 4, 1, 1)
+
+
+def wrong_size(arrays):
+    arrays["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"] = torch.zeros(3, 128, 1, 1)
+    arrays["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"] = torch.zeros(128, 3, 1, 1)
+
+
+def add(name):
+    return lambda arrays: arrays.update({name: torch.zeros(3, 8)})
+
+
+@pytest.mark.parametrize("change, named", [
+    (add("lora_unet_input_blocks_1_1_proj_in.lora_down.weight"), "lora_unet_input_blocks_1_1_proj_in.lora_down.weight"),
+    (add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"), "layers_9_mlp_fc1.lora_up.weight"),
+    (add("lora_unet_conv_in.dora_scale"), "lora_unet_conv_in.dora_scale"), (add("anything"), "anything"),
+    (add("lora_unet_conv_in.lora_down.weight"), "conv_in.weight"), (wrong_rank, "mid_block.resnets.0.conv1.weight"),
+    (wrong_size, "mid_block.resnets.0.conv1.weight")])
+def test_what_does_not_fit_is_named(change, named, folder, tmp_path):
+    arrays = {}
+    change(arrays)
+    save_file(arrays, tmp_path / "lora.safetensors")
+    with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
+        tiny_sd.load(folder, loras=[(tmp_path / "lora.safetensors", 1)])
+
+
+def test_command_line(folder, pairs, tmp_path, monkeypatch, capsys):
+    """FILE and FILE:WEIGHT, twice; they are in the picture's parameters. A file that is none is one line."""
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "one.safetensors", pairs, *NAMINGS["kohya"])
+    shutil.copy("one.safetensors", "two.safetensors")
+    draw = ["cat", "-m", str(folder), "--steps", "1", "-W", "64", "-H", "64"]
+    pictures = []
+    for flags in ([], ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors:.5"], ["--lora", "one.safetensors"]):
+        assert tiny_sd.main([*draw, *flags]) == 0
+        pictures.append(Image.open(capsys.readouterr().out.strip()))
+    first, second, third = (np.asarray(picture).astype(int) for picture in pictures)
+    assert abs(second - third).max() <= 1 < abs(second - first).max()
+    assert "Lora: one 0.5 two 0.5," in pictures[1].text["parameters"] and "Lora" not in pictures[0].text["parameters"]
+    for flag in ("no.safetensors", "one.safetensors:1.2.3", "one.safetensors:x"):
+        assert tiny_sd.main([*draw, "--lora", flag]) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("tiny_sd: ") and flag in line
