@@ -414,3 +414,109 @@ def metric(n):
     while n >= 1000:
         n, power = n / 1000, power + 1
     return f"{n:.3g} {' kMGTP'[power]}" if n else ""
+
+
+# ── The pictures of NOTES.md ────────────────────────────────────────────────────────────────────────────────────────
+
+PROMPT = "a cat on a light blue background"
+SENTENCES = ["red apple", "green apple", "red car", "a red car", "cat", "dog", "dog face", "cat on a blue background", "rocket", "airplane"]
+
+def last(model, prompt=PROMPT, **settings):
+    """The one picture that generate() ends with."""
+    *_, x = tiny_sd.generate(model, prompt, **settings)
+    return Image.fromarray(tiny_sd.decode(model, x)[0])
+
+def decoded(model, x):
+    return Image.fromarray(tiny_sd.decode(model, x)[0])
+
+def text_picture(model, film, x):
+    """How alike the text encoder finds some sentences: the cosine of their rows at the end mark, less what all have in common."""
+    ends = [len(model.tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
+    rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
+    rows = rows - rows.mean(0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return sheet([[heat(np.array([[max(0, a @ b)]]), 1) for b in rows] for a in rows], down=SENTENCES, size=40, gap=2)
+
+def latents_picture(model, film, x):
+    """A picture, its latent channels, and what the decoder makes of them."""
+    picture = decoded(model, x)
+    z = tiny_sd.encode(model, np.asarray(picture), np.zeros_like(x))
+    channels = [grey(channel, 3).resize(picture.size, Image.Resampling.NEAREST) for channel in np.moveaxis(z[0], -1, 0)]
+    return sheet([[picture, *channels, decoded(model, z)]], ["picture", *(f"channel {i}" for i in range(len(channels))), "decoded"], size=128)
+
+def time_picture(model, film, x):
+    """The encoding of every second time, a column each: the cosines above, the sines below."""
+    waves = tiny_sd.time_encoding(np.arange(0, 1000, 2.0), 64).T
+    return sheet([[grey(waves, 1).resize((500, 192), Image.Resampling.NEAREST)]], ["t from 0, left, to 1000"], size=500)
+
+def words_picture(model, film, x):
+    """Where each word of the prompt was listened to, over all steps, at the finest resolution that has attention."""
+    size = max(film.steps[0].attention)
+    maps = np.mean([s.attention[size][0] for s in film.steps], axis=0)
+    words = places_of_words(model.tokenizer, PROMPT)
+    picture = tiny_sd.decode(model, x)[0]
+    return sheet([[over(picture, maps[places].sum(0)) for _, places in words[1:-1]]], [word for word, _ in words[1:-1]], size=128)
+
+def noising_picture(model, film, x):
+    """Ever more noise on one picture, by the closed form."""
+    levels, noise = tiny_sd.alpha_bars(model.config["scheduler"]), tiny_sd.Noise(1)(*np.moveaxis(x[0], -1, 0).shape)[None]
+    times = [0, 100, 200, 350, 500, 700, 999]
+    return sheet([[decoded(model, tiny_sd.add_noise(x, levels[t], noise)) for t in times]], [f"t = {t}" for t in times], size=128)
+
+def film_picture(model, film, x):
+    steps = film.steps[::3]
+    return sheet([[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]],
+                 [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
+
+def push_picture(model, film, x):
+    lengths = [float(np.sqrt(np.square(s.push[0]).sum())) for s in film.steps]
+    return curve(lengths, [f"t = {s.t:.0f}" for s in film.steps], "length of the difference between the two guesses of the noise")
+
+def guidance_picture(model, film, x):
+    scales = [1, 2, 4, 7.5, 15, 30]
+    return sheet([[last(model, guidance=scale) for scale in scales]], [f"{scale:g}" for scale in scales], size=128)
+
+def samplers_picture(model, film, x):
+    counts = [2, 3, 5, 8, 12, 20]
+    return sheet([[last(model, steps=n, sampler=name) for n in counts] for name in ("ddim", "dpm++2m", "euler_a")],
+                 [f"{n} steps" for n in counts], ["ddim", "dpm++2m", "euler_a"], 96)
+
+def flow_picture(model, film, x):
+    """Where "pictures" are the numbers 1 and -1: the density of x_t, as brightness, and paths of DDIM through it, from noise
+    on the left to pictures on the right."""
+    sigmas = np.geomspace(14.6, 0.03, 400)
+    a, height = 1 / (1 + sigmas ** 2), 240
+    grid = np.linspace(2.5, -2.5, height)[:, None]
+    width = 1 - a + 0.03 ** 2 * a
+    density = sum(np.exp(-(grid - sign * np.sqrt(a)) ** 2 / (2 * width)) for sign in (1, -1)) / np.sqrt(width)
+    page = heat(density ** 0.5, 1.6)
+
+    def denoise(x, t, a):
+        x_0 = np.tanh(x * math.sqrt(a) / (1 - a))
+        return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
+    starts = np.linspace(-2.1, 2.1, 16)
+    paths = np.array([starts, *tiny_sd.ddim(denoise, starts, [(0, *pair) for pair in itertools.pairwise(a.tolist())], None)])
+    draw = ImageDraw.Draw(page)
+    for path in paths.T:
+        draw.line([(i, (2.5 - y) / 5 * height) for i, y in enumerate(path)], "#7fd0ff", 1)
+    return sheet([[page.resize((800, 480), Image.Resampling.BICUBIC)]], ["noise, left; pictures, right"], size=800)
+
+def strength_picture(model, film, x):
+    picture, strengths = tiny_sd.decode(model, x)[0], [0.2, 0.4, 0.6, 0.8, 1]
+    drawn = [last(model, "a dog on a yellow background", init=picture, strength=strength) for strength in strengths]
+    return sheet([[Image.fromarray(picture), *drawn]], ["start", *(f"{strength:g}" for strength in strengths)], size=128)
+
+PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().items()) if name.endswith("_picture")}
+
+def notes(folder=tiny_sd.HERE / "pictures"):
+    """Draws the pictures of NOTES.md anew, from one seed and the bundled model."""
+    model, film = tiny_sd.load(tiny_sd.HERE / "weights" / "emoji"), Film()
+    *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)
+    folder.mkdir(exist_ok=True)
+    for name, draw in tqdm(PICTURES.items(), unit="picture"):
+        draw(model, film, x).save(folder / f"{name}.png", optimize=True)
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["notes"]:
+        sys.exit(__doc__)
+    notes()

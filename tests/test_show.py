@@ -288,3 +288,21 @@ def test_as_a_program(tiny, tmp_path):
     full = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--show", "seen"],
                           capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert full.returncode == 2 and re.fullmatch("tiny_sd: --show seen .*\n", full.stderr), full.stderr
+
+
+# ── The pictures of NOTES.md ─────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_notes_show_every_picture():
+    """Each of those that show.py draws, once, and all of them small."""
+    shown = re.findall(r"!\[.+?\]\(pictures/(\w+)\.png\)", (ROOT / "NOTES.md").read_text(encoding="utf-8"))
+    files = sorted(ROOT.glob("pictures/*"))
+    assert sorted(shown) == sorted(show.PICTURES) == [path.stem for path in files]
+    assert sum(path.stat().st_size for path in files) < 1.5e6
+
+
+def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
+    """All of them, from the bundled model, with fewer steps."""
+    generate = sd.generate
+    monkeypatch.setattr(sd, "generate", lambda *args, **settings: generate(*args, **{**settings, "steps": 3}))
+    show.notes(tmp_path / "pictures")
+    assert all(np.ptp(np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))) > 100 for name in show.PICTURES)
