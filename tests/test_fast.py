@@ -1,5 +1,6 @@
 """Each fast form of §10 against the formula that it replaces, on awkward sizes, values and types."""
 
+import math
 import os
 import subprocess
 import sys
@@ -99,6 +100,15 @@ def test_row_by_row(shape):
     assert_same(silu, x)
     assert_same(gelu, x)
     assert_same(layer_norm, x, normal(shape[-1], seed=1), normal(shape[-1], seed=2))
+
+
+def test_gelu_is_exact():
+    """Both forms against the error function itself; and far out, where a power of x would overflow."""
+    x = np.linspace(-15, 15, 100001, dtype=np.float32)[:, None]
+    exact = [[v * (1 + math.erf(v / math.sqrt(2))) / 2] for v in x[:, 0].tolist()]
+    for form in (gelu.formula, gelu.on_numpy):
+        assert np.abs(form(x) - exact).max() < 1e-6
+        assert np.array_equal(form(np.float32([[1e9, -1e9, 0]])), np.float32([[1e9, 0, 0]]))
 
 
 @pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1), ((3,), 800, 5001)])
