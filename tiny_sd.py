@@ -32,6 +32,7 @@ import re
 import sys
 import threading
 import unicodedata
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -215,6 +216,7 @@ class Tokenizer:
     256 bytes, the same closing a word, the merges, and the two specials.
     """
     BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+    SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
     def __init__(self, merges, vocab=None, length=77, pad=EOS):
         self.bytes = byte_symbols()
@@ -229,8 +231,7 @@ class Tokenizer:
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
         kinds = {c: unicodedata.category(c)[0] for c in set(text)}   # re has no \p{L}: name this text's own letters
         L, N = ("".join(map(re.escape, (c for c in kinds if kinds[c] == kind))) for kind in "LN")
-        space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[a-z{L}]+|[0-9{N}]|[^{space}a-z{L}0-9{N}]+", text)
+        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[a-z{L}]+|[0-9{N}]|[^{self.SPACE}a-z{L}0-9{N}]+", text)
 
     def merge(self, word):
         """The word's symbols, after merging the pair of lowest rank again and again until none is known."""
@@ -258,9 +259,11 @@ class Tokenizer:
 
     def encode(self, text):
         """(ids, cut): ids between BOS and EOS, padded to the model's length, and the end of the text that did not fit."""
-        ids, room = self.tokens(text), self.length - 2
+        most = 40 * self.length     # letters: no symbol of CLIP's has more than 32, and merging a long word takes their square
+        end = re.match(rf"(?:[{self.SPACE}]*[^{self.SPACE}]){{0,{most}}}[{self.SPACE}]*", text).end()
+        ids, room = self.tokens(text[:end]), self.length - 2
         kept = [self.vocab[self.BOS], *ids[:room], self.vocab[self.EOS]]
-        return np.array(kept + [self.pad] * (self.length - len(kept))), self.decode(ids[room:])
+        return np.array(kept + [self.pad] * (self.length - len(kept))), self.decode(ids[room:]) + text[end:]
 
     def decode(self, ids):
         """The text of some ids, in lower case and with its spaces as the tokenizer sees them."""
@@ -827,7 +830,7 @@ def load(path, backend="numpy", device="cpu", dtype="float32", loras=()):
 def check_config(tokenizer, text_encoder, vae, unet, scheduler):
     """UserError where the configs ask for what this file does not compute, or contradict each other."""
     def divides(widths, parts):
-        return all(width % n == 0 for width, n in zip(widths, parts))
+        return all(type(n) is int and n > 0 and width % n == 0 for width, n in zip(widths, parts))
 
     for right, message in [
             *((divides(part["block_out_channels"], [part.get("norm_num_groups", 32)] * 9),
@@ -836,7 +839,9 @@ def check_config(tokenizer, text_encoder, vae, unet, scheduler):
             (divides([text_encoder["hidden_size"]], [text_encoder["num_attention_heads"]]),
              "the text_encoder's hidden_size does not divide into its num_attention_heads"),
             (text_encoder["hidden_act"] in ACTIVATIONS, f"the activation {text_encoder['hidden_act']!r} is unknown"),
-            (2 < tokenizer.length <= text_encoder["max_position_embeddings"],
+            (all(type(i) is int and 0 <= i < text_encoder["vocab_size"] for i in tokenizer.vocab.values()),
+             "the tokenizer's vocabulary is not one of numbers below the text_encoder's vocab_size"),
+            (type(tokenizer.length) is int and 2 < tokenizer.length <= text_encoder["max_position_embeddings"],
              f"the text_encoder has no places for the tokenizer's {tokenizer.length} tokens"),
             (isinstance(unet["sample_size"], int), f"the sample_size {unet['sample_size']!r} is not a number"),
             *((scheduler.get(key, known[0]) in known, f"the {key} {scheduler.get(key)!r} is unknown") for key, known in (
@@ -877,8 +882,10 @@ def read_folder(folder):
         vocab, merges = model["vocab"], model["merges"]
     merges = [tuple(merge.split() if isinstance(merge, str) else merge) for merge in merges]
     pad = settings.get("pad_token") or Tokenizer.EOS
+    length = settings.get("model_max_length", 77)
+    length = length if length < 1e6 else config["text_encoder"]["max_position_embeddings"]      # 1e30: none was set
     tokenizer = Tokenizer([merge for merge in merges if len(merge) == 2 and merge[0] != "#version:"], vocab,
-                          settings.get("model_max_length", 77), pad if isinstance(pad, str) else pad["content"])
+                          length, pad if isinstance(pad, str) else pad["content"])
     return config, tokenizer, arrays, ""
 
 def clip_tokenizer():
@@ -973,7 +980,8 @@ def encode_prompts(model, texts):
     for text in texts:
         ids, cut = model.tokenizer.encode(text)
         if cut:
-            print(f"tiny_sd: the prompt is too long for the model, which does not see: {cut}", file=sys.stderr)
+            print(f"tiny_sd: the prompt is too long for the model, which does not see: {cut[:200]}{' ...' * (len(cut) > 200)}",
+                  file=sys.stderr)
         rows.append(ids)
     activation = ACTIVATIONS[config["hidden_act"]]
     return text_encoder(np.stack(rows), config["num_attention_heads"], activation, **model.text_encoder)
@@ -1054,12 +1062,13 @@ def read_picture(path, width, height):
     """A picture file as (height, width, 3) uint8: turned upright, transparency on white, resized and cut at the centre."""
     from PIL import Image, ImageOps
     try:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = ImageOps.exif_transpose(Image.open(path))
         if picture.mode.startswith("I;16"):     # which Pillow would clip to white
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         picture = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} is not a picture that can be read: {getattr(error, 'strerror', None) or error}") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
@@ -1137,7 +1146,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if (args.words is None) == (args.prompt is None):
         parser.error("give one prompt")
-    args.prompt, args.negative_prompt = (text.encode(errors="replace").decode() for text in (
+    args.prompt, args.negative_prompt = (("--" if text == [] else text).encode(errors="replace").decode() for text in (
         args.words if args.prompt is None else args.prompt, args.negative_prompt))
     args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
     check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),

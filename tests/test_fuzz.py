@@ -1,0 +1,209 @@
+"""Valid inputs, spoilt at random: each run draws a whole picture or says in one line why not, and leaves nothing else behind.
+
+TINY_SD_FUZZ=20000 python -m pytest tests/test_fuzz.py spoils that many; TINY_SD_FUZZ_SEED=n others.
+"""
+
+import json
+import os
+import random
+import shutil
+import time
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from helpers import FILES, sd, write_model
+
+COUNT, SEED = (int(os.environ.get(name, default)) for name, default in (("TINY_SD_FUZZ", 600), ("TINY_SD_FUZZ_SEED", 0)))
+JSON = [None, True, 0, -1, 1, 7, 2.5, 1e30, float("nan"), "", "gelu", [], [4, 8], [0], {}, {"a": 1}, 10 ** 30]
+FLAGS = {"--steps": ["0", "1", "3", "5000", "x", "-1", "1e3"], "--cfg-scale": ["0", "1", "nan", "inf", "-1", "100", "x"],
+         "--strength": ["0", "0.01", "1", "nan", "2", "x"], "-W": ["0", "1", "4", "26", "99999", "-4", "x"], "-H": ["6", "1000000", "5"],
+         "-s": ["-1", "0", str(2 ** 64 - 1), str(2 ** 64), "x"], "-b": ["0", "2", "1001", "x"], "--sampler": [*sd.SAMPLERS, "x"],
+         "-i": ["in.png", "none.png", ".", ""], "-o": ["out.png", "x.jpg", "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png"],
+         "-m": ["", "none", "in.png", "kept.png"], "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"],
+         "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"], "--frobnicate": [None]}
+
+
+def bytes_spoilt(path, rng):
+    data = bytearray(path.read_bytes())
+    kind = rng.randrange(6)
+    if kind == 0:
+        data = data[:rng.randrange(len(data))]
+    elif kind == 1:
+        data = b""
+    elif kind == 2:                                         # the length of the header, or of whatever stands first
+        data[:8] = rng.choice([0, 1, 2 ** 40, 2 ** 63, 2 ** 64 - 1, len(data)]).to_bytes(8, "little")
+    elif kind == 3:
+        for _ in range(rng.randrange(1, 20)):
+            data[rng.randrange(min(len(data), 2000))] = rng.randrange(256)
+    elif kind == 4:
+        data += bytes(rng.randrange(1, 100))
+    else:
+        data = rng.randbytes(rng.randrange(1, 3000))
+    path.unlink()                                           # it may be linked to by the original
+    path.write_bytes(data)
+
+
+def header_spoilt(path, rng):
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    entry = header[name]
+    rng.choice([lambda: entry.update(dtype=rng.choice(["F64", "F16", "BF16", "U8", "BOOL", "F8_E4M3", "X", 3])),
+                lambda: entry.update(data_offsets=rng.choice([[0, 4], [-4, 0], [0], [4, 0], [0, 2 ** 62], "x"])),
+                lambda: entry.update(shape=rng.choice([[], [0], [-1], [2 ** 62, 4], "x", [1.5]])),
+                lambda: entry.pop(rng.choice(list(entry))), lambda: header.update({"a\nb" * rng.randrange(1, 50): entry}),
+                lambda: header.update({name: rng.choice(JSON)})])()
+    text = json.dumps(header).encode()
+    path.unlink()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def arrays_spoilt(path, rng):
+    arrays = load_file(path)
+    name = rng.choice(list(arrays))
+    array = arrays[name].copy()
+    kind = rng.randrange(6)
+    if kind == 0:
+        del arrays[name]
+    elif kind == 1:
+        arrays[rng.choice(["extra", "", "0", "a.b", name + ".x", "conv_in", "ä" * 99])] = array
+    elif kind == 2:
+        arrays[name] = rng.choice([array[:-1], array[None], array.reshape(-1), array[:0], array.reshape(-1)[:1].reshape(())])
+    elif kind == 3:
+        array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf, 3e38])
+        arrays[name] = array
+    elif kind == 4:
+        arrays[name] = array.astype(rng.choice([np.float64, np.float16, np.int32, np.uint8, np.bool_]))
+    else:
+        arrays = dict(rng.sample(list(arrays.items()), rng.randrange(len(arrays))))
+    path.unlink()
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def json_spoilt(path, rng):
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = rng.choice(list(config))
+    if rng.random() < 0.2:
+        config.pop(key)
+    elif rng.random() < 0.1:
+        config = rng.choice(JSON)
+    else:
+        config[key] = rng.choice(JSON)
+    path.unlink()
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def prompt(rng):
+    return rng.choice([
+        "", " ", "red apple" * rng.randrange(50), "".join(chr(rng.randrange(1, 32)) for _ in range(20)), "\0", "🍎👩‍👩‍👧" * rng.randrange(1, 40),
+        "".join(chr(rng.randrange(0xD7FF)) for _ in range(rng.randrange(200))), "\ud800", "--", "a" * rng.randrange(1, 20000), "<|endoftext|>" * 9,
+        "\x1c" * 5000, "\u3000" * 5000 + "red", "\r\nred\n" * 30, "x " * 30000])
+
+
+def case(folder, rng):
+    """Spoils one thing in a folder with a model, a picture and a LoRA; the arguments of the run."""
+    argv, kind = ["--model", "model", "--steps", "2"], rng.randrange(8)
+    weights = [f"{part}/{stem}.safetensors" for part, stem in FILES.items()]
+    configs = [*(f"{part}/config.json" for part in FILES), "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
+               "tokenizer/vocab.json"]
+    if kind == 0:
+        bytes_spoilt(folder / "model" / rng.choice(weights + configs + ["tokenizer/merges.txt"]), rng)
+    elif kind == 1:
+        header_spoilt(folder / "model" / rng.choice(weights), rng)
+    elif kind == 2:
+        arrays_spoilt(folder / "model" / rng.choice(weights), rng)
+    elif kind == 3:
+        json_spoilt(folder / "model" / rng.choice(configs), rng)
+    elif kind == 4:
+        rng.choice([bytes_spoilt, bytes_spoilt, lambda path, rng: Image.new("L", rng.choice([(1, 1), (1, 10000), (9, 9)])).save(path)])(
+            folder / "in.png", rng)
+        argv += ["-i", "in.png"]
+    elif kind == 5:
+        rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt])(folder / "lora.safetensors", rng)
+        argv += ["--lora", "lora.safetensors"]
+    elif kind == 6:
+        for flag in rng.sample(list(FLAGS), rng.randrange(1, 4)):
+            argv += [flag] if (value := rng.choice(FLAGS[flag])) is None else [flag, value]
+    return argv + [f"--prompt={prompt(rng) if kind == 7 else 'red apple'}"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def draws_or_says(argv, folder, capsys):
+    before = contents(folder)
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        status = sd.main(argv)
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
+    after = contents(folder)
+    assert all(after.get(path) == data for path, data in before.items()), "a file was changed"
+    new = {str(path.relative_to(folder)) for path in after.keys() - before.keys()}
+    if status == 0:
+        assert new == set(out.split("\n")) - {""} and new and len(said) <= 2
+        for name in new:
+            Image.open(folder / name).load()
+    else:
+        assert status == 2 and not new and out == "" and "Traceback" not in err, err
+        assert len(said) == 1 and len(said[0]) < 2500, err
+        assert [line for line in err.splitlines() if line and "step/s" not in line and "s/step" not in line] == said, err
+    for name in new:
+        (folder / name).unlink()
+    return status
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_model(tmp_path / "original/model")
+    Image.effect_noise((9, 7), 50).save(tmp_path / "original/in.png")
+    name, rng = "lora_unet_mid_block_resnets_0_conv1", np.random.default_rng(0)
+    save_file({f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32), f"{name}.alpha": np.float32(1)[None],
+               f"{name}.lora_up.weight": rng.random((16, 2, 1, 1), np.float32)}, tmp_path / "original/lora.safetensors")
+    return tmp_path
+
+
+def test_spoilt_inputs(folder, capsys, monkeypatch):
+    results, failures = [], []
+    for number in range(COUNT):
+        rng = random.Random(SEED * 1_000_003 + number)
+        place = folder / "case"
+        shutil.copytree(folder / "original", place, copy_function=os.link)
+        (place / "kept.png").write_bytes(b"kept")
+        monkeypatch.chdir(place)
+        argv = case(place, rng)
+        try:
+            results.append(draws_or_says(argv, place, capsys))
+        except Exception as error:
+            failures.append(f"case {number} of seed {SEED}: {ascii(argv)[:200]}: {type(error).__name__}: {ascii(str(error))[:300]}")
+        monkeypatch.chdir(folder)
+        shutil.rmtree(place)
+    assert not failures, "\n".join([f"{len(failures)} of {COUNT}", *failures[:20]])
+    assert results.count(0) > COUNT / 20 and results.count(2) > COUNT / 4
+
+
+@pytest.mark.parametrize("text", ["a" * 10 ** 6, "".join(random.Random(0).choices("abcdefghij", k=10 ** 6)), "red apple " * 10 ** 5,
+                                  "\x1c" * 10 ** 6, "🍎" * 250000, " " * 10 ** 6 + "x"], ids=lambda text: ascii(text[:6]))
+def test_a_prompt_of_a_megabyte(text):
+    """Cut before it is merged, in a second or two; the ids kept are those of the first few thousand letters merged whole."""
+    tokenizer = sd.clip_tokenizer()
+    start = time.process_time()
+    ids, cut = tokenizer.encode(text)
+    assert time.process_time() - start < 4
+    assert ids.tolist()[1:76] == (tokenizer.tokens(text.strip(" ")[:4000]) + [tokenizer.pad] * 75)[:75] and bool(cut) == (len(text.strip(" ")) > 1)
+
+
+def test_a_picture_of_a_hundred_megapixels(folder, capsys, monkeypatch):
+    """Pillow only warns of up to twice its limit; its warning must not stand beside the one line."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    monkeypatch.chdir(folder / "original")
+    assert draws_or_says(["red", "-m", "model", "-i", "in.png"], folder / "original", capsys) == 2
