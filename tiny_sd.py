@@ -354,10 +354,18 @@ def vae_decode(z, vae, groups):
 
 # ── 5. U-Net ──────────────────────────────────────────────────────────────────────────────────────── NOTES §5 ──
 
-def time_encoding(t, dim):
-    """The times t (batch,) as waves of dim / 2 frequencies, from 1 down towards 1 / 10000, cosines first."""
-    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
+def time_encoding(t, dim, ends=0):
+    """The times t (batch,) as waves of dim / 2 frequencies, from 1 down towards 1 / 10000 (with ends=1, to it), cosines first."""
+    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2 - ends))
     return cos_sin(t[:, None] * array_like(t, frequencies))
+
+def time_features(x, t, guidance, linear_1, linear_2, cond_proj=None):
+    """The times as the ResBlocks take them; a model with cond_proj takes the scale of guidance too (Meng et al., 2023)."""
+    temb = array_like(x, time_encoding(t, x.shape[-1]))
+    if cond_proj:
+        cos, sin = np.split(time_encoding(1000 * (guidance - 1), cond_proj["weight"].shape[1], ends=1), 2, axis=-1)
+        temb = temb + linear(array_like(x, np.concatenate([sin, cos], -1)), **cond_proj)
+    return linear(silu(linear(temb, **linear_1)), **linear_2)
 
 def feed_forward(x, net):
     """GEGLU: half of a wide layer, gated by the GELU of the other half (Shazeer, 2020)."""
@@ -404,21 +412,22 @@ def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), up
         x = conv2d(nearest(x, *skips[-1].shape[1:3]), **up["conv"])
     return x
 
-def unet(x, t, context, n_head, groups,
-         time_embedding, conv_in, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out):
+def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up_blocks, conv_norm_out, conv_out,
+         mid_block=None, guidance=None):
     """What the model predicts from x_t: the noise, unless its config says otherwise (Ronneberger et al., 2015;
     Rombach et al., 2022).
 
-    x (batch, h, w, 4), t (batch,) in 0..999, context (batch, words, width), n_head: one number for each level.
+    x (batch, h, w, 4), t (batch,) in 0..999, context (batch, words, width), n_head: one number for each level; a pruned
+    model may lack the middle, and a consistency model takes its scale of guidance (batch,) here.
     """
     x = conv2d(x, **conv_in)
-    temb = array_like(x, time_encoding(t, x.shape[-1]))
-    temb = linear(silu(linear(temb, **time_embedding["linear_1"])), **time_embedding["linear_2"])
+    temb = time_features(x, t, guidance, **time_embedding)
     skips = [x]
     for heads, weights in zip(n_head, down_blocks):
         x, passed = down_block(x, temb, context, heads, groups, **weights)
         skips += passed
-    x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)
+    if mid_block:
+        x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)
     for heads, weights in zip(reversed(n_head), up_blocks):
         x = up_block(x, skips, temb, context, heads, groups, **weights)
     return conv2d(silu(group_norm(x, groups, 1e-5, **conv_norm_out)), **conv_out)
@@ -450,7 +459,8 @@ def guide(uncond, cond, scale):
     return uncond + scale * (cond - uncond)
 
 # A sampler goes from noise to picture. It is given denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), the first x_t, the steps as
-# triples (t, ᾱ_t, ᾱ of the next step), and noise() for a fresh ε; it yields each x_t that it reaches.
+# triples (t, ᾱ_t, ᾱ of the next step), and noise() for a fresh ε; it yields each x_t that it reaches, and goes on from
+# what it then finds there.
 
 def ddpm(denoise, x, steps, noise):
     """Ancestral sampling from the posterior q(x_{t-1} | x_t, x̂_0) (Ho et al., 2020, eq. 7)."""
@@ -501,14 +511,45 @@ def dpm_pp_2m(denoise, x, steps, noise):
         before = x_0, lam
         yield x
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": functools.partial(euler, ancestral=True),
-            "dpm++2m": dpm_pp_2m}
+def plms(denoise, x, steps, noise):
+    """ddim's step along ε̂ extrapolated from up to four steps by Adams and Bashforth (Liu et al., 2022); the first, for want
+    of a past, goes along the mean of the noise here and there (Heun)."""
+    def along(eps):
+        return math.sqrt(a_next / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - a_next) * eps
+
+    past = []
+    for t, a, a_next in steps:
+        past = [denoise(x, t, a)[1], *past[:3]]
+        shares = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)][len(past) - 1]
+        eps = sum(share * e for share, e in zip(shares, past))
+        if len(past) == 1 < len(steps):
+            eps = (eps + denoise(along(eps), *steps[1][:2])[1]) / 2
+        x = along(eps)
+        yield x
+
+def lcm(denoise, x, steps, noise):
+    """Consistency sampling: every step leaps to the picture, and all but the last noise it again (Luo et al., 2023)."""
+    for t, a, a_next in steps:
+        x_0, _ = denoise(x, t, a)
+        skip = 0.5 ** 2 / (0.5 ** 2 + (10 * t) ** 2)        # which makes the leap from t = 0 the identity
+        x = skip * x + math.sqrt(1 - skip) * x_0
+        if a_next < 1:
+            x = add_noise(x, a_next, noise())
+        yield x
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "plms": plms, "euler": euler, "euler_a": functools.partial(euler, ancestral=True),
+            "dpm++2m": dpm_pp_2m, "lcm": lcm}
+SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "PNDMScheduler": "plms", "EulerDiscreteScheduler": "euler",
+              "EulerAncestralDiscreteScheduler": "euler_a", "DPMSolverMultistepScheduler": "dpm++2m", "LCMScheduler": "lcm"}
 
 def sampling_steps(sampler, n, config, karras=False):
     """The n steps (t, ᾱ_t, ᾱ_next) that a sampler takes, from most noise to none; spacing as the scheduler's config says."""
     a = alpha_bars(config)
-    T, spacing, offset = len(a), config.get("timestep_spacing", "leading"), config.get("steps_offset", 1)
-    if spacing == "trailing":
+    T, spacing, offset = len(a), timestep_spacing(sampler, config), config.get("steps_offset", 1)
+    if sampler == "lcm":        # some of the 50 steps of the solver that it was distilled from
+        t = np.arange(1, 51)[::-1] * (T // 50) - 1
+        t = t[np.arange(n) * 50 // n] if n <= 50 else [T]
+    elif spacing == "trailing":
         t = (T - np.arange(n) * T / n).round() - 1
     else:   # DPM++ cuts the range in n + 1 parts and leaves out the last
         m = n + (sampler == "dpm++2m")
@@ -516,14 +557,18 @@ def sampling_steps(sampler, n, config, karras=False):
         t = t[::-1][:n]
     if n > T or t[0] > T - 1:
         raise UserError(f"{n} steps are more than this sampler can take")
-    if sampler in ("ddpm", "ddim", "dpm++2m"):
+    if sampler not in ("euler", "euler_a"):
         t = t.round()
     sigma = np.interp(t, np.arange(T), np.sqrt(1 / a - 1))
-    if karras:
+    if karras or sampler in ("euler", "dpm++2m") and config.get("use_karras_sigmas"):
         sigma, t = karras_levels(sampler, sigma, np.sqrt(1 / a - 1))
     levels = 1 / (1 + sigma ** 2)
-    last = a[0] if sampler == "ddim" and not config.get("set_alpha_to_one", True) else 1.0
+    last = a[0] if sampler in ("ddim", "plms") and not config.get("set_alpha_to_one", sampler == "ddim") else 1.0
     return list(zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), float(last)]))
+
+def timestep_spacing(sampler, config):
+    """How the steps lie in the range of t; where a config is silent, as in diffusers."""
+    return config.get("timestep_spacing") or ("linspace" if sampler in ("euler", "euler_a", "dpm++2m") else "leading")
 
 def karras_levels(sampler, sigma, all_sigma):
     """Noise levels evenly spaced in σ^(1/7) (Karras et al., 2022, eq. 5), and the times t at which a model meets them."""
@@ -632,9 +677,12 @@ def unet_shapes(config):
         up.append(level([(width if j else x) + skips.pop() for j in range(n + 1)], width, kind, "upsamplers"))
         x = width
     del down[-1]["downsamplers"], up[-1]["upsamplers"]
-    return {"time_embedding": {"linear_1": linear_shapes(first, temb), "linear_2": linear_shapes(temb, temb)},
+    scale = config.get("time_cond_proj_dim")
+    return {"time_embedding": {"linear_1": linear_shapes(first, temb), "linear_2": linear_shapes(temb, temb),
+                               **({"cond_proj": bare_shapes(scale, first)} if scale else {})},
             "conv_in": conv_shapes(config["in_channels"], first), "down_blocks": down,
-            "mid_block": {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [transformer_shapes(top, context)]},
+            **({"mid_block": {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [transformer_shapes(top, context)]}}
+               if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") else {}),
             "up_blocks": up, "conv_norm_out": norm_shapes(first), "conv_out": conv_shapes(first, config["out_channels"])}
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
@@ -759,6 +807,11 @@ class Model:
     def factor(self):
         """How many pixels a latent stands for, in each direction."""
         return 2 ** (len(self.config["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def sampler(self):
+        """The sampler that its scheduler's config names, or else dpm++2m."""
+        return SCHEDULERS.get(self.config["scheduler"].get("_class_name"), "dpm++2m")
 
 HUB = {     # name: repository of the Hugging Face hub, revision, licence
     "sd14": ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b", "creativeml-openrail-m"),
@@ -888,10 +941,10 @@ def read_folder(folder):
                           length, pad if isinstance(pad, str) else pad["content"])
     return config, tokenizer, arrays, ""
 
-def clip_tokenizer():
+def clip_tokenizer(pad=Tokenizer.EOS):
     """CLIP's own, from OpenAI's table of merges, of which it uses the first 48,894."""
     with gzip.open(HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]])
+        return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]], pad=pad)
 
 def rename(part, name, levels=4, n=3):
     """A name from any file as diffusers writes it today. levels: of the VAE; n: blocks a level of the U-Net's way up."""
@@ -899,7 +952,10 @@ def rename(part, name, levels=4, n=3):
         return f"{side}_blocks.{k // n}.{('resnets', 'attentions')[slot]}.{k % n}."
 
     for old, new in {
-        "text_encoder": [(r"^text_model\.", "")],
+        "text_encoder": [(r"^text_model\.", ""), (r"^(token|positional)_embedding", lambda m: f"embeddings.{m[0]}"),   # OpenCLIP's:
+                         (r"positional_embedding$", "position_embedding.weight"), (r"^transformer\.resblocks", "encoder.layers"),
+                         (r"\.ln_(\d)\.", r".layer_norm\1."), (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."),
+                         (r"\.c_proj\.", ".fc2."), (r"^ln_final", "final_layer_norm")],
         "vae": [(r"^encoder\.down\.", "encoder.down_blocks."), (r"mid\.block_1", "mid_block.resnets.0"),
                 (r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}"),    # counted from below
                 (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
@@ -907,6 +963,7 @@ def rename(part, name, levels=4, n=3):
                 (r"0\.(v|value)\.", "0.to_v."), (r"0\.(proj_out|proj_attn)\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
                 (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"), (r"\.norm_out", ".conv_norm_out")],
         "unet": [(r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
+                 (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
                  (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
                  (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"),
                  (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
@@ -922,29 +979,41 @@ def rename(part, name, levels=4, n=3):
 
 def read_single_file(path):
     """Config, tokenizer, arrays by part and digest of a checkpoint in the original layout: names are translated, sizes
-    are read off the arrays, and the rest is Stable Diffusion 1's."""
+    are read off the arrays, and the rest is that of Stable Diffusion 1 or 2."""
     prefixes = {"text_encoder": "cond_stage_model.transformer.", "vae": "first_stage_model.", "unet": "model.diffusion_model."}
-    ignored = r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|.*position_ids"
+    ignored = (r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|.*position_ids|"
+               r"cond_stage_model\.model\.(logit_scale|text_projection)")
     file = {name: array for name, array in read_safetensors(path).items() if not re.match(ignored, name)}
+    if any(name.startswith("cond_stage_model.model.") for name in file):
+        prefixes["text_encoder"] = "cond_stage_model.model."
     old = {part: {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
            for part, prefix in prefixes.items()}
     wrong = [f"{name} is unknown" for name in file if not name.startswith(tuple(prefixes.values()))]
     wrong += [f"{prefixes[part]}* is missing" for part in old if not old[part]]
     if wrong:
-        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: {listed(wrong)}")
+        raise UserError(f"{path} is not a Stable Diffusion 1 or 2: {listed(wrong)}")
     levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
     n = min((int(name.split(".")[1]) for name in old["unet"] if ".0.op." in name), default=3)
     arrays = {part: {rename(part, name, levels, n): array for name, array in old[part].items()} for part in old}
     with open(path, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
+    if second := prefixes["text_encoder"] == "cond_stage_model.model.":
+        arrays["text_encoder"] = from_open_clip(arrays["text_encoder"])
     try:
-        config = read_off(**arrays)
+        config = read_off(second, **arrays)
     except KeyError as error:
-        raise UserError(f"{path} is not a Stable Diffusion 1.x checkpoint: {error.args[0]} is missing") from None
-    return config, clip_tokenizer(), arrays, digest
+        raise UserError(f"{path} is not a Stable Diffusion 1 or 2: {error.args[0]} is missing") from None
+    return config, clip_tokenizer("!" if second else Tokenizer.EOS), arrays, digest
 
-def read_off(text_encoder, vae, unet):
-    """The configs of a Stable Diffusion 1.x from its arrays; a KeyError names one that is missing."""
+def from_open_clip(arrays):
+    """Stable Diffusion 2's text encoder: q, k and v, which lie in one array, parted, and without the last layer, which it skips."""
+    last = f"encoder.layers.{max((int(name.split('.')[2]) for name in arrays if '.layers.' in name), default=0)}."
+    parted = {name.replace("in_proj_", f"{which}_proj."): part for name, array in arrays.items() if "in_proj_" in name
+              for which, part in zip("qkv", np.split(array, 3))}
+    return {name: array for name, array in (arrays | parted).items() if not ("in_proj_" in name or name.startswith(last))}
+
+def read_off(second, text_encoder, vae, unet):
+    """The configs of a Stable Diffusion 1, or the second, from its arrays; a KeyError names one that is missing."""
     def count(arrays, numbered):
         return len({match[1] for match in map(re.compile(numbered + r"\.(\d+)\.").match, arrays) if match})
 
@@ -956,7 +1025,7 @@ def read_off(text_encoder, vae, unet):
     kinds = ["CrossAttn" * any(name.startswith(f"down_blocks.{i}.attentions.") for name in unet) for i in range(len(down))]
     return {"text_encoder": {
                 "vocab_size": len(tokens), "hidden_size": tokens.shape[1], "max_position_embeddings": len(places),
-                "num_hidden_layers": count(text_encoder, "encoder.layers"), "hidden_act": "quick_gelu",
+                "num_hidden_layers": count(text_encoder, "encoder.layers"), "hidden_act": "gelu" if second else "quick_gelu",
                 "num_attention_heads": max(1, tokens.shape[1] // 64),
                 "intermediate_size": len(text_encoder["encoder.layers.0.mlp.fc1.weight"])},
             "vae": {
@@ -965,11 +1034,16 @@ def read_off(text_encoder, vae, unet):
                 "out_channels": 3, "latent_channels": len(vae["post_quant_conv.weight"])},
             "unet": {
                 "block_out_channels": down, "layers_per_block": count(unet, "down_blocks.0.resnets"),
-                "down_block_types": kinds, "up_block_types": kinds[::-1], "attention_head_dim": 8, "sample_size": 64,
+                "down_block_types": kinds, "up_block_types": kinds[::-1], "sample_size": 96 if second else 64,
+                "attention_head_dim": [max(1, width // 64) for width in down] if second else 8,
                 "cross_attention_dim":
                     unet["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-                "in_channels": unet["conv_in.weight"].shape[1], "out_channels": len(unet["conv_out.weight"])},
-            "scheduler": {"prediction_type": "epsilon", "set_alpha_to_one": False}}
+                "in_channels": unet["conv_in.weight"].shape[1], "out_channels": len(unet["conv_out.weight"]),
+                "mid_block_type": "Cross" if "mid_block.resnets.0.conv1.weight" in unet else None,
+                "time_cond_proj_dim": unet["time_embedding.cond_proj.weight"].shape[1]
+                    if "time_embedding.cond_proj.weight" in unet else None},
+            "scheduler": {"_class_name": "LCMScheduler" if "time_embedding.cond_proj.weight" in unet else "PNDMScheduler",
+                          "prediction_type": "v_prediction" if second else "epsilon", "set_alpha_to_one": False}}
 
 
 # ── 8. From prompt to picture ─────────────────────────────────────────────────────────────────────── NOTES §8 ──
@@ -986,10 +1060,11 @@ def encode_prompts(model, texts):
     activation = ACTIVATIONS[config["hidden_act"]]
     return text_encoder(np.stack(rows), config["num_attention_heads"], activation, **model.text_encoder)
 
-def denoiser(model, context, guidance):
+def denoiser(model, context, guidance, beside=None):
     """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), guided if context holds two rows (the negative prompt's, the prompt's) and not one.
 
-    x_t is a NumPy array (pictures, h, w, 4) whatever the library of the model: samplers need no other.
+    x_t is a NumPy array (pictures, h, w, 4) whatever the library of the model: samplers need no other. beside: further
+    channels (pictures, h, w, n), which a model for inpainting sees beside x_t.
     """
     config = model.config["unet"]
     heads, groups = heads_by_level(config), config.get("norm_num_groups", 32)
@@ -998,9 +1073,10 @@ def denoiser(model, context, guidance):
     def denoise(x, t, a):
         def predict(rows):
             n = len(rows)
-            pictures = array_like(context, np.concatenate([x] * n))
-            words = rows[np.repeat(np.arange(n), len(x))]
-            return to_numpy(unet(pictures, np.full(n * len(x), t, np.float32), words, heads, groups, **model.unet))
+            seen = x if beside is None else np.concatenate([x, beside], axis=-1)
+            words, times, scales = rows[np.repeat(np.arange(n), len(x))], *np.full((2, n * len(x)), [[t], [guidance]], np.float32)
+            pictures = array_like(context, np.concatenate([seen] * n))
+            return to_numpy(unet(pictures, times, words, heads, groups, guidance=scales, **model.unet))
 
         output = by_row(context, predict)
         if len(context) == 2:
@@ -1008,37 +1084,59 @@ def denoiser(model, context, guidance):
         return split_prediction(kind, output, x, a)
     return denoise
 
-def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sampler="dpm++2m", karras=False,
-             width=None, height=None, init=None, strength=0.75, denoiser=denoiser):
+def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sampler=None, karras=False, width=None,
+             height=None, init=None, strength=0.75, mask=None, denoiser=denoiser):
     """A generator of the latents x_t (len(seeds), h, w, 4) after each step; the last are the pictures', for decode().
 
-    init: a picture (height, width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise.
-    A guidance of 1 or less means none: the prompt alone. Give a `denoiser` of your own to see, or change, each guess.
+    sampler: by default the model's own. A guidance of 1 or less means none: the prompt alone. init: a picture (height,
+    width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise. mask: (height, width) of bool,
+    where init is to be drawn anew; at strength 1 from pure noise. Give a `denoiser`
+    of your own to see, or change, each guess.
     """
-    levels = sampling_steps(sampler, steps, model.config["scheduler"], karras)
-    context = encode_prompts(model, [negative, prompt] if guidance > 1 else [prompt])
-    channels, streams = model.config["vae"]["latent_channels"], [Noise(seed) for seed in seeds]
-    size = model.config["unet"]["sample_size"]
-    h, w = ((n or size * model.factor) // model.factor for n in (height, width)) if init is None else (
-        n // model.factor for n in init.shape[:2])
+    config, scheduler, channels = model.config["unet"], model.config["scheduler"], model.config["vae"]["latent_channels"]
+    sampler, repaints = sampler or model.sampler, config["in_channels"] > channels
+    if repaints and mask is None:
+        raise UserError(f"{model.name} is a model for inpainting, which needs a picture and a mask (--init-img, --mask)")
+    levels = sampling_steps(sampler, steps, scheduler, karras)
+    halves = guidance > 1 and not config.get("time_cond_proj_dim")
+    context = encode_prompts(model, [negative, prompt] if halves else [prompt])
+    streams, sizes = [Noise(seed) for seed in seeds], (height, width) if init is None else init.shape[:2]
+    h, w = ((n or config["sample_size"] * model.factor) // model.factor for n in sizes)
 
     def noise():
         return np.stack([stream(channels, h, w) for stream in streams])
 
-    if init is None:
-        x = noise()
-    else:
-        levels = levels[len(levels) - steps_left(steps, strength):]
-        x_0 = encode(model, init, noise())
-        x = add_noise(x_0, levels[0][1], noise())
-    return SAMPLERS[sampler](denoiser(model, context, guidance), x, levels, noise)
+    blank = init is None or mask is not None and strength == 1
+    levels = levels if blank else levels[len(levels) - steps_left(steps, strength):]
+    x_0 = None if blank and (mask is None or repaints) else encode(model, init, noise())
+    eps = noise()
+    x = pure_noise(eps, levels[0][1], sampler, scheduler) if blank else add_noise(x_0, levels[0][1], eps)
+    beside = hidden(model, init, mask, noise()) if repaints else None
+    path = SAMPLERS[sampler](denoiser(model, context, guidance, beside), x, levels, noise)
+    return path if mask is None or repaints else keep(path, levels, ~mask[::model.factor, ::model.factor, None], x_0, eps)
+
+def pure_noise(eps, a, sampler, scheduler):
+    """What a sampler begins with: variance 1; but in diffusers Euler begins with σ² where its steps begin with the last t."""
+    return add_noise(0, a, eps) if "euler" in sampler and timestep_spacing(sampler, scheduler) != "leading" else eps
+
+def hidden(model, picture, mask, noise):
+    """What a model for inpainting sees beside x_t: the mask, and the latents of the picture, gray where the mask is."""
+    rest = encode(model, np.where(mask[..., None], 127.5, picture), noise)
+    hole = np.broadcast_to(mask[::model.factor, ::model.factor, None], (*rest.shape[:3], 1))
+    return np.concatenate([hole, rest], axis=-1, dtype=np.float32)
+
+def keep(path, levels, where, x_0, eps):
+    """Inpainting with a model that never learnt it: after each step the places to keep are x_0, noised as far as the step."""
+    for x, (_, a, _) in zip(path, [*levels[1:], (0, 1.0, 1.0)]):
+        np.copyto(x, add_noise(x_0, a, eps), where=where)
+        yield x
 
 def steps_left(steps, strength):
     """How many of the steps image-to-image takes; rounded first, since 50 * 0.58 is 28.999999999999996."""
     return min(steps, int(round(steps * strength, 9)))
 
 def encode(model, picture, noise):
-    """Scaled latents drawn from q(z | picture); picture (height, width, 3) uint8, noise (pictures, h, w, 4)."""
+    """Scaled latents drawn from q(z | picture); picture (height, width, 3) in 0..255, noise (pictures, h, w, 4)."""
     config = model.config["vae"]
     pixels = array_like(model.vae["quant_conv"]["weight"], picture[None].astype(np.float32) / 127.5 - 1)
     mean, logvar = map(to_numpy, vae_encode(pixels, model.vae, config.get("norm_num_groups", 32)))

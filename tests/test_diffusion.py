@@ -34,6 +34,11 @@ def gaussian(x, t, a):
     return knows(x_0)(x, t, a)
 
 
+def flow(x, t, a):
+    """Where the probability flow takes x_t: in a Gaussian each place keeps its number of standard deviations."""
+    return MEAN + STD * (x - math.sqrt(a) * MEAN) / math.sqrt(a * STD ** 2 + 1 - a), None
+
+
 def crooked(x, t, a):
     """Some denoiser that is far from linear."""
     return knows(np.tanh(3 * x) + np.sin(t))(x, t, a)
@@ -113,22 +118,22 @@ def test_ddim_with_the_true_noise_walks_back_the_way_it_came():
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_sampler_finds_a_picture_that_the_denoiser_knows(sampler, n, spacing):
     """Whatever the noise on the way: the last step goes to the picture itself."""
-    x_0, rng = normal(3, 5), np.random.default_rng(1)
+    x_0, rng, n = normal(3, 5), np.random.default_rng(1), min(n, 50) if sampler == "lcm" else n
     steps = sd.sampling_steps(sampler, n, {"set_alpha_to_one": True, "timestep_spacing": spacing})
     *_, x = sd.SAMPLERS[sampler](knows(x_0), normal(3, 5, seed=2), steps, lambda: rng.standard_normal((3, 5)))
-    np.testing.assert_allclose(x, x_0, atol=1e-9)
+    np.testing.assert_allclose(x, x_0, atol=2e-5 if sampler == "lcm" else 1e-9)     # which keeps a trace of x_t, by 1 / (20 t)²
 
 
 def test_euler_is_ddim_in_other_coordinates():
     """And DPM++ 2M begins with the same step, having no second point yet."""
-    steps = sd.sampling_steps("euler", 20, {})
+    steps = sd.sampling_steps("euler", 20, {"timestep_spacing": "leading"})
     euler, ddim, dpm = (list(sampler(crooked, normal(3, 5), steps, None)) for sampler in (sd.euler, sd.ddim, sd.dpm_pp_2m))
     np.testing.assert_allclose(euler, ddim, rtol=1e-6)
     np.testing.assert_allclose(dpm[0], ddim[0], rtol=1e-6)
     assert abs(dpm[1] - ddim[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("dpm++2m", 2)])
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("dpm++2m", 2), ("plms", 2)])
 def test_order_of_convergence(sampler, order):
     """Twice the steps, half the error, or a quarter. The Gaussian's flow in x / √ᾱ keeps (x - mean) / √(std² + σ²)."""
     high, low, x = 10.0, 0.1, normal(100)
@@ -143,12 +148,12 @@ def test_order_of_convergence(sampler, order):
 @SAMPLERS
 def test_every_sampler_keeps_the_marginals(sampler):
     """With the ideal denoiser, x_t is N(√ᾱ mean, ᾱ std² + 1 - ᾱ) all the way down."""
-    rng = np.random.default_rng(0)
-    steps = sd.sampling_steps(sampler, 500, {})
+    rng, consistent = np.random.default_rng(0), sampler == "lcm"        # its ideal leads each x_t along its flow to the end
+    steps = sd.sampling_steps(sampler, 50 if consistent else 500, {})
     x = sd.add_noise(rng.normal(MEAN, STD, 10000), steps[0][1], rng.standard_normal(10000))
-    reached = sd.SAMPLERS[sampler](gaussian, x, steps, lambda: rng.standard_normal(10000))
+    reached = sd.SAMPLERS[sampler](flow if consistent else gaussian, x, steps, lambda: rng.standard_normal(10000))
     for i, ((_, _, a), x) in enumerate(zip(steps, reached, strict=True)):
-        if i % 50 == 49:
+        if i % (len(steps) // 10) == 0:
             assert x.mean() == pytest.approx(math.sqrt(a) * MEAN, abs=0.05)
             assert x.std() == pytest.approx(math.sqrt(a * STD ** 2 + 1 - a), rel=0.05)
 
@@ -172,11 +177,11 @@ def test_spacing(sampler, spacing, n, first, second, last):
 @pytest.mark.parametrize("karras", [False, True])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_steps_lead_from_noise_to_picture(sampler, spacing, karras):
-    for n in [1, 2, 3, *range(20, 998, 50), 223, 998]:
+    for n in [1, 2, 3, 20, 49, 50] if sampler == "lcm" else [1, 2, 3, *range(20, 998, 50), 223, 998]:
         t, a, a_next = zip(*sd.sampling_steps(sampler, n, {"timestep_spacing": spacing, "set_alpha_to_one": False}, karras))
         assert len(t) == n and max(t) < 1000 and min(t) >= 0, n
         assert all(x < y for x, y in pairwise(a)) and a[1:] == a_next[:-1], n
-        assert a[-1] <= a_next[-1] == (ALPHA_BAR[0] if sampler == "ddim" else 1), n
+        assert a[-1] <= a_next[-1] == (ALPHA_BAR[0] if sampler in ("ddim", "plms") else 1), n
 
 
 def test_strength_takes_whole_steps_of_what_was_written():
@@ -218,7 +223,7 @@ def test_guidance_of_one_is_the_prompt_alone(model):
 def test_a_seed_means_the_same_picture_in_any_batch(model, sampler):
     three, one = (last(model, "red apple", seeds=seeds, steps=4, sampler=sampler) for seeds in ((5, 6, 7), (6,)))
     assert three.shape == (3, 8, 8, 4) and three.dtype == np.float32
-    np.testing.assert_allclose(three[1], one[0], atol=1e-4)
+    np.testing.assert_allclose(three[1], one[0], atol=1e-5 * abs(one).max())
     assert abs(three[0] - three[1]).max() > 0.1
 
 
