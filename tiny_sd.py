@@ -29,6 +29,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import sys
 import threading
 import unicodedata
@@ -813,6 +814,12 @@ class Model:
         """The sampler that its scheduler's config names, or else dpm++2m."""
         return SCHEDULERS.get(self.config["scheduler"].get("_class_name"), "dpm++2m")
 
+    @property
+    def habits(self):
+        """(steps, guidance) that it was made for: distilled models take few steps, and Turbo no guidance."""
+        turbo = self.sampler == "euler" and self.config["scheduler"].get("timestep_spacing") == "trailing"
+        return (4, 8.5) if self.sampler == "lcm" else (1, 1.0) if turbo else (20, 7.5)
+
 HUB = {     # name: repository of the Hugging Face hub, revision, licence
     "sd14": ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b", "creativeml-openrail-m"),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "creativeml-openrail-m"),
@@ -1090,8 +1097,7 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
 
     sampler: by default the model's own. A guidance of 1 or less means none: the prompt alone. init: a picture (height,
     width, 3) of uint8 to start from, noised to `strength` of the way; else pure noise. mask: (height, width) of bool,
-    where init is to be drawn anew; at strength 1 from pure noise. Give a `denoiser`
-    of your own to see, or change, each guess.
+    where init is to be drawn anew; at strength 1 from pure noise. Give a `denoiser` of your own to see, or change, each guess.
     """
     config, scheduler, channels = model.config["unet"], model.config["scheduler"], model.config["vae"]["latent_channels"]
     sampler, repaints = sampler or model.sampler, config["in_channels"] > channels
@@ -1154,7 +1160,8 @@ def decode(model, x):
 
 # ── 9. Command line ───────────────────────────────────────────────────────────────────────────────── NOTES §9 ──
 
-SAMPLER_TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++2m": "DPM++ 2M"}
+SAMPLER_TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++2m": "DPM++ 2M",
+                  "plms": "PLMS", "lcm": "LCM"}
 
 def read_picture(path, width, height):
     """A picture file as (height, width, 3) uint8: turned upright, transparency on white, resized and cut at the centre."""
@@ -1201,7 +1208,7 @@ def parameters_text(args, model, seed, width, height):
     """How the picture was made, in the form that other programs read from a PNG's `parameters`."""
     facts = {"Steps": args.steps, "Sampler": SAMPLER_TITLES[args.sampler] + (" Karras" if args.karras else ""),
              "CFG scale": args.cfg_scale, "Seed": seed, "Size": f"{width}x{height}", "Model hash": model.digest,
-             "Model": re.sub("[,:]", " ", model.name), "Denoising strength": "" if args.init_img is None else args.strength,
+             "Model": re.sub("[,:]", " ", model.name), "Denoising strength": args.strength if args.init_img else "",
              "Lora": re.sub("[,:]", " ", " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)),
              "RNG": "CPU", "Version": f"tiny_sd {__version__}"}
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
@@ -1211,6 +1218,28 @@ def lora(text):
     """FILE or FILE:WEIGHT as (file, weight)."""
     file, weight = re.fullmatch(r"(.*?)(?::(-?[\d.]+))?", text, re.DOTALL).groups()
     return file, float(weight or 1)
+
+def recorded(path):
+    """The flags that draw a picture again, from the text that this program, or another, left in it; see parameters_text."""
+    from PIL import Image
+    try:
+        text = Image.open(path).info.get("parameters", "")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    words, _, line = text.rpartition("Steps: ")
+    prompt, _, negative = words.rpartition("Negative prompt:")
+    facts = dict(re.findall(r"([A-Z][\w ]*): ([^,]*)", f"Steps: {line}"))
+    title = facts.get("Sampler", "").removesuffix(" Karras")
+    sampler = next((name for name, known in SAMPLER_TITLES.items() if known == title), None)
+    if not {"Steps", "Seed", "Size"} <= facts.keys() or sampler is None:
+        raise UserError(f"{path} does not say how it was made, or by a sampler that is unknown here ({title or 'none'})")
+    width, _, height = facts["Size"].partition("x")
+    flags = {"prompt": (prompt or words).removesuffix("\n"), "negative-prompt": negative.strip() if prompt else "", "steps": facts["Steps"],
+             "seed": facts["Seed"], "width": width, "height": height, "sampler": sampler, "cfg-scale": facts.get("CFG scale", "7.5"),
+             **({"strength": facts["Denoising strength"]} if "Denoising strength" in facts else {}),
+             **({"model": facts["Model"]} if (HERE / "weights" / facts.get("Model", "?")).is_dir() else {})}
+    return [f"--{flag}={value}" for flag, value in flags.items()] + ["--karras"] * (
+        "Karras" in facts["Sampler"] or facts.get("Schedule type") == "Karras")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1227,37 +1256,48 @@ def parse_arguments(argv):
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="a LoRA to add to the model; repeatable")
     add("-o", "--output", type=Path, default=Path("out.png"), help="the PNG to write (%(default)s)")
     add("-s", "--seed", type=int, default=0, help="(%(default)s)")
-    add("--steps", type=int, default=20, help="(%(default)s)")
-    add("--cfg-scale", "--guidance-scale", type=float, default=7.5, help="how much the prompt is stressed (%(default)s)")
-    add("--sampler", choices=SAMPLERS, default="dpm++2m", help="(%(default)s)")
+    add("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of its own; # begins a comment")
+    add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+    add("--steps", type=int, help="(20, fewer for distilled models)")
+    add("--cfg-scale", "--guidance-scale", type=float, help="how much the prompt is stressed (7.5, or as the model was distilled)")
+    add("--sampler", choices=SAMPLERS, help="(the model's own)")
+    add("--prediction", choices=("epsilon", "v", "sample"), help="what the U-Net predicts (as the model's config says)")
     add("--karras", action="store_true", help="Karras' spacing of the noise levels")
     add("-W", "--width", type=int, help="in pixels (the model's own size)")
     add("-H", "--height", type=int)
     add("-b", "--batch-size", type=int, default=1, metavar="N", help="pictures, with the seeds seed, seed + 1, ...")
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")
-    add("--strength", type=float, default=0.75, help="how far to leave it, 0 to 1 (%(default)s)")
+    add("--mask", metavar="FILE", help="a picture, white where the first is to be drawn anew")
+    add("--strength", type=float, help="how far to leave it, 0 to 1 (0.75; with a mask 1)")
+    add("--preview", type=Path, metavar="PNG", help="a file to show in small what each step expects, written over and over")
     add("--backend", choices=("numpy", "torch"), help="numpy, unless a GPU is asked for")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--show", type=Path, metavar="DIR", help="a new folder for pictures of what is computed on the way")
     add("--explain", action="store_true", help="draw nothing: print the prompt's tokens and the model's parts")
     args = parser.parse_args(argv)
-    if (args.words is None) == (args.prompt is None):
+    if sum(source is not None for source in (args.words, args.prompt, args.prompts)) != 1 and not (
+            args.like and args.prompts is None and None in (args.words, args.prompt)):
         parser.error("give one prompt")
+    if args.like:
+        args = parser.parse_args(recorded(args.like) + argv)
     args.prompt, args.negative_prompt = (("--" if text == [] else text).encode(errors="replace").decode() for text in (
-        args.words if args.prompt is None else args.prompt, args.negative_prompt))
+        (args.prompt or "") if args.words is None else args.words, args.negative_prompt))
+    if args.strength is None:
+        args.strength = 0.75 if args.mask is None else 1.0
     args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
     check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
               f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch"),
-             (1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999"),
+             (args.steps is None or 1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999"),
              (0 <= args.seed <= 2 ** 64 - args.batch_size, f"--seed {args.seed} is not from 0 to 2^64 - 1"),
-             (0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
+             (args.cfg_scale is None or 0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
              (1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000"),
              (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),
-             (args.init_img is None or not 0 < args.strength <= 1 or steps_left(args.steps, args.strength) > 0,
-              f"--strength {args.strength} of {args.steps} steps leaves no step"),
-             (not args.karras or args.sampler not in ("ddpm", "ddim"), f"--karras does not go with --sampler {args.sampler}"),
+             (args.mask is None or args.init_img is not None, "--mask needs --init-img, the picture that it belongs to"),
+             (args.preview is None or args.preview.suffix.lower() == ".png", f"--preview {args.preview} does not end in .png"),
+             (not args.karras or args.sampler in (None, "euler", "euler_a", "dpm++2m"), f"--karras does not go with --sampler {args.sampler}"),
              (not args.show or not args.explain, "--explain draws nothing that --show could show"),
+             (not args.prompts or not (args.show or args.explain), "--show and --explain take one prompt, not --prompts"),
              (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
              (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to"),
              (os.access(args.output.parent, os.W_OK), f"the folder {args.output.parent} cannot be written to")]
@@ -1266,32 +1306,97 @@ def parse_arguments(argv):
             raise UserError(message)
     return args
 
+def read_prompts(args, argv):
+    """The arguments of each line of the file --prompts, with numbered outputs, without those whose output is there."""
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the prompts cannot be read: {error}") from None
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        text, *flags = re.split(r"\s+(?=--?[A-Za-z])", re.sub(r"(^|\s)#.*", "", line).strip(), maxsplit=1)
+        if text:
+            target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
+            try:
+                job = parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)), f"--output={target}"])
+            except ValueError as error:
+                raise UserError(f"{args.prompts}, line {number}: {error}") from None
+            if any(getattr(job, name) != getattr(args, name) for name in ("model", "lora", "backend", "device", "dtype", "prediction")):
+                raise UserError(f"{args.prompts}, line {number}: the model is the same for all lines")
+            first = target.with_stem(target.stem + "-000") if job.batch_size > 1 else target
+            job.prompt = text
+            jobs += [job] if not first.exists() else []
+    return jobs
+
+def previewer(path, inside=denoiser):
+    """A denoiser that writes x̂_0 to a small PNG at each step: the linear map from latents to colours that fits 64 colours best."""
+    from PIL import Image
+
+    def make(model, *args):
+        colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+        latents = encode(model, np.kron(colours, np.ones((2 * model.factor, 2 * model.factor, 1))), np.float32(0))
+        latents = latents.reshape(8, 2, 8, 2, -1).mean((1, 3)).reshape(64, -1)
+        fit, *_ = np.linalg.lstsq(np.c_[latents, np.ones(64)], colours.reshape(64, 3), rcond=None)
+        denoise = inside(model, *args)
+
+        def watched(x, t, a):
+            x_0, eps = denoise(x, t, a)
+            pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1).clip(0, 255).astype(np.uint8)
+            unfinished = path.with_name(f".tiny_sd-{os.getpid()}.preview")
+            Image.fromarray(pixels).save(unfinished, "PNG")
+            os.replace(unfinished, path)
+            return x_0, eps
+        return watched
+    return make
+
 def run(argv):
     args = parse_arguments(argv)
-    from tqdm import tqdm
     if args.show or args.explain:
         import show
-    watched = show.Film(args.show) if args.show else denoiser
+    film = show.Film(args.show) if args.show else denoiser
+    watched = previewer(args.preview, film) if args.preview else film
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
+    jobs = read_prompts(args, argv)[rank::ranks] if args.prompts else [args]
     model = load(args.model, args.backend, args.device, args.dtype, args.lora)
-    default = model.config["unet"]["sample_size"] * model.factor
+    if args.prediction:
+        model.config["scheduler"]["prediction_type"] = args.prediction + "_prediction" * (args.prediction == "v")
+    if args.explain:
+        default = model.config["unet"]["sample_size"] * model.factor
+        return show.explain(model, args.prompt, args.width or default, args.height or default)
+    for job in jobs:
+        x, seeds = draw(model, job, watched)
+    if args.show:
+        print(film.save(x, args.prompt, seeds))
+    if ranks > 1:       # torchrun ends all when one ends
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+def draw(model, args, watched=denoiser):
+    """Draws and saves the pictures that args ask for; returns their latents and seeds."""
+    from tqdm import tqdm
+    default, (steps, guidance) = model.config["unet"]["sample_size"] * model.factor, model.habits
     width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):
         if n % model.factor or not 2 * model.factor <= n <= 4096:
             raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
-    if args.explain:
-        return show.explain(model, args.prompt, width, height)
-    init = None if args.init_img is None else read_picture(args.init_img, width, height)
-    seeds = [args.seed + k for k in range(args.batch_size)]
+    args.steps, args.sampler = args.steps or steps, args.sampler or model.sampler
+    args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
+    init, mask = (file and read_picture(file, width, height) for file in (args.init_img, args.mask))
+    mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
-    for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler,
-                           args.karras, width, height, init, args.strength, watched), total=total, unit="step"):
+    if total == 0:
+        raise UserError(f"--strength {args.strength} of {args.steps} steps leaves no step")
+    seeds = [args.seed + k for k in range(args.batch_size)]
+    for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
+                           width, height, init, args.strength, mask, watched), total=total, unit="step"):
         pass
     for seed, pixels in zip(seeds, decode(model, x)):
         number = f"-{seed - args.seed:03d}" if len(seeds) > 1 else ""
         path = args.output.with_stem(args.output.stem + number)
         print(save_picture(pixels, path, parameters_text(args, model, seed, width, height)))
-    if args.show:
-        print(watched.save(x, args.prompt, seeds))
+    return x, seeds
 
 def main(argv=None):
     try:
