@@ -1400,7 +1400,7 @@ def draw(model, args, watched=denoiser):
 
 def main(argv=None):
     try:
-        run(argv)
+        run(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, ImportError, MemoryError) as error:
         print("tiny_sd:", " ".join(str(error).split()), file=sys.stderr)
         return 2
