@@ -1383,7 +1383,7 @@ def draw(model, args, watched=denoiser):
             raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
     args.steps, args.sampler = args.steps or steps, args.sampler or model.sampler
     args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
-    init, mask = (file and read_picture(file, width, height) for file in (args.init_img, args.mask))
+    init, mask = (None if file is None else read_picture(file, width, height) for file in (args.init_img, args.mask))
     mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
     if total == 0:

@@ -123,7 +123,7 @@ def tiny_sd(part, args, folder):
     denoise = sd.denoiser(model, unet(context), 0.5)    # the mean of the halves: a difference in either shows as it is
 
     def picture():
-        *_, latents = sd.generate(model, PROMPT, seeds=range(args.batch), width=args.size, height=args.size)
+        *_, latents = sd.generate(model, PROMPT, sampler="dpm++2m", seeds=range(args.batch), width=args.size, height=args.size)
         return sd.decode(model, latents) / np.float32(255)
 
     return {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},

@@ -41,7 +41,7 @@ def bundled():
 
 
 def latents(program, **settings):
-    *_, x = program.generate(bundled(), PROMPT, **{"steps": 8, **settings})
+    *_, x = program.generate(bundled(), PROMPT, **{"steps": 8, "sampler": "dpm++2m", **settings})
     return x
 
 

@@ -250,7 +250,7 @@ def test_numbers_of_the_spacings():
     assert [round(step[0]) for step in sd.sampling_steps("ddim", 50, {})][:2] == [981, 961]
     first = sd.sampling_steps("ddim", 600, {})[0]
     assert first[0] == 600 and math.sqrt(first[1]) == pytest.approx(0.40, abs=0.005)
-    t, a, _ = sd.sampling_steps("dpm++2m", 20, {})[-sd.steps_left(20, 0.75)]
+    t, a, _ = sd.sampling_steps("dpm++2m", 20, {"timestep_spacing": "leading"})[-sd.steps_left(20, 0.75)]
     assert t == 706 and (math.sqrt(1 / a - 1), math.sqrt(a)) == pytest.approx((3.4, 0.28), abs=0.05)
 
 
