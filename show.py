@@ -64,10 +64,10 @@ class Film:
         if self.folder and not (self.folder.parent.is_dir() and os.access(self.folder.parent, os.W_OK)):
             raise tiny_sd.UserError(f"--show {folder} cannot be made: there is no folder {self.folder.parent} to write to")
 
-    def __call__(self, model, context, guidance):
+    def __call__(self, model, context, *args):
         """A denoise() as samplers want it, which remembers."""
         self.model = model
-        denoise = tiny_sd.denoiser(model, context, guidance)
+        denoise = tiny_sd.denoiser(model, context, *args)
         kind = model.config["scheduler"].get("prediction_type", "epsilon")
 
         def watched(x, t, a):

@@ -1046,7 +1046,7 @@ def read_off(second, text_encoder, vae, unet):
                 "cross_attention_dim":
                     unet["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
                 "in_channels": unet["conv_in.weight"].shape[1], "out_channels": len(unet["conv_out.weight"]),
-                "mid_block_type": "Cross" if "mid_block.resnets.0.conv1.weight" in unet else None,
+                "mid_block_type": "Cross" if any(name.startswith("mid_block.") for name in unet) else None,
                 "time_cond_proj_dim": unet["time_embedding.cond_proj.weight"].shape[1]
                     if "time_embedding.cond_proj.weight" in unet else None},
             "scheduler": {"_class_name": "LCMScheduler" if "time_embedding.cond_proj.weight" in unet else "PNDMScheduler",
