@@ -1117,7 +1117,8 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
     x_0 = None if blank and (mask is None or repaints) else encode(model, init, noise())
     eps = noise()
     x = pure_noise(eps, levels[0][1], sampler, scheduler) if blank else add_noise(x_0, levels[0][1], eps)
-    beside = hidden(model, init, mask, noise()) if repaints else None
+    rest = None if mask is None else noise()        # unused by keep(), but drawn, so that seeds go on as in diffusers
+    beside = hidden(model, init, mask, rest) if repaints else None
     path = SAMPLERS[sampler](denoiser(model, context, guidance, beside), x, levels, noise)
     return path if mask is None or repaints else keep(path, levels, ~mask[::model.factor, ::model.factor, None], x_0, eps)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from conftest import ROOT
@@ -477,3 +478,70 @@ def test_help_names_every_option(capsys):
     for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed --steps --cfg-scale --guidance-scale
             --sampler --karras -W --width -H --height -b --batch-size -i --init-img --strength --backend --device --dtype --show --explain""".split():
         assert re.search(rf"(?<![\w-]){flag}\b", text), flag
+
+
+# ── Files of prompts, pictures drawn again, previews ───────────────────────────────────────────────────────────────
+
+def facts(path):
+    """A reader of its own for the text that programs leave in a picture: (prompt, negative, {key: value})."""
+    lines = Image.open(path).text["parameters"].split("\n")
+    last = dict(part.split(": ", 1) for part in lines[-1].split(", "))
+    return "\n".join(lines[:-2]), lines[-2].removeprefix("Negative prompt: "), last
+
+
+def test_like_draws_the_picture_again(tmp_path):
+    first, again, other, model = tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png", str(write_model(tmp_path / "m"))
+    prompt = "red, apple: Steps: 3\nNegative prompt: x"
+    how = ["-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale", "3.5", "-W", "20", "-H", "12"]
+    assert sd.main([prompt, "-m", model, "-o", str(first), *how]) == 0
+    assert facts(first)[:2] == (prompt, "a, b: c") and facts(first)[2]["Seed"] == "7"
+    assert sd.main(["--like", str(first), "-m", model, "-o", str(again)]) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert sd.main(["blue", "--like", str(first), "-m", model, "-o", str(other), "-s", "8"]) == 0
+    assert facts(other)[0] == "blue" and facts(other)[2]["Seed"] == "8" and facts(other)[2]["Sampler"] == "Euler Karras"
+
+
+def test_like_reads_what_other_programs_write(tmp_path):
+    info = PngInfo()
+    info.add_text("parameters", "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, Schedule type: Karras, "
+                  "CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    args = sd.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
+    assert (args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale, args.seed, args.width, args.height) == (
+        "a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
+
+
+def test_prompts_from_a_file(tmp_path, capsys):
+    model, out, lines = str(write_model(tmp_path / "m")), tmp_path / "p.png", tmp_path / "prompts.txt"
+    lines.write_text("# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\nwell-known -b 2\n", encoding="utf-8")
+    run = ["--prompts", str(lines), "-m", model, "-o", str(out), "--steps", "1"]
+    assert sd.main(run) == 0
+    names = ["p-0002.png", "p-0004.png", "p-0005-000.png", "p-0005-001.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    prompt, negative, last = facts(tmp_path / "p-0004.png")
+    assert (prompt, negative, last["Seed"], last["Steps"]) == ("a dog's house", "b, c", "5", "2")
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    (tmp_path / "p-0004.png").unlink()
+    assert sd.main(run) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    assert sum((tmp_path / name).stat().st_mtime_ns != before[name] for name in names) == 1
+    lines.write_text("red --steps 0", encoding="utf-8")
+    assert sd.main(run) == 2 and "line 1" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_prompts(tmp_path):
+    model, lines = str(write_model(tmp_path / "m")), tmp_path / "prompts.txt"
+    lines.write_text("red\napple\nred apple\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "tiny_sd.py",
+                           "--prompts", lines, "-m", model, "-o", tmp_path / "p.png", "--steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["p-0001.png", "p-0002.png", "p-0003.png"]
+
+
+def test_preview_is_close_to_the_picture(tmp_path):
+    """The linear map of the last latents, beside the decoder's picture in small."""
+    picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
+    assert sd.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview", str(preview), "--steps", "8"]) == 0
+    small = np.asarray(Image.open(preview)).astype(float)
+    large = np.asarray(Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)).astype(float)
+    assert small.shape == (16, 16, 3) and np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8

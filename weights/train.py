@@ -78,9 +78,9 @@ CONFIGS = {
                      {"vae": 16, "clip": 256, "unet": 64}, {"vae": 2e-3, "clip": 1e-3, "unet": 1e-3}),
     "base": setting(128, (64, 64, 128, 128), 16, (128, 192, 256), (1, 1, 1), (4, 6, 8), 32, 288, 6,
                     {"vae": 64, "clip": 1024, "unet": 512}, {"vae": 1e-3, "clip": 1e-3, "unet": 1e-3})}
-SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-             "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
-             "timestep_spacing": "leading", "prediction_type": "v_prediction"}
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+             "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
+             "prediction_type": "v_prediction"}
 
 
 def read(path):
