@@ -502,7 +502,7 @@ def flow_picture(model, film, x):
     return sheet([[page.resize((800, 480), Image.Resampling.BICUBIC)]], ["noise, left; pictures, right"], size=800)
 
 def strength_picture(model, film, x):
-    picture, strengths = tiny_sd.decode(model, x)[0], [0.2, 0.4, 0.6, 0.8, 1]
+    picture, strengths = tiny_sd.decode(model, x)[0], [0.05, 0.1, 0.2, 0.4, 0.8]
     drawn = [last(model, "a dog on a yellow background", init=picture, strength=strength) for strength in strengths]
     return sheet([[Image.fromarray(picture), *drawn]], ["start", *(f"{strength:g}" for strength in strengths)], size=128)
 
