@@ -1228,15 +1228,16 @@ def recorded(path):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
     words, _, line = text.rpartition("Steps: ")
-    prompt, _, negative = words.rpartition("Negative prompt:")
+    prompt, mark, negative = words.rpartition("Negative prompt:")
     facts = dict(re.findall(r"([A-Z][\w ]*): ([^,]*)", f"Steps: {line}"))
     title = facts.get("Sampler", "").removesuffix(" Karras")
     sampler = next((name for name, known in SAMPLER_TITLES.items() if known == title), None)
     if not {"Steps", "Seed", "Size"} <= facts.keys() or sampler is None:
         raise UserError(f"{path} does not say how it was made, or by a sampler that is unknown here ({title or 'none'})")
     width, _, height = facts["Size"].partition("x")
-    flags = {"prompt": (prompt or words).removesuffix("\n"), "negative-prompt": negative.strip() if prompt else "", "steps": facts["Steps"],
-             "seed": facts["Seed"], "width": width, "height": height, "sampler": sampler, "cfg-scale": facts.get("CFG scale", "7.5"),
+    flags = {"prompt": (prompt if mark else words).removesuffix("\n"), "negative-prompt": negative.strip() if mark else "",
+             "steps": facts["Steps"], "seed": facts["Seed"], "width": width, "height": height, "sampler": sampler,
+             "cfg-scale": facts.get("CFG scale", "7.5"),
              **({"strength": facts["Denoising strength"]} if "Denoising strength" in facts else {}),
              **({"model": facts["Model"]} if (HERE / "weights" / facts.get("Model", "?")).is_dir() else {})}
     return [f"--{flag}={value}" for flag, value in flags.items()] + ["--karras"] * (
@@ -1296,7 +1297,8 @@ def parse_arguments(argv):
              (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),
              (args.mask is None or args.init_img is not None, "--mask needs --init-img, the picture that it belongs to"),
              (args.preview is None or args.preview.suffix.lower() == ".png", f"--preview {args.preview} does not end in .png"),
-             (not args.karras or args.sampler in (None, "euler", "euler_a", "dpm++2m"), f"--karras does not go with --sampler {args.sampler}"),
+             (not args.karras or args.sampler in (None, "euler", "euler_a", "dpm++2m"),
+              f"--karras does not go with --sampler {args.sampler}"),
              (not args.show or not args.explain, "--explain draws nothing that --show could show"),
              (not args.prompts or not (args.show or args.explain), "--show and --explain take one prompt, not --prompts"),
              (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
@@ -1322,7 +1324,8 @@ def read_prompts(args, argv):
                 job = parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)), f"--output={target}"])
             except ValueError as error:
                 raise UserError(f"{args.prompts}, line {number}: {error}") from None
-            if any(getattr(job, name) != getattr(args, name) for name in ("model", "lora", "backend", "device", "dtype", "prediction")):
+            fixed = ("model", "lora", "backend", "device", "dtype", "prediction")
+            if any(getattr(job, name) != getattr(args, name) for name in fixed):
                 raise UserError(f"{args.prompts}, line {number}: the model is the same for all lines")
             first = target.with_stem(target.stem + "-000") if job.batch_size > 1 else target
             job.prompt = text
