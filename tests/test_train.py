@@ -66,7 +66,7 @@ def test_the_folder_is_diffusers(state):
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe("a cat on a red background", num_inference_steps=4, generator=torch.Generator().manual_seed(3)).images[0]
     model = tiny_sd.load(state / "emoji")
-    *_, x = tiny_sd.generate(model, "a cat on a red background", seeds=(3,), steps=4, sampler="ddim")
+    *_, x = tiny_sd.generate(model, "a cat on a red background", seeds=(3,), steps=4)
     assert np.abs(tiny_sd.decode(model, x)[0].astype(int) - np.asarray(theirs)).max() <= 1
 
 
@@ -82,27 +82,38 @@ def test_finished_stages_are_left_alone(state):
     assert (state / "vae.pt").read_bytes() == before
 
 
-def test_on_after_a_kill(state, tmp_path):
-    """Killed outright in a stage, the same command goes on, and ends bit for bit where it would have ended undisturbed."""
-    run = subprocess.Popen(command("vae", tmp_path, "--steps", 4, "--keep-every", 0), stderr=subprocess.DEVNULL)
+def copy_before(stage, state, path):
+    """What the stages before this one left."""
+    before = {"vae": [], "clip": ["vae.pt", "merges.txt", "scaling_factor.json"]}
+    for name in before.get(stage, [*before["clip"], "clip.pt"]):
+        os.link(state / name, path / name)
+
+
+@pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
+def test_on_after_a_kill(stage, state, tmp_path):
+    """Killed outright in a stage, the same command goes on from the last step kept; the VAE's ends bit for bit where it would
+    have ended undisturbed, and the others, whose bank of scenes is filled anew, near it."""
+    copy_before(stage, state, tmp_path)
+    run = subprocess.Popen(command(stage, tmp_path, "--steps", 4, "--keep-every", 0), stderr=subprocess.DEVNULL)
     end = time.monotonic() + 200
-    while not (tmp_path / "vae.pt").exists() and run.poll() is None and time.monotonic() < end:
+    while not (tmp_path / f"{stage}.pt").exists() and run.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    assert 0 < saved(tmp_path, "vae")["step"] < 4
-    train("vae", tmp_path, "--steps", 4)
-    ours, undisturbed = saved(tmp_path, "vae"), saved(state, "vae")
-    assert ours["losses"] == undisturbed["losses"]
-    assert all(torch.equal(a, b) for a, b in zip(ours["mean"], undisturbed["mean"], strict=True))
+    killed = saved(tmp_path, stage)
+    assert 0 < killed["step"] < 4
+    train(stage, tmp_path, "--steps", 4)
+    ours, undisturbed = saved(tmp_path, stage), saved(state, stage)
+    assert ours["losses"][:killed["step"]] == killed["losses"] == undisturbed["losses"][:killed["step"]]
+    np.testing.assert_allclose(ours["losses"], undisturbed["losses"], rtol=0 if stage == "vae" else 0.3)
+    if stage == "vae":
+        assert all(torch.equal(a, b) for a, b in zip(ours["mean"], undisturbed["mean"], strict=True))
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
 def test_two_processes_equal_one(stage, state, tmp_path):
     """With the same pictures a step in all, the loss has the same curve."""
-    before = {"vae": [], "clip": ["vae.pt", "merges.txt", "scaling_factor.json"]}
-    for name in before.get(stage, [*before["clip"], "clip.pt"]):
-        os.link(state / name, tmp_path / name)
+    copy_before(stage, state, tmp_path)
     train(stage, tmp_path, "--steps", 4, launcher=TORCHRUN)
     np.testing.assert_allclose(saved(tmp_path, stage)["losses"], saved(state, stage)["losses"], rtol=0.01)
 
