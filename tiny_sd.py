@@ -1114,6 +1114,8 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
 
     blank = init is None or mask is not None and strength == 1
     levels = levels if blank else levels[len(levels) - steps_left(steps, strength):]
+    if not levels:
+        raise UserError(f"--strength {strength} of {steps} steps leaves no step")
     x_0 = None if blank and (mask is None or repaints) else encode(model, init, noise())
     eps = noise()
     x = pure_noise(eps, levels[0][1], sampler, scheduler) if blank else add_noise(x_0, levels[0][1], eps)
@@ -1390,8 +1392,6 @@ def draw(model, args, watched=denoiser):
     init, mask = (None if file is None else read_picture(file, width, height) for file in (args.init_img, args.mask))
     mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
-    if total == 0:
-        raise UserError(f"--strength {args.strength} of {args.steps} steps leaves no step")
     seeds = [args.seed + k for k in range(args.batch_size)]
     for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
                            width, height, init, args.strength, mask, watched), total=total, unit="step"):
