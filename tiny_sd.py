@@ -356,7 +356,8 @@ def vae_decode(z, vae, groups):
 # ── 5. U-Net ──────────────────────────────────────────────────────────────────────────────────────── NOTES §5 ──
 
 def time_encoding(t, dim, ends=0):
-    """The times t (batch,) as waves of dim / 2 frequencies, from 1 down towards 1 / 10000 (with ends=1, to it), cosines first."""
+    """The times t (batch,) as waves of dim / 2 frequencies, from 1 down towards 1 / 10000, or with ends=1 to it; cosines
+    first."""
     frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2 - ends))
     return cos_sin(t[:, None] * array_like(t, frequencies))
 
@@ -1081,7 +1082,8 @@ def denoiser(model, context, guidance, beside=None):
         def predict(rows):
             n = len(rows)
             seen = x if beside is None else np.concatenate([x, beside], axis=-1)
-            words, times, scales = rows[np.repeat(np.arange(n), len(x))], *np.full((2, n * len(x)), [[t], [guidance]], np.float32)
+            words = rows[np.repeat(np.arange(n), len(x))]
+            times, scales = np.full((2, n * len(x)), [[t], [guidance]], np.float32)
             pictures = array_like(context, np.concatenate([seen] * n))
             return to_numpy(unet(pictures, times, words, heads, groups, guidance=scales, **model.unet))
 
@@ -1125,7 +1127,7 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
     return path if mask is None or repaints else keep(path, levels, ~mask[::model.factor, ::model.factor, None], x_0, eps)
 
 def pure_noise(eps, a, sampler, scheduler):
-    """What a sampler begins with: variance 1; but in diffusers Euler begins with σ² where its steps begin with the last t."""
+    """What a sampler begins with, of variance 1; or 1 - ᾱ, as in diffusers, for Euler where its steps begin with the last t."""
     return add_noise(0, a, eps) if "euler" in sampler and timestep_spacing(sampler, scheduler) != "leading" else eps
 
 def hidden(model, picture, mask, noise):
@@ -1335,7 +1337,7 @@ def read_prompts(args, argv):
     return jobs
 
 def previewer(path, inside=denoiser):
-    """A denoiser that writes x̂_0 to a small PNG at each step: the linear map from latents to colours that fits 64 colours best."""
+    """A denoiser that writes x̂_0 to a small PNG at each step, by the linear map from latents to colours that fits 64 best."""
     from PIL import Image
 
     def make(model, *args):
@@ -1349,8 +1351,11 @@ def previewer(path, inside=denoiser):
             x_0, eps = denoise(x, t, a)
             pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1).clip(0, 255).astype(np.uint8)
             unfinished = path.with_name(f".tiny_sd-{os.getpid()}.preview")
-            Image.fromarray(pixels).save(unfinished, "PNG")
-            os.replace(unfinished, path)
+            try:
+                Image.fromarray(pixels).save(unfinished, "PNG")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
             return x_0, eps
         return watched
     return make
@@ -1373,7 +1378,7 @@ def run(argv):
         x, seeds = draw(model, job, watched)
     if args.show:
         print(film.save(x, args.prompt, seeds))
-    if ranks > 1:       # torchrun ends all when one ends
+    if args.prompts and ranks > 1:      # torchrun ends all when one ends
         import torch.distributed as dist
         dist.init_process_group("gloo")
         dist.barrier()
