@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train weights/emoji: a small but complete Stable Diffusion, from a font to a picture.
 
-    render ── 1,637 emoji ──► vae ── latents ──► clip ── text encoder ──► unet ──► export ──► evaluate, sheet
+    render ── 1,637 emoji ──► vae, decoder ── latents ──► clip ── text encoder ──► unet ──► export ──► evaluate, sheet
 
 The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own functions: given torch tensors
 they are differentiable as they stand. Each stage goes on where it was after a kill.
@@ -75,9 +75,11 @@ def setting(size, vae, vae_groups, unet, attend, heads, unet_groups, text_width,
 
 CONFIGS = {
     "small": setting(64, (32, 64, 64), 8, (64, 128, 192), (0, 1, 1), (2, 4, 6), 16, 192, 4,
-                     {"vae": 16, "clip": 256, "unet": 64}, {"vae": 2e-3, "clip": 1e-3, "unet": 1e-3}),
+                     {"vae": 16, "decoder": 16, "clip": 256, "unet": 64},
+                     {"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3}),
     "base": setting(128, (64, 64, 128, 128), 16, (128, 192, 256), (1, 1, 1), (4, 6, 8), 32, 288, 6,
-                    {"vae": 64, "clip": 1024, "unet": 512}, {"vae": 1e-3, "clip": 1e-3, "unet": 1e-3})}
+                    {"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
+                    {"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
              "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
              "prediction_type": "v_prediction"}
@@ -214,14 +216,14 @@ def describe(named, colour="white", how="", small=False):
 
 
 def draw_scene(names, rng):
-    """A random scene that training may show: most often one thing on white, as most prompts will ask."""
+    """A random scene that training may show: often two things, which take the longest to learn."""
     def say(i):
         options = names[i]
         name = options[0] if len(options) == 1 or rng.random() < 0.8 else options[rng.integers(1, len(options))]
         return name if rng.random() < 0.5 else article(name)
 
     while True:
-        kind = rng.choice(["plain", "colour", "placed", "pair"], p=[0.45, 0.2, 0.15, 0.2])
+        kind = rng.choice(["plain", "colour", "placed", "pair"], p=[0.25, 0.13, 0.17, 0.45])
         colour = "white" if kind == "plain" or kind != "colour" and rng.random() < 0.5 else rng.choice([*COLOURS][1:])
         things = rng.choice(len(names), 2 if kind == "pair" else 1, replace=False).tolist()
         if not held_out([names[i][0] for i in things]) and not held_out([names[things[0]][0]], colour):
@@ -479,29 +481,67 @@ def vae_loss(groups, vae, image, noise):
 def train_vae(o):
     things, size, groups = load_things(o), o.setting["size"], o.setting["vae"]["norm_num_groups"]
 
-    def scenes(rng, n, jitter=True):
-        """Scenes of all kinds, half of them on a colour of no name, each moved by up to half a latent."""
-        for _ in range(n):
-            scene = draw_scene(things.names, rng)
-            if rng.random() < 0.5:
-                scene = scene._replace(colour=rng.integers(0, 256, 3))
-            yield np.roll(paint(scene, things), rng.integers(-2, 3, 2) * jitter, (0, 1))
-
     def draw(step, rng):
-        image = to_model([*scenes(rng, o.batch or o.setting["batch"]["vae"])], o)
+        image = to_model([*moved_scenes(things, rng, o.batch or o.setting["batch"]["vae"])], o)
         side = size // o.setting["factor"]
         return image, torch.randn(len(image), side, side, 4, device=o.device)
 
-    @torch.no_grad()
-    def show(params):
-        """Originals above, reconstructions below; and the error on the way, in decibels."""
-        image, vae = to_model([*scenes(np.random.default_rng(0), 48, False)], o), nest(params)
-        drawn = tiny_sd.vae_decode(tiny_sd.vae_encode(image, vae, groups)[0], vae, groups).clip(-1, 1)
-        tqdm.write(f"vae: PSNR {10 * math.log10(4 / (drawn - image).square().mean()):.2f} dB on 48 scenes", sys.stderr)
-        rows = zip(to_pixels(image).reshape(4, 12, size, size, 3), to_pixels(drawn).reshape(4, 12, size, size, 3))
-        return grid(np.concatenate([part for pair in rows for part in pair]), 12)
+    fit(o, "vae", vae_parameters(o), functools.partial(vae_loss, groups), draw, functools.partial(before_and_after, o, things))
 
-    fit(o, "vae", vae_parameters(o), functools.partial(vae_loss, groups), draw, show)
+
+def moved_scenes(things, rng, n, jitter=True):
+    """Scenes of all kinds, half of them on a colour of no name, each moved by up to half a latent."""
+    for _ in range(n):
+        scene = draw_scene(things.names, rng)
+        if rng.random() < 0.5:
+            scene = scene._replace(colour=rng.integers(0, 256, 3))
+        yield np.roll(paint(scene, things), rng.integers(-2, 3, 2) * jitter, (0, 1))
+
+
+@torch.no_grad()
+def before_and_after(o, things, params):
+    """Originals above, reconstructions below; and the error on the way, in decibels."""
+    size, groups, vae = o.setting["size"], o.setting["vae"]["norm_num_groups"], nest(params)
+    image = to_model([*moved_scenes(things, np.random.default_rng(0), 48, False)], o)
+    drawn = tiny_sd.vae_decode(tiny_sd.vae_encode(image, vae, groups)[0], vae, groups).clip(-1, 1)
+    decibels = 10 * (4 / (drawn - image).square().mean((1, 2, 3))).log10()
+    tqdm.write(f"vae: PSNR {decibels.mean():.2f} dB on 48 scenes", sys.stderr)
+    rows = zip(to_pixels(image).reshape(4, 12, size, size, 3), to_pixels(drawn).reshape(4, 12, size, size, 3))
+    return grid(np.concatenate([part for pair in rows for part in pair]), 12)
+
+
+# ── Stage 1b: the decoder alone ─────────────────────────────────────────────────────────────────────────────────
+# What the latents mean is fixed now, by the encoder; how to draw them can still be learnt better, at any time, since
+# the other stages only ever see latents. The published VAEs ft-EMA and ft-MSE of Stable Diffusion were made so.
+
+def decoder_parameters(o):
+    """The decoder as the stage before left it."""
+    return {name: p for name, p in trained(o, "vae").items() if name.startswith(("decoder.", "post_quant_conv."))}
+
+
+def decoder_loss(groups, decoder, latents, image):
+    """The logarithm of each picture's squared error: PSNR itself, but for its unit."""
+    drawn = tiny_sd.vae_decode(latents, decoder, groups).float()
+    return (drawn - image).square().mean((1, 2, 3)).log().mean()
+
+
+def train_decoder(o):
+    things, groups, encoder = load_things(o), o.setting["vae"]["norm_num_groups"], trained(o, "vae")
+    nested = nest(encoder)
+
+    @torch.no_grad()
+    def draw(step, rng):
+        image = to_model([*moved_scenes(things, rng, o.batch or o.setting["batch"]["decoder"])], o)
+        with torch.autocast(o.device, torch.bfloat16):
+            return tiny_sd.vae_encode(image, nested, groups)[0].float(), image
+
+    fit(o, "decoder", decoder_parameters(o), functools.partial(decoder_loss, groups), draw,
+        lambda decoder: before_and_after(o, things, encoder | decoder))
+
+
+def trained_vae(o):
+    """The VAE, with the decoder of the stage of its own where that has run."""
+    return trained(o, "vae") | (trained(o, "decoder") if (o.state / "decoder.pt").exists() else {})
 
 
 def scaling_factor(o, latents=None):
@@ -678,7 +718,7 @@ def configs(o, scale):
 def model_of(o, params, scale):
     """tiny_sd's model from the parameters in training, with torch tensors as they stand."""
     parts = nest(params)
-    return tiny_sd.Model("emoji", "", configs(o, scale), tokenizer(o), parts["text"], nest(trained(o, "vae")), parts["unet"])
+    return tiny_sd.Model("emoji", "", configs(o, scale), tokenizer(o), parts["text"], nest(trained_vae(o)), parts["unet"])
 
 
 @torch.no_grad()
@@ -698,7 +738,7 @@ def export(o):
     """The trained parts in float16 as a diffusers folder, which takes the place of --out."""
     from safetensors.numpy import save_file
     params, words = nest(trained(o, "unet")), tokenizer(o)
-    parts = {"text_encoder": params["text"], "vae": nest(trained(o, "vae")), "unet": params["unet"]}
+    parts = {"text_encoder": params["text"], "vae": nest(trained_vae(o)), "unet": params["unet"]}
     classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "vae": "AutoencoderKL",
                "unet": "UNet2DConditionModel", "scheduler": SCHEDULER["_class_name"]}
     libraries = {part: ["transformers" if "CLIP" in name else "diffusers", name] for part, name in classes.items()}
@@ -889,7 +929,7 @@ class Stage(NamedTuple):
     share: float
 
 
-STAGES = {"vae": Stage(vae_parameters, train_vae, 0.2), "clip": Stage(clip_parameters, train_clip, 0.04),
+STAGES = {"vae": Stage(vae_parameters, train_vae, 0.15), "decoder": Stage(decoder_parameters, train_decoder, 0.05), "clip": Stage(clip_parameters, train_clip, 0.04),
           "unet": Stage(unet_parameters, train_unet, 0.76)}
 
 
