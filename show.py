@@ -109,6 +109,28 @@ class Film:
             shutil.rmtree(unfinished, ignore_errors=True)
         return self.folder / "index.html"
 
+def previewer(path, inside=tiny_sd.denoiser):
+    """A denoiser that writes x̂_0 to a small PNG at each step, by the linear map from latents to colours that fits 64 best."""
+    def make(model, *args):
+        colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+        latents = tiny_sd.encode(model, np.kron(colours, np.ones((2 * model.factor, 2 * model.factor, 1))), np.float32(0))
+        latents = latents.reshape(8, 2, 8, 2, -1).mean((1, 3)).reshape(64, -1)
+        fit, *_ = np.linalg.lstsq(np.c_[latents, np.ones(64)], colours.reshape(64, 3), rcond=None)
+        denoise = inside(model, *args)
+
+        def watched(x, t, a):
+            x_0, eps = denoise(x, t, a)
+            pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1).clip(0, 255).astype(np.uint8)
+            unfinished = path.with_name(f".tiny_sd-{os.getpid()}.preview")
+            try:
+                Image.fromarray(pixels).save(unfinished, "PNG")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            return x_0, eps
+        return watched
+    return make
+
 
 # ── Drawing, with Pillow alone ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import formats
 import pytest
 from PIL import Image
 
@@ -233,23 +234,31 @@ def test_what_another_program_left_in_the_cache_is_used(serve, run, model, tmp_p
 
 def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
     """An alias is a row of the table; a folder of that name in weights/, or where one stands, comes first."""
-    assert {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny"} == sd.HUB.keys()
-    for repository, revision, licence in sd.HUB.values():
+    assert {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny"} == formats.HUB.keys()
+    for repository, revision, licence in formats.HUB.values():
         assert re.fullmatch(r"[\w-]+/[\w.-]+", repository) and re.fullmatch("[0-9a-f]{40}|main", revision) and licence
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sd, "HERE", tmp_path / "program")
     shutil.copytree(model, tmp_path / "program/weights/sd15")
-    assert sd.find("sd15") == tmp_path / "program/weights/sd15" and sd.load("sd15").name == "sd15"
+    assert sd.load("sd15").name == "sd15"
     Path("sd15").mkdir()
-    assert sd.find("sd15") == Path("sd15")
+    with pytest.raises(sd.UserError, match="^sd15 is not a whole"):
+        sd.load("sd15")
+
+
+def test_help_tells_the_names(capsys):
+    with pytest.raises(SystemExit):
+        sd.main(["--help"])
+    assert f"or {', '.join(formats.HUB)} (emoji)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
     """And looked for in the cache at that revision, else at main."""
     program = tmp_path / "program"
     program.mkdir()
-    table = "HUB = {'sd15': (%r, %r, 'creativeml-openrail-m')}\n\ndef find" % (REPOSITORY, COMMIT)
-    (program / "tiny_sd.py").write_text((ROOT / "tiny_sd.py").read_text(encoding="utf-8").replace("def find", table), encoding="utf-8")
+    shutil.copy(ROOT / "tiny_sd.py", program)
+    table = "HUB = {'sd15': (%r, %r, 'creativeml-openrail-m')}\n\ndef fetch" % (REPOSITORY, COMMIT)
+    (program / "formats.py").write_text((ROOT / "formats.py").read_text(encoding="utf-8").replace("def fetch", table), encoding="utf-8")
     hub = serve()
     for asked in (True, False):
         script = "import sys, tiny_sd; print(tiny_sd.load('sd15').name)"

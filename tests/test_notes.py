@@ -1,10 +1,11 @@
 """NOTES.md beside the program: sections, names, equations and links, and the numbers that the notes state.
 
 A code span of the notes that holds nothing but a name, dotted or called (`unet`, `Noise.normal`, `resnet(x, **weights)`),
-is a name of tiny_sd.py, or of weights/train.py if it begins with `train.`.
+is a name of tiny_sd.py, or of weights/train.py, formats.py or show.py if it begins with `train.`, `formats.` or `show.`.
 """
 
 import ast
+import functools
 import math
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+import formats
+import show
 import tiny_sd as sd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,12 +47,12 @@ def test_sections():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))
 def test_names_exist(name):
-    if name.startswith("train."):
-        assert name.removeprefix("train.") in defined_in(TRAINING)
+    first, _, rest = name.partition(".")
+    if first == "train":
+        assert rest in defined_in(TRAINING)
     else:
-        value = sd
-        for part in name.split("."):
-            value = getattr(value, part)
+        parts = {"formats": (formats, rest), "show": (show, rest)}.get(first, (sd, name))
+        functools.reduce(getattr, parts[1].split("."), parts[0])
 
 
 def test_every_function_is_named():

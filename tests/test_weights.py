@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import formats
 import tiny_sd
 from conftest import compvis_name, write_tokenizer
 
@@ -159,7 +160,7 @@ def test_wrong_weights_are_named(folder_with):
 
 def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch):
     """Of a single file too, from which the sizes must be read off: one array of many is left out in turn."""
-    monkeypatch.setattr(tiny_sd, "clip_tokenizer", lambda *pad: None)   # quicker, as is a small vocabulary
+    monkeypatch.setattr(formats, "clip_tokenizer", lambda *pad: None)   # quicker, as is a small vocabulary
     arrays = load_file(single_file("BF16"))
     tokens = compvis_name("text_encoder", "embeddings.token_embedding.weight")
     arrays[tokens] = arrays[tokens][:16].clone()

@@ -874,9 +874,9 @@ def evaluate(o):
             report[f"{title}, in {space}, top 1"] = float((column < 1).mean())
             report[f"{title}, in {space}, top 5"] = float((column < 5).mean())
 
-    def drawn(scenes, title):
+    def drawn(scenes, title, negative=lambda scene: ""):
         for scene in tqdm(scenes, title, leave=False):
-            yield scene, draw_picture(model, scene.caption, **o.how)
+            yield scene, draw_picture(model, scene.caption, negative=negative(scene), **o.how)
 
     grounds, pairs = held_out_scenes(names, min(o.limit, 200))
     plain = [Scene([(i, 2, .5, .5)], COLOURS["white"], names[i][0]) for i in chosen]
@@ -895,6 +895,12 @@ def evaluate(o):
     report["held-out backgrounds: median colour error, ΔE"] = float(np.median(errors))
     ranks = [[judge.ranks(picture, part, scene.colour) for part in scene.parts] for scene, picture in drawn(pairs, "pairs")]
     shares("held-out pairs, both", ranks)
+
+    def second(scene):      # the thing that the negative prompt names: it should go
+        return names[scene.parts[1][0]][0]
+    without = [judge.ranks(picture, scene.parts[1], scene.colour) for scene, picture in drawn(pairs, "negative", second)]
+    for title, found in (("", [r[1] for r in ranks]), (" when the negative prompt names it", without)):
+        report[f"held-out pairs, the second{title}, in latents, top 1"] = float((np.array(found)[:, 0] < 1).mean())
     report["seconds for one picture with NumPy, 20 steps, from start to file"] = seconds_for_one(o)
     report["megabytes"] = sum(f.stat().st_size for f in o.out.rglob("*") if f.is_file()) / 1e6
     report |= {"names drawn": len(chosen), "scenes of each held-out kind": len(grounds)}
