@@ -695,7 +695,7 @@ def train_unet(o):
 
     def draw(step, rng):
         n = o.batch or o.setting["batch"]["unet"]
-        bank.renew(n // 4, rng)
+        bank.renew(max(1, n // 4), rng)
         ids, x_0 = bank.draw(n, rng)
         ids = torch.where(torch.rand(n, 1, device=o.device) < 0.1, nothing, ids)        # for guidance
         t = (1000 * (torch.randperm(n) + torch.rand(n)) / n).long().to(o.device)        # one from each n-th of the times
