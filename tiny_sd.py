@@ -224,7 +224,7 @@ class Tokenizer:
         symbols = list(self.bytes.values())
         names = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges] + [self.BOS, self.EOS]
         self.vocab = vocab or {name: i for i, name in enumerate(names)}
-        self.length, self.pad = length, self.vocab[pad]
+        self.length, self.pad, self.symbols = length, self.vocab[pad], {i: s for s, i in self.vocab.items()}
 
     def words(self, text):
         """Lower case, then split into runs of letters, single numerals and runs of other signs; space only parts them."""
@@ -267,8 +267,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of some ids, in lower case and with its spaces as the tokenizer sees them."""
-        name, byte = {i: s for s, i in self.vocab.items()}, {s: b for b, s in self.bytes.items()}
-        symbols = "".join(name[i] for i in ids).replace("</w>", " ")
+        byte = {s: b for b, s in self.bytes.items()}
+        symbols = "".join(self.symbols[i] for i in ids).replace("</w>", " ")
         return bytes(byte.get(c, 32) for c in symbols).decode(errors="replace").strip()
 
 
@@ -1200,6 +1200,7 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):      
 def parallel(work, items):
     """[work(item), ...], computed by the calling thread and by as many more as there are idle cores. Calls may nest: the
     two halves of guidance take a core each, and the blocks inside them find more only where there are more."""
+    keep_freed_memory()
     items, helpers = list(items), []
     if len(items) == 1:
         return [work(items[0])]
@@ -1221,6 +1222,13 @@ def parallel(work, items):
     for helper in helpers:
         helper.result()
     return results
+
+@functools.cache
+def keep_freed_memory():
+    """Has glibc keep what is freed for the next array: the system zeroes each page that it gives out anew."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in (-8, 1), (-4, 0), (-1, 2 ** 31 - 1):       # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 def blocks(length, size):
     """The slices 0:size, size:2 size, ... that cover `length`."""
@@ -1258,7 +1266,7 @@ def faster(operation):
 def rowwise(formula):
     """A formula that treats each row, a place or a token, alike, in blocks of rows that fit in the cache."""
     def blockwise(x, *args, **kwargs):
-        if x.size <= 2 ** 16:
+        if x.size <= 2 ** 18:
             return formula(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty_like(rows)
@@ -1286,16 +1294,8 @@ def gelu_by_tanh(x):
     y *= x
     return x * (0.5 + 0.5 * np.tanh(y, out=y))
 
-@functools.cache
-def keep_freed_memory():
-    """Has glibc keep what is freed for the next array: the system zeroes each page that it gives out anew."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in (-8, 1), (-4, 0), (-1, 2 ** 31 - 1):       # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-
 @faster(by_row)
 def threaded_by_row(x, work):
-    keep_freed_memory()
     return np.concatenate(parallel(work, [x[i:i + 1] for i in range(len(x))]))
 
 @faster(linear)
