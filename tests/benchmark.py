@@ -7,7 +7,7 @@
 
 `unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`: a picture in a process
 that holds the model already. `picture`: the same from the start of the process to the file. `bundled`: that with
-weights/emoji. A picture is 20 steps of DPM++ 2M at guidance 7.5.
+weights/emoji. A picture is 20 steps of DPM++ 2M at guidance 7.5; for its peak memory alone, --steps 1 is enough.
 
 All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, written once among the temporary
 files. Each side is a process that waits while another computes: first each gives a result, which must agree, then they
@@ -123,7 +123,8 @@ def tiny_sd(part, args, folder):
     denoise = sd.denoiser(model, unet(context), 0.5)    # the mean of the halves: a difference in either shows as it is
 
     def picture():
-        *_, latents = sd.generate(model, PROMPT, sampler="dpm++2m", seeds=range(args.batch), width=args.size, height=args.size)
+        *_, latents = sd.generate(model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
+                                   width=args.size, height=args.size)
         return sd.decode(model, latents) / np.float32(255)
 
     return {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
@@ -172,7 +173,7 @@ def networks(part, args, folder, dtype):
 
 
 def pipeline(folder, device, dtype):
-    """diffusers' pipeline, and draw(prompt, size, batch) -> PIL's pictures."""
+    """diffusers' pipeline, and draw(prompt, size, batch, steps) -> PIL's pictures."""
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     torch.set_num_threads(cores())
@@ -180,9 +181,9 @@ def pipeline(folder, device, dtype):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(prompt, size, batch):
+    def draw(prompt, size, batch, steps):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return pipe(prompt, width=size, height=size, num_inference_steps=20, guidance_scale=7.5, generator=streams,
+        return pipe(prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=7.5, generator=streams,
                     num_images_per_prompt=batch).images
     return pipe, draw
 
@@ -208,7 +209,7 @@ def diffusers(part, args, folder, compiled=False):
         return {name: operation(*work) for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()}
     pipe, draw = pipeline(folder, args.device, args.dtype)
     pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
-    return {"picture": lambda: np.stack([np.float32(picture) / 255 for picture in draw(PROMPT, args.size, args.batch)])}
+    return {"picture": lambda: np.stack([np.float32(picture) / 255 for picture in draw(PROMPT, args.size, args.batch, args.steps)])}
 
 
 def openvino(part, args, folder):
@@ -232,10 +233,10 @@ def program(side, part, args, folder):
     import numpy as np
     from PIL import Image
     prompt, size = (BUNDLED_PROMPT, args.own_size) if part == "bundled" else (PROMPT, args.size)
-    facts = [folder, args.device, args.dtype, args.batch, prompt, size or ""]
+    facts = [folder, args.device, args.dtype, args.batch, prompt, args.steps, size or ""]
     if side == "tiny_sd":
-        names = ["-m", "--device", "--dtype", "-b", "-p", "-W", "-H"]
-        options = [word for pair in zip(names, facts + [size]) for word in pair][:None if size else 10]
+        names = ["-m", "--device", "--dtype", "-b", "-p", "--steps", "-W", "-H"]
+        options = [word for pair in zip(names, facts + [size]) for word in pair][:None if size else 12]
         command = [ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--backend", args.backend, "-o", "out.png"]
     else:
         command = [__file__, "draw", *facts]
@@ -249,9 +250,9 @@ def program(side, part, args, folder):
     return {"file": call}
 
 
-def draw(folder, device, dtype, batch, prompt, size):
+def draw(folder, device, dtype, batch, prompt, steps, size):
     """The peer's program: python benchmark.py draw ..."""
-    for i, picture in enumerate(pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch))):
+    for i, picture in enumerate(pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch), int(steps))):
         picture.save(f"out-{i:03d}.png")
 
 
@@ -384,6 +385,7 @@ def parse_arguments():
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--threads", type=int, default=cores(), help="cores that each side may use (%(default)s)")
+    add("--steps", type=int, default=20, help="of a picture (%(default)s)")
     add("--size", type=int, dest="own_size", metavar="PIXELS", help="height and width (512; the bundled model's own)")
     add("--batch", type=int, default=1, help="pictures at once (%(default)s)")
     add("--width", type=int, default=320, help="channels of the random U-Net's first level; 32 is quick (%(default)s)")
@@ -397,7 +399,7 @@ def parse_arguments():
     for right, message in [
             (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
             (args.device == "cpu" or "openvino" not in args.peer, "--peer openvino computes on the CPU"),
-            (min(args.rounds, args.batch) >= 1, "--rounds and --batch are at least 1"),
+            (min(args.rounds, args.batch, args.steps) >= 1, "--rounds, --batch and --steps are at least 1"),
             (64 <= args.size <= 4096 and args.size % 64 == 0, f"--size {args.size} is not a multiple of 64 up to 4096"),
             (32 <= args.width <= 320 and args.width % 32 == 0, f"--width {args.width} is not a multiple of 32 up to 320"),
             (hasattr(os, "sched_setaffinity") or args.threads == cores(), "--threads: this system cannot restrict a process"),
