@@ -6,6 +6,7 @@ TINY_SD_FUZZ=20000 python -m pytest tests/test_fuzz.py spoils that many; TINY_SD
 import json
 import os
 import random
+import re
 import shutil
 import time
 import warnings
@@ -13,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from helpers import FILES, sd, write_model
@@ -24,7 +26,16 @@ FLAGS = {"--steps": ["0", "1", "3", "5000", "x", "-1", "1e3"], "--cfg-scale": ["
          "-s": ["-1", "0", str(2 ** 64 - 1), str(2 ** 64), "x"], "-b": ["0", "2", "1001", "x"], "--sampler": [*sd.SAMPLERS, "x"],
          "-i": ["in.png", "none.png", ".", ""], "-o": ["out.png", "x.jpg", "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png"],
          "-m": ["", "none", "in.png", "kept.png"], "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"],
-         "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"], "--frobnicate": [None]}
+         "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"], "--frobnicate": [None],
+         "--mask": ["in.png", "none.png", "", "."], "--preview": ["preview.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
+         "--prediction": ["v", "sample", "x"], "--like": ["like.png", "in.png", "none.png", ""], "--show": ["", ".", "no/such", "in.png"],
+         "--prompts": ["prompts.txt", "in.png", "none.txt", ""]}
+FACTS = ["", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000, "--help", "-h", "..", "/", "a\0b", "🍎", "Euler a",
+         "Euler Karras", "LCM", "8x", "x8", "8x8", "-8x8", "8x8x8", "12x16", "emoji"]
+LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"', "--steps 1", "--steps x", "-b 2", "-o x.png", "--help",
+         "-h", "--explain", "--show x", "--prompts prompts.txt", "--like like.png", "--like none.png", "-m none", "-i in.png --mask in.png",
+         "--mask in.png", "-p blue", "blue -p blue", "--preview x.png", "--karras --sampler ddim", "\0", "\x1b[31m", "\ud800", "a" * 3000,
+         "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85", "\f", "🍎 -s 1"]
 
 
 def bytes_spoilt(path, rng):
@@ -98,6 +109,36 @@ def json_spoilt(path, rng):
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
+def text_spoilt(path, rng):
+    """A picture's `parameters`: a fact, the text around it, or some letters."""
+    picture = Image.open(path)
+    text = picture.text["parameters"]
+    kind = rng.randrange(4)
+    if kind == 0:
+        text = re.sub(rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG"]) + ": [^,]*",
+                      lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text)
+    elif kind == 1:
+        text = text.replace(*rng.choice([("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""), (": ", ":"), ("red", "-h"), (
+            "red", "--help"), ("red", "\0Steps: 3\n" * 9), ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed")]))
+    elif kind == 2:
+        text = text[:rng.randrange(len(text))]
+    else:
+        for _ in range(rng.randrange(1, 9)):
+            i = rng.randrange(len(text))
+            text = text[:i] + chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD7FF)])) + text[i + 1:]
+    info = PngInfo()
+    info.add_itxt("parameters", text)
+    path.unlink()
+    picture.save(path, pnginfo=info)
+
+
+def lines_spoilt(path, rng):
+    """A file of prompts and flags."""
+    lines = [" ".join(rng.choices(LINES, k=rng.randrange(1, 4))) for _ in range(rng.randrange(4))]
+    path.unlink()
+    path.write_bytes("\n".join(lines).encode(errors=rng.choice(["replace", "surrogatepass"])))
+
+
 def prompt(rng):
     return rng.choice([
         "", " ", "red apple" * rng.randrange(50), "".join(chr(rng.randrange(1, 32)) for _ in range(20)), "\0", "🍎👩‍👩‍👧" * rng.randrange(1, 40),
@@ -106,8 +147,8 @@ def prompt(rng):
 
 
 def case(folder, rng):
-    """Spoils one thing in a folder with a model, a picture and a LoRA; the arguments of the run."""
-    argv, kind = ["--model", "model", "--steps", "2"], rng.randrange(8)
+    """Spoils one thing in a folder with a model, a picture, one that was drawn, a LoRA and prompts; the arguments of the run."""
+    argv, kind = ["--model", "model", "--steps", "2"], rng.randrange(11)
     weights = [f"{part}/{stem}.safetensors" for part, stem in FILES.items()]
     configs = [*(f"{part}/config.json" for part in FILES), "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
                "tokenizer/vocab.json"]
@@ -122,13 +163,21 @@ def case(folder, rng):
     elif kind == 4:
         rng.choice([bytes_spoilt, bytes_spoilt, lambda path, rng: Image.new("L", rng.choice([(1, 1), (1, 10000), (9, 9)])).save(path)])(
             folder / "in.png", rng)
-        argv += ["-i", "in.png"]
+        argv += rng.choice([["-i", "in.png"], ["-i", "in.png"], ["-i", "like.png", "--mask", "in.png"]])
     elif kind == 5:
         rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt])(folder / "lora.safetensors", rng)
         argv += ["--lora", "lora.safetensors"]
     elif kind == 6:
         for flag in rng.sample(list(FLAGS), rng.randrange(1, 4)):
             argv += [flag] if (value := rng.choice(FLAGS[flag])) is None else [flag, value]
+    elif kind == 8:
+        rng.choice([text_spoilt, text_spoilt, text_spoilt, bytes_spoilt])(folder / "like.png", rng)
+        return argv[:2] + ["--like", "like.png"] + rng.choice([[], ["blue"], ["-s", "3"], ["-p", "-h"]])
+    elif kind == 9:
+        rng.choice([lines_spoilt, lines_spoilt, lines_spoilt, bytes_spoilt])(folder / "prompts.txt", rng)
+        return argv + ["--prompts", "prompts.txt"] + rng.choice([[], ["-b", "2"], ["-s", "3"], ["-o", "x/out.png"]])
+    elif kind == 10:
+        argv += ["--preview", rng.choice(FLAGS["--preview"])]
     return argv + [f"--prompt={prompt(rng) if kind == 7 else 'red apple'}"]
 
 
@@ -147,8 +196,12 @@ def draws_or_says(argv, folder, capsys):
     after = contents(folder)
     assert all(after.get(path) == data for path, data in before.items()), "a file was changed"
     new = {str(path.relative_to(folder)) for path in after.keys() - before.keys()}
+    for name in {"preview.png"} & new & set(argv):
+        Image.open(folder / name).load()
+        (folder / name).unlink()
+        new.remove(name)
     if status == 0:
-        assert new == set(out.split("\n")) - {""} and new and len(said) <= 2
+        assert new == set(out.split("\n")) - {""} and (new or "--prompts" in argv) and len(said) <= 2 + len(new)
         for name in new:
             Image.open(folder / name).load()
     else:
@@ -166,6 +219,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_model(tmp_path / "original/model")
     Image.effect_noise((9, 7), 50).save(tmp_path / "original/in.png")
+    (tmp_path / "original/prompts.txt").write_text("red apple\n# red\napple -s 5\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "original")
+    assert sd.main(["red apple", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2", "--sampler", "euler"]) == 0
     name, rng = "lora_unet_mid_block_resnets_0_conv1", np.random.default_rng(0)
     save_file({f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32), f"{name}.alpha": np.float32(1)[None],
                f"{name}.lora_up.weight": rng.random((16, 2, 1, 1), np.float32)}, tmp_path / "original/lora.safetensors")
@@ -183,7 +239,7 @@ def test_spoilt_inputs(folder, capsys, monkeypatch):
         argv = case(place, rng)
         try:
             results.append(draws_or_says(argv, place, capsys))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failures.append(f"case {number} of seed {SEED}: {ascii(argv)[:200]}: {type(error).__name__}: {ascii(str(error))[:300]}")
         monkeypatch.chdir(folder)
         shutil.rmtree(place)

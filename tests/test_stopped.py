@@ -1,0 +1,130 @@
+"""A run that is stopped, by Ctrl-C or by a full disk: in every phase of the real program with the bundled model it says so in
+one line, leaves nothing half done behind, and harms nothing that was there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from helpers import sd
+
+# Python runs a file of this name, found on its path, before the program. As soon as function FUNCTION of a file FILE is
+# called for the COUNTth time, the process gets what Ctrl-C sends.
+INTERRUPT = """
+import os, signal, sys
+file, function, count = os.environ["INTERRUPT"].split(":")
+left = iter(range(int(count) - 1))
+
+def watch(frame, event, arg):
+    code = frame.f_code
+    if event == "call" and code.co_name == function and code.co_filename.endswith(file) and next(left, None) is None:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+sys.setprofile(watch)
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Each test in a folder of its own, with two files that must stay."""
+    monkeypatch.chdir(tmp_path)
+    Path("out.png").write_text("mine")
+    Path("seen").mkdir()
+    return tmp_path
+
+
+def program(*argv, **environment):
+    """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
+    done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True, timeout=100,
+                          env=os.environ | environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    lines = [line for line in re.split("[\r\n]+", done.stderr) if line and not re.search(r"\d+/\d+ \[", line)]
+    return done.returncode, done.stdout, lines
+
+
+def contents(folder="."):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+# ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PHASES = {      # the arguments, where it is interrupted, and what is there already by then
+    "reading the weights": ("", "tiny_sd.py:place:100", []),
+    "reading a prompt": ("", "tiny_sd.py:merge:2", []),
+    "encoding the prompt": ("", "tiny_sd.py:text_layer:3", []),
+    "encoding a picture": ("-i in.png", "tiny_sd.py:vae_block:2", []),
+    "sampling": ("", "tiny_sd.py:denoise:2", []),
+    "writing a preview": ("--preview preview.png", "PngImagePlugin.py:putchunk:5", ["preview.png"]),
+    "decoding": ("", "tiny_sd.py:vae_decode:1", []),
+    "writing the picture": ("", "PngImagePlugin.py:putchunk:2", []),
+    "writing the second picture": ("-b 2", "tiny_sd.py:save_picture:2", ["out-000.png"]),
+    "writing the page": ("--show seen", "PngImagePlugin.py:putchunk:12", ["out-1.png"]),
+    "between two prompts": ("--prompts prompts.txt", "tiny_sd.py:generate:2", ["out-0001.png"]),
+    "writing the second prompt's": ("--prompts prompts.txt", "PngImagePlugin.py:putchunk:8", ["out-0001.png"]),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c(here, phase):
+    flags, where, there = PHASES[phase]
+    argv = [*flags.split(), *([] if "--prompts" in flags else ["red apple"]), *"-W 32 -H 32 --steps 2".split()]
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(INTERRUPT)
+    Path("prompts.txt").write_text("red apple\ngreen apple\nblue apple\n")
+    Image.new("RGB", (32, 32), "red").save("in.png")
+    before = contents()
+    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where)
+    after = contents()
+    assert (status, err, out.split()) == (130, ["tiny_sd: interrupted"], [name for name in there if name != "preview.png"])
+    assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
+    for name in there:
+        Image.open(name).load()
+    if "--prompts" in flags:        # the same command goes on where it was stopped
+        assert program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n") and contents().items() >= after.items()
+
+
+def lines_of(function):
+    """The lines of a function at which it can be interrupted."""
+    return sorted({line for *_, line in function.__code__.co_lines() if line} - {function.__code__.co_firstlineno})
+
+
+# ── A full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def disk(here):
+    """disk(room): a file system of 64 kB of which all but `room` kB are taken by a file."""
+    place = here / "disk"
+    place.mkdir()
+    mounted = not sys.platform.startswith("linux") or subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True).returncode
+    if mounted:
+        pytest.skip("to mount a small file system needs Linux and its administrator's rights")
+
+    def fill(room):
+        (place / "mine").write_bytes(b"mine" * 256 * (64 - room))
+        return place
+    yield fill
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("room", [0, 4, 8])
+@pytest.mark.parametrize("flags, named, there", [
+    ("-o disk/out.png", "disk/out.png", []), ("-b 2 -o disk/out.png", "disk/out-00", ["out-000.png"]),
+    ("--show disk/seen", "disk/seen", ["out-1.png"]),
+    ("--preview disk/preview.png", "disk/preview.png", [])])
+def test_a_full_disk(disk, room, flags, named, there):
+    """Pictures of 128 x 128 have more than 8 kB, previews of 16 x 16 less than one, of which a disk gives out at least 4."""
+    place = disk(room)
+    before = contents()
+    status, out, err = program("cat and dog on a colourful background", *flags.split(), "--steps", "2", "--cfg-scale", "30")
+    print(out, err, contents().keys())
+    assert status == 2 and len(err) == 1 and re.fullmatch(f"tiny_sd: .*{named}.* No space left on device", err[0])
+    assert contents().items() >= before.items()
+    assert (place / "mine").read_bytes() == before["disk/mine"]
