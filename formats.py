@@ -239,12 +239,13 @@ def read_prompts(args, argv):
         if text:
             target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
             try:
-                job = tiny_sd.parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)), f"--output={target}"])
+                job = tiny_sd.parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)), f"--output={target}"],
+                                              add_help=False)
             except ValueError as error:
                 raise UserError(f"{args.prompts}, line {number}: {error}") from None
-            fixed = ("model", "lora", "backend", "device", "dtype", "prediction")
+            fixed = ("model", "lora", "backend", "device", "dtype", "prediction", "preview")
             if any(getattr(job, name) != getattr(args, name) for name in fixed):
-                raise UserError(f"{args.prompts}, line {number}: the model is the same for all lines")
+                raise UserError(f"{args.prompts}, line {number}: the model and --preview are the same for all lines")
             first = target.with_stem(target.stem + "-000") if job.batch_size > 1 else target
             job.prompt = text
             jobs += [job] if not first.exists() else []

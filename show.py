@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import tiny_sd      # first, since it tells NumPy's BLAS how many threads to use
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 
@@ -98,19 +99,23 @@ class Film:
 
     def save(self, x, prompt, seeds):
         """Writes the folder, whole or not at all, and gives back the path of its page. x: the last latents."""
-        unfinished = self.folder.with_name(f".tiny_sd-{os.getpid()}.part")
-        unfinished.mkdir()
-        try:
+        with tiny_sd.whole(self.folder) as unfinished:
+            unfinished.mkdir()
             write_page(self, x, prompt, seeds, unfinished)
             if self.folder.exists():
                 self.folder.rmdir()     # fails if something was put there in the meantime
             unfinished.rename(self.folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return self.folder / "index.html"
 
 def previewer(path, inside=tiny_sd.denoiser):
-    """A denoiser that writes x̂_0 to a small PNG at each step, by the linear map from latents to colours that fits 64 best."""
+    """A denoiser that writes x̂_0 to a small PNG at each step, by the linear map from latents to colours that fits 64 best.
+
+    UserError if there is such a file already, unless it is a preview too."""
+    mark = PngInfo()
+    mark.add_text("Software", "tiny_sd preview")
+    if path.exists() and b"tiny_sd preview" not in path.read_bytes()[:99]:
+        raise tiny_sd.UserError(f"--preview {path} is there already, and no preview: name another file")
+
     def make(model, *args):
         colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
         latents = tiny_sd.encode(model, np.kron(colours, np.ones((2 * model.factor, 2 * model.factor, 1))), np.float32(0))
@@ -121,12 +126,9 @@ def previewer(path, inside=tiny_sd.denoiser):
         def watched(x, t, a):
             x_0, eps = denoise(x, t, a)
             pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1).clip(0, 255).astype(np.uint8)
-            unfinished = path.with_name(f".tiny_sd-{os.getpid()}.preview")
-            try:
-                Image.fromarray(pixels).save(unfinished, "PNG")
+            with tiny_sd.whole(path) as unfinished:
+                Image.fromarray(pixels).save(unfinished, "PNG", pnginfo=mark)
                 os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
             return x_0, eps
         return watched
     return make

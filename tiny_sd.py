@@ -29,6 +29,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import sys
 import threading
 import unicodedata
@@ -41,6 +42,8 @@ from types import SimpleNamespace
 
 for library in ("OPENBLAS", "VECLIB_MAXIMUM"):      # §10 computes with threads of its own: BLAS' would fight with them
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+if __name__ == "__main__":      # Ctrl-C before main() is there to catch it: no traceback either
+    sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
 import numpy as np
 
 __version__ = "0.1.0"
@@ -1017,30 +1020,35 @@ def read_picture(path, width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
+@contextlib.contextmanager
+def whole(path):
+    """A name beside `path` for a file, or folder, until it is whole; what is left under that name is taken away."""
+    unfinished = path.with_name(f".tiny_sd-{os.getpid()}.part")
+    try:
+        yield unfinished
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
+
 def save_picture(pixels, path, parameters):
     """Writes a PNG whole or not at all, under the first free name of out.png, out-1.png, ...; returns that name."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
     info = PngInfo()
     info.add_text("parameters", parameters)
-    unfinished = path.with_name(f".tiny_sd-{os.getpid()}.part")
-    try:
+    with whole(path) as unfinished:
         Image.fromarray(pixels).save(unfinished, "PNG", pnginfo=info)
         for number in itertools.count():
             target = path.with_stem(path.stem + f"-{number}" * (number > 0))
             try:
-                target.open("xb").close()       # takes the name, so that no other process can
-                break
-            except FileExistsError:
-                pass
-        try:
-            os.replace(unfinished, target)
-        except BaseException:
-            target.unlink()
-            raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return target
+                os.link(unfinished, target)     # which, unlike a renaming, refuses a name that is taken
+            except OSError:
+                if os.path.lexists(target):
+                    continue
+                os.rename(unfinished, target)   # some file systems, of USB sticks for one, know no links
+            return target
 
 def parameters_text(args, model, seed, width, height):
     """How the picture was made, in the form that other programs read from a PNG's `parameters`."""
@@ -1061,8 +1069,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
 
-def parse_arguments(argv):
-    parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False)
+def parse_arguments(argv, **settings):
+    parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False, **settings)
     add = parser.add_argument
     add("words", nargs="?", metavar="PROMPT", help="what to draw")
     add("-p", "--prompt", help="the same, as an option")
@@ -1086,7 +1094,7 @@ def parse_arguments(argv):
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")
     add("--mask", metavar="FILE", help="a picture, white where the first is to be drawn anew")
     add("--strength", type=float, help="how far to leave it, 0 to 1 (0.75; with a mask 1)")
-    add("--preview", type=Path, metavar="PNG", help="a file to show in small what each step expects, written over and over")
+    add("--preview", type=Path, metavar="PNG", help="a file to show in small what each step expects, written over and over: not one that is there")
     add("--backend", choices=("numpy", "torch"), help="numpy, unless a GPU is asked for")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -1118,8 +1126,9 @@ def parse_arguments(argv):
              (not args.show or not args.explain, "--explain draws nothing that --show could show"),
              (not args.prompts or not (args.show or args.explain), "--show and --explain take one prompt, not --prompts"),
              (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
-             (args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to"),
-             (os.access(args.output.parent, os.W_OK), f"the folder {args.output.parent} cannot be written to")]
+             *(line for folder in (args.output.parent, (args.preview or args.output).parent) for line in (
+                 (folder.is_dir(), f"there is no folder {folder} to write to"),
+                 (os.access(folder, os.W_OK), f"the folder {folder} cannot be written to")))]
     for right, message in check:
         if not right:
             raise UserError(message)
@@ -1135,6 +1144,8 @@ def run(argv):
     if args.prompts:
         import formats
     jobs = formats.read_prompts(args, argv)[rank::ranks] if args.prompts else [args]
+    if not jobs and ranks == 1:
+        return print(f"tiny_sd: {args.prompts} has no prompt whose picture is not there yet", file=sys.stderr)
     model = load(args.model, args.backend, args.device, args.dtype, args.lora)
     if args.prediction:
         model.config["scheduler"]["prediction_type"] = args.prediction + "_prediction" * (args.prediction == "v")
@@ -1177,8 +1188,12 @@ def draw(model, args, watched=denoiser):
 def main(argv=None):
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError, ImportError, MemoryError) as error:
-        print("tiny_sd:", " ".join(str(error).split()), file=sys.stderr)
+        print(end="", flush=True)       # here, so that it can fail here
+    except (UserError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):      # torch's, for want of memory
+            raise
+        letters = "".join(c if c.isprintable() else " " for c in str(error))
+        print("tiny_sd:", " ".join(letters.split())[:2000], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tiny_sd: interrupted", file=sys.stderr)
@@ -1457,8 +1472,5 @@ def guarded_powers(q, k, v):
 
 if __name__ == "__main__":
     sys.modules["tiny_sd"] = sys.modules["__main__"]        # for show.py, which imports this file
-    status = main()
-    sys.stdout.flush()
-    if status == 130:
+    if status := main():
         os._exit(status)        # at once: threads may still be in the middle of a step
-    sys.exit(status)

@@ -86,13 +86,20 @@ def test_ctrl_c(here, phase):
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
         Image.open(name).load()
-    if "--prompts" in flags:        # the same command goes on where it was stopped
+    if "--prompts" in flags:    # the same command goes on where it was stopped
         assert program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n") and contents().items() >= after.items()
 
 
-def lines_of(function):
-    """The lines of a function at which it can be interrupted."""
-    return sorted({line for *_, line in function.__code__.co_lines() if line} - {function.__code__.co_firstlineno})
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@pytest.mark.parametrize("where", ["numpy/__init__.py:<module>:1", "tiny_sd.py:toom_cook:1", "PIL/Image.py:<module>:1", "tqdm/std.py:<module>:1"])
+def test_ctrl_c_while_libraries_are_imported(here, where):
+    """Before main() is there to say so, Python ends itself by the same signal."""
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(INTERRUPT)
+    before = contents()
+    status, out, err = program("red apple", "-W", "32", "-H", "32", "--steps", "1", PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+                               INTERRUPT=where)
+    assert (status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])] and contents() == before
 
 
 # ── A full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,17 +121,31 @@ def disk(here):
     subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("room", [0, 4, 8])
-@pytest.mark.parametrize("flags, named, there", [
-    ("-o disk/out.png", "disk/out.png", []), ("-b 2 -o disk/out.png", "disk/out-00", ["out-000.png"]),
-    ("--show disk/seen", "disk/seen", ["out-1.png"]),
-    ("--preview disk/preview.png", "disk/preview.png", [])])
-def test_a_full_disk(disk, room, flags, named, there):
-    """Pictures of 128 x 128 have more than 8 kB, previews of 16 x 16 less than one, of which a disk gives out at least 4."""
-    place = disk(room)
+# A picture has 4 to 8 kB, a preview less than one, a page some 50; a disk gives out 4 at once.
+FULL = [("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
+        ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]), ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
+        ("--show disk/seen", 40, "disk/seen", ["out-1.png"]), ("--preview disk/preview.png", 0, "disk/preview.png", []),
+        ("--preview disk/preview.png", 4, "disk/preview.png", ["disk/preview.png"])]
+
+
+@pytest.mark.parametrize("flags, room, named, there", FULL)
+def test_a_full_disk(disk, flags, room, named, there):
+    disk(room)
     before = contents()
-    status, out, err = program("cat and dog on a colourful background", *flags.split(), "--steps", "2", "--cfg-scale", "30")
-    print(out, err, contents().keys())
-    assert status == 2 and len(err) == 1 and re.fullmatch(f"tiny_sd: .*{named}.* No space left on device", err[0])
-    assert contents().items() >= before.items()
-    assert (place / "mine").read_bytes() == before["disk/mine"]
+    status, out, err = program("red apple", *flags.split(), "--steps", "2")
+    assert (status, err) == (2, [f"tiny_sd: {named} cannot be written: No space left on device"])
+    after = contents()
+    assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
+    for name in there:
+        Image.open(name).load()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("flags", ["--explain", "--help", "-W 32 -H 32 --steps 1"])
+def test_a_full_stdout(flags):
+    """The last of these has drawn its picture, which stays."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", *([] if flags == "--help" else ["red"]), *flags.split()], stdout=full,
+                              stderr=subprocess.PIPE, text=True, env={name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device"
+    assert Path("out-1.png").exists() == (flags[-1] == "1")
