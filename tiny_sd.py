@@ -810,12 +810,36 @@ def load(path, backend="numpy", device="cpu", dtype="float32", loras=()):
         config, tokenizer, arrays, digest = read_folder(path) if path.is_dir() else formats.read_single_file(path)
         if loras:
             formats.add_loras(arrays, loras)
+        numbers = {part: sum(array.size for array in arrays[part].values()) for part in arrays}
+        largest = max(n * (2 if types[part].endswith("16") else 4) for part, n in numbers.items())
+        check_memory(largest * (device == "cpu"), f"the model {name}")
         networks = {part: fill(part, arrays[part], shapes(config[part]), placer(backend, device, types[part]))
                     for part, shapes in SHAPES.items()}
         check_config(tokenizer, **config)
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its configs do not describe a Stable Diffusion: {error!r}") from None
     return Model(path.stem if path.is_file() else name.resolve().name, digest, config, tokenizer, **networks)
+
+def check_memory(need, what):
+    """UserError if this process cannot come to hold `need` bytes, with what is free, swap included, under its own limit and its
+    control group's; so far as Linux tells: elsewhere nothing is refused.
+
+    need: of a model the numbers of its largest network, of a picture three of its largest arrays. A run comes to more.
+    """
+    def told(file, pattern=r"(\d+)"):
+        with contextlib.suppress(OSError):
+            return re.findall(pattern, Path(file).read_text())
+        return []
+
+    free, swap, held = (1024 * sum(map(int, told(file, rf"{name}:\s+(\d+)"))) for file, name in (
+        ("/proc/meminfo", "MemAvailable"), ("/proc/meminfo", "SwapFree"), ("/proc/self/status", "RssAnon")))
+    limits = told("/proc/self/limits", r"address space\s+(\d+)")
+    for group in ("", *told("/proc/self/cgroup", ":(?:memory)?:(/.+)")):
+        limits += told(f"/sys/fs/cgroup{group}/memory.max") + told(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes")
+    room = min([free + held if free else math.inf, *map(int, limits)]) + swap
+    if need > room:
+        raise UserError(f"{what} needs at least {need / 1e9:.1f} GB of memory, and there are {room / 1e9:.1f} GB: "
+                        "close other programs, or take a smaller model or picture")
 
 def check_config(tokenizer, text_encoder, vae, unet, scheduler):
     """UserError where the configs ask for what this file does not compute, or contradict each other."""
@@ -1076,15 +1100,15 @@ def parse_arguments(argv, **settings):
     add("-p", "--prompt", help="the same, as an option")
     add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     add("-m", "--model", default="emoji", metavar="NAME",
-        help="a folder, a .safetensors file, a name in weights/, OWNER/NAME on the Hugging Face hub, or sd14, sd15, sd21, sd21-base, "
-             "sd-turbo, lcm, tiny (%(default)s)")
-    add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="a LoRA to add to the model; repeatable")
+        help="a folder, a .safetensors file, a name in weights/, OWNER/NAME on the Hugging Face hub, or sd14, sd15, sd21, "
+             "sd21-base, sd-turbo, lcm, tiny (%(default)s)")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="a LoRA to add; repeatable")
     add("-o", "--output", type=Path, default=Path("out.png"), help="the PNG to write (%(default)s)")
     add("-s", "--seed", type=int, default=0, help="(%(default)s)")
     add("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of its own; # begins a comment")
     add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
     add("--steps", type=int, help="(20, fewer for distilled models)")
-    add("--cfg-scale", "--guidance-scale", type=float, help="how much the prompt is stressed (7.5, or as the model was distilled)")
+    add("--cfg-scale", "--guidance-scale", type=float, help="how much the prompt is stressed (7.5, or the model's own)")
     add("--sampler", choices=SAMPLERS, help="(the model's own)")
     add("--prediction", choices=("epsilon", "v", "sample"), help="what the U-Net predicts (as the model's config says)")
     add("--karras", action="store_true", help="Karras' spacing of the noise levels")
@@ -1094,7 +1118,7 @@ def parse_arguments(argv, **settings):
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")
     add("--mask", metavar="FILE", help="a picture, white where the first is to be drawn anew")
     add("--strength", type=float, help="how far to leave it, 0 to 1 (0.75; with a mask 1)")
-    add("--preview", type=Path, metavar="PNG", help="a file to show in small what each step expects, written over and over: not one that is there")
+    add("--preview", type=Path, metavar="PNG", help="a new file, or a preview, to show in small what each step expects")
     add("--backend", choices=("numpy", "torch"), help="numpy, unless a GPU is asked for")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -1153,7 +1177,7 @@ def run(argv):
         default = model.config["unet"]["sample_size"] * model.factor
         return show.explain(model, args.prompt, args.width or default, args.height or default)
     for job in jobs:
-        x, seeds = draw(model, job, watched)
+        x, seeds = draw(model, job, watched, last=job is jobs[-1])
     if args.show:
         print(film.save(x, args.prompt, seeds))
     if args.prompts and ranks > 1:      # torchrun ends all when one ends
@@ -1162,8 +1186,9 @@ def run(argv):
         dist.barrier()
         dist.destroy_process_group()
 
-def draw(model, args, watched=denoiser):
-    """Draws and saves the pictures that args ask for; returns their latents and seeds."""
+def draw(model, args, watched=denoiser, last=False):
+    """Draws and saves the pictures that args ask for; returns their latents and seeds. After the last of them the model is
+    not whole: what has done its work gives its memory to the rest."""
     from tqdm import tqdm
     default, (steps, guidance) = model.config["unet"]["sample_size"] * model.factor, model.habits
     width, height = (default if n is None else n for n in (args.width, args.height))
@@ -1172,13 +1197,21 @@ def draw(model, args, watched=denoiser):
             raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
     args.steps, args.sampler = args.steps or steps, args.sampler or model.sampler
     args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
+    vae, unet = (model.config[part]["block_out_channels"] for part in ("vae", "unet"))
+    largest = max(4 * vae[:2][-1], 2 * unet[0] * args.batch_size // model.factor ** 2)      # array, in bytes per pixel
+    check_memory(3 * width * height * largest * (args.device == "cpu"), f"--width {width} --height {height}")
     init, mask = (None if file is None else read_picture(file, width, height) for file in (args.init_img, args.mask))
     mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
     seeds = [args.seed + k for k in range(args.batch_size)]
-    for x in tqdm(generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
-                           width, height, init, args.strength, mask, watched), total=total, unit="step"):
+    path = generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
+                    width, height, init, args.strength, mask, watched)
+    if last:
+        model.text_encoder = None
+    for x in tqdm(path, total=total, unit="step"):
         pass
+    if last:
+        model.unet = None
     for seed, pixels in zip(seeds, decode(model, x)):
         number = f"-{seed - args.seed:03d}" if len(seeds) > 1 else ""
         path = args.output.with_stem(args.output.stem + number)

@@ -1,6 +1,8 @@
-"""A run that is stopped, by Ctrl-C or by a full disk: in every phase of the real program with the bundled model it says so in
-one line, leaves nothing half done behind, and harms nothing that was there."""
+"""A run that is stopped, by Ctrl-C, by a full disk or for want of memory: in every phase of the real program, with the
+bundled model, it says so in one line, leaves nothing half done behind, and harms nothing that was there."""
 
+import json
+import math
 import os
 import re
 import signal
@@ -8,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
+import benchmark
 from conftest import ROOT
-from helpers import sd
+from helpers import FILES, sd
 
 # Python runs a file of this name, found on its path, before the program. As soon as function FUNCTION of a file FILE is
 # called for the COUNTth time, the process gets what Ctrl-C sends.
@@ -40,16 +42,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def program(*argv, **environment):
+def program(*argv, under=(), **environment):
     """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
-    done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True, timeout=100,
+    done = subprocess.run([*under, sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True, timeout=100,
                           env=os.environ | environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     lines = [line for line in re.split("[\r\n]+", done.stderr) if line and not re.search(r"\d+/\d+ \[", line)]
     return done.returncode, done.stdout, lines
 
 
-def contents(folder="."):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+def contents():
+    files = {path for path in Path().rglob("*") if path.is_file() and "large" not in path.parts}
+    return {str(path): path.read_bytes() if path in files else None for path in Path().rglob("*")}
 
 
 # ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,14 +94,14 @@ def test_ctrl_c(here, phase):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
-@pytest.mark.parametrize("where", ["numpy/__init__.py:<module>:1", "tiny_sd.py:toom_cook:1", "PIL/Image.py:<module>:1", "tqdm/std.py:<module>:1"])
+@pytest.mark.parametrize("where", [f"{file}.py:<module>:1" for file in ("numpy/__init__", "PIL/Image", "tqdm/std")])
 def test_ctrl_c_while_libraries_are_imported(here, where):
     """Before main() is there to say so, Python ends itself by the same signal."""
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(INTERRUPT)
     before = contents()
-    status, out, err = program("red apple", "-W", "32", "-H", "32", "--steps", "1", PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-                               INTERRUPT=where)
+    argv = "apple -W 32 -H 32 --steps 1".split()
+    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where)
     assert (status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])] and contents() == before
 
 
@@ -123,17 +126,19 @@ def disk(here):
 
 # A picture has 4 to 8 kB, a preview less than one, a page some 50; a disk gives out 4 at once.
 FULL = [("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
-        ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]), ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
-        ("--show disk/seen", 40, "disk/seen", ["out-1.png"]), ("--preview disk/preview.png", 0, "disk/preview.png", []),
+        ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]),
+        ("--show disk/seen", 0, "disk/seen", ["out-1.png"]), ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
+        ("--preview disk/preview.png", 0, "disk/preview.png", []),
         ("--preview disk/preview.png", 4, "disk/preview.png", ["disk/preview.png"])]
 
 
 @pytest.mark.parametrize("flags, room, named, there", FULL)
-def test_a_full_disk(disk, flags, room, named, there):
+def test_a_full_disk(here, disk, flags, room, named, there):
     disk(room)
     before = contents()
     status, out, err = program("red apple", *flags.split(), "--steps", "2")
-    assert (status, err) == (2, [f"tiny_sd: {named} cannot be written: No space left on device"])
+    assert (status, len(err)) == (2, 1)
+    assert err[0].replace(f"{here}/", "") == f"tiny_sd: {named} cannot be written: No space left on device"
     after = contents()
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
@@ -141,11 +146,89 @@ def test_a_full_disk(disk, flags, room, named, there):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("flags", ["--explain", "--help", "-W 32 -H 32 --steps 1"])
+@pytest.mark.parametrize("flags", ["--explain", "-W 32 -H 32 --steps 1"])
 def test_a_full_stdout(flags):
     """The last of these has drawn its picture, which stays."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", *([] if flags == "--help" else ["red"]), *flags.split()], stdout=full,
-                              stderr=subprocess.PIPE, text=True, env={name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"})
+        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red", *flags.split()], stdout=full, stderr=subprocess.PIPE,
+                              text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device"
     assert Path("out-1.png").exists() == (flags[-1] == "1")
+
+
+# ── Too little memory ────────────────────────────────────────────────────────────────────────────────────────────────
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells how much memory there is")
+
+
+@pytest.fixture
+def large(here):
+    """A folder of Stable Diffusion 1.5, whose files are holes of the right size: they take up nothing on the disk."""
+    folder, config = here / "large", benchmark.configs()
+    for part, stem in FILES.items():
+        header, end = {}, 0
+        for name, shape in sd.flatten(sd.SHAPES[part](config[part])).items():
+            header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+        text = json.dumps(header).encode()
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config[part]))
+        with open(folder / part / f"{stem}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+    tokenizer = sd.clip_tokenizer()
+    for name, content in {"scheduler/scheduler_config": config["scheduler"], "tokenizer/vocab": tokenizer.vocab,
+                          "tokenizer/tokenizer_config": {"model_max_length": 77}}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "tokenizer/merges.txt").write_text("\n".join(map(" ".join, tokenizer.rank)), encoding="utf-8")
+    return folder
+
+
+def limited(limit, how):
+    """What begins the command of a program that may have `limit` bytes: addresses, or memory in a control group, as in a
+    container, of which here only the file that says so is real."""
+    inside = {"addresses": f"ulimit -v {limit // 1024}",
+              "container": f"mount -t tmpfs tmpfs /sys/fs/cgroup && echo {limit} > /sys/fs/cgroup/memory.max"}[how]
+    command = [*(["unshare", "-rm"] if how == "container" else []), "sh", "-c", f'{inside} && exec "$@"', "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a test set such a limit")
+    return command
+
+
+def swap():
+    return int(re.search(r"SwapFree:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+
+
+@linux
+@pytest.mark.parametrize("flags, what, need, room, how", [
+    ("-m large", "the model large", 3.4, 3.2, "addresses"), ("-m large", "the model large", 3.4, 3.3, "container"),
+    ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
+    ("-W 4096 -H 4096", "--width 4096 --height 4096", 12.9, 12.8, "container"),
+    ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 6.3, 6.2, "container")])
+def test_too_little_memory(large, flags, what, need, room, how):
+    if swap() > need - room:
+        pytest.skip("with so much swap it would fit")
+    before = contents()
+    status, out, err = program("red apple", *flags.split(), under=limited(int(room * 1e9), how))
+    said = re.fullmatch(r"tiny_sd: (.*) needs at least ([\d.]+) GB of memory, and there are ([\d.]+) GB: close .*", err[-1])
+    assert (status, out, len(err)) == (2, "", 1) and said, err
+    assert (said[1], float(said[2])) == (what, need) and float(said[3]) <= room + swap() + 0.06 and contents() == before
+
+
+@linux
+@pytest.mark.parametrize("argv, what", [("-m medium -W 32 -H 32", "the model medium"), ("-W 256 -H 256", "--width 256 --height 256")])
+def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
+    """What is said to be needed is less than what the run comes to, but not by far."""
+    if "medium" in argv:
+        benchmark.write_model(here / "medium", 64)
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(
+        "import atexit, shutil; atexit.register(shutil.copyfile, '/proc/self/status', 'status')")
+    argv, needs = ["red apple", "--steps", "1", *argv.split()], {}
+    assert program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")[0] == 0
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("status").read_text())[1])
+    monkeypatch.setattr(sd, "check_memory", lambda need, what: needs.update({what: need}))
+    monkeypatch.setattr(sd, "generate", None)
+    with pytest.raises(TypeError):
+        sd.main(argv)
+    assert needs[what] < peak < 3 * needs[what] + 60e6, (needs, peak)
