@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace

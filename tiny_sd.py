@@ -1187,8 +1187,8 @@ def run(argv):
         dist.destroy_process_group()
 
 def draw(model, args, watched=denoiser, last=False):
-    """Draws and saves the pictures that args ask for; returns their latents and seeds. After the last of them the model is
-    not whole: what has done its work gives its memory to the rest."""
+    """Draws and saves the pictures that args ask for; returns their latents and seeds. While the last of all are drawn, the
+    model loses each network that has done its work: the rest need the memory."""
     from tqdm import tqdm
     default, (steps, guidance) = model.config["unet"]["sample_size"] * model.factor, model.habits
     width, height = (default if n is None else n for n in (args.width, args.height))
@@ -1204,11 +1204,11 @@ def draw(model, args, watched=denoiser, last=False):
     mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
     seeds = [args.seed + k for k in range(args.batch_size)]
-    path = generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
-                    width, height, init, args.strength, mask, watched)
+    sampling = generate(model, args.prompt, args.negative_prompt, seeds, args.steps, args.cfg_scale, args.sampler, args.karras,
+                        width, height, init, args.strength, mask, watched)
     if last:
         model.text_encoder = None
-    for x in tqdm(path, total=total, unit="step"):
+    for x in tqdm(sampling, total=total, unit="step"):
         pass
     if last:
         model.unet = None

@@ -410,6 +410,18 @@ def test_too_little_memory(run, monkeypatch, backend):
     assert status == 2 and re.search("allocate|memory", err[-1]) and not list(Path().iterdir())
 
 
+def test_networks_are_dropped_when_nothing_needs_them_any_more(run, monkeypatch):
+    seen, decode = [], sd.decode
+
+    def look(model, x):
+        seen.append((model.text_encoder, model.unet))
+        return decode(model, x)
+    monkeypatch.setattr(sd, "decode", look)
+    Path("prompts.txt").write_text("red\napple\n")
+    assert run("--prompts", "prompts.txt")[0] == 0
+    assert len(seen) == 2 and all(seen[0]) and seen[1] == (None, None)
+
+
 def test_a_bug_is_not_hidden(run, monkeypatch):
     def decode(model, x):
         raise RuntimeError("a bug")

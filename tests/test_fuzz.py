@@ -21,21 +21,23 @@ from helpers import FILES, sd, write_model
 
 COUNT, SEED = (int(os.environ.get(name, default)) for name, default in (("TINY_SD_FUZZ", 600), ("TINY_SD_FUZZ_SEED", 0)))
 JSON = [None, True, 0, -1, 1, 7, 2.5, 1e30, float("nan"), "", "gelu", [], [4, 8], [0], {}, {"a": 1}, 10 ** 30]
-FLAGS = {"--steps": ["0", "1", "3", "5000", "x", "-1", "1e3"], "--cfg-scale": ["0", "1", "nan", "inf", "-1", "100", "x"],
-         "--strength": ["0", "0.01", "1", "nan", "2", "x"], "-W": ["0", "1", "4", "26", "99999", "-4", "x"], "-H": ["6", "1000000", "5"],
-         "-s": ["-1", "0", str(2 ** 64 - 1), str(2 ** 64), "x"], "-b": ["0", "2", "1001", "x"], "--sampler": [*sd.SAMPLERS, "x"],
-         "-i": ["in.png", "none.png", ".", ""], "-o": ["out.png", "x.jpg", "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png"],
-         "-m": ["", "none", "in.png", "kept.png"], "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"],
-         "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"], "--frobnicate": [None],
-         "--mask": ["in.png", "none.png", "", "."], "--preview": ["preview.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
-         "--prediction": ["v", "sample", "x"], "--like": ["like.png", "in.png", "none.png", ""], "--show": ["", ".", "no/such", "in.png"],
-         "--prompts": ["prompts.txt", "in.png", "none.txt", ""]}
-FACTS = ["", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000, "--help", "-h", "..", "/", "a\0b", "🍎", "Euler a",
-         "Euler Karras", "LCM", "8x", "x8", "8x8", "-8x8", "8x8x8", "12x16", "emoji"]
-LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"', "--steps 1", "--steps x", "-b 2", "-o x.png", "--help",
-         "-h", "--explain", "--show x", "--prompts prompts.txt", "--like like.png", "--like none.png", "-m none", "-i in.png --mask in.png",
-         "--mask in.png", "-p blue", "blue -p blue", "--preview x.png", "--karras --sampler ddim", "\0", "\x1b[31m", "\ud800", "a" * 3000,
-         "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85", "\f", "🍎 -s 1"]
+FLAGS = {
+    "--steps": ["0", "1", "3", "5000", "x", "-1", "1e3"], "--cfg-scale": ["0", "1", "nan", "inf", "-1", "100", "x"],
+    "--strength": ["0", "0.01", "1", "nan", "2", "x"], "-W": ["0", "1", "4", "26", "99999", "-4", "x"], "-H": ["6", "1000000", "5"],
+    "-s": ["-1", "0", str(2 ** 64 - 1), str(2 ** 64), "x"], "-b": ["0", "2", "1001", "x"], "--sampler": [*sd.SAMPLERS, "x"],
+    "-i": ["in.png", "none.png", ".", ""], "--mask": ["in.png", "none.png", "", "."], "-m": ["", "none", "in.png", "kept.png"],
+    "-o": ["out.png", "x.jpg", "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png"],
+    "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"], "--prediction": ["v", "sample", "x"],
+    "--preview": ["preview.png", "kept.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
+    "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"], "--frobnicate": [None],
+    "--like": ["like.png", "in.png", "none.png", ""], "--show": ["", ".", "no/such", "in.png"],
+    "--prompts": ["prompts.txt", "in.png", "none.txt", ""]}
+FACTS = ["", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000, "--help", "-h", "..", "/", "a\0b", "🍎",
+         "Euler a", "Euler Karras", "LCM", "8x", "x8", "8x8", "-8x8", "8x8x8", "12x16", "emoji"]
+LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"', "--steps 1", "--steps x", "-b 2", "-o x.png",
+         "--help", "-h", "--explain", "--show x", "--prompts prompts.txt", "--like like.png", "--like none.png", "-m none",
+         "-i in.png --mask in.png", "--mask in.png", "-p blue", "blue -p blue", "--preview x.png", "--karras --sampler ddim", "\0",
+         "\x1b[31m", "\ud800", "a" * 3000, "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85", "\f", "🍎 -s 1"]
 
 
 def bytes_spoilt(path, rng):
@@ -118,8 +120,9 @@ def text_spoilt(path, rng):
         text = re.sub(rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG"]) + ": [^,]*",
                       lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text)
     elif kind == 1:
-        text = text.replace(*rng.choice([("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""), (": ", ":"), ("red", "-h"), (
-            "red", "--help"), ("red", "\0Steps: 3\n" * 9), ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed")]))
+        text = text.replace(*rng.choice([
+            ("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""), (": ", ":"), ("red", "-h"), ("red", "--help"),
+            ("red", "\0Steps: 3\n" * 9), ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed")]))
     elif kind == 2:
         text = text[:rng.randrange(len(text))]
     else:
@@ -147,7 +150,7 @@ def prompt(rng):
 
 
 def case(folder, rng):
-    """Spoils one thing in a folder with a model, a picture, one that was drawn, a LoRA and prompts; the arguments of the run."""
+    """Spoils one thing in a folder with a model, pictures, a LoRA and a list of prompts; the arguments of the run."""
     argv, kind = ["--model", "model", "--steps", "2"], rng.randrange(11)
     weights = [f"{part}/{stem}.safetensors" for part, stem in FILES.items()]
     configs = [*(f"{part}/config.json" for part in FILES), "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
