@@ -21,6 +21,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -127,11 +128,44 @@ def tiny_sd(part, args, folder):
                                    width=args.size, height=args.size)
         return sd.decode(model, latents) / np.float32(255)
 
-    return {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
-            "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
-                    "encode": lambda: np.concatenate([*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1)},
-            "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
-            "loaded": {"picture": picture}}[part]
+    def rate():
+        """What large matrix products reach, in operations a second: the best of five."""
+        n = 8192 if args.device == "cuda" else 2048
+        a, seconds = unet(np.random.default_rng(0).standard_normal((n, n), np.float32)), []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(4):
+                b = sd.linear(a, a)
+            sd.to_numpy(b[:1])                          # which waits for the GPU
+            seconds.append(time.perf_counter() - start)
+        return np.array(4 * 2 * n ** 3 / min(seconds))
+
+    calls = {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
+             "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
+                     "encode": lambda: np.concatenate([*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1)},
+             "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
+             "loaded": {"picture": picture}}[part]
+    return calls | {f"operations of {name}": functools.partial(operations, sd, call) for name, call in calls.items()} | {"rate": rate}
+
+
+def operations(sd, call):
+    """How many multiplications and additions the definitions of a call's products, convolutions and attention take."""
+    import numpy as np
+    counts = []
+
+    def product(y, x, weight, *_, **__):
+        counts.append(2 * math.prod(y.shape) * math.prod(weight.shape[1:]))
+
+    def attention(y, q, k, *_, **__):
+        counts.append(4 * math.prod(q.shape) * k.shape[-2])
+
+    listeners = [(sd.linear, product), (sd.conv2d, product), (sd.dot_product_attention, attention)]
+    for primitive, listener in listeners:
+        primitive.listeners.append(listener)
+    call()
+    for primitive, listener in listeners:
+        primitive.listeners.remove(listener)
+    return np.array(sum(counts))
 
 
 def networks(part, args, folder, dtype):
@@ -339,7 +373,10 @@ def compare(part, args, folder):
                 seconds, _, mb = sides[name](operation)
                 rows[name]["seconds"].append(seconds)
                 rows[name]["later_mb"] = mb and max(mb, rows[name]["later_mb"])
+        if not picture:
+            counted, rate = (float(sides["tiny_sd"](name)[1]) for name in (f"operations of {operation}", "rate"))
         for row in rows.values():
+            row |= {} if picture else {"operations": counted, "matrix_rate": rate}
             row["median"] = statistics.median(row["seconds"])
             row["ratio"] = statistics.median(rows["tiny_sd"]["seconds"]) / row["median"]
         results += rows.values()
@@ -347,13 +384,16 @@ def compare(part, args, folder):
 
 
 def table(results):
-    """As Markdown. A difference is of the largest value; in a picture, of white."""
-    lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "peak MB at first", "peak MB later", "difference"],
-             ["---"] * 2 + ["---:"] * 6]
+    """As Markdown. A difference is of the largest value; in a picture, of white. TFLOP/s counts the operations of the definitions,
+    whatever a side saves of them, and the share is of what large matrix products reach in tiny_sd's process."""
+    lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share", "peak MB at first", "peak MB later",
+              "difference"], ["---"] * 2 + ["---:"] * 8]
     for row in results:
         ratio, difference = ("", "") if row["side"] == "tiny_sd" else (f"{row['ratio']:.2f}", f"{row['difference']:.1e}")
         lines.append([f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
-                      f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio,
+                      f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio, *(
+                          (f"{speed / 1e12:.3g}", f"{speed / row['matrix_rate']:.0%}") if (
+                              speed := row.get("operations", 0) / row["median"]) else ("", "")),
                       *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])), difference])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
