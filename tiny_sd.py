@@ -904,7 +904,8 @@ def read_folder(folder):
 
 def todays(name):
     """A name from a folder of any age as diffusers writes it today."""
-    for old, new in (("text_model.", ""), (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+    for old, new in (("text_model.", ""), (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+                     (".proj_attn.", ".to_out.0.")):
         name = name.replace(old, new)
     return name
 
@@ -1017,7 +1018,8 @@ def decode(model, x):
     """Latents (pictures, h, w, 4) to pictures (pictures, height, width, 3) of uint8; UserError if any is not finite."""
     config = model.config["vae"]
     z = array_like(model.vae["quant_conv"]["weight"], x / config.get("scaling_factor", 0.18215))
-    pixels = np.concatenate([to_numpy(vae_decode(z[i:i + 1], model.vae, config.get("norm_num_groups", 32))) for i in range(len(z))])
+    groups = config.get("norm_num_groups", 32)
+    pixels = np.concatenate([to_numpy(vae_decode(z[i:i + 1], model.vae, groups)) for i in range(len(z))])
     if not np.isfinite(pixels).all():
         raise UserError("the picture is not finite: the weights are not, or --dtype float32 is needed")
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
@@ -1504,6 +1506,7 @@ def guarded_powers(q, k, v):
 
 
 if __name__ == "__main__":
-    sys.modules["tiny_sd"] = sys.modules["__main__"]        # for show.py, which imports this file
+    sys.modules["tiny_sd"] = sys.modules["__main__"]        # for formats.py and show.py, which import this file
+    sys.stdout.reconfigure(errors="backslashreplace")       # a letter that the terminal has not is no reason to fail
     if status := main():
         os._exit(status)        # at once: threads may still be in the middle of a step

@@ -4,6 +4,7 @@ import html
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -272,6 +273,13 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # attention as plain products
             work()
         assert ours[name] == counter.get_total_flops() > 0
+
+
+def test_letters_that_the_terminal_has_not(tiny):
+    """A token of two bytes of an apple is no letter of any code page of Windows."""
+    done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "\\" in done.stdout and "æ" in done.stdout
 
 
 def test_explain_or_show(run):

@@ -935,7 +935,8 @@ class Stage(NamedTuple):
     share: float
 
 
-STAGES = {"vae": Stage(vae_parameters, train_vae, 0.15), "decoder": Stage(decoder_parameters, train_decoder, 0.05), "clip": Stage(clip_parameters, train_clip, 0.04),
+STAGES = {"vae": Stage(vae_parameters, train_vae, 0.15), "decoder": Stage(decoder_parameters, train_decoder, 0.05),
+          "clip": Stage(clip_parameters, train_clip, 0.04),
           "unet": Stage(unet_parameters, train_unet, 0.76)}
 
 
