@@ -786,9 +786,10 @@ class Model:
 
     @property
     def habits(self):
-        """(steps, guidance) that it was made for: distilled models take few steps, and Turbo no guidance."""
+        """(steps, guidance) that it was made for: distilled models take few steps, and Turbo no guidance; others may say."""
         turbo = self.sampler == "euler" and self.config["scheduler"].get("timestep_spacing") == "trailing"
-        return (4, 8.5) if self.sampler == "lcm" else (1, 1.0) if turbo else (20, 7.5)
+        return (4, 8.5) if self.sampler == "lcm" else (1, 1.0) if turbo else (
+            20, self.config["scheduler"].get("_guidance_scale", 7.5))
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 
@@ -858,6 +859,7 @@ def check_config(tokenizer, text_encoder, vae, unet, scheduler):
             (type(tokenizer.length) is int and 2 < tokenizer.length <= text_encoder["max_position_embeddings"],
              f"the text_encoder has no places for the tokenizer's {tokenizer.length} tokens"),
             (isinstance(unet["sample_size"], int), f"the sample_size {unet['sample_size']!r} is not a number"),
+            (isinstance(scheduler.get("_guidance_scale", 7.5), (int, float)), "its _guidance_scale is not a number"),
             *((scheduler.get(key, known[0]) in known, f"the {key} {scheduler.get(key)!r} is unknown") for key, known in (
                 ("prediction_type", ("epsilon", "v_prediction", "sample")), ("beta_schedule", ("scaled_linear",)),
                 ("timestep_spacing", ("leading", "trailing", "linspace"))))]:

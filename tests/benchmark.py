@@ -271,7 +271,7 @@ def program(side, part, args, folder):
     if side == "tiny_sd":
         names = ["-m", "--device", "--dtype", "-b", "-p", "--steps", "-W", "-H"]
         options = [word for pair in zip(names, facts + [size]) for word in pair][:None if size else 12]
-        command = [ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--backend", args.backend, "-o", "out.png"]
+        command = [ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", "7.5", "--backend", args.backend, "-o", "out.png"]
     else:
         command = [__file__, "draw", *facts]
 

@@ -1,6 +1,7 @@
 """Models of other families, small and random: U-Nets, text encoders and whole pictures equal to diffusers', on both backends."""
 
 import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -73,6 +74,7 @@ def test_a_folders_own_defaults(name, steps, family, backend):
 
 
 def test_habits(family):
+    assert tiny_sd.load(Path(__file__).parents[1] / "weights/emoji").habits == (20, 4.0)
     assert [tiny_sd.load(family(name)[1]).habits for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
 
 

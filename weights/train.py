@@ -82,7 +82,7 @@ CONFIGS = {
                     {"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
              "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
-             "prediction_type": "v_prediction"}
+             "prediction_type": "v_prediction", "_guidance_scale": 4.0}      # the last for tiny_sd alone: what suits best
 
 
 def read(path):
