@@ -14,33 +14,29 @@ projections of attention are one and the same `x @ w`.
     python tiny_sd.py "red apple on a blue background"            the small model that comes with this file
     python tiny_sd.py "a lighthouse in a storm" -m FOLDER|FILE    any Stable Diffusion 1 or 2
 
-NOTES.md holds the mathematics, section by section in this file's order. Two files beside this one are only used when asked
-for: formats.py reads what other programs write, show.py draws what is computed on the way.
+NOTES.md holds the mathematics, section by section in this file's order. Three files lie beside this one, which does without
+them: fast.py computes the same in less time, formats.py reads what other programs write, show.py draws what is computed on
+the way.
 """
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import gzip
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import shutil
 import sys
-import threading
 import unicodedata
 import warnings
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-for library in ("OPENBLAS", "VECLIB_MAXIMUM"):      # §10 computes with threads of its own: BLAS' would fight with them
+for library in ("OPENBLAS", "VECLIB_MAXIMUM"):      # fast.py has threads of its own: BLAS' would fight with them
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 if __name__ == "__main__":      # Ctrl-C before main() is there to catch it: no traceback either
     sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
@@ -53,11 +49,16 @@ HERE = Path(__file__).resolve().parent
 class UserError(ValueError):
     """What the user can mend: the command line prints it as one line and ends with status 2."""
 
+def require(right, message):
+    """UserError with this message, unless right."""
+    if not right:
+        raise UserError(message)
+
 
 # ── 1. Arrays and primitives ──────────────────────────────────────────────────────────────────────── NOTES §1 ──
 # A primitive is defined by its formula, in NumPy. Given torch tensors it runs torch's own kernel of the same name:
 # on_torch() is all that this file knows of torch, and the only place that imports it. Given NumPy arrays it runs the
-# formula, or what §10 puts in its place: the same numbers, computed faster.
+# formula, or what fast.py puts in its place: the same numbers, computed faster.
 
 def primitive(formula):
     @functools.wraps(formula)
@@ -88,8 +89,7 @@ def on_torch():
         return last(F.group_norm(first(x), groups, weight, bias, eps))
 
     def place(array, device, dtype):
-        if device != "cpu" and not getattr(torch, device).is_available():
-            raise UserError(f"torch finds no {device} device here")
+        require(device == "cpu" or getattr(torch, device).is_available(), f"torch finds no {device} device here")
         return torch.from_numpy(array).to(device, getattr(torch, dtype))
 
     return SimpleNamespace(
@@ -559,8 +559,7 @@ def sampling_steps(sampler, n, config, karras=False):
         m = n + (sampler == "dpm++2m")
         t = np.arange(m) * (T // m) + offset if spacing == "leading" else np.linspace(0, T - 1, m)
         t = t[::-1][:n]
-    if n > T or t[0] > T - 1:
-        raise UserError(f"{n} steps are more than this sampler can take")
+    require(n <= T and t[0] <= T - 1, f"{n} steps are more than this sampler can take")
     if sampler not in ("euler", "euler_a"):
         t = t.round()
     sigma = np.interp(t, np.arange(T), np.sqrt(1 / a - 1))
@@ -730,8 +729,7 @@ def read_safetensors(path):
     types, arrays = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}, {}
     for name in header.keys() - {"__metadata__"}:
         kind, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        if kind not in types:
-            raise UserError(f"{path}: {name} is {kind}; weights are F32, F16 or BF16")
+        require(kind in types, f"{path}: {name} is {kind}; weights are F32, F16 or BF16")
         array = data[start + begin:start + end].view(types[kind]).reshape(shape)
         arrays[name] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
     return arrays
@@ -746,8 +744,7 @@ def fill(part, arrays, shapes, place):
     wrong += [f"{name} is unknown" for name in arrays.keys() - expected.keys()]
     wrong += [f"{name} has shape {arrays[name].shape} instead of {expected[name]}"
               for name in expected.keys() & arrays.keys() if core(arrays[name].shape) != core(expected[name])]
-    if wrong:
-        raise UserError(f"the weights of the {part} do not fit its config: {listed(wrong)}")
+    require(not wrong, f"the weights of the {part} do not fit its config: {listed(wrong)}")
     return nest({name: place(array) for name, array in arrays.items()})
 
 def listed(problems):
@@ -758,7 +755,7 @@ def placer(backend, device, dtype):
     """place(array): an array of a file to where the model computes and in its type, convolutions as (out, kh, kw, in)."""
     def place(array):
         array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-        if backend == "numpy":      # larger convolutions stay in the file until §10 needs them; x @ Wᵀ reads W by columns
+        if backend == "numpy":      # larger convolutions stay in the file until they are needed; x @ Wᵀ reads W by columns
             return array if array.ndim == 4 and array.shape[1] > 1 else np.asfortranarray(array, np.float32)
         return on_torch().place(np.array(array, order="C"), device, dtype)
     return place
@@ -800,8 +797,8 @@ def load(path, backend="numpy", device="cpu", dtype="float32", loras=()):
     backend "numpy" computes in float32; "torch" on any device, in float32, float16 or bfloat16, its VAE in float32.
     """
     name = Path(path)
-    if name.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(f"{name.name} is a pickle, which can run any code: get {name.stem}.safetensors instead")
+    require(name.suffix not in (".ckpt", ".pt", ".pth", ".bin"),
+            f"{name.name} is a pickle, which can run any code: get {name.stem}.safetensors instead")
     path = next(filter(Path.exists, (name, HERE / "weights" / name)), None)
     if path is None or path.is_file() or loras:
         import formats      # whatever is not a folder like weights/emoji
@@ -838,33 +835,30 @@ def check_memory(need, what):
     for group in ("", *told("/proc/self/cgroup", ":(?:memory)?:(/.+)")):
         limits += told(f"/sys/fs/cgroup{group}/memory.max") + told(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes")
     room = min([free + held if free else math.inf, *map(int, limits)]) + swap
-    if need > room:
-        raise UserError(f"{what} needs at least {need / 1e9:.1f} GB of memory, and there are {room / 1e9:.1f} GB: "
-                        "close other programs, or take a smaller model or picture")
+    require(need <= room, f"{what} needs at least {need / 1e9:.1f} GB of memory, and there are {room / 1e9:.1f} GB: "
+                          "close other programs, or take a smaller model or picture")
 
 def check_config(tokenizer, text_encoder, vae, unet, scheduler):
     """UserError where the configs ask for what this file does not compute, or contradict each other."""
     def divides(widths, parts):
         return all(type(n) is int and n > 0 and width % n == 0 for width, n in zip(widths, parts))
 
-    for right, message in [
-            *((divides(part["block_out_channels"], [part.get("norm_num_groups", 32)] * 9),
-               f"the {name}'s channels do not divide into its norm_num_groups") for name, part in (("vae", vae), ("unet", unet))),
-            (divides(unet["block_out_channels"], heads_by_level(unet)), "the unet's channels do not divide into its heads"),
-            (divides([text_encoder["hidden_size"]], [text_encoder["num_attention_heads"]]),
-             "the text_encoder's hidden_size does not divide into its num_attention_heads"),
-            (text_encoder["hidden_act"] in ACTIVATIONS, f"the activation {text_encoder['hidden_act']!r} is unknown"),
-            (all(type(i) is int and 0 <= i < text_encoder["vocab_size"] for i in tokenizer.vocab.values()),
-             "the tokenizer's vocabulary is not one of numbers below the text_encoder's vocab_size"),
-            (type(tokenizer.length) is int and 2 < tokenizer.length <= text_encoder["max_position_embeddings"],
-             f"the text_encoder has no places for the tokenizer's {tokenizer.length} tokens"),
-            (isinstance(unet["sample_size"], int), f"the sample_size {unet['sample_size']!r} is not a number"),
-            (isinstance(scheduler.get("_guidance_scale", 7.5), (int, float)), "its _guidance_scale is not a number"),
-            *((scheduler.get(key, known[0]) in known, f"the {key} {scheduler.get(key)!r} is unknown") for key, known in (
-                ("prediction_type", ("epsilon", "v_prediction", "sample")), ("beta_schedule", ("scaled_linear",)),
-                ("timestep_spacing", ("leading", "trailing", "linspace"))))]:
-        if not right:
-            raise UserError(f"the model cannot be used: {message}")
+    for name, part in (("vae", vae), ("unet", unet)):
+        require(divides(part["block_out_channels"], [part.get("norm_num_groups", 32)] * 9),
+                f"the {name}'s channels do not divide into its norm_num_groups")
+    require(divides(unet["block_out_channels"], heads_by_level(unet)), "the unet's channels do not divide into its heads")
+    require(divides([text_encoder["hidden_size"]], [text_encoder["num_attention_heads"]]),
+            "the text_encoder's hidden_size does not divide into its num_attention_heads")
+    require(text_encoder["hidden_act"] in ACTIVATIONS, f"the activation {text_encoder['hidden_act']!r} is unknown")
+    require(all(type(i) is int and 0 <= i < text_encoder["vocab_size"] for i in tokenizer.vocab.values()),
+            "the tokenizer's vocabulary is not one of numbers below the text_encoder's vocab_size")
+    require(type(tokenizer.length) is int and 2 < tokenizer.length <= text_encoder["max_position_embeddings"],
+            f"the text_encoder has no places for the tokenizer's {tokenizer.length} tokens")
+    require(isinstance(unet["sample_size"], int), f"the sample_size {unet['sample_size']!r} is not a number")
+    require(isinstance(scheduler.get("_guidance_scale", 7.5), (int, float)), "the model's _guidance_scale is not a number")
+    for key, known in (("prediction_type", ("epsilon", "v_prediction", "sample")), ("beta_schedule", ("scaled_linear",)),
+                       ("timestep_spacing", ("leading", "trailing", "linspace"))):
+        require(scheduler.get(key, known[0]) in known, f"the {key} {scheduler.get(key)!r} is unknown")
 
 def heads_by_level(unet):
     """The U-Net's number of attention heads for each level, which its config calls attention_head_dim."""
@@ -885,8 +879,7 @@ def read_folder(folder):
         config[part] = read_json(f"{part}/config.json")
         names = [f"{part}/{stem}{end}.safetensors" for end in ("", ".fp16")]
         name = next((name for name in names if (folder / name).exists()), None)
-        if name is None:
-            raise UserError(f"{folder} is not a whole Stable Diffusion folder: {names[0]} is missing")
+        require(name, f"{folder} is not a whole Stable Diffusion folder: {names[0]} is missing")
         arrays[part] = {todays(name): array for name, array in read_safetensors(folder / name).items()}
         arrays[part].pop("embeddings.position_ids", None)
 
@@ -966,8 +959,8 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
     """
     config, scheduler, channels = model.config["unet"], model.config["scheduler"], model.config["vae"]["latent_channels"]
     sampler, repaints = sampler or model.sampler, config["in_channels"] > channels
-    if repaints and mask is None:
-        raise UserError(f"{model.name} is a model for inpainting, which needs a picture and a mask (--init-img, --mask)")
+    require(mask is not None or not repaints,
+            f"{model.name} is a model for inpainting, which needs a picture and a mask (--init-img, --mask)")
     levels = sampling_steps(sampler, steps, scheduler, karras)
     halves = guidance > 1 and not config.get("time_cond_proj_dim")
     context = encode_prompts(model, [negative, prompt] if halves else [prompt])
@@ -979,8 +972,7 @@ def generate(model, prompt, negative="", seeds=(0,), steps=20, guidance=7.5, sam
 
     blank = init is None or mask is not None and strength == 1
     levels = levels if blank else levels[len(levels) - steps_left(steps, strength):]
-    if not levels:
-        raise UserError(f"--strength {strength} of {steps} steps leaves no step")
+    require(levels, f"--strength {strength} of {steps} steps leaves no step")
     x_0 = None if blank and (mask is None or repaints) else encode(model, init, noise())
     eps = noise()
     x = pure_noise(eps, levels[0][1], sampler, scheduler) if blank else add_noise(x_0, levels[0][1], eps)
@@ -1022,8 +1014,7 @@ def decode(model, x):
     z = array_like(model.vae["quant_conv"]["weight"], x / config.get("scaling_factor", 0.18215))
     groups = config.get("norm_num_groups", 32)
     pixels = np.concatenate([to_numpy(vae_decode(z[i:i + 1], model.vae, groups)) for i in range(len(z))])
-    if not np.isfinite(pixels).all():
-        raise UserError("the picture is not finite: the weights are not, or --dtype float32 is needed")
+    require(np.isfinite(pixels).all(), "the picture is not finite: the weights are not, or --dtype float32 is needed")
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -1097,7 +1088,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
 
-def parse_arguments(argv, **settings):
+def option_parser(**settings):
     parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False, **settings)
     add = parser.add_argument
     add("words", nargs="?", metavar="PROMPT", help="what to draw")
@@ -1128,6 +1119,11 @@ def parse_arguments(argv, **settings):
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--show", type=Path, metavar="DIR", help="a new folder for pictures of what is computed on the way")
     add("--explain", action="store_true", help="draw nothing: print the prompt's tokens and the model's parts")
+    return parser
+
+def parse_arguments(argv, **settings):
+    """The command line as a namespace, what is not given in it filled in as far as no model is needed for that."""
+    parser = option_parser(**settings)
     args = parser.parse_args(argv)
     if sum(source is not None for source in (args.words, args.prompt, args.prompts)) != 1 and not (
             args.like and args.prompts is None and None in (args.words, args.prompt)):
@@ -1140,27 +1136,27 @@ def parse_arguments(argv, **settings):
     if args.strength is None:
         args.strength = 0.75 if args.mask is None else 1.0
     args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
-    check = [(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
-              f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch"),
-             (args.steps is None or 1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999"),
-             (0 <= args.seed <= 2 ** 64 - args.batch_size, f"--seed {args.seed} is not from 0 to 2^64 - 1"),
-             (args.cfg_scale is None or 0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100"),
-             (1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000"),
-             (0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1"),
-             (args.mask is None or args.init_img is not None, "--mask needs --init-img, the picture that it belongs to"),
-             (args.preview is None or args.preview.suffix.lower() == ".png", f"--preview {args.preview} does not end in .png"),
-             (not args.karras or args.sampler in (None, "euler", "euler_a", "dpm++2m"),
-              f"--karras does not go with --sampler {args.sampler}"),
-             (not args.show or not args.explain, "--explain draws nothing that --show could show"),
-             (not args.prompts or not (args.show or args.explain), "--show and --explain take one prompt, not --prompts"),
-             (args.output.suffix.lower() == ".png", f"--output {args.output} does not end in .png"),
-             *(line for folder in (args.output.parent, (args.preview or args.output).parent) for line in (
-                 (folder.is_dir(), f"there is no folder {folder} to write to"),
-                 (os.access(folder, os.W_OK), f"the folder {folder} cannot be written to")))]
-    for right, message in check:
-        if not right:
-            raise UserError(message)
+    check_arguments(args)
     return args
+
+def check_arguments(args):
+    """UserError where an option is out of range, does not go with another, or names a folder that cannot be written to."""
+    require(args.backend == "torch" or (args.device, args.dtype) == ("cpu", "float32"),
+            f"NumPy computes in float32 on the CPU: --device {args.device} --dtype {args.dtype} need --backend torch")
+    require(args.steps is None or 1 <= args.steps <= 999, f"--steps {args.steps} is not from 1 to 999")
+    require(0 <= args.seed <= 2 ** 64 - args.batch_size, f"--seed {args.seed} is not from 0 to 2^64 - 1")
+    require(args.cfg_scale is None or 0 <= args.cfg_scale <= 100, f"--cfg-scale {args.cfg_scale} is not from 0 to 100")
+    require(1 <= args.batch_size <= 1000, f"--batch-size {args.batch_size} is not from 1 to 1000")
+    require(0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1")
+    require(args.mask is None or args.init_img is not None, "--mask needs --init-img, the picture that it belongs to")
+    require(not args.karras or args.sampler in (None, "euler", "euler_a", "dpm++2m"),
+            f"--karras does not go with --sampler {args.sampler}")
+    require(not args.show or not args.explain, "--explain draws nothing that --show could show")
+    require(not args.prompts or not (args.show or args.explain), "--show and --explain take one prompt, not --prompts")
+    for option, path in (("output", args.output), ("preview", args.preview or args.output)):
+        require(path.suffix.lower() == ".png", f"--{option} {path} does not end in .png")
+        require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
+        require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
 
 def run(argv):
     args = parse_arguments(argv)
@@ -1197,13 +1193,13 @@ def draw(model, args, watched=denoiser, last=False):
     default, (steps, guidance) = model.config["unet"]["sample_size"] * model.factor, model.habits
     width, height = (default if n is None else n for n in (args.width, args.height))
     for name, n in (("width", width), ("height", height)):
-        if n % model.factor or not 2 * model.factor <= n <= 4096:
-            raise UserError(f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
+        require(n % model.factor == 0 and 2 * model.factor <= n <= 4096,
+                f"--{name} {n} is not a multiple of {model.factor} from {2 * model.factor} to 4096")
     args.steps, args.sampler = args.steps or steps, args.sampler or model.sampler
     args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
     vae, unet = (model.config[part]["block_out_channels"] for part in ("vae", "unet"))
-    largest = max(4 * vae[:2][-1], 2 * unet[0] * args.batch_size // model.factor ** 2)      # array, in bytes per pixel
-    check_memory(3 * width * height * largest * (args.device == "cpu"), f"--width {width} --height {height}")
+    bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * args.batch_size // model.factor ** 2)     # VAE float32, U-Net float16
+    check_memory(3 * bytes_per_pixel * width * height * (args.device == "cpu"), f"--width {width} --height {height}")
     init, mask = (None if file is None else read_picture(file, width, height) for file in (args.init_img, args.mask))
     mask = None if mask is None else mask.mean(axis=-1) > 127.5
     total = args.steps if init is None else steps_left(args.steps, args.strength)
@@ -1238,277 +1234,13 @@ def main(argv=None):
     return 0
 
 
-# ── 10. The same, faster ──────────────────────────────────────────────────────────────────────────── NOTES §10 ──
-# The lesson is over; the rest is efficiency. Three ideas carry all of it. Fewer multiplications: Winograd's convolution
-# needs a quarter of them. Short ways: the work goes block by block, so that what lies between two steps stays in the
-# cache. All cores: NumPy lets go of Python's lock inside each operation, so plain threads compute side by side.
+# This is all of it; everything else is efficiency: fast.py puts faster forms in the place of the formulas of §1.
 
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
-for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):      # BLAS' threads, if NumPy was imported before
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(str(library)).scipy_openblas_set_num_threads64_(1)
-
-def parallel(work, items):
-    """[work(item), ...], computed by the calling thread and by as many more as there are idle cores. Calls may nest: the
-    two halves of guidance take a core each, and the blocks inside them find more only where there are more."""
-    keep_freed_memory()
-    items, helpers = list(items), []
-    if len(items) == 1:
-        return [work(items[0])]
-    results, queue = [None] * len(items), iter(range(len(items)))      # shared: to take the next number is atomic
-
-    def drain():
-        for i in queue:
-            results[i] = work(items[i])
-
-    def help():
-        try:
-            drain()
-        finally:
-            idle.release()
-
-    while len(helpers) < len(items) - 1 and idle.acquire(blocking=False):
-        helpers.append(pool.submit(help))
-    drain()
-    for helper in helpers:
-        helper.result()
-    return results
-
-@functools.cache
-def keep_freed_memory():
-    """Has glibc keep what is freed for the next array: the system zeroes each page that it gives out anew."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in (-8, 1), (-4, 0), (-1, 2 ** 31 - 1):       # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-
-def blocks(length, size):
-    """The slices 0:size, size:2 size, ... that cover `length`."""
-    size = max(1, size)
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
-
-def shares(length, multiplications):
-    """The slices of `length` for the cores, or all of it in one where waking another core takes longer."""
-    return blocks(length, -(-length // (cores if multiplications > 2 ** 22 else 1)))
-
-def once(prepare):
-    """Remembers prepare(weight, ...) for as long as the weight lives: replace a weight, rather than change it in place."""
-    known, lock = {}, threading.Lock()
-
-    def prepared(weight, *args):
-        key = id(weight), *args
-        with lock:
-            if key not in known:
-                known[key] = prepare(weight, *args)
-                weakref.finalize(weight, known.pop, key)
-                while isinstance(weight, np.ndarray):
-                    weight = weight.base
-                if hasattr(weight, "madvise"):      # a file in memory: the pages that were read need not stay
-                    weight.madvise(mmap.MADV_DONTNEED)
-            return known[key]
-    return prepared
-
-def faster(operation):
-    """Gives an operation a second form, which runs in place of its formula on NumPy arrays."""
-    def register(form):
-        operation.on_numpy = form
-        return form
-    return register
-
-def rowwise(formula):
-    """A formula that treats each row, a place or a token, alike, in blocks of rows that fit in the cache."""
-    def blockwise(x, *args, **kwargs):
-        if x.size <= 2 ** 18:
-            return formula(x, *args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1])
-        out = np.empty_like(rows)
-
-        def block(s):
-            out[s] = formula(rows[s], *args, **kwargs)
-        parallel(block, blocks(len(rows), 2 ** 16 // rows.shape[1]))
-        return out.reshape(x.shape)
-    return blockwise
-
-for operation in (sigmoid, silu, layer_norm):
-    operation.on_numpy = rowwise(operation.formula)
-
-@faster(gelu)
-@rowwise
-def gelu_by_tanh(x):
-    """x (1 + tanh(x P(x²))) / 2, half the work of the exponential and the quotient. The usual P of two terms is off by 5e-4;
-    these seven are fitted to erf and off by 2e-7."""
-    square = np.minimum(x * x, 100)
-    y = 1.81395855e-09 * square
-    for a in (-1.33784595e-07, 3.97409336e-06, -5.52735518e-05, -3.30261532e-05, 3.63341484e-02):
-        y += a
-        y *= square
-    y += 7.97884269e-01
-    y *= x
-    return x * (0.5 + 0.5 * np.tanh(y, out=y))
-
-@faster(by_row)
-def threaded_by_row(x, work):
-    return np.concatenate(parallel(work, [x[i:i + 1] for i in range(len(x))]))
-
-@faster(linear)
-def blocked_linear(x, weight, bias=None):
-    """A part of the rows, or of the columns if there are more of them, for each core."""
-    w, rows = weight.reshape(len(weight), -1).T, x.reshape(-1, x.shape[-1])
-    out = np.empty((len(rows), len(weight)), x.dtype)
-
-    def block(s):
-        a, b, y = (rows[s], w, out[s]) if len(rows) > len(weight) else (rows, w[:, s], out[:, s])
-        np.matmul(a, b, out=y)
-    parallel(block, shares(max(out.shape), rows.size * len(weight)))
-    if bias is not None:
-        out += bias
-    return out.reshape(*x.shape[:-1], -1)
-
-@faster(group_norm)
-def blocked_group_norm(x, groups, eps, weight, bias):
-    """One scale and one shift per channel; sums in float32 within a block of places, in float64 over the blocks."""
-    B, H, W, C = x.shape
-    rows, out = x.reshape(B, H * W, C), np.empty((B, H * W, C), x.dtype)
-    places = [(i, s) for i in range(B) for s in blocks(H * W, 2 ** 17 // C)]
-
-    def average(sums):      # over the places and channels of a group, once for each of its channels: (B, C)
-        sums = np.array(parallel(sums, places), np.float64).reshape(B, -1, groups, C // groups).sum((1, 3))
-        return np.repeat(sums / (H * W * C // groups), C // groups, axis=1).astype(x.dtype)
-
-    mean = average(lambda at: rows[at].sum(0))
-    variance = average(lambda at: np.square(rows[at] - mean[at[0]]).sum(0))
-    scale = weight / np.sqrt(variance + np.float32(eps))
-    shift = bias - mean * scale
-
-    def block(at):
-        np.multiply(rows[at], scale[at[0]], out=out[at])
-        out[at] += shift[at[0]]
-    parallel(block, places)
-    return out.reshape(x.shape)
-
-@faster(conv2d)
-def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
-    out, kh, kw, c = weight.shape
-    places = x.shape[1] * x.shape[2]        # with few of them, reading the larger filters takes the longest
-    if (kh, kw, stride, padding) == (3, 3, 1, (1, 1)) and min(c, out) >= 32 and places >= 256:
-        return winograd(x, weight, bias, 4 if places >= 1024 else 2)
-    return im2col(x, weight, bias, stride, padding)
-
-def windows(x, size, stride, padding):
-    """All windows of x, which gets the zeros around it that np.pad would give it but faster, as a view
-    (batch, rows, columns, height, width, channels); size (height, width)."""
-    (top, bottom), (left, right) = padding
-    B, H, W, C = x.shape
-    padded = np.zeros((B, top + H + bottom, left + W + right, C), x.dtype)
-    padded[:, top:top + H, left:left + W] = x
-    (b, i, j, c), (h, w) = padded.strides, ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], size))
-    return np.lib.stride_tricks.as_strided(padded, (B, h, w, *size, C), (b, stride * i, stride * j, i, j, c))
-
-@once
-def matrix(weight):
-    """A convolution's weight (out, kh, kw, in) as (kh kw in, out), in float32."""
-    return np.ascontiguousarray(weight.reshape(len(weight), -1).T, np.float32)
-
-def im2col(x, weight, bias, stride, padding):
-    """Each window as a row of one matrix product; a few rows of the picture at a time, since the windows overlap."""
-    out, kh, kw, c = weight.shape
-    view, w = windows(x, (kh, kw), stride, (padding, padding)), matrix(weight)
-    B, H, W = view.shape[:3]
-    y = np.empty((B, H, W, out), x.dtype)
-
-    def block(at):
-        np.matmul(view[at].reshape(-1, kh * kw * c), w, out=y[at].reshape(-1, out))
-        if bias is not None:
-            y[at] += bias
-    parallel(block, [(i, s) for i in range(B) for s in blocks(H, 2 ** 20 // (W * kh * kw * c))])
-    return y
-
-def toom_cook(m):
-    """A, G, B such that y = Aᵀ (G g * Bᵀ d) correlates m + 2 numbers d with the 3 of g. To multiply two polynomials:
-    evaluate both at m + 2 points, multiply, interpolate; to correlate is the transpose of that (Winograd, 1980). The
-    last point is infinity, which gives the leading coefficient; points near 1 round best."""
-    points = {2: [0, 1, -1], 4: [0, 3 / 4, -3 / 4, 3 / 2, -3 / 2]}[m]
-    A, G, V = (np.vstack([np.vander(points, k, increasing=True), np.eye(k)[-1]]) for k in (m, 3, m + 2))
-    return A, G, np.linalg.inv(V)
-
-@functools.cache
-def both_ways(m):
-    """The Kronecker squares of A, G, B, which apply each to the height and to the width of a tile at once."""
-    return [np.kron(matrix, matrix).astype(np.float32) for matrix in toom_cook(m)]
-
-@once
-def spectrum(weight, m):
-    """Each filter as G g Gᵀ: ((m + 2)², in, out)."""
-    g = np.asarray(weight.transpose(1, 2, 3, 0), np.float32).reshape(9, -1)
-    return (both_ways(m)[1] @ g).reshape(-1, weight.shape[3], len(weight))
-
-def winograd(x, weight, bias, m):
-    """A 3x3 convolution with ((m + 2) / 3m)² of the multiplications, for m = 4 a quarter (Lavin and Gray, 2015).
-
-    Tiles of (m + 2)² places overlap by two. One matrix transforms each tile; then place p of all tiles meets place p of
-    all filters in a product over the channels; and one matrix more turns the sums into the m² places of the result.
-    """
-    (A, _, B), U, (n, H, W, C), out = both_ways(m), spectrum(weight, m), x.shape, len(weight)
-    down, across = -(-H // m), -(-W // m)
-    tiles = windows(x, (m + 2, m + 2), m, ((1, down * m + 1 - H), (1, across * m + 1 - W)))
-    y = np.empty((n, down, m, across, m, out), x.dtype)
-
-    def block(s):           # about 128 tiles, so that all three steps find them in the cache
-        V = (B.T @ tiles[:, s].transpose(3, 4, 0, 1, 2, 5).reshape(len(B), -1)).reshape(len(B), -1, C)
-        Y = np.empty((*V.shape[:2], out), x.dtype)
-
-        def product(p):
-            np.matmul(V[p], U[p], out=Y[p])
-        parallel(product, shares(len(B), V.size * out))
-        places = (A.T @ Y.reshape(len(B), -1)).reshape(m, m, n, -1, across, out)
-        y[:, s] = (places if bias is None else places + bias).transpose(2, 3, 0, 4, 1, 5)
-
-    parallel(block, blocks(down, 128 // (n * across)))
-    return y.reshape(n, down * m, across * m, out)[:, :H, :W]
-
-@faster(dot_product_attention)
-def blocked_attention(q, k, v, causal=False):
-    """Without ever holding all scores: 1024 queries meet 256 keys at a time, and the numerator and the denominator of
-    the softmax are both sums over such blocks (Rabe and Staats, 2021)."""
-    if causal or math.prod(q.shape[:-1]) * k.shape[-2] <= 2 ** 17:
-        return dot_product_attention.formula(q, k, v, causal)
-    out = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
-    k = (k - k.mean(axis=-2, keepdims=True)) * (math.log2(math.e) / math.sqrt(q.shape[-1]))    # eˢ = 2^(s log₂e)
-    bound = np.sqrt((q * q).sum(-1).max(-1) * (k * k).sum(-1).max(-1))              # |q·k| <= |q| |k|
-
-    def block(at):
-        head, rows = at[:2], at[2]
-        powers = plain_powers if bound[head] <= 100 else guarded_powers
-        total, weight = powers(q[at], k[head], v[head])
-        np.divide(total, weight[:, None], out=out[at])
-    parallel(block, [(*head, rows) for head in np.ndindex(q.shape[:2]) for rows in blocks(q.shape[2], 1024)])
-    return out
-
-def plain_powers(q, k, v):
-    """Σ 2^(q·k) v and Σ 2^(q·k) where no exponent exceeds 100: the shift that softmax cancels is not needed."""
-    total, weight = 0, 0
-    for s in blocks(len(k), 256):
-        p = q @ k[s].T
-        np.exp2(p, out=p)
-        total += p @ v[s]
-        weight += p @ np.ones(p.shape[1], p.dtype)      # a sum over the row, as a product: faster than sum
-    return total, weight
-
-def guarded_powers(q, k, v):
-    """The same over 2^(largest exponent so far), with the sums rescaled whenever that grows (Milakov and Gimelshein,
-    2018); by exp, since exp2 is ten times slower where it underflows."""
-    total, weight, largest = 0, 0, np.float32(-np.inf)
-    for s in blocks(len(k), 256):
-        p = q @ k[s].T * math.log(2)
-        previous, largest = largest, np.maximum(largest, p.max(-1))
-        p = np.exp(p - largest[:, None])
-        shrink = np.exp(previous - largest)
-        total, weight = total * shrink[:, None] + p @ v[s], weight * shrink + p.sum(-1)
-    return total, weight
-
+sys.modules.setdefault("tiny_sd", sys.modules[__name__])        # for the files beside this one, which import it by its name
+if (HERE / "fast.py").exists():
+    import fast     # noqa: F401
 
 if __name__ == "__main__":
-    sys.modules["tiny_sd"] = sys.modules["__main__"]        # for formats.py and show.py, which import this file
     sys.stdout.reconfigure(errors="backslashreplace")       # a letter that the terminal has not is no reason to fail
     if status := main():
         os._exit(status)        # at once: threads may still be in the middle of a step

@@ -1,13 +1,15 @@
-"""Each fast form of §10 against the formula that it replaces, on awkward sizes, values and types."""
+"""fast.py: each form against the formula that it replaces, on awkward sizes, values and types; and the program without it."""
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import fast
 import tiny_sd
 from tiny_sd import conv2d, dot_product_attention, gelu, group_norm, layer_norm, linear, sigmoid, silu
 
@@ -18,9 +20,9 @@ def normal(*shape, seed=0):
 
 def assert_same(operation, *args, tolerance=2e-5, **kwargs):
     """The two forms differ by at most `tolerance` of the result's own size."""
-    fast, formula = operation(*args, **kwargs), operation.formula(*args, **kwargs)
-    assert operation.on_numpy is not operation.formula and fast.dtype == formula.dtype and fast.shape == formula.shape
-    assert np.abs(fast - formula).max() <= tolerance * np.abs(formula).max()
+    ours, formula = operation(*args, **kwargs), operation.formula(*args, **kwargs)
+    assert operation.on_numpy is not operation.formula and ours.dtype == formula.dtype and ours.shape == formula.shape
+    assert np.abs(ours - formula).max() <= tolerance * np.abs(formula).max()
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (32, 32), (33, 35), (64, 70), (1, 1100)])
@@ -43,7 +45,7 @@ def test_winograd_cuts_any_size_into_tiles(height, width, m):
     x, weight, bias = normal(3, height, width, 5), normal(7, 3, 3, 5, seed=1), normal(7, seed=2)
     for b in (bias, None):
         exact = conv2d.formula(x, weight, b)
-        assert np.abs(tiny_sd.winograd(x, weight, b, m) - exact).max() <= 2e-5 * np.abs(exact).max()
+        assert np.abs(fast.winograd(x, weight, b, m) - exact).max() <= 2e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -51,13 +53,13 @@ def test_winograd_loses_little(m):
     """Both tile sizes against float64, relative to the result's deviation."""
     x, weight = normal(1, 40, 40, 64), normal(64, 3, 3, 64, seed=1)
     exact = conv2d.formula(x.astype(np.float64), weight.astype(np.float64))
-    error = np.abs(tiny_sd.winograd(x, weight, None, m) - exact).max() / exact.std()
+    error = np.abs(fast.winograd(x, weight, None, m) - exact).max() / exact.std()
     assert error < {2: 1e-5, 4: 5e-5}[m]
 
 
 @pytest.mark.parametrize("m", [2, 4])
 def test_toom_cook_is_exact(m):
-    A, G, B = tiny_sd.toom_cook(m)
+    A, G, B = fast.toom_cook(m)
     d, g = np.arange(m + 2.0) ** 2, np.array([3.0, -1.0, 2.0])
     assert np.allclose(A.T @ ((G @ g) * (B.T @ d)), np.correlate(d, g), atol=1e-12)
 
@@ -74,8 +76,8 @@ def test_attention_takes_both_branches(monkeypatch):
     """And shifts of all keys, which softmax cannot see, do not matter to the bound."""
     taken = []
     for name in ("plain_powers", "guarded_powers"):
-        form = getattr(tiny_sd, name)
-        monkeypatch.setattr(tiny_sd, name, lambda *a, form=form, name=name: taken.append(name) or form(*a))
+        form = getattr(fast, name)
+        monkeypatch.setattr(fast, name, lambda *a, form=form, name=name: taken.append(name) or form(*a))
     q, k, v = normal(1, 1, 400, 8), normal(1, 1, 500, 8, seed=1), normal(1, 1, 500, 8, seed=2)
     calm, shifted = dot_product_attention(q, k, v), dot_product_attention(q, k + 1000, v)
     assert set(taken) == {"plain_powers"} and np.abs(calm - shifted).max() < 1e-3
@@ -121,7 +123,7 @@ def test_linear(rows, i, o):
 def test_a_prepared_weight_dies_with_its_weight():
     kept = {"count": 0}
 
-    @tiny_sd.once
+    @fast.once
     def prepare(weight):
         kept["count"] += 1
         return weight * 2
@@ -155,8 +157,30 @@ def test_blas_keeps_to_one_thread(first, second):
 
 
 def test_parallel_keeps_order_nests_and_raises():
-    assert tiny_sd.parallel(lambda i: sum(tiny_sd.parallel(lambda j: i * j, range(5))), range(20)) == [10 * i for i in range(20)]
-    assert tiny_sd.parallel(abs, []) == []
+    assert fast.parallel(lambda i: sum(fast.parallel(lambda j: i * j, range(5))), range(20)) == [10 * i for i in range(20)]
+    assert fast.parallel(abs, []) == []
     with pytest.raises(ZeroDivisionError):
-        tiny_sd.parallel(lambda i: 1 / (i - 3), range(8))
-    assert tiny_sd.parallel(abs, [-1]) == [1]
+        fast.parallel(lambda i: 1 / (i - 3), range(8))
+    assert fast.parallel(abs, [-1]) == [1]
+
+
+def test_the_program_runs_by_the_formulas_alone(tmp_path):
+    """tiny_sd.py without fast.py beside it, on the bundled model: no fast form, and the same latents up to rounding."""
+    code = f"""if True:
+        import sys, numpy, tiny_sd
+        model = tiny_sd.load({str(tiny_sd.HERE / "weights/emoji")!r})
+        *_, x = tiny_sd.generate(model, "red apple", steps=2)
+        numpy.save("x.npy", x)
+        print(tiny_sd.HERE, "fast" in sys.modules, tiny_sd.conv2d.on_numpy is tiny_sd.conv2d.formula)"""
+    shutil.copy(tiny_sd.HERE / "tiny_sd.py", tmp_path)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == f"{tmp_path} False True\n", run.stderr
+    *_, x = tiny_sd.generate(tiny_sd.load(tiny_sd.HERE / "weights/emoji"), "red apple", steps=2)
+    assert np.abs(np.load(tmp_path / "x.npy") - x).max() < 1e-4
+
+
+@pytest.mark.parametrize("first", ["fast", "tiny_sd"])
+def test_either_file_may_be_imported_first(first):
+    code = f"import {first}, tiny_sd, fast; print(tiny_sd.conv2d.on_numpy is fast.fast_conv2d)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr

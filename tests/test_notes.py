@@ -1,7 +1,8 @@
 """NOTES.md beside the program: sections, names, equations and links, and the numbers that the notes state.
 
 A code span of the notes that holds nothing but a name, dotted or called (`unet`, `Noise.normal`, `resnet(x, **weights)`),
-is a name of tiny_sd.py, or of weights/train.py, formats.py or show.py if it begins with `train.`, `formats.` or `show.`.
+is a name of tiny_sd.py, in §10 of fast.py, or of weights/train.py, formats.py or show.py if it begins with `train.`, `formats.`
+or `show.`.
 """
 
 import ast
@@ -14,18 +15,19 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+import fast
 import formats
 import show
 import tiny_sd as sd
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PROGRAM, TRAINING, NOTES = ((ROOT / name).read_text(encoding="utf-8") for name in ("tiny_sd.py", "weights/train.py", "NOTES.md"))
+PROGRAM, FAST, TRAINING, NOTES = ((ROOT / name).read_text(encoding="utf-8") for name in (
+    "tiny_sd.py", "fast.py", "weights/train.py", "NOTES.md"))
 BLOCKS = re.findall(r"^```math\n(.*?)^```$", NOTES, re.M | re.S)
 PROSE = re.sub(r"^```.*?^```$", "", NOTES, flags=re.M | re.S)
 WORDS = re.sub(r"\$`[^`]*`\$", "", PROSE)               # without inline mathematics
-NAMES = [m[1] for span in re.findall(r"`([^`\n]+)`", WORDS)
-         if (m := re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*)(?:\(.*\))?", span))]
+LESSON, EFFICIENCY, REST = re.fullmatch(r"(.*)(^## §10 .*?)(^## (?!§).*)", WORDS, re.M | re.S).groups()
 ALPHA_BAR = sd.alpha_bars({})
 
 
@@ -34,31 +36,36 @@ def defined_in(source):
     return {node.name for node in ast.parse(source).body if hasattr(node, "name")}
 
 
-# ── The two files agree ─────────────────────────────────────────────────────────────────────────────────────────────
+def names_in(words):
+    return {m[1] for span in re.findall(r"`([^`\n]+)`", words)
+            if (m := re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*)(?:\(.*\))?", span))}
+
+
+# ── The files agree ─────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_sections():
-    """Every ruler of the program is a heading of the notes, with the same title and in the same order."""
-    rulers = re.findall(r"^# ── (\d+)\. (.+?) ─+ NOTES §(\d+) ──$", PROGRAM, re.M)
+    """Every ruler of the program is a heading of the notes, with the same title and in the same order; the last is fast.py's."""
+    rulers = re.findall(r"^# ── (\d+)\. (.+?) ─+ NOTES §(\d+) ──$", PROGRAM + FAST, re.M)
     assert [n for n, _, _ in rulers] == [n for _, _, n in rulers] == [str(i + 1) for i in range(len(rulers))]
     assert re.findall(r"^## §(\d+) (.+)$", NOTES, re.M) == [(n, title) for n, title, _ in rulers]
-    assert set(re.findall(r"NOTES §(\d+)", PROGRAM)) == {n for n, _, _ in rulers}
+    assert set(re.findall(r"NOTES §(\d+)", PROGRAM + FAST)) == {n for n, _, _ in rulers}
     assert set(re.findall(r"§(\d+)", PROSE)) <= {n for n, _, _ in rulers}
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES)))
-def test_names_exist(name):
+@pytest.mark.parametrize("module, name", [
+    (module, name) for module, words in ((sd, LESSON + REST), (fast, EFFICIENCY)) for name in sorted(names_in(words))])
+def test_names_exist(module, name):
     first, _, rest = name.partition(".")
     if first == "train":
         assert rest in defined_in(TRAINING)
     else:
-        parts = {"formats": (formats, rest), "show": (show, rest)}.get(first, (sd, name))
+        parts = {"formats": (formats, rest), "show": (show, rest)}.get(first, (module, name))
         functools.reduce(getattr, parts[1].split("."), parts[0])
 
 
 def test_every_function_is_named():
-    """The notes leave no function or class of the lesson out, which is sections 1 to 9."""
-    lesson = PROGRAM.split("# ── 10. ")[0]
-    assert sorted(defined_in(lesson) - {name.split(".")[0] for name in NAMES}) == []
+    """The notes leave no function or class of the lesson out."""
+    assert sorted(defined_in(PROGRAM) - {name.split(".")[0] for name in names_in(LESSON)}) == []
 
 
 def test_equations():

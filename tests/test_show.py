@@ -19,6 +19,7 @@ from PIL import Image
 from conftest import ROOT
 from helpers import CONFIG, TOKENIZER, sd, write_model
 
+import fast
 import show
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -55,7 +56,7 @@ def test_watching_changes_nothing(kind, model, settings):
     steps, x = filmed(model, "red apple", "app", **settings)
     assert np.array_equal(x, plain) and len(steps) == 3
     assert not any(primitive.listeners for primitive in PRIMITIVES)
-    assert sd.by_row.on_numpy is sd.threaded_by_row
+    assert sd.by_row.on_numpy is fast.threaded_by_row
 
 
 def test_guesses_and_the_push_of_guidance(kind, model):
