@@ -1,7 +1,9 @@
-"""How fast tiny_sd is beside diffusers, torch.compile and OpenVINO: the same weights, the same work, in turn.
+"""How fast tiny_sd is beside diffusers, torch.compile, OpenVINO and its own formulas: the same weights and work, in turn.
 
     python tests/benchmark.py                                            every part beside diffusers, float32 on the CPU
     python tests/benchmark.py --peer all --part unet --part vae          two parts beside every peer
+    python tests/benchmark.py --peer formulas --part unet --rounds 1     what fast.py gains
+    python tests/benchmark.py --peer none --part unet --batch 4          itself alone
     python tests/benchmark.py --width 32 --size 64 --rounds 2            a quick look, on a small model
     python tests/benchmark.py --peer all --part unet --part loaded --device cuda --dtype float16 --batch 8
 
@@ -31,13 +33,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent       # neither tiny_sd nor NumPy here: that would choose threads for all sides
 PARTS = {"unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"], "picture": ["file"],
          "bundled": ["file"]}
-PEERS = {"diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"], "openvino": ["unet", "vae", "text"]}
+PEERS = {"diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"], "openvino": ["unet", "vae", "text"],
+         "formulas": ["unet", "vae", "text", "loaded"]}
 PROMPT, BUNDLED_PROMPT = "a lighthouse in a storm", "red apple on a blue background"
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the largest value
 
@@ -146,6 +150,13 @@ def tiny_sd(part, args, folder):
              "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
              "loaded": {"picture": picture}}[part]
     return calls | {f"operations of {name}": functools.partial(operations, sd, call) for name, call in calls.items()} | {"rate": rate}
+
+
+def formulas(part, args, folder):
+    """tiny_sd without fast.py, and with the threads of BLAS instead."""
+    os.environ |= {f"{library}_NUM_THREADS": str(cores()) for library in ("OPENBLAS", "VECLIB_MAXIMUM")}
+    sys.modules["fast"] = types.ModuleType("fast")
+    return tiny_sd(part, args, folder)
 
 
 def operations(sd, call):
@@ -315,7 +326,7 @@ def peak_memory(part, device):
 def serve(pipe, side, part, args, folder):
     """What a side's process does: answers the name of an operation with (seconds, result, MB), or tells its error."""
     try:
-        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino,
+        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino, "formulas": formulas,
                  "compiled": functools.partial(diffusers, compiled=True)}
         calls = program(side, part, args, folder) if PARTS[part] == ["file"] else sides[side](part, args, folder)
         while True:
@@ -418,7 +429,7 @@ def parse_arguments():
 
     parser = Parser(description="Time tiny_sd beside other programs.", allow_abbrev=False)
     add = parser.add_argument
-    add("--peer", action="append", choices=[*PEERS, "all"], help="may be repeated (diffusers)")
+    add("--peer", action="append", choices=[*PEERS, "all", "none"], help="may be repeated (diffusers)")
     add("--part", action="append", choices=[*PARTS, "all"], help="may be repeated (all)")
     add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless only torch can")
     add("--dtype", choices=TOLERANCE, default="float32", help="(%(default)s)")
@@ -434,11 +445,13 @@ def parse_arguments():
     plain, args.size = (args.device, args.dtype) == ("cpu", "float32"), args.own_size or 512
     args.backend = args.backend or ("numpy" if plain else "torch")
     every = ["diffusers", "openvino" if args.device == "cpu" else "compiled"]
-    args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in (every if peer == "all" else [peer])))
+    several = {"all": every, "none": []}
+    args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in several.get(peer, [peer])))
     args.part = list(dict.fromkeys(p for part in args.part or ["all"] for p in (PARTS if part == "all" else [part])))
     for right, message in [
             (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
             (args.device == "cpu" or "openvino" not in args.peer, "--peer openvino computes on the CPU"),
+            (args.backend == "numpy" or "formulas" not in args.peer, "--peer formulas computes with NumPy"),
             (min(args.rounds, args.batch, args.steps) >= 1, "--rounds, --batch and --steps are at least 1"),
             (64 <= args.size <= 4096 and args.size % 64 == 0, f"--size {args.size} is not a multiple of 64 up to 4096"),
             (32 <= args.width <= 320 and args.width % 32 == 0, f"--width {args.width} is not a multiple of 32 up to 320"),
@@ -455,7 +468,7 @@ def run(args):
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
-        needed = ["torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else [])]
+        needed = ["torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else [])] * (peer != "formulas")
         if missing := [library for library in needed if not importlib.util.find_spec(library)]:
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
