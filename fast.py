@@ -133,6 +133,7 @@ def gelu_by_tanh(x):
 
 @faster(by_row)
 def threaded_by_row(x, work):
+    """A core for each row, where there are as many."""
     return np.concatenate(parallel(work, [x[i:i + 1] for i in range(len(x))]))
 
 @faster(linear)
@@ -173,6 +174,7 @@ def blocked_group_norm(x, groups, eps, weight, bias):
 
 @faster(conv2d)
 def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
+    """The way that suits the sizes: Winograd's for 3x3 filters of many channels, else one product of all windows."""
     out, kh, kw, c = weight.shape
     places = x.shape[1] * x.shape[2]        # with few of them, reading the larger filters takes the longest
     if (kh, kw, stride, padding) == (3, 3, 1, (1, 1)) and min(c, out) >= 32 and places >= 256:

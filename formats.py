@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiny_sd      # first, since it tells NumPy's BLAS how many threads to use
 import numpy as np
-from tiny_sd import SAMPLER_TITLES, STEMS, Tokenizer, UserError, clip_tokenizer, listed, read_safetensors
+from tiny_sd import SAMPLER_TITLES, STEMS, Tokenizer, UserError, clip_tokenizer, listed, read_safetensors, require
 
 
 # ── Models of the Hugging Face hub ──────────────────────────────────────────────────────────────────────────────────
@@ -32,8 +32,7 @@ HUB = {     # name: repository of the Hugging Face hub, revision, licence
 def fetch(name):
     """The folder of a repository of the hub, or of a name in HUB, which is downloaded if the cache does not hold it."""
     repository, pin, licence = HUB.get(str(name), (str(name), "main", None))
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repository):
-        raise UserError(f"there is no model {name}")
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repository), f"there is no model {name}")
 
     def needed(has):    # of each line the first file that there is: half precision rather than full, never both
         return [next(filter(has, line), line[-1]) for line in (
@@ -72,16 +71,18 @@ def rename(part, name, levels, n):
         return f"{side}_blocks.{k // n}.{('resnets', 'attentions')[slot]}.{k % n}."
 
     for old, new in {
-        "text_encoder": [(r"^text_model\.", ""), (r"^(token|positional)_embedding", lambda m: f"embeddings.{m[0]}"),   # OpenCLIP's:
-                         (r"positional_embedding$", "position_embedding.weight"), (r"^transformer\.resblocks", "encoder.layers"),
-                         (r"\.ln_(\d)\.", r".layer_norm\1."), (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."),
-                         (r"\.c_proj\.", ".fc2."), (r"^ln_final", "final_layer_norm")],
+        "text_encoder": [(r"^text_model\.", ""), (r"^(token|positional)_embedding", lambda m: f"embeddings.{m[0]}"),
+                         (r"positional_embedding$", "position_embedding.weight"),       # from here on OpenCLIP's
+                         (r"^transformer\.resblocks", "encoder.layers"), (r"\.ln_(\d)\.", r".layer_norm\1."),
+                         (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
+                         (r"^ln_final", "final_layer_norm")],
         "vae": [(r"^encoder\.down\.", "encoder.down_blocks."), (r"mid\.block_1", "mid_block.resnets.0"),
                 (r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}"),    # counted from below
                 (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
                 (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"0\.([qkv])\.", r"0.to_\1."),
                 (r"0\.proj_out\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
-                (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"), (r"\.norm_out", ".conv_norm_out")],
+                (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"),
+                (r"\.norm_out", ".conv_norm_out")],
         "unet": [(r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
                  (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
                  (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
@@ -110,8 +111,7 @@ def read_single_file(path):
            for part, prefix in prefixes.items()}
     wrong = [f"{name} is unknown" for name in file if not name.startswith(tuple(prefixes.values()))]
     wrong += [f"{prefixes[part]}* is missing" for part in old if not old[part]]
-    if wrong:
-        raise UserError(f"{path} is not a Stable Diffusion 1 or 2: {listed(wrong)}")
+    require(not wrong, f"{path} is not a Stable Diffusion 1 or 2: {listed(wrong)}")
     levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
     n = min((int(name.split(".")[1]) for name in old["unet"] if ".0.op." in name), default=3)
     arrays = {part: {rename(part, name, levels, n): array for name, array in old[part].items()} for part in old}
@@ -126,7 +126,7 @@ def read_single_file(path):
     return config, clip_tokenizer("!" if second else Tokenizer.EOS), arrays, digest
 
 def from_open_clip(arrays):
-    """Stable Diffusion 2's text encoder: q, k and v, which lie in one array, parted, and without the last layer, which it skips."""
+    """Stable Diffusion 2's text encoder: q, k and v, which lie in one array, parted; the last layer, which it skips, gone."""
     last = f"encoder.layers.{max((int(name.split('.')[2]) for name in arrays if '.layers.' in name), default=0)}."
     parted = {name.replace("in_proj_", f"{which}_proj."): part for name, array in arrays.items() if "in_proj_" in name
               for which, part in zip("qkv", np.split(array, 3))}
@@ -189,8 +189,7 @@ def add_loras(arrays, loras):
                 pairs.setdefault(target, {})[{"A": "down", "B": "up"}.get(match[3], match[3])] = array
             else:
                 wrong.append(name)
-        if wrong:
-            raise UserError(f"{path} does not fit the model, which has nothing for {listed(wrong)}")
+        require(not wrong, f"{path} does not fit the model, which has nothing for {listed(wrong)}")
         try:
             settings = json.loads((safe_open(path, "np").metadata() or {}).get("lora_adapter_metadata", "{}"))     # peft's
             for target, pair in pairs.items():
@@ -216,8 +215,8 @@ def recorded(path):
     facts = dict(re.findall(r"([A-Z][\w ]*): ([^,]*)", f"Steps: {line}"))
     title = facts.get("Sampler", "").removesuffix(" Karras")
     sampler = next((name for name, known in SAMPLER_TITLES.items() if known == title), None)
-    if not {"Steps", "Seed", "Size"} <= facts.keys() or sampler is None:
-        raise UserError(f"{path} does not say how it was made, or by a sampler that is unknown here ({title or 'none'})")
+    require({"Steps", "Seed", "Size"} <= facts.keys() and sampler,
+            f"{path} does not say how it was made, or by a sampler that is unknown here ({title or 'none'})")
     width, _, height = facts["Size"].partition("x")
     flags = {"prompt": (prompt if mark else words).removesuffix("\n"), "negative-prompt": negative.strip() if mark else "",
              "steps": facts["Steps"], "seed": facts["Seed"], "width": width, "height": height, "sampler": sampler,
@@ -239,13 +238,13 @@ def read_prompts(args, argv):
         if text:
             target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
             try:
-                job = tiny_sd.parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)), f"--output={target}"],
-                                              add_help=False)
+                job = tiny_sd.parse_arguments([*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)),
+                                               f"--output={target}"], add_help=False)
             except ValueError as error:
                 raise UserError(f"{args.prompts}, line {number}: {error}") from None
             fixed = ("model", "lora", "backend", "device", "dtype", "prediction", "preview")
-            if any(getattr(job, name) != getattr(args, name) for name in fixed):
-                raise UserError(f"{args.prompts}, line {number}: the model and --preview are the same for all lines")
+            require(all(getattr(job, name) == getattr(args, name) for name in fixed),
+                    f"{args.prompts}, line {number}: the model and --preview are the same for all lines")
             first = target.with_stem(target.stem + "-000") if job.batch_size > 1 else target
             job.prompt = text
             jobs += [job] if not first.exists() else []

@@ -285,7 +285,8 @@ def film_section(page, steps, pairs, result):
              "goes a part of the way there, and asks again. σ is the noise per signal. Both are shown as the decoder sees them.</p>",
              f'<img class="wide" src="{page.prefix}film.png" alt="the same, moving">', '<div class="row">')
     for i, (step, pair) in enumerate(zip(steps, pairs)):
-        tags = [page.image(picture, f"film-{i + 1:03d}-{name}", f"{name} at step {i + 1}") for picture, name in zip(pair, ("x", "x0"))]
+        tags = [page.image(picture, f"film-{i + 1:03d}-{name}", f"{name} at step {i + 1}")
+                for picture, name in zip(pair, ("x", "x0"))]
         page.say(f'<figure><div class="pair">{"".join(tags)}</div><figcaption>step {i + 1}: t = {step.t:.0f}, '
                  f"σ = {sigma(step):.3g}</figcaption></figure>")
     page.say("</div>")
@@ -305,10 +306,11 @@ def words_section(page, film, k, picture, prompt):
     for n, (word, places) in enumerate(places_of_words(film.model.tokenizer, prompt)):
         maps = {size: np.array([s.attention[size][k, places].sum(0) for s in film.steps]) for size in sizes}
         whole = np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
-        cells = [(whole.mean(0), True), *((maps[size].mean(0), False) for size in sizes), *((whole[part].mean(0), True) for part in thirds)]
+        cells = [(whole.mean(0), True), *((maps[size].mean(0), False) for size in sizes),
+                 *((whole[part].mean(0), True) for part in thirds)]
         page.say(f"<tr><th>{html.escape(word)}", *(
-            f"<td>{page.image(over(picture, m, smooth=smooth), f'word-{n:02d}-{i}', f'attention to {word}')}{m.mean():.1%}, {m.max():.1%}"
-            for i, (m, smooth) in enumerate(cells)), "</tr>")
+            f"<td>{page.image(over(picture, m, smooth=smooth), f'word-{n:02d}-{i}', f'attention to {word}')}"
+            f"{m.mean():.1%}, {m.max():.1%}" for i, (m, smooth) in enumerate(cells)), "</tr>")
     page.say("</table></div>")
 
 def enlarge(values, size):
@@ -321,8 +323,8 @@ def guidance_section(page, steps, k):
     page.say("<h3>What the prompt changes</h3><p>The network answers twice, with the prompt (ε<sub>c</sub>) and with the negative "
              "one (ε<sub>∅</sub>). Guidance exaggerates the difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the "
              "channels, shows where the prompt has something to say at each step; all maps have one scale.</p>",
-             page.image(curve(lengths, [f"t = {s.t:.0f}" for s in steps], "length of the difference, over the whole picture"), "guidance", "a curve", True),
-             '<div class="row">')
+             page.image(curve(lengths, [f"t = {s.t:.0f}" for s in steps], "length of the difference, over the whole picture"),
+                        "guidance", "a curve", True), '<div class="row">')
     for i, push in enumerate(pushes):
         page.say(f"<figure>{page.image(heat(push, most), f'guidance-{i + 1:03d}', f'guidance at step {i + 1}')}"
                  f"<figcaption>step {i + 1}: {lengths[i]:.3g}</figcaption></figure>")
@@ -442,7 +444,8 @@ def metric(n):
 # ── The pictures of NOTES.md ────────────────────────────────────────────────────────────────────────────────────────
 
 PROMPT = "a cat on a light blue background"
-SENTENCES = ["red apple", "green apple", "red car", "a red car", "cat", "dog", "dog face", "cat on a blue background", "rocket", "airplane"]
+SENTENCES = ["red apple", "green apple", "red car", "a red car", "cat", "dog", "dog face", "cat on a blue background", "rocket",
+             "airplane"]
 
 def last(model, prompt=PROMPT, **settings):
     """The one picture that generate() ends with."""
@@ -465,7 +468,8 @@ def latents_picture(model, film, x):
     picture = decoded(model, x)
     z = tiny_sd.encode(model, np.asarray(picture), np.zeros_like(x))
     channels = [grey(channel, 3).resize(picture.size, Image.Resampling.NEAREST) for channel in np.moveaxis(z[0], -1, 0)]
-    return sheet([[picture, *channels, decoded(model, z)]], ["picture", *(f"channel {i}" for i in range(len(channels))), "decoded"], size=128)
+    titles = ["picture", *(f"channel {i}" for i in range(len(channels))), "decoded"]
+    return sheet([[picture, *channels, decoded(model, z)]], titles, size=128)
 
 def time_picture(model, film, x):
     """The encoding of every second time, a column each: the cosines above, the sines below."""

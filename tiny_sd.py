@@ -61,6 +61,7 @@ def require(right, message):
 # formula, or what fast.py puts in its place: the same numbers, computed faster.
 
 def primitive(formula):
+    """An operation on arrays of either library, of which NumPy's are computed by this formula."""
     @functools.wraps(formula)
     def operation(x, *args, **kwargs):
         run = operation.on_numpy if isinstance(x, (np.ndarray, np.generic)) else getattr(on_torch(), formula.__name__)
@@ -592,10 +593,12 @@ class Noise:
         self.words = np.random.RandomState(seed & 0xffffffff)
 
     def uniform(self, n):
+        """n numbers from 0 to below 1."""
         words = np.frombuffer(self.words.bytes(4 * n), "<u4")
         return (words & 0xffffff).astype(np.float32) * np.float32(2 ** -24)
 
     def normal(self, n):
+        """n standard normal numbers; n at least 16."""
         z = box_muller(self.uniform(n)[:n // 16 * 16])
         return z if n % 16 == 0 else np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
 
@@ -620,15 +623,18 @@ def linear_shapes(i, o): return {"weight": (o, i), "bias": (o,)}
 def conv_shapes(i, o, size=3): return {"weight": (o, i, size, size), "bias": (o,)}
 
 def resnet_shapes(i, o, temb=None):
+    """From i channels to o; temb: how many numbers tell the time, none in the VAE."""
     return {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o), "norm2": norm_shapes(o), "conv2": conv_shapes(o, o),
             **({"time_emb_proj": linear_shapes(temb, o)} if temb else {}),
             **({"conv_shortcut": conv_shapes(i, o, 1)} if i != o else {})}
 
 def attention_shapes(width, context, project=bare_shapes):
+    """Queries from `width` channels, keys and values from `context`."""
     return {"to_q": project(width, width), "to_k": project(context, width), "to_v": project(context, width),
             "to_out": [linear_shapes(width, width)]}
 
 def transformer_shapes(width, context):
+    """`width` channels that attend to words of `context` numbers."""
     block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
              "norm2": norm_shapes(width), "attn2": attention_shapes(width, context), "norm3": norm_shapes(width),
              "ff": {"net": [{"proj": linear_shapes(width, 8 * width)}, None, linear_shapes(4 * width, width)]}}
@@ -636,6 +642,7 @@ def transformer_shapes(width, context):
             "proj_out": conv_shapes(width, width, 1)}
 
 def text_shapes(config):
+    """Of the text encoder, by its config.json."""
     width, wide = config["hidden_size"], config["intermediate_size"]
     layer = {"layer_norm1": norm_shapes(width), "layer_norm2": norm_shapes(width),
              "self_attn": {f"{name}_proj": linear_shapes(width, width) for name in ("q", "k", "v", "out")},
@@ -645,6 +652,7 @@ def text_shapes(config):
             "encoder": {"layers": [layer] * config["num_hidden_layers"]}, "final_layer_norm": norm_shapes(width)}
 
 def vae_shapes(config):
+    """Of the VAE, by its config.json."""
     widths, n, z = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
     top = widths[-1]
 
@@ -662,6 +670,7 @@ def vae_shapes(config):
             "decoder": half(z, config["out_channels"], widths[::-1], n + 1, "up_blocks", "upsamplers")}
 
 def unet_shapes(config):
+    """Of the U-Net, by its config.json."""
     widths, n, context = config["block_out_channels"], config["layers_per_block"], config["cross_attention_dim"]
     first, top, temb = widths[0], widths[-1], 4 * widths[0]
 
@@ -1085,10 +1094,12 @@ def lora(text):
     return file, float(weight or 1)
 
 class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are a UserError too."""
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
 
 def option_parser(**settings):
+    """The table of options."""
     parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False, **settings)
     add = parser.add_argument
     add("words", nargs="?", metavar="PROMPT", help="what to draw")
@@ -1159,6 +1170,7 @@ def check_arguments(args):
         require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
 
 def run(argv):
+    """Does what the command line asks for."""
     args = parse_arguments(argv)
     if args.show or args.explain or args.preview:
         import show
@@ -1219,6 +1231,7 @@ def draw(model, args, watched=denoiser, last=False):
     return x, seeds
 
 def main(argv=None):
+    """The program: its exit status, 0, 2 after one line that says what is wrong, or 130 after Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)       # here, so that it can fail here
