@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +156,28 @@ def test_blas_keeps_to_one_thread(first, second):
     if not run.stdout and not run.returncode:
         pytest.skip("this NumPy brings no OpenBLAS of its own")
     assert run.stdout == "1\n", run.stderr
+
+
+def test_kernels_of_blas():
+    """AMD's family 25 gets those without AVX-512, any other processor what OpenBLAS chooses, and all what the user chose."""
+    def kernels(imports, **chosen):
+        code = f"""if True:
+            import {imports}, numpy, ctypes, pathlib
+            for library in pathlib.Path(numpy.__file__).parents[1].glob("numpy.libs/*openblas*"):
+                name = ctypes.CDLL(str(library)).scipy_openblas_get_corename64_
+                name.restype = ctypes.c_char_p
+                print(name().decode())"""
+        environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"} | chosen
+        run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, env=environment, capture_output=True, text=True)
+        assert not run.returncode, run.stderr
+        return run.stdout
+
+    if not kernels("numpy"):
+        pytest.skip("this NumPy brings no OpenBLAS of its own")
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    amd = re.search("vendor_id.*AuthenticAMD", cpu) and re.search(r"cpu family.*\b25$", cpu, re.M)
+    assert kernels("tiny_sd") == ("Zen\n" if amd else kernels("numpy"))
+    assert kernels("tiny_sd", OPENBLAS_CORETYPE="Haswell") == kernels("numpy", OPENBLAS_CORETYPE="Haswell")
 
 
 def test_parallel_keeps_order_nests_and_raises():
