@@ -40,7 +40,7 @@ for library in ("OPENBLAS", "VECLIB_MAXIMUM"):      # fast.py has threads of its
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 with contextlib.suppress(OSError):      # OpenBLAS takes AVX-512, which Zen 4 computes in halves: without it, a tenth faster
     if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", Path("/proc/cpuinfo").read_text()):
-        os.environ.setdefault("OPENBLAS_CORETYPE", "Zen")
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 if __name__ == "__main__":      # Ctrl-C before main() is there to catch it: no traceback either
     sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
 import numpy as np
