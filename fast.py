@@ -79,18 +79,15 @@ def once(prepare):
 
     def prepared(weight, *args):
         key = id(weight), *args
-        if key not in known:
-            idle.release()      # whoever waits at the lock lends its core to the one that prepares
-            with lock:
-                if key not in known:
-                    known[key] = prepare(weight, *args)
-                    weakref.finalize(weight, known.pop, key)
-                    while isinstance(weight, np.ndarray):
-                        weight = weight.base
-                    if hasattr(weight, "madvise"):      # a file in memory: the pages that were read need not stay
-                        weight.madvise(mmap.MADV_DONTNEED)
-            idle.acquire()
-        return known[key]
+        with lock:
+            if key not in known:
+                known[key] = prepare(weight, *args)
+                weakref.finalize(weight, known.pop, key)
+                while isinstance(weight, np.ndarray):
+                    weight = weight.base
+                if hasattr(weight, "madvise"):      # a file in memory: the pages that were read need not stay
+                    weight.madvise(mmap.MADV_DONTNEED)
+            return known[key]
     return prepared
 
 def faster(operation):
