@@ -203,6 +203,23 @@ def test_the_program_runs_by_the_formulas_alone(tmp_path):
     assert np.abs(np.load(tmp_path / "x.npy") - x).max() < 1e-4
 
 
+def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
+    """Each with both halves of guidance, all meeting weights that are not yet prepared."""
+    code = """if True:
+        import threading, numpy, tiny_sd
+        x = numpy.ones((2, 16, 16, 64), numpy.float32)
+        for _ in range(60):
+            weight = numpy.ones((64, 3, 3, 64), numpy.float32)
+            draw = lambda: tiny_sd.by_row(x, lambda row: tiny_sd.conv2d(row, weight))
+            threads = [threading.Thread(target=draw) for _ in range(6)]
+            for step in ("start", "join"):
+                for thread in threads:
+                    getattr(thread, step)()
+        print("done")"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, capture_output=True, text=True, timeout=100)
+    assert run.stdout == "done\n", run.stderr
+
+
 @pytest.mark.parametrize("first", ["fast", "tiny_sd"])
 def test_either_file_may_be_imported_first(first):
     code = f"import {first}, tiny_sd, fast; print(tiny_sd.conv2d.on_numpy is fast.fast_conv2d)"
