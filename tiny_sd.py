@@ -10,7 +10,7 @@
     python tiny_sd.py "red apple on a blue background"           the small model in weights/emoji
     python tiny_sd.py "a lighthouse in a storm" -m FOLDER        Stable Diffusion itself
 
-The same in Python, without any options:
+The same steps in Python:
 
     >>> model = load("weights/emoji")
     >>> context = encode_prompts(model, ["", "red apple on a blue background"])
@@ -19,14 +19,18 @@ The same in Python, without any options:
     >>> *_, x_0 = ddim(denoiser(model, context, guidance=4.0), x_T, steps)
     >>> picture = decode(model, x_0)[0]
 
-Three conventions carry the whole file. A layer is a function of arrays. Its weights are a nested
-mapping whose keys are the names in the checkpoint, and those names are the function's arguments:
-`resnet(x, temb, groups, eps, **weights)` fails by itself if a weight is missing or misspelt. And
-images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
-convolution and the projections of attention are one operation, `x @ w`.
+Three conventions carry the whole file.
 
-NOTES.md has the mathematics, section by section in this file's order; (6.2) is an equation there.
-What the lesson can do without is in extras/: the full command line, speed, other file formats.
+1. A layer is a function of arrays.
+2. Its weights are a nested mapping whose keys are the names in the checkpoint, and those names are
+   the function's arguments: in `resnet(x, temb, groups, eps, **weights)` a name that is misspelt
+   or does not belong there is a TypeError.
+3. Images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
+   convolution and the projections of attention are one operation, `x @ w.T`.
+
+Shapes beside the code are those of Stable Diffusion 1.5 drawing 512x512 pixels. A number such as
+(6.2) is an equation in NOTES.md, which has the mathematics, section by section in this file's
+order. extras/ holds what the lesson can do without: all options, speed, other file formats.
 """
 
 import argparse
@@ -44,26 +48,27 @@ from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__" and (HERE / "extras").is_dir():
+    # `python tiny_sd.py` continues in extras/, which has all options, and ends there. In a folder
+    # without extras/, main() at the end of this file draws.
     sys.path.insert(0, str(HERE))
-    from extras.start import program    # all options; without extras/ the end of this file will do
+    from extras.start import program
     program()
 
-import numpy as np  # noqa: E402  (after the program has set up the process)
+import numpy as np  # noqa: E402  (the program prepares the process before NumPy is loaded)
 
 __version__ = "0.2.0"
 
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# A primitive is an operation that NumPy and torch spell differently, or that can be computed much
-# faster than its definition. The definition is the function below: read it, change it. Torch
-# tensors go to torch's own operation of the same name, so that one text serves both libraries.
+# Each operation is defined by its formula in NumPy. Torch tensors go to torch's own operation of
+# the same name instead, so that the networks below are written once and run on both.
 
 FAST = {}   # {name: quicker form of that primitive on NumPy arrays}; extras/fast.py fills it
 
 
 def primitive(formula):
-    """Make this function the definition of an operation on NumPy arrays and torch tensors."""
+    """Make a formula an operation: on NumPy arrays it runs itself, on tensors torch's operation."""
     name = formula.__name__
 
     @functools.wraps(formula)
@@ -88,7 +93,7 @@ def linear(x, weight, bias=None):
 
 @primitive
 def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
-    """Slide a window over x and multiply each patch by one matrix (1.2).
+    """Multiply each kh x kw patch of x by one matrix (1.2).
 
     x: (batch, height, width, in); weight: (out, kh, kw, in). padding: how many zeros (before,
     after) along both height and width. Returns (batch, height', width', out) (1.3).
@@ -109,9 +114,9 @@ def group_norm(x, groups, eps, weight, bias):
     Wu and He, 2018. x: (batch, height, width, channels).
     """
     B, H, W, C = x.shape
-    g = x.reshape(B, H * W, groups, C // groups)
+    g = x.reshape(B, H * W, groups, C // groups)        # mean and variance over axes 1 and 3
     g = g - g.mean(axis=(1, 3), keepdims=True)
-    g = g / np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + np.float32(eps))
+    g = g / np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + eps)
     return g.reshape(B, H, W, C) * weight + bias
 
 
@@ -119,7 +124,7 @@ def group_norm(x, groups, eps, weight, bias):
 def layer_norm(x, weight, bias, eps=1e-5):
     """Normalise each row, the last axis, then scale and shift (1.5). Ba et al., 2016."""
     x = x - x.mean(axis=-1, keepdims=True)
-    x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(eps))
+    x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
     return x * weight + bias
 
 
@@ -142,15 +147,16 @@ def quick_gelu(x):
 
 @primitive
 def gelu(x):
-    """Return x Φ(x) = x (1 + erf(x / √2)) / 2 (1.7), within 2e-7.
+    """Return x Φ(x) = x (1 + erf(x / √2)) / 2 (1.7).
 
-    NumPy has no erf; this is the fit of Abramowitz and Stegun, 7.1.26 (1.8).
+    NumPy has no erf; this is the fit of Abramowitz and Stegun, 7.1.26 (1.8), within 1.5e-7.
     """
     z = np.abs(x) * math.sqrt(0.5)
     r = 1 / (1 + 0.3275911 * z)
-    tail = 1.421413741 + r * (-1.453152027 + r * 1.061405429)
-    tail = r * (0.254829592 + r * (-0.284496736 + r * tail))
-    erf = 1 - tail * np.exp(-z * z)
+    polynomial = 0.0
+    for a in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        polynomial = (polynomial + a) * r
+    erf = 1 - polynomial * np.exp(-z * z)
     return x * (0.5 + 0.5 * np.copysign(erf, x))
 
 
@@ -158,7 +164,7 @@ def gelu(x):
 def softmax(x):
     """Return eˣ / Σ eˣ over the last axis (1.9).
 
-    Subtracting the maximum cancels in the quotient and keeps eˣ from overflowing.
+    Subtracting the maximum does not change the quotient and keeps eˣ from overflowing.
     """
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
@@ -190,9 +196,9 @@ def concat(*xs):
 
 @primitive
 def map_rows(x, function):
-    """Apply a function to each row of x, shape (1, ...), and join the results.
+    """Apply a function to the rows x[0:1], x[1:2], ... and join the results.
 
-    For functions that treat rows independently: torch therefore takes all rows in one call.
+    The function must treat rows independently: torch passes all of x in one call.
     """
     return np.concatenate([function(x[i:i + 1]) for i in range(len(x))])
 
@@ -211,9 +217,9 @@ def to_numpy(x):
 
 @functools.cache
 def torch_operations():
-    """Return {primitive's name: torch's operation}: all that this file knows of torch.
+    """Return {name: torch's operation}: all that this file knows of torch.
 
-    torch.nn.functional wants images channels first, so those that take images turn them around.
+    torch.nn.functional takes images channels first, so they are permuted there and back.
     """
     import torch
     import torch.nn.functional as F
@@ -268,7 +274,10 @@ def torch_operations():
 
 
 def byte_symbols():
-    """Return {byte: printable character} in the vocabulary's order. Radford et al., 2019."""
+    """Return {byte: character} in the vocabulary's order. Radford et al., 2019.
+
+    Bytes that print nothing, such as the space, borrow characters from 256 up.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     characters = printable + [256 + i for i in range(len(others))]
@@ -278,9 +287,9 @@ def byte_symbols():
 class Tokenizer:
     """CLIP's byte pair encoding: text to bytes, bytes to symbols, symbols merged by rank.
 
-    merges: pairs of symbols, the earliest learnt first. vocab: {symbol: id}; without one, ids
-    are given in CLIP's order: 256 bytes, 256 bytes that end a word, the merges, two specials.
-    length: how many ids the model takes. pad: the symbol that fills what is left of them.
+    merges: pairs of symbols in the order in which they were learnt. vocab: {symbol: id}; without
+    one, ids follow CLIP's order: 256 bytes, 256 bytes that end a word, the merges, two special
+    tokens. length: how many ids the model takes. pad: the padding token.
     """
     BOS, EOS = "<|startoftext|>", "<|endoftext|>"
     SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -298,8 +307,8 @@ class Tokenizer:
     def words(self, text):
         """Lower-case, then split into runs of letters, single digits and runs of symbols.
 
-        White space only separates. Python's re has no class of letters or digits of any script,
-        so the pattern names those that this text contains.
+        White space only separates. Python's re has no class of letters of all scripts, so the
+        pattern lists the letters and digits that occur in this text.
         """
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
         kinds = {c: unicodedata.category(c)[0] for c in set(text)}
@@ -342,13 +351,10 @@ class Tokenizer:
         return [self.vocab.get(symbol, self.vocab[self.EOS]) for symbol in symbols]
 
     def encode(self, text):
-        """Return the ids that the model takes, and the end of the text that did not fit.
-
-        Merging a long word takes the square of its length, so text that cannot fit (no symbol
-        of CLIP's has more than 32 letters) is cut off before.
-        """
-        letter = rf"[{self.SPACE}]*[^{self.SPACE}]"
-        start = re.match(rf"(?:{letter}){{0,{40 * self.length}}}[{self.SPACE}]*", text)[0]
+        """Return the model's ids (length,), and the end of the text that did not fit."""
+        letter = rf"[{self.SPACE}]*[^{self.SPACE}]"     # merging takes the square of a word's
+        most = 40 * self.length                         # length: stop where no text can fit
+        start = re.match(rf"(?:{letter}){{0,{most}}}[{self.SPACE}]*", text)[0]
         room = self.length - 2
         ids = self.tokens(start)
 
@@ -379,13 +385,13 @@ def merge_heads(x):
 
 
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
-    """Let each token attend to itself and those before it, then apply two linear layers (3.1)."""
+    """A Transformer layer: causal self-attention, then an MLP, each added to its input (3.2)."""
     h = layer_norm(x, **layer_norm1)                            # (batch, 77, 768)
     q = split_heads(linear(h, **self_attn["q_proj"]), n_head)   # (batch, 12, 77, 64)
     k = split_heads(linear(h, **self_attn["k_proj"]), n_head)
     v = split_heads(linear(h, **self_attn["v_proj"]), n_head)
     h = merge_heads(dot_product_attention(q, k, v, causal=True))
-    x = x + linear(h, **self_attn["out_proj"])
+    x = x + linear(h, **self_attn["out_proj"])                  # (batch, 77, 768)
 
     h = layer_norm(x, **layer_norm2)
     h = activation(linear(h, **mlp["fc1"]))                     # (batch, 77, 3072)
@@ -393,9 +399,9 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
 
 
 def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm):
-    """Turn token ids (batch, tokens) into the context (batch, tokens, width) of the U-Net.
+    """Turn token ids (batch, tokens) into the context (batch, tokens, width) for the U-Net.
 
-    Radford et al., 2021. The shapes beside the code are those of Stable Diffusion 1.
+    CLIP's text encoder: Radford et al., 2021.
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
@@ -409,43 +415,44 @@ def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm)
 
 def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2,
            time_emb_proj=None, conv_shortcut=None):
-    """Add to x what two rounds of norm, SiLU and convolution make of it (4.5). He et al., 2015.
+    """A ResNet block: x plus two rounds of GroupNorm, SiLU, 3x3 convolution (4.5).
 
-    x: (batch, height, width, in). In the U-Net temb (batch, width of the time embedding) tells
-    the noise level; in the VAE it is None.
+    He et al., 2015. x: (batch, height, width, in). Returns (batch, height, width, out). In the
+    U-Net temb (batch, 1280), the time embedding, tells the noise level; in the VAE it is None.
     """
     h = conv2d(silu(group_norm(x, groups, eps, **norm1)), **conv1)      # in -> out channels
     if time_emb_proj:
-        h = h + linear(silu(temb), **time_emb_proj)[:, None, None]      # the same at each pixel
+        h = h + linear(silu(temb), **time_emb_proj)[:, None, None]      # (batch, 1, 1, out)
     h = conv2d(silu(group_norm(h, groups, eps, **norm2)), **conv2)
     return h + (linear(x, **conv_shortcut) if conv_shortcut else x)
 
 
 def attention(x, context, n_head, to_q, to_k, to_v, to_out):
-    """Multi-head attention: queries from x, keys and values from context (1.10).
+    """Multi-head attention: queries from x, keys and values from context (3.3), (5.4).
 
     x: (batch, queries, channels); context: (batch, keys, width). Returns the shape of x.
     Self-attention is attention(x, x, ...).
     """
-    q = split_heads(linear(x, **to_q), n_head)
-    k = split_heads(linear(context, **to_k), n_head)
+    q = split_heads(linear(x, **to_q), n_head)                  # (batch, n_head, queries, d)
+    k = split_heads(linear(context, **to_k), n_head)            # (batch, n_head, keys, d)
     v = split_heads(linear(context, **to_v), n_head)
-    return linear(merge_heads(dot_product_attention(q, k, v)), **to_out[0])
+    h = merge_heads(dot_product_attention(q, k, v))             # (batch, queries, n_head d)
+    return linear(h, **to_out[0])                               # to_out[1] was dropout
 
 
 def vae_attention(x, groups, **weights):
     """Self-attention among all pixels of an image, with one head.
 
-    One weight is called group_norm, as the function is, so it comes in a mapping.
+    weights: the checkpoint's group_norm, to_q, to_k, to_v and to_out.
     """
     B, H, W, C = x.shape
     h = group_norm(x, groups, 1e-6, **weights.pop("group_norm"))
-    h = h.reshape(B, H * W, C)                                  # pixels become a sequence
+    h = h.reshape(B, H * W, C)                                  # the pixels become a sequence
     return x + attention(h, h, 1, **weights).reshape(B, H, W, C)
 
 
 def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=()):
-    """Apply one level's ResBlocks (the middle has attention between them), then resample."""
+    """The ResNet blocks of one level (the middle has attention between them), then resampling."""
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, None, groups, 1e-6, **resnet_weights)
         if attention_weights:
@@ -461,7 +468,7 @@ def vae_encoder(x, groups, conv_in, down_blocks, mid_block, conv_norm_out, conv_
     """Shrink an image level by level: (batch, 512, 512, 3) to (batch, 64, 64, 8)."""
     x = conv2d(x, **conv_in)                                    # (batch, 512, 512, 128)
     for block in [*down_blocks, mid_block]:
-        x = vae_block(x, groups, **block)                       # at last (batch, 64, 64, 512)
+        x = vae_block(x, groups, **block)                       # finally (batch, 64, 64, 512)
     return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
 
 
@@ -469,7 +476,7 @@ def vae_decoder(z, groups, conv_in, mid_block, up_blocks, conv_norm_out, conv_ou
     """Enlarge latents level by level: (batch, 64, 64, 4) to (batch, 512, 512, 3)."""
     x = conv2d(z, **conv_in)                                    # (batch, 64, 64, 512)
     for block in [mid_block, *up_blocks]:
-        x = vae_block(x, groups, **block)                       # at last (batch, 512, 512, 128)
+        x = vae_block(x, groups, **block)                       # finally (batch, 512, 512, 128)
     return conv2d(silu(group_norm(x, groups, 1e-6, **conv_norm_out)), **conv_out)
 
 
@@ -479,13 +486,13 @@ def vae_encode(picture, vae, groups):
     Kingma and Welling, 2014. picture: (batch, 8 h, 8 w, 3) in [-1, 1].
     """
     h = vae_encoder(picture, groups, **vae["encoder"])
-    moments = linear(h, **vae["quant_conv"])
+    moments = linear(h, **vae["quant_conv"])                    # (batch, h, w, 8)
     n = moments.shape[-1] // 2
-    return moments[..., :n], moments[..., n:].clip(-30, 20)
+    return moments[..., :n], moments[..., n:].clip(-30, 20)     # e^20 is as wide as it may get
 
 
 def vae_decode(z, vae, groups):
-    """Turn latents z (batch, h, w, 4), unscaled, into pictures, about in [-1, 1]."""
+    """Turn latents z (batch, h, w, 4), divided by the scaling factor, into pictures in [-1, 1]."""
     return vae_decoder(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
 
 
@@ -498,14 +505,14 @@ def timestep_embedding(t, dim):
     The frequencies fall from 1 to about 1/10000. Vaswani et al., 2017.
     """
     frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
-    angles = np.asarray(t)[:, None] * frequencies
+    angles = np.asarray(t)[:, None] * frequencies               # (batch, dim/2)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
 def time_mlp(x, t, linear_1, linear_2, cond_proj=None, condition=None):
-    """Return the time embedding that every ResBlock gets, (batch, 1280) (5.2).
+    """Return the time embedding that every ResNet block gets, (batch, 1280) (5.2).
 
-    A distilled model has cond_proj, and is told its scale of guidance as a condition (batch, n).
+    Some distilled models are also told a condition (batch, n), which cond_proj takes in.
     """
     temb = array_like(x, timestep_embedding(t, linear_1["weight"].shape[1]))    # (batch, 320)
     if cond_proj:
@@ -515,10 +522,10 @@ def time_mlp(x, t, linear_1, linear_2, cond_proj=None, condition=None):
 
 def feed_forward(x, net):
     """GEGLU: widen, let one half gate the other, and narrow again (5.3). Shazeer, 2020."""
-    widen, _, narrow = net                                      # the middle has no weights
-    h = linear(x, **widen["proj"])                              # (batch, pixels, 8 channels)
+    wide, _, narrow = net                                       # net[1] was dropout
+    h = linear(x, **wide["proj"])                               # (batch, pixels, 8 * channels)
     n = h.shape[-1] // 2
-    return linear(h[..., :n] * gelu(h[..., n:]), **narrow)
+    return linear(h[..., :n] * gelu(h[..., n:]), **narrow)      # (batch, pixels, channels)
 
 
 def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff):
@@ -530,7 +537,10 @@ def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff)
 
 
 def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, proj_out):
-    """Treat the pixels of x (batch, height, width, channels) as the tokens of a sequence."""
+    """Treat the pixels of x (batch, height, width, channels) as the tokens of a sequence.
+
+    This norm's eps is 1e-6, as in the VAE; the U-Net's others have 1e-5.
+    """
     B, H, W, C = x.shape
     h = linear(group_norm(x, groups, 1e-6, **norm), **proj_in).reshape(B, H * W, C)
     for block in transformer_blocks:
@@ -539,7 +549,10 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
 
 
 def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
-    """One level on the way down, or the middle: return its output and the skips for the way up."""
+    """One level on the way down, or the middle: return its output and the skips for the way up.
+
+    x: (batch, height, width, channels). Each ResNet block, and the downsampler, leaves a skip.
+    """
     skips = []
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, temb, groups, 1e-5, **resnet_weights)
@@ -553,9 +566,9 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsam
 
 
 def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
-    """One level on the way up: each ResBlock also sees a skip, the last first.
+    """One level on the way up: each ResNet block also sees a skip, the last one first (5.5).
 
-    size: (height, width) of the next level up.
+    size: (height, width) to upsample to, which the next skip has; doubling would miss odd ones.
     """
     for resnet_weights, attention_weights, skip in zip_longest(resnets, attentions, skips[::-1]):
         x = resnet(concat(x, skip), temb, groups, 1e-5, **resnet_weights)
@@ -568,38 +581,48 @@ def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=
 
 def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up_blocks,
          conv_norm_out, conv_out, mid_block=None, condition=None):
-    """Predict the noise in x_t, or what else the model was trained to predict (5.5).
+    """Predict the noise in x_t, or what else the model was trained to predict.
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); t: (batch,), times in
     0..999; context: (batch, tokens, width); n_head: a number for each level, from the top;
-    groups: of every group norm; condition: see time_mlp. Returns (batch, h, w, 4).
-    Pruned models have no middle. The shapes: Stable Diffusion 1.5, 512x512, without the batch.
+    groups: of every GroupNorm; condition: see time_mlp. Returns (batch, h, w, 4). Pruned models
+    have no middle. One pass of Stable Diffusion 1.5 (height, width, channels):
+
+        level    on the way down                        on the way up
+          0      (64, 64,  320) -> (32, 32,  320)       -> (64, 64,  320)
+          1      (32, 32,  640) -> (16, 16,  640)       (32, 32,  640) -> (64, 64,  640)
+          2      (16, 16, 1280) -> ( 8,  8, 1280)       (16, 16, 1280) -> (32, 32, 1280)
+          3      ( 8,  8, 1280)                         ( 8,  8, 1280) -> (16, 16, 1280)
     """
-    temb = time_mlp(x, t, condition=condition, **time_embedding)        # (1280,)
-    x = conv2d(x, **conv_in)                                    # (64, 64, 4) -> (64, 64, 320)
+    temb = time_mlp(x, t, condition=condition, **time_embedding)        # (batch, 1280)
+    x = conv2d(x, **conv_in)                                            # (batch, 64, 64, 320)
 
     skips = [x]
-    for heads, block in zip(n_head, down_blocks):               # (32, 32, 320), (16, 16, 640),
-        x, passed = down_block(x, temb, context, heads, groups, **block)
-        skips += passed                                         # (8, 8, 1280), (8, 8, 1280)
+    for heads, block in zip(n_head, down_blocks):
+        x, new_skips = down_block(x, temb, context, heads, groups, **block)
+        skips = skips + new_skips       # 12 in the end: 1 of conv_in, then 3 + 3 + 3 + 2
 
     if mid_block:
-        x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)    # (8, 8, 1280)
+        x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)
 
-    for heads, block in zip(reversed(n_head), up_blocks):       # (16, 16, 1280), (32, 32, 1280),
-        n = len(block["resnets"])                               # (64, 64, 640), (64, 64, 320)
-        skips, used = skips[:-n], skips[-n:]                    # 12 skips in all, 3 a level
+    for heads, block in zip(reversed(n_head), up_blocks):
+        n = len(block["resnets"])
+        skips, block_skips = skips[:-n], skips[-n:]
         size = skips[-1].shape[1:3] if skips else None
-        x = up_block(x, used, size, temb, context, heads, groups, **block)
+        x = up_block(x, block_skips, size, temb, context, heads, groups, **block)
 
-    return conv2d(silu(group_norm(x, groups, 1e-5, **conv_norm_out)), **conv_out)
+    x = silu(group_norm(x, groups, 1e-5, **conv_norm_out))              # (batch, 64, 64, 320)
+    return conv2d(x, **conv_out)                                        # (batch, 64, 64, 4)
 
 
 # ── 6. Diffusion ─────────────────────────────────────────────────────────────────── NOTES §6 ──
 
 
 def alpha_bars(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
-    """Return ᾱ_t, the fraction of x_t's variance that is signal, for t = 0 .. T - 1 (6.4)."""
+    """Return ᾱ_t, the fraction of x_t's variance that is signal, for t = 0 .. T - 1 (6.4).
+
+    This schedule is known as "scaled_linear": linear in √β.
+    """
     beta = np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_train_timesteps) ** 2
     return np.cumprod(1 - beta)
 
@@ -624,18 +647,18 @@ def velocity(x_0, alpha_bar, eps):
 
 def split_prediction(prediction_type, output, x_t, alpha_bar):
     """Turn the model's output into guesses (x̂_0, ε̂): x_t = √ᾱ x̂_0 + √(1 - ᾱ) ε̂ (6.15)."""
-    signal, sigma = alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
+    signal, noise = alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
     if prediction_type == "epsilon":
-        return (x_t - sigma * output) / signal, output
+        return (x_t - noise * output) / signal, output
     if prediction_type == "v_prediction":
-        return signal * x_t - sigma * output, signal * output + sigma * x_t
-    return output, (x_t - signal * output) / sigma      # "sample"
+        return signal * x_t - noise * output, signal * output + noise * x_t
+    return output, (x_t - signal * output) / noise      # "sample"
 
 
 def guide(uncond, cond, scale):
-    """Go `scale` times the way from the unprompted guess to the prompted one (6.17).
+    """Classifier-free guidance: go `scale` times the way from uncond to cond (6.17).
 
-    Classifier-free guidance: Ho and Salimans, 2022.
+    Ho and Salimans, 2022. At 1 this is the prompt alone; above, it goes beyond.
     """
     return uncond + scale * (cond - uncond)
 
@@ -643,16 +666,17 @@ def guide(uncond, cond, scale):
 def evenly_spaced_steps(n, alpha_bars):
     """Return n steps from the noisiest level to the clean picture, evenly spaced in t.
 
-    A step is a triple (t, ᾱ_t, ᾱ of the next level); the last step's next level is 1.
+    A step is a triple (t, ᾱ_t, ᾱ of the next level); the last step's next level is 1. n < 1000.
     """
     t = np.linspace(len(alpha_bars) - 1, 0, n + 1).round().astype(int)[:-1]
     levels = alpha_bars[t].tolist()
     return list(zip(t.tolist(), levels, [*levels[1:], 1.0]))
 
 
-# A sampler walks from noise to a picture. Its arguments: denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); the
-# first x_t; the steps; and noise(), which returns a fresh ε. It yields each x_t that it reaches.
-# Callers may change the yielded array in place: the sampler goes on with what it then holds.
+# A sampler walks from noise to a picture. It is given denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), the first
+# x_t, the steps, and noise(), which returns a fresh ε. It yields each x_t that it reaches, and
+# callers may change that array in place (inpainting does). There are two families: ddim and euler
+# are one method in two coordinates, and so are ddpm and euler_ancestral.
 
 
 def ddpm(denoise, x, steps, noise):
@@ -662,17 +686,15 @@ def ddpm(denoise, x, steps, noise):
         alpha = alpha_bar / alpha_bar_next
         beta = 1 - alpha
 
-        mean = alpha_bar_next ** 0.5 * beta * x_0 + alpha ** 0.5 * (1 - alpha_bar_next) * x
+        mean = (alpha_bar_next ** 0.5 * beta * x_0
+                + alpha ** 0.5 * (1 - alpha_bar_next) * x) / (1 - alpha_bar)
         variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)
-        x = mean / (1 - alpha_bar) + variance ** 0.5 * noise()
+        x = mean + variance ** 0.5 * noise()
         yield x
 
 
 def ddim(denoise, x, steps, noise=None):
-    """Mix the guesses x̂_0 and ε̂ anew for the next level, without fresh noise (6.20).
-
-    Song et al., 2021.
-    """
+    """Noise x̂_0 again with the same ε̂, to the next, lower level (6.20). Song et al., 2021."""
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, eps = denoise(x, t, alpha_bar)
         x = add_noise(x_0, alpha_bar_next, eps)
@@ -685,7 +707,10 @@ def sigma_of(alpha_bar):
 
 
 def euler(denoise, x, steps, noise=None):
-    """Follow dx̄/dσ = ε̂, where x̄ = x_t / √ᾱ, by Euler's method (6.22). Karras et al., 2022."""
+    """Follow dx̄/dσ = ε̂, where x̄ = x_t / √ᾱ, by Euler's method (6.22): ddim in other coordinates.
+
+    Karras et al., 2022.
+    """
     for t, alpha_bar, alpha_bar_next in steps:
         _, eps = denoise(x, t, alpha_bar)
         x_bar = x / alpha_bar ** 0.5
@@ -695,10 +720,7 @@ def euler(denoise, x, steps, noise=None):
 
 
 def euler_ancestral(denoise, x, steps, noise):
-    """Step below the next level, then come back up to it with fresh noise (6.23).
-
-    This is ddpm in other coordinates.
-    """
+    """Step below the next level, then back up to it with fresh noise (6.23): ddpm likewise."""
     for t, alpha_bar, alpha_bar_next in steps:
         _, eps = denoise(x, t, alpha_bar)
         sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
@@ -711,10 +733,10 @@ def euler_ancestral(denoise, x, steps, noise):
 
 
 def dpm_pp_2m(denoise, x, steps, noise=None):
-    """DPM-Solver++ (2M): solve the linear part exactly, extrapolate x̂_0 from two steps (6.28).
+    """DPM-Solver++ (2M): the linear part exactly, x̂_0 extrapolated from two steps (6.26), (6.28).
 
-    Lu et al., 2022, algorithm 2, in λ = log(√ᾱ / √(1 - ᾱ)). The first step has no history, and
-    the last, to λ = ∞, has no use for it: both are of first order.
+    Lu et al., 2022, algorithm 2, in λ = log(√ᾱ / √(1 - ᾱ)). The first step, which has no history,
+    and the last, to λ = ∞, are of first order.
     """
     previous = None
     for t, alpha_bar, alpha_bar_next in steps:
@@ -729,8 +751,8 @@ def dpm_pp_2m(denoise, x, steps, noise=None):
             direction = x_0 + (x_0 - previous_x_0) / (2 * r)
         previous = x_0, lam
 
-        sigma_ratio = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
-        x = sigma_ratio * x + alpha_bar_next ** 0.5 * (1 - exp_minus_h) * direction
+        shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
+        x = shrink * x + alpha_bar_next ** 0.5 * (1 - exp_minus_h) * direction
         yield x
 
 
@@ -741,39 +763,41 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_ancestr
 # ── 7. Training ──────────────────────────────────────────────────────────────────── NOTES §7 ──
 #
 # Three networks are trained one after the other: first the VAE, on pictures; then the text
-# encoder, on pictures with captions; then the U-Net, on the latents and the contexts that the
-# other two give. Torch differentiates through the functions above as they stand.
-# weights/train.py is a complete recipe.
+# encoder, beside an image encoder that is needed no more afterwards, on pictures with captions;
+# then the U-Net, on the latents of the one and the contexts of the other. Autograd works through
+# the functions above unchanged. weights/train.py is a complete recipe.
 
 
-def absolute_error(drawn, picture):
+def l1_loss(picture, reference):
     """Return the mean absolute difference."""
-    return (drawn - picture).abs().mean()
+    return (picture - reference).abs().mean()
 
 
-def vae_loss(picture, eps, vae, groups, error=absolute_error, kl_weight=1e-4):
-    """Return the error of the picture restored from drawn latents, plus a little of the KL (4.3).
+def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
+    """Return the error of a picture reconstructed from sampled latents, plus a small KL (7.1).
 
-    picture: (batch, H, W, 3) in [-1, 1]; eps: standard normal, of the latents' shape.
+    picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). Stable
+    Diffusion's own VAE was trained with LPIPS and a discriminator beside the absolute error.
     """
-    mean, logvar = vae_encode(picture, vae, groups)
+    mean, logvar = vae_encode(picture, vae, groups)             # (batch, h, w, 4) each
     z = mean + (logvar / 2).exp() * eps
     kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
     return error(vae_decode(z, vae, groups), picture) + kl_weight * kl
 
 
-def clip_loss(text, picture, logit_scale):
-    """Each caption of a batch must find its picture, and each picture its caption (3.4).
+def clip_loss(text, image, logit_scale):
+    """Contrastive loss: each caption finds its picture, and each picture its caption (3.4).
 
-    text, picture: (batch, width), rows of length 1; logit_scale: log of the learnt multiplier.
+    text, image: (batch, width), rows of length 1, in the same order; logit_scale: the log of what
+    their scalar products are multiplied by, which is learnt too. Radford et al., 2021.
     """
-    scores = logit_scale.exp() * text @ picture.T       # (batch, batch)
+    scores = logit_scale.exp() * text @ image.T         # (captions, pictures)
     own = scores.diagonal()
     return (scores.logsumexp(1) - own + scores.logsumexp(0) - own).mean() / 2
 
 
 def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
-    """Noise each picture, let the model predict, and return the squared errors (batch,) (7.1).
+    """Noise each picture, let the model predict, and return the squared errors (batch,) (7.3).
 
     predict: a function of x_t. x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1).
     """
@@ -788,28 +812,29 @@ def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
 
 
 def drop_captions(captions, rng, rate=0.1):
-    """Leave out some captions, so that the model also learns to draw without: guidance needs it."""
+    """Empty some captions: the model then also learns the unprompted prediction of guidance."""
     return [caption if rng.random() >= rate else "" for caption in captions]
 
 
 def parameters(*networks):
-    """Return all arrays of some networks (torch tensors), marked to be trained."""
+    """Return all weights of some networks (torch tensors), with requires_grad set."""
     return [array.requires_grad_() for weights in networks for array in flatten(weights).values()]
 
 
-def train(model, optimizer, latents, captions, steps, batch=16, seed=0):
-    """Train the U-Net and the text encoder, which change in place; yield the loss of each step.
+def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
+    """Train the U-Net in place, and yield the loss of each step.
 
-    latents: (n, h, w, 4), scaled, with n captions. optimizer: of torch.optim, over
-    parameters(model.unet, model.text_encoder).
+    latents: (n, h, w, 4), scaled, of n pictures with n captions. optimizer: of torch.optim, over
+    parameters(model.unet), as Stable Diffusion did it, or over parameters(model.unet,
+    model.text_encoder), as weights/train.py does.
     """
     rng = np.random.default_rng(seed)
     config = model.config.unet
     for _ in range(steps):
-        chosen = rng.integers(len(latents), size=batch)
+        chosen = rng.integers(len(latents), size=batch_size)
         x_0 = latents[chosen]
         context = encode_prompts(model, drop_captions([captions[i] for i in chosen], rng))
-        t = rng.integers(len(model.alpha_bars), size=batch)
+        t = rng.integers(len(model.alpha_bars), size=batch_size)
         alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))
 
@@ -829,7 +854,7 @@ def train(model, optimizer, latents, captions, steps, batch=16, seed=0):
 
 @dataclass
 class Model:
-    """A tokenizer, the nested weights of three networks, and the numbers in their configs."""
+    """A tokenizer, the nested weights of three networks, and their configs."""
     name: str
     config: SimpleNamespace = field(repr=False)     # of text_encoder, vae, unet, scheduler
     tokenizer: Tokenizer = field(repr=False)
@@ -840,13 +865,13 @@ class Model:
 
     @property
     def alpha_bars(self):
-        """The noise levels ᾱ_t that the model was trained on."""
+        """The noise levels ᾱ_t that the model was trained on, (1000,)."""
         scheduler = self.config.scheduler
         return alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
 
     @property
     def factor(self):
-        """How many pixels a latent stands for, in each direction."""
+        """How many pixels there are to a latent, along height or width: 8."""
         return 2 ** (len(self.config.vae.block_out_channels) - 1)
 
 
@@ -873,28 +898,30 @@ def encode_prompts(model, texts):
 def denoiser(model, context, guidance, extra_channels=None):
     """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
 
-    context: one row, the prompt's, or two for guidance, the negative prompt's and the prompt's.
-    extra_channels: (batch, h, w, n) that an inpainting model sees beside x_t.
-    x_t is a NumPy array (batch, h, w, 4) whatever the model's library: samplers need no other.
+    context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
+    prompt and the prompt. extra_channels: (batch, h, w, n) that an inpainting model sees beside
+    x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy arrays whatever the model's library.
     """
     config = model.config.unet
     prediction_type = model.config.scheduler.prediction_type
 
     def denoise(x_t, t, alpha_bar):
-        seen = x_t if extra_channels is None else concat(x_t, extra_channels)
+        x = x_t if extra_channels is None else concat(x_t, extra_channels)
         B = len(x_t)
 
-        def predict(rows):      # (rows, tokens, width) -> (rows * B, h, w, 4)
+        def predict(rows):      # for each row of the context, all B pictures
             n = len(rows) * B
-            x = array_like(context, np.concatenate([seen] * len(rows)))
-            words = rows[np.repeat(np.arange(len(rows)), B)]
+            xs = array_like(context, np.concatenate([x] * len(rows)))
+            words = rows[np.repeat(np.arange(len(rows)), B)]            # (n, tokens, width)
             condition = guidance_condition(config, guidance, n)
-            return to_numpy(unet(x, np.full(n, t), words, config.n_head, config.norm_num_groups,
-                                 condition=condition, **model.unet))
+            output = unet(xs, np.full(n, t), words, config.n_head, config.norm_num_groups,
+                          condition=condition, **model.unet)
+            return to_numpy(output)                                     # (n, h, w, 4)
 
         output = map_rows(context, predict)
         if len(context) == 2:
-            output = guide(output[:B], output[B:], guidance)
+            uncond, cond = output[:B], output[B:]
+            output = guide(uncond, cond, guidance)
         return split_prediction(prediction_type, output, x_t, alpha_bar)
 
     return denoise
@@ -907,58 +934,49 @@ def generate(model, prompt, negative="", seeds=(0,), steps=None, guidance=None, 
 
     decode() turns any of them into pictures. Where steps, guidance, sampler, width or height are
     None, the model's own are taken. sampler: a name in SAMPLERS, or a function like those.
-    guidance up to 1 means none. init: a picture (height, width, 3) of uint8 to start from, noised
-    to `strength` of the way. mask: (height, width) of bool, true where init is to be drawn anew.
-    denoiser: a function like the one above. Raises UserError for values out of range.
+    guidance <= 1 turns guidance off. init: a picture (height, width, 3) of uint8 to start from,
+    noised to `strength` of the way. mask: (height, width) of bool, true where init is to be
+    replaced. denoiser: a function like the one above. Raises UserError for values out of range.
     """
-    own_sampler, own_steps, own_guidance = defaults(model)
-    sampler = own_sampler if sampler is None else sampler
-    guidance = own_guidance if guidance is None else guidance
-    n = own_steps if steps is None else steps
-    check_request(model, seeds, n, sampler, mask)
-    if init is not None:
-        height, width = init.shape[:2]
-
-    guided = guidance > 1 and not model.config.unet.time_cond_proj_dim
-    context = encode_prompts(model, [negative, prompt] if guided else [prompt])
-    steps = sampling_steps(sampler, n, model.config.scheduler, model.alpha_bars, karras)
-    noise = torch_noise(seeds, image_size(model, width, height))
-    walk = SAMPLERS.get(sampler, sampler)
+    plan = like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask)
+    context = encode_prompts(model, [negative, prompt] if plan.guided else [prompt])
     if mask is not None:
-        make = functools.partial(denoiser, model, context, guidance)
-        return inpaint(model, init, mask, strength, make, walk, sampler, steps, noise)
+        make_denoiser = functools.partial(denoiser, model, context, plan.guidance)
+        return inpaint(model, init, mask, strength, make_denoiser, plan)
 
-    denoise = denoiser(model, context, guidance)
-    if init is None:                        # text to image: start from noise
-        x_T = initial_scale(model, sampler, steps) * noise()
-        return walk(denoise, x_T, steps, noise)
+    denoise = denoiser(model, context, plan.guidance)
+    if init is None:                            # text to image: from noise
+        x_T = plan.initial_scale * plan.noise()
+        return plan.sampler(denoise, x_T, plan.steps, plan.noise)
 
-    steps = last_steps(steps, strength)     # image to image: start on the way
-    x_0 = encode(model, init, noise())
-    return walk(denoise, add_noise(x_0, steps[0][1], noise()), steps, noise)
+    steps = last_steps(plan.steps, strength)    # image to image: from the noised picture
+    x_0 = encode(model, init, plan.noise())
+    x_t = add_noise(x_0, steps[0][1], plan.noise())
+    return plan.sampler(denoise, x_t, steps, plan.noise)
 
 
-def inpaint(model, init, mask, strength, make_denoiser, walk, sampler, steps, noise):
-    """Draw the masked part of a picture anew; at strength 1 without regard to what was there.
+def inpaint(model, init, mask, strength, make_denoiser, plan):
+    """Replace the masked part of a picture; strength 1 ignores what was there.
 
     A model for inpainting sees the rest of the picture beside x_t; with any other, the rest is put
     back after each step.
     """
     sees_mask = model.config.unet.in_channels > model.config.vae.latent_channels
-    anew = strength == 1
-    x_0 = None if anew and sees_mask else encode(model, init, noise())
-    eps = noise()
-    if anew:
-        x = initial_scale(model, sampler, steps) * eps
+    x_0 = None if strength == 1 and sees_mask else encode(model, init, plan.noise())
+    eps = plan.noise()
+    if strength == 1:
+        steps, x = plan.steps, plan.initial_scale * eps
     else:
-        steps = last_steps(steps, strength)
+        steps = last_steps(plan.steps, strength)
         x = add_noise(x_0, steps[0][1], eps)
 
-    mask_noise = noise()    # drawn in either case, so that the same noise comes next
+    mask_eps = plan.noise()     # drawn in either case, as diffusers does
     if sees_mask:
-        return walk(make_denoiser(masked_picture(model, init, mask, mask_noise)), x, steps, noise)
+        denoise = make_denoiser(masked_picture(model, init, mask, mask_eps))
+        return plan.sampler(denoise, x, steps, plan.noise)
     known = ~mask[::model.factor, ::model.factor, None]         # (h, w, 1)
-    return blend_known(walk(make_denoiser(), x, steps, noise), steps, known, x_0, eps)
+    path = plan.sampler(make_denoiser(), x, steps, plan.noise)
+    return blend_known(path, steps, known, x_0, eps)
 
 
 def masked_picture(model, picture, mask, eps):
@@ -970,17 +988,15 @@ def masked_picture(model, picture, mask, eps):
 
 def blend_known(path, steps, known, x_0, eps):
     """Inpaint with an ordinary model: after each step, reset the known part to x_0, noised."""
-    for x, (_, _, alpha_bar_next) in zip(path, steps):
-        np.copyto(x, add_noise(x_0, alpha_bar_next, eps), where=known)
+    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]       # at last x_0 itself
+    for x, alpha_bar in zip(path, levels):
+        np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
         yield x
 
 
 def last_steps(steps, strength):
-    """Return the part of the steps that image-to-image takes, the last `strength` of them.
-
-    Rounded before it is cut: 50 * 0.58 is 28.999999999999996.
-    """
-    n = min(len(steps), int(round(len(steps) * strength, 9)))
+    """Return the last `strength` of the steps, those that image-to-image takes (8.2)."""
+    n = min(len(steps), int(round(len(steps) * strength, 9)))   # 50 * 0.58 is 28.999999999999996
     require(0 < strength <= 1 and n > 0, f"--strength {strength} of {len(steps)} steps leaves none")
     return steps[-n:]
 
@@ -1062,6 +1078,23 @@ def defaults(model):
     return sampler, 20, scheduler._guidance_scale
 
 
+def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
+    """Return what generate() needs for its arguments, as a record: sampler, steps, guidance, ..."""
+    own_sampler, own_steps, own_guidance = defaults(model)
+    sampler = own_sampler if sampler is None else sampler
+    guidance = own_guidance if guidance is None else guidance
+    n = own_steps if steps is None else steps
+    check_request(model, seeds, n, sampler, init, mask)
+    if init is not None:
+        height, width = init.shape[:2]
+    steps = sampling_steps(sampler, n, model.config.scheduler, model.alpha_bars, karras)
+    return SimpleNamespace(
+        sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
+        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,
+        noise=torch_noise(seeds, image_size(model, width, height)),
+        initial_scale=initial_scale(model, sampler, steps))
+
+
 def image_size(model, width, height):
     """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
     config, factor = model.config, model.factor
@@ -1072,7 +1105,7 @@ def image_size(model, width, height):
     return h, w, config.vae.latent_channels
 
 
-def check_request(model, seeds, steps, sampler, mask):
+def check_request(model, seeds, steps, sampler, init, mask):
     """Raise UserError unless generate() can do what it is asked for."""
     require(isinstance(seeds, (list, tuple, range)) and seeds, f"seeds must be a list: {seeds}")
     require(type(steps) is int and 1 <= steps <= 999, f"--steps {steps} is not from 1 to 999")
@@ -1081,26 +1114,29 @@ def check_request(model, seeds, steps, sampler, mask):
     inpaints = model.config.unet.in_channels > model.config.vae.latent_channels
     require(mask is not None or not inpaints, f"{model.name} is a model for inpainting, which "
                                               "needs a picture and a mask (--init-img, --mask)")
+    require(mask is None or init is not None and mask.shape == init.shape[:2],
+            "a mask needs a picture of its size to start from (--init-img)")
 
 
 def timestep_spacing(sampler, scheduler):
     """Return how the timesteps are spaced: as the config says, else as this sampler's are."""
-    habit = "linspace" if sampler in KARRAS else "leading"
-    return getattr(sampler, "spacing", None) or scheduler.timestep_spacing or habit
+    usual = "linspace" if sampler in KARRAS else "leading"
+    own = getattr(SAMPLERS.get(sampler, sampler), "spacing", None)
+    return own or scheduler.timestep_spacing or usual
 
 
 def timesteps(sampler, n, scheduler):
     """Return n times t, from the noisiest down (9.1)."""
     T, spacing = scheduler.num_train_timesteps, timestep_spacing(sampler, scheduler)
-    if custom := getattr(SAMPLERS.get(sampler), "timesteps", None):
+    if custom := getattr(SAMPLERS.get(sampler, sampler), "timesteps", None):
         return custom(n, T)
     if spacing == "trailing":
         return (T - np.arange(n) * T / n).round() - 1
-    parts = n + (sampler == "dpm++2m")      # which leaves out the last of n + 1 parts
+    m = n + (sampler == "dpm++2m")          # DPM++ takes the first n of n + 1 timesteps
     if spacing == "leading":
-        t = np.arange(parts) * (T // parts) + scheduler.steps_offset
+        t = np.arange(m) * (T // m) + scheduler.steps_offset
     else:
-        t = np.linspace(0, T - 1, parts)
+        t = np.linspace(0, T - 1, m)
     return t[::-1][:n]
 
 
@@ -1139,14 +1175,14 @@ def karras_levels(sampler, sigma, sigmas):
 
 
 def initial_scale(model, sampler, steps):
-    """Return the deviation of the first x_t: 1, but √(1 - ᾱ) for most of Euler's spacings."""
+    """Return the standard deviation of the first x_t: 1, or for Euler's spacings √(1 - ᾱ)."""
     exact = sampler in ("euler", "euler_a") and \
         timestep_spacing(sampler, model.config.scheduler) != "leading"
     return (1 - steps[0][1]) ** 0.5 if exact else 1.0
 
 
 def guidance_condition(config, guidance, batch):
-    """Return what a distilled model is told of its scale of guidance, (batch, n), else None.
+    """Return what a distilled model is told of its scale of guidance, (batch, n), else None (9.5).
 
     Meng et al., 2023: a timestep embedding, sines first, whose last frequency is 1/10000.
     """
@@ -1159,7 +1195,7 @@ def guidance_condition(config, guidance, batch):
 
 
 class Noise:
-    """The stream of torch.randn on a CPU generator with this seed (9.3).
+    """The stream of torch.randn on a CPU generator with this seed (9.3), (9.4).
 
     MT19937; the low 24 bits of each word make a uniform number; Box and Muller's method in blocks
     of 16: of u, the first 8 give radii, the last 8 angles.
@@ -1188,7 +1224,7 @@ class Noise:
 
 
 def box_muller(u):
-    """Turn uniform numbers (16 n,) into standard normal ones."""
+    """Turn uniform numbers (16 n,) into standard normal ones (9.4)."""
     u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
     radius, angle = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
@@ -1215,8 +1251,11 @@ CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows wh
 
 
 def read_config(part, settings):
-    """Return the config of a part, a mapping as its JSON file holds it, as a record."""
+    """Return the config.json of a part as a record, with the defaults filled in."""
     config = SimpleNamespace(**CONFIG_DEFAULTS[part] | settings)
+    if part == "scheduler":
+        require(config.beta_schedule == "scaled_linear",
+                f"the scheduler's beta_schedule {config.beta_schedule!r} is not computed here")
     if part == "unet":      # a number for all levels, or one for each, under either of two names
         heads = config.num_attention_heads or config.attention_head_dim
         levels = len(config.block_out_channels)
@@ -1236,7 +1275,7 @@ def flatten(tree, prefix=""):
 
 
 def nest(flat):
-    """Undo flatten: numbered keys become lists, with None where a layer has no weights."""
+    """Undo flatten; numbered keys become lists."""
     if not isinstance(flat, dict):
         return flat
     tree = {}
@@ -1273,7 +1312,7 @@ def read_safetensors(path):
 
 
 def widen(array):
-    """Turn bfloat16, kept as uint16, into float32, whose upper half it is (10.1)."""
+    """Turn bfloat16, kept as uint16, into float32, of which it is the upper 16 bits (10.1)."""
     if array.dtype != np.uint16:
         return array
     return (array.astype("<u4") << 16).view("<f4")
@@ -1338,22 +1377,25 @@ def current_name(name):
 
 
 def to_backend(array, backend, device="cpu", dtype="float32"):
-    """Move a file's array to where it is computed with; convolutions become (out, kh, kw, in)."""
+    """Move a file's array to the backend, device and dtype; convolutions become channels last."""
     array = widen(array)
     array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
     if backend == "torch":
         return torch_operations()["from_numpy"](np.array(array, order="C"), device, dtype)
     if array.ndim == 4 and array.shape[1] > 1:
-        return array                                    # stays in the file until it is needed
+        return array                                    # stays in the file, and is read when used
     return np.asfortranarray(array, np.float32)         # x @ Wᵀ reads W by columns
 
 
 def assemble(name, settings, arrays, tokenizer, backend=None, device="cpu", dtype="float32"):
     """Return the Model of what read_folder returns; see load."""
+    plain = (device, dtype) == ("cpu", "float32")
+    backend = backend or ("numpy" if plain else "torch")
+    require(plain or backend == "torch", "NumPy computes in float32 on the CPU: "
+            f"--device {device} --dtype {dtype} need --backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
     limit = config["text_encoder"].max_position_embeddings
     tokenizer.length = min(tokenizer.length, limit)     # some say 1e30
-    backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
     types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}    # VAEs overflow in float16
     networks = {part: nest({key: to_backend(array, backend, device, types[part])
                             for key, array in arrays[part].items()}) for part in types}
@@ -1370,8 +1412,14 @@ def load(path, backend=None, device="cpu", dtype="float32"):
     """
     folders = [Path(path), HERE / "weights" / path]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    require(folder, f"there is no folder {folders[0]}, nor {folders[1]}")
-    return assemble(folder.resolve().name, *read_folder(folder), backend, device, dtype)
+    require(folder, f"there is no folder {' nor '.join(map(str, dict.fromkeys(folders)))}: name "
+                    "one that diffusers wrote (extras.formats.load takes more)")
+    parts = read_folder(folder)
+    try:
+        return assemble(folder.resolve().name, *parts, backend, device, dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its configs do not describe a Stable Diffusion: "
+                        f"{error!r}") from None
 
 
 # ── 11. The small program ────────────────────────────────────────────────────────────────────────
@@ -1379,17 +1427,17 @@ def load(path, backend=None, device="cpu", dtype="float32"):
 OPTIONS = [     # (heading, flags, type or choices, default, help); extras/cli.py has more
     ("what to draw", "words", str, None, "the prompt"),
     ("what to draw", "-p --prompt", str, None, "the same, as an option"),
-    ("what to draw", "-n --negative-prompt", str, "", "what to keep away from"),
+    ("what to draw", "-n --negative-prompt", str, "", "what to avoid"),
     ("what to draw", "-s --seed", int, 0, "(%(default)s)"),
     ("model", "-m --model", str, None, "a folder, or a name in weights/ (emoji)"),
     ("sampling", "--steps", int, None, "(20, fewer for distilled models)"),
     ("sampling", "--cfg-scale --guidance-scale", float, None,
-     "how much the prompt is stressed (7.5, or the model's own)"),
+     "guidance: how much to stress the prompt (7.5, or the model's own)"),
     ("sampling", "--sampler", SAMPLERS, None, "(the model's own)"),
     ("size", "-W --width", int, None, "in pixels (the model's own size)"),
     ("size", "-H --height", int, None, None),
     ("from a picture", "-i --init-img", str, None, "a picture to start from"),
-    ("from a picture", "--strength", float, None, "how far to leave it (0.75; with a mask 1)"),
+    ("from a picture", "--strength", float, None, "how much to change it, 0 to 1 (0.75)"),
     ("output", "-o --output", Path, Path("out.png"), "the file to write (%(default)s)"),
     ("hardware", "--backend", ("numpy", "torch"), None, "numpy, unless a GPU is asked for"),
     ("hardware", "--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
@@ -1419,7 +1467,7 @@ def option_parser(options, **settings):
 
 
 def draw(args):
-    """Draw one picture and save it under a name that is free."""
+    """Draw one picture and save it, unless the file is there already."""
     from PIL import Image, ImageOps
     from tqdm import tqdm
     prompt = args.words if args.prompt is None else args.prompt
@@ -1433,7 +1481,8 @@ def draw(args):
         picture = Image.open(args.init_img).convert("RGB")
         init = np.asarray(ImageOps.fit(picture, (w * model.factor, h * model.factor)))
     walk = generate(model, prompt, args.negative_prompt, [args.seed], args.steps, args.cfg_scale,
-                    args.sampler, False, args.width, args.height, init, args.strength or 0.75)
+                    args.sampler, False, args.width, args.height, init,
+                    0.75 if args.strength is None else args.strength)
     *_, x = tqdm(walk, unit="step")
 
     png = io.BytesIO()

@@ -4,11 +4,13 @@ Whatever is wrong raises tiny_sd.UserError, a line that names it.
 """
 
 import contextlib
+import difflib
 import math
 import re
 from pathlib import Path
 
-from tiny_sd import (ACTIVATIONS, CONFIG_DEFAULTS, flatten, read_config, require, shorten, tell)
+from tiny_sd import (ACTIVATIONS, CONFIG_DEFAULTS, SCHEDULERS, flatten, read_config, require,
+                     shorten)
 
 # ── Configs ─────────────────────────────────────────────────────────────────────────────────────
 #
@@ -43,7 +45,9 @@ CONFIG_FIELDS = {
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
     "text_encoder": {"layer_norm_eps": 1e-5},
-    "vae": {"act_fn": "silu", "mid_block_add_attention": True},
+    "vae": {"act_fn": "silu", "mid_block_add_attention": True, "shift_factor": None,
+            "latents_mean": None, "latents_std": None, "use_quant_conv": True,
+            "use_post_quant_conv": True},
     "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
              "resnet_time_scale_shift": "default", "only_cross_attention": False,
              "center_input_sample": False, "dual_cross_attention": False, "class_embed_type": None,
@@ -80,11 +84,9 @@ def checked_config(part, settings):
         settings["_class_name"] = ""
     for name, value in FIXED[part].items():
         given = settings.get(name, value)
-        if given not in (value, None) and part == "scheduler":
-            tell(f"the scheduler's {name} is {value!r} here, not {shorten(repr(given))}")
-        else:
-            require(given in (value, None) or given in ([value], [value] * 4),
-                    f"the {part}'s {name} {shorten(repr(given))} is not computed here")
+        levels = [value] * len(given) if isinstance(given, list) else None
+        require(part == "scheduler" or given in (value, None) or given and given == levels,
+                f"the {part}'s {name} {shorten(repr(given))} is not computed here")
     levels = settings.get("block_out_channels")
     if part in ("unet", "vae"):
         require(allows([WIDTH], levels),
@@ -95,6 +97,25 @@ def checked_config(part, settings):
         value = getattr(config, name)
         require(allows(allowed, value), f"the {part}'s {name} cannot be {shorten(repr(value))}")
     return config
+
+
+def replaced_settings(settings):
+    """Return a line for each thing that a scheduler's config says and that is otherwise here."""
+    scheduler, lines = settings["scheduler"], []
+    for name, value in FIXED["scheduler"].items():
+        given = scheduler.get(name, value)
+        if given not in (value, None):
+            lines.append(f"the scheduler's {name} is {value!r} here, not {shorten(repr(given))}")
+    kind = scheduler.get("_class_name") or ""
+    if kind and kind not in SCHEDULERS:
+        lines.append(f"the scheduler {shorten(kind)} is not known here: dpm++2m draws instead")
+    return lines
+
+
+def nearest(word, known):
+    """Return "; did you mean ...?" if one of the known words is like this one."""
+    found = difflib.get_close_matches(word[:60].lower(), list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def check_configs(settings, tokenizer):

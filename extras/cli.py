@@ -1,20 +1,29 @@
 """The command line: every option of `python tiny_sd.py`, and what is done for them."""
 
+import argparse
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
-from extras import fast, samplers  # noqa: F401  (first: it sets up BLAS before NumPy is loaded)
+from extras import fast  # noqa: F401, I001  (first: it sets up BLAS before NumPy is loaded)
+from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
 from extras import files, formats
-from extras.checks import check_memory
-from tiny_sd import OPTIONS, UserError, require, tell
+from extras.checks import check_memory, nearest
+from extras.samplers import sampler_named
+from tiny_sd import KARRAS, OPTIONS, SAMPLERS, UserError, require, tell
+
+tqdm.monitor_interval = 0       # needs no thread of its own
+
+# ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def lora(text):
@@ -23,10 +32,39 @@ def lora(text):
     return file, float(weight or 1)
 
 
+def sampler(text):
+    """Return a sampler's name here for one that people know it by, with " Karras" if it has that.
+
+    An error names the nearest.
+    """
+    name, karras = sampler_named(text) or (None, False)
+    if name is None:
+        raise argparse.ArgumentTypeError(f"there is no {text!r}, but {', '.join(SAMPLERS)}"
+                                         f"{nearest(text, SAMPLERS)}")
+    return name + " Karras" * karras
+
+
+def output(text):
+    """Return the file that -o names: of a folder, written with a slash at its end, out.png."""
+    return Path(text, "out.png") if text.endswith(("/", os.sep)) else Path(text)
+
+
+CHANGED = {     # what these options take here beside what they take in tiny_sd.py
+    "-s --seed": (int, 0, "-1 draws one at random (%(default)s)"),
+    "-m --model": (str, None, "a folder, a .safetensors file, a name in weights/, OWNER/NAME on the "
+                   f"Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
+    "--sampler": (sampler, None, f"{', '.join(SAMPLERS)}, by these names or those of other "
+                                 "programs (the model's own)"),
+    "-o --output": (output, Path("out.png"), "the .png, .jpg or .webp to write, or a folder/; "
+                    "{seed} and {prompt} in the name are filled in (%(default)s)"),
+}
+
+
 def option_parser(**settings):
     """Return the parser of all options: those of tiny_sd.py, and these."""
-    parser = tiny_sd.option_parser(OPTIONS, **settings)
-    what, model, sampling, start, output, hardware = (
+    table = [(heading, flags, *CHANGED.get(flags, rest)) for heading, flags, *rest in OPTIONS]
+    parser = tiny_sd.option_parser(table, **settings)
+    what, model, sampling, start, files_out, hardware = (
         parser.sections[heading].add_argument for heading in
         ("what to draw", "model", "sampling", "from a picture", "output", "hardware"))
     what("-b", "--batch-size", type=int, default=1, metavar="N",
@@ -40,37 +78,49 @@ def option_parser(**settings):
              help="what the U-Net predicts (as the model's config says)")
     sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
     start("--mask", metavar="FILE", help="a picture, white where the first is to be drawn anew")
-    output("--preview", type=Path, metavar="PNG",
-           help="a new file, or a preview, to show in small what each step expects")
-    output("--show", type=Path, metavar="DIR",
-           help="a new folder for pictures of what is computed on the way")
-    output("--explain", action="store_true",
-           help="draw nothing: print the prompt's tokens and the model's parts")
+    files_out("--preview", type=Path, metavar="PNG",
+              help="a new file, or a preview, to show in small what each step expects")
+    files_out("--show", type=Path, metavar="DIR",
+              help="a new folder for pictures of what is computed on the way")
+    files_out("--explain", action="store_true",
+              help="draw nothing: print the prompt's tokens and the model's parts")
     hardware("--formulas", action="store_true",
              help="compute by tiny_sd.py's formulas alone, slowly")
-    parser.epilog = ("--model takes a folder, a .safetensors file, a name in weights/, OWNER/NAME "
-                     f"on the Hugging Face hub, or one of {', '.join(formats.HUB)}.")
     return parser
 
 
+def parse_known(parser, argv):
+    """Return the parsed arguments; UserError, with a hint, if something is left over."""
+    args, left = parser.parse_known_args(argv)
+    flags = [word for word in left if word.startswith("-")]
+    if left and not flags and isinstance(args.words, str):
+        parser.error(f'quote the prompt: "{" ".join([args.words, *left])}"')
+    if left:
+        hint = nearest(flags[0].partition("=")[0], parser._option_string_actions) if flags else ""
+        parser.error(f"unrecognized arguments: {' '.join(left)}{hint}")
+    return args
+
+
 def parse_arguments(argv, **settings):
-    """Return the command line as a namespace, filled in as far as no model is needed for that."""
+    """Return the command line as a namespace, filled in as far as no model is needed for that.
+
+    Its notes are lines to print as soon as drawing begins.
+    """
     parser = option_parser(**settings)
-    args = parser.parse_args(argv)
+    args, notes = parse_known(parser, argv), []
     if args.like and not args.prompts:
-        recorded = files.recorded(args.like)
         check_one_prompt(args, parser, at_least=0)
-        args = parser.parse_args(recorded + argv)
+        recorded, left = files.recorded(args.like)
+        notes = not_taken_up(args, left)
+        if args.sampler and args.sampler not in KARRAS:
+            recorded.pop("karras", None)
+        flags = [f"--{key}" if value is None else f"--{key}={value}"
+                 for key, value in recorded.items()]
+        args = parse_known(parser, flags + argv)
     else:
         check_one_prompt(args, parser, at_least=1)
-    prompt = (args.prompt or "") if args.words is None else args.words
-    args.prompt, args.negative_prompt = (
-        files.printable("--" if text == [] else text) for text in (prompt, args.negative_prompt))
-
-    if args.strength is None:
-        args.strength = 0.75 if args.mask is None else 1.0
-    if args.backend is None:
-        args.backend = "numpy" if args.device == "cpu" else "torch"
+    args.notes = notes
+    complete(args)
     check_arguments(args)
     return args
 
@@ -79,7 +129,39 @@ def check_one_prompt(args, parser, at_least):
     """UserError unless there is one prompt, or with --like at most one."""
     given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
     if not at_least <= given <= 1:
-        parser.error("give one prompt")
+        parser.error("give one prompt, in quotes")
+
+
+def not_taken_up(args, left):
+    """Return a line for each recorded fact that neither --like nor a flag beside it takes up."""
+    flags = {"Model": ("--model", args.model), "Lora": ("--lora", args.lora),
+             "Denoising strength": ("--init-img", args.init_img)}
+    lines = []
+    for fact, value in left.items():
+        flag, given = flags.get(fact, (None, None))
+        if not given:
+            hint = f": give it with {flag}" if flag else ""
+            lines.append(f"--like {args.like}: {fact} {value} is not taken up{hint}")
+    return lines[:10]
+
+
+def complete(args):
+    """Fill in what is not given."""
+    prompt = (args.prompt or "") if args.words is None else args.words
+    args.prompt, args.negative_prompt = (
+        files.printable("--" if text == [] else text) for text in (prompt, args.negative_prompt))
+    if args.sampler:
+        args.sampler, _, spacing = args.sampler.partition(" ")
+        args.karras = args.karras or spacing != ""
+    if args.model is None:
+        args.model = str(tiny_sd.HERE / "weights" / "emoji")
+    args.any_seed = args.seed == -1
+    if args.any_seed:
+        args.seed = secrets.randbelow(2 ** 32)
+    if args.strength is None:
+        args.strength = 0.75 if args.mask is None else 1.0
+    if args.backend is None:
+        args.backend = "numpy" if args.device == "cpu" else "torch"
 
 
 def check_arguments(args):
@@ -97,7 +179,7 @@ def check_arguments(args):
     require(0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1")
     require(args.mask is None or args.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
-    require(not args.karras or args.sampler in (None, *tiny_sd.KARRAS),
+    require(not args.karras or args.sampler in (None, *KARRAS),
             f"--karras does not go with --sampler {args.sampler}")
     require(not args.show or not args.explain, "--explain draws nothing that --show could show")
     require(not args.prompts or not (args.show or args.explain),
@@ -107,14 +189,25 @@ def check_arguments(args):
 
 def check_outputs(args):
     """UserError where a file could not be written at the end."""
-    suffixes = {"output": files.SUFFIXES, "preview": (".png",)}
-    for option, path in (("output", args.output), ("preview", args.preview or args.output)):
-        require(path.suffix.lower() in suffixes[option] or path == args.output,
-                f"--{option} {path} does not end in .png")
-        require(path.suffix.lower() in files.SUFFIXES,
-                f"--{option} {path} does not end in .png (nor in .jpg or .webp)")
+    require(not args.output.is_dir() or args.output == Path(),
+            f"--output {args.output} is a folder: {args.output}/ writes into it")
+    suffix = args.output.suffix.lower()
+    require(suffix in files.SUFFIXES, f"--output {args.output} does not end in .png (nor in .jpg "
+                                      "or .webp)")
+    require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
+    require(args.preview is None or args.preview.suffix.lower() == ".png",
+            f"--preview {args.preview} does not end in .png")
+    for path in filter(None, (args.output, args.preview)):
         require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
         require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            path.lstat()        # fails where a name is too long
+        page = args.show and args.show.resolve()
+        require(page not in (path.resolve(), *path.resolve().parents),
+                f"--show {args.show} needs a folder of its own, without {path}")
+
+
+# ── Lists of prompts ────────────────────────────────────────────────────────────────────────────
 
 
 def read_prompts(args, argv):
@@ -125,34 +218,75 @@ def read_prompts(args, argv):
         raise UserError(f"the prompts cannot be read: {error}") from None
     jobs = []
     for number, line in enumerate(text.split("\n"), 1):
-        words = re.sub(r"(^|(?<=\s))#.*", "", " ".join(line.split()))
-        prompt, *flags = re.split(r" (?=--?[A-Za-z])", words.strip(), maxsplit=1)
+        words = " ".join(line.split())
+        kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
+        prompt, *flags = re.split(r" (?=--?[A-Za-z])", kept.strip(), maxsplit=1)
         if not prompt:
             continue
         target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
         try:
-            given = [*argv, f"--prompts={args.prompts}", *shlex.split("".join(flags)),
-                     f"--output={target}"]
-            job = parse_arguments(given, add_help=False)
-            for file in filter(None, (job.init_img, job.mask)):
-                require(Path(file).exists(), f"{file} is not there")
+            job = line_arguments(args, [*argv, f"--prompts={args.prompts}",
+                                        *shlex.split("".join(flags)), f"--output={target}"])
         except ValueError as error:
             raise UserError(f"{args.prompts}, line {number}: {error}") from None
-        fixed = ("model", "lora", "backend", "device", "dtype", "prediction", "preview")
-        require(all(getattr(job, name) == getattr(args, name) for name in fixed),
-                f"{args.prompts}, line {number}: the model and --preview are the same for all "
-                "lines")
-        job.prompt = prompt
-        if not all(path.exists() for path in numbered(target, job.batch_size)):
+        job.prompt = files.printable(prompt)
+        if mark and comment[:1].strip():
+            job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a comment")
+        if not is_drawn(job):
             jobs.append(job)
     return jobs
 
 
-def numbered(path, n):
-    """Return the names of n pictures."""
-    if n == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{k:03d}") for k in range(n)]
+def line_arguments(args, argv):
+    """Return the arguments of a line, whose flags follow the command's."""
+    job = parse_arguments(argv, add_help=False)
+    for file in filter(None, (job.init_img, job.mask)):
+        require(Path(file).exists(), f"{file} is not there")
+    fixed = ("model", "lora", "backend", "device", "dtype", "prediction", "preview", "formulas")
+    require(all(getattr(job, name) == getattr(args, name) for name in fixed),
+            "the model and --preview are the same for all lines")
+    return job
+
+
+def is_drawn(job):
+    """Are all pictures of a line there, by its prompts and seeds, so far as pictures say?"""
+    words = files.words_text(job.prompt, job.negative_prompt)
+    for seed, path in zip(seeds_of(job), output_names(job)):
+        for name in files.free_names(path):
+            if not os.path.lexists(name):
+                return False
+            text = recorded_text(name)
+            same_seed = job.any_seed or f", Seed: {seed}," in text
+            if not text or text.startswith(f"{words}Steps: ") and same_seed:
+                break
+    return True
+
+
+def recorded_text(path):
+    """Return the text recorded in a picture, none if it is no picture."""
+    with contextlib.suppress(UserError):
+        return files.recorded_text(path)
+    return ""
+
+
+def seeds_of(args):
+    """Return the seed of each picture."""
+    return [args.seed + k for k in range(args.batch_size)]
+
+
+def output_names(args):
+    """Return the name of each picture, numbered unless it has its seed in it."""
+    path, seeds = args.output, seeds_of(args)
+    words = re.sub(r"[^\w-]+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore")
+    stem = path.stem.replace("{prompt}", words or "picture")
+    if "{seed}" in stem:
+        return [path.with_stem(stem.replace("{seed}", str(seed))) for seed in seeds]
+    if len(seeds) == 1:
+        return [path.with_stem(stem)]
+    return [path.with_stem(f"{stem}-{k:03d}") for k in range(len(seeds))]
+
+
+# ── What is done for them ───────────────────────────────────────────────────────────────────────
 
 
 def run(argv):
@@ -165,29 +299,45 @@ def run(argv):
     if not jobs and ranks == 1:
         return tell(f"{args.prompts} has no prompt whose picture is not there yet")
 
+    film, denoiser = watchers(args)
+    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora)
+    if args.prediction:
+        kind = args.prediction + "_prediction" * (args.prediction == "v")
+        model.config.scheduler.prediction_type = kind
+    if args.explain:
+        from extras import show
+        h, w, _ = tiny_sd.image_size(model, args.width, args.height)
+        return show.explain(model, args.prompt, w * model.factor, h * model.factor)
+
+    start = time.monotonic()
+    for number, job in enumerate(jobs):
+        title = queue_title(number, len(jobs), time.monotonic() - start)
+        x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
+    if film:
+        print(film.save(x, args.prompt, seeds_of(args)))
+    if args.prompts and ranks > 1:
+        wait_for_other_ranks()
+    return None
+
+
+def watchers(args):
+    """Return the film of --show, or None, and the denoiser to draw with."""
     film, denoiser = None, tiny_sd.denoiser
-    if args.show or args.explain or args.preview:
+    if args.show or args.preview:
         from extras import show
         if args.show:
             film = denoiser = show.Film(args.show)
         if args.preview:
             denoiser = show.previewer(args.preview, denoiser)
-    model = formats.load(args.model or tiny_sd.HERE / "weights" / "emoji", args.backend,
-                         args.device, args.dtype, args.lora)
-    if args.prediction:
-        kind = args.prediction + "_prediction" * (args.prediction == "v")
-        model.config.scheduler.prediction_type = kind
-    if args.explain:
-        h, w, _ = tiny_sd.image_size(model, args.width, args.height)
-        return show.explain(model, args.prompt, w * model.factor, h * model.factor)
+    return film, denoiser
 
-    for job in jobs:
-        x, seeds = draw(model, job, denoiser, last=job is jobs[-1])
-    if film:
-        print(film.save(x, args.prompt, seeds))
-    if args.prompts and ranks > 1:
-        wait_for_other_ranks()
-    return None
+
+def queue_title(number, total, seconds):
+    """Return "3 of 7, 01:20 left": what the bar says of a list of prompts, None of one picture."""
+    if total == 1:
+        return None
+    left = f", {tqdm.format_interval(seconds / number * (total - number))} left" if number else ""
+    return f"{number + 1} of {total}{left}"
 
 
 def torchrun_rank():
@@ -200,14 +350,16 @@ def torchrun_rank():
 
 def wait_for_other_ranks():
     """Wait, however long it takes: torchrun ends all processes when one ends."""
+    if "MASTER_ADDR" not in os.environ:     # it was not torchrun
+        return
     import torch.distributed as dist
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def draw(model, args, denoiser=tiny_sd.denoiser, last=False):
-    """Draw and save the pictures that args ask for; return their latents and seeds.
+def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
+    """Draw and save the pictures that args ask for; return their latents.
 
     While the last of all are drawn, this program's model loses each network that has done its
     work: the rest need the memory.
@@ -216,27 +368,34 @@ def draw(model, args, denoiser=tiny_sd.denoiser, last=False):
     height, width = h * model.factor, w * model.factor
     fill_in(model, args)
     check_picture_memory(model, args, width, height)
-    init, mask = (file and files.read_picture(file, width, height)
-                  for file in (args.init_img, args.mask))
-    if mask is not None:
-        mask = mask.mean(axis=-1) > 127.5
+    formats.check_unchanged(model)
+    walk = start_walk(model, args, width, height, denoiser)
+    for note in args.notes:
+        tell(note)
 
-    seeds = [args.seed + k for k in range(args.batch_size)]
-    walk = tiny_sd.generate(model, args.prompt, args.negative_prompt, seeds, args.steps,
-                            args.cfg_scale, args.sampler, args.karras, width, height, init,
-                            args.strength, mask, denoiser)
-    total = args.steps if init is None else int(round(args.steps * args.strength, 9))
+    total = args.steps if args.init_img is None else int(round(args.steps * args.strength, 9))
     if last:
         model.text_encoder = None
-    for x in tqdm(walk, total=total, unit="step"):      # noqa: B007
+    for x in tqdm(walk, desc=title, total=total, unit="step"):      # noqa: B007
         pass
     if last:
         model.unet = None
-    names = numbered(args.output, len(seeds))
-    for seed, path, pixels in zip(seeds, names, tiny_sd.decode(model, x)):
+    formats.check_unchanged(model)
+    for seed, path, pixels in zip(seeds_of(args), output_names(args), tiny_sd.decode(model, x)):
         text = files.parameters_text(args, model, seed, width, height)
         print(files.save_picture(pixels, path, text), flush=True)
-    return x, seeds
+    return x
+
+
+def start_walk(model, args, width, height, denoiser):
+    """Return the generator of latents that args ask for."""
+    init, mask = (None if file is None else files.read_picture(file, width, height, args.notes)
+                  for file in (args.init_img, args.mask))
+    if mask is not None:
+        mask = mask.mean(axis=-1) > 127.5
+    return tiny_sd.generate(model, args.prompt, args.negative_prompt, seeds_of(args), args.steps,
+                            args.cfg_scale, args.sampler, args.karras, width, height, init,
+                            args.strength, mask, denoiser)
 
 
 def fill_in(model, args):

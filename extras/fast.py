@@ -5,8 +5,9 @@
 
 Importing this file changes the process: OpenBLAS and Accelerate compute on one thread, since the
 threads here would fight with theirs, on AMD's Zen 3 and 4 without AVX-512, which those compute in
-halves; and from the first large array on glibc keeps freed memory for the next one. Import it
-before NumPy where you can: the choice of kernels can be made only then.
+halves (set as environment variables, which child processes inherit); and from the first
+operation on glibc keeps freed memory for the next one. Import it before NumPy where you can: the
+choice of kernels can be made only then.
 
 A form stands for one exact formula. Edit the formula in tiny_sd.py, and its form steps aside with
 a line on stderr: what you see is what you wrote. tests/test_fast.py compares each form with its
@@ -29,8 +30,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-for library in ("OPENBLAS", "VECLIB_MAXIMUM"):
-    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+for variable in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 with contextlib.suppress(OSError):
     if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", Path("/proc/cpuinfo").read_text()):
         os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
@@ -48,17 +49,19 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
 # ── Which form stands for which formula ─────────────────────────────────────────────────────────
 
 FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
-    "conv2d": "502c2bf1", "dot_product_attention": "2ba1e150", "gelu": "7ae8a740",
-    "group_norm": "0599637b", "layer_norm": "5dcef6f5", "linear": "1efcd477",
-    "map_rows": "e928a661", "sigmoid": "15c5e7b2", "silu": "03324152", "softmax": "b6e6a9e0"}
+    "conv2d": "ca01228e", "dot_product_attention": "8056ed04", "gelu": "ab9e3eba",
+    "group_norm": "345ae5cf", "layer_norm": "a82d26ba", "linear": "d6a3e2f9",
+    "map_rows": "232d63b2", "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
 
 
 def fingerprint(formula):
-    """Return a short hash of a function's code, without its comments, docstring and layout."""
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    """Return a short hash of a function's code, without its comments, docstring and spacing."""
+    marks = {tokenize.NEWLINE: "NEWLINE", tokenize.INDENT: "INDENT", tokenize.DEDENT: "DEDENT"}
     source = inspect.getsource(formula)
-    words = [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
-             if token.type not in skipped and not token.string.startswith('"""')]
+    words = [marks.get(token.type, token.string)
+             for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type not in (tokenize.COMMENT, tokenize.NL)
+             and not token.string.startswith('"""')]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
 
 

@@ -1,4 +1,7 @@
-"""Pictures in and out: read any picture, write one whole or not at all, and record how it was made."""
+"""Pictures in and out.
+
+Read any picture; write one whole or not at all, and never over another; record how it was made.
+"""
 
 import contextlib
 import itertools
@@ -6,7 +9,9 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +19,15 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import tiny_sd
-from tiny_sd import UserError, require
+from extras.samplers import TITLES, sampler_named
+from tiny_sd import UserError, require, tell
 
-SAMPLER_TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a",
-                  "dpm++2m": "DPM++ 2M", "plms": "PLMS", "lcm": "LCM"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
-NOT_A_PICTURE = (OSError, ValueError, SyntaxError, EOFError, MemoryError,
-                 Image.DecompressionBombError, Image.DecompressionBombWarning)
+NOT_A_PICTURE = (    # what Pillow raises, for all the ways in which a file can be broken
+    OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, AttributeError,
+    ArithmeticError, RecursionError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
@@ -32,7 +39,7 @@ def opened(path):
             with Image.open(path) as picture:
                 yield picture
     except NOT_A_PICTURE as error:
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path} is not a picture that can be read: {reason}") from None
 
 
@@ -50,24 +57,32 @@ def eight_bits(picture):
     return picture
 
 
-def read_picture(path, width, height):
+def read_picture(path, width, height, notes=None):
     """Return a picture file as (height, width, 3) uint8.
 
     It is turned upright, laid on white where it is transparent, resized and cut at the centre.
+    notes: a list that gets a line if something is cut off.
     """
     with opened(path) as file:
         picture = eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
+        w, h = picture.size
+        if notes is not None and abs(w * height - h * width) >= max(w, h):
+            notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         return np.asarray(picture)
 
 
 @contextlib.contextmanager
-def write_atomically(path):
-    """Yield a new name beside path to write a file or folder to; what stays there is removed."""
-    unfinished = path.with_name(f".tiny_sd-{secrets.token_hex(8)}.part")
+def write_atomically(path, inside=False):
+    """Yield a new name to write a file or folder to; what stays there in the end is removed.
+
+    The name is beside path, or inside of it, if that is a folder on which nothing can be put.
+    """
+    name = f".tiny_sd-{secrets.token_hex(8)}.part"
+    unfinished = path / name if inside else path.with_name(name)
     try:
         yield unfinished
     except OSError as error:
@@ -87,15 +102,23 @@ def save_picture(pixels, path, parameters):
     with write_atomically(path) as unfinished:
         with open(unfinished, "xb") as file:
             write_picture(Image.fromarray(pixels), file, path.suffix.lower(), parameters)
-        for number in itertools.count():
-            target = path.with_stem(f"{path.stem}-{number}") if number else path
+        for target in free_names(path):
             try:
                 os.link(unfinished, target)     # which, unlike renaming, refuses a taken name
-            except OSError:
-                if os.path.lexists(target):
+            except OSError:     # it is taken, or this file system, as on USB sticks, has no links
+                try:
+                    open(target, "xb").close()
+                except FileExistsError:
                     continue
-                os.rename(unfinished, target)   # some file systems, as on USB sticks, have no links
+                os.replace(unfinished, target)
             return target
+
+
+def free_names(path):
+    """Yield a.png, a-1.png, a-2.png, ...: all the names to try."""
+    yield path
+    for number in itertools.count(1):
+        yield path.with_stem(f"{path.stem}-{number}")
 
 
 def write_picture(picture, file, suffix, parameters):
@@ -104,14 +127,13 @@ def write_picture(picture, file, suffix, parameters):
         info = PngInfo()
         info.add_text("parameters", parameters)
         return picture.save(file, "PNG", pnginfo=info)
-    exif = Image.Exif()
     comment = b"UNICODE\0" + parameters.encode("utf-16-be", errors="replace")
-    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-    kind = "WEBP" if suffix == ".webp" else "JPEG"
-    return picture.save(file, kind, quality=95, exif=exif)
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+    exif = Image.Exif()
+    if len(comment) < 65000:
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
+    else:
+        tell(f"the prompt is too long to be recorded in a {suffix} file")
+    return picture.save(file, "WEBP" if suffix == ".webp" else "JPEG", quality=95, exif=exif)
 
 
 # ── How a picture was made ──────────────────────────────────────────────────────────────────────
@@ -127,7 +149,7 @@ def parameters_text(args, model, seed, width, height):
     def plain(text):        # no comma or colon inside a value
         return re.sub("[,:]", " ", printable(text))
 
-    sampler = SAMPLER_TITLES.get(args.sampler, args.sampler) + (" Karras" if args.karras else "")
+    sampler = plain(TITLES.get(args.sampler, args.sampler)) + (" Karras" if args.karras else "")
     loras = " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)
     facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg_scale, "Seed": seed,
              "Size": f"{width}x{height}", "Model hash": model.digest, "Model": plain(model.name),
@@ -135,7 +157,13 @@ def parameters_text(args, model, seed, width, height):
              "Prediction": args.prediction or "", "RNG": "CPU",
              "Version": f"tiny_sd {tiny_sd.__version__}"}
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
-    return f"{args.prompt}\nNegative prompt: {args.negative_prompt}\n{line}"
+    return f"{words_text(args.prompt, args.negative_prompt)}{line}"
+
+
+def words_text(prompt, negative):
+    """Return the first lines of a picture's text, in which only the last mark is one."""
+    negative = negative.replace("\nNegative prompt:", " Negative prompt:")
+    return f"{prompt}\nNegative prompt: {negative}\n"
 
 
 def recorded_text(path):
@@ -148,28 +176,56 @@ def recorded_text(path):
     return text if isinstance(text, str) else ""
 
 
+def recorded_facts(line):
+    """Return {key: value} of a line "Steps: 20, Sampler: ...", where quotes protect commas."""
+    pieces = line[:10000].split('"')
+    pieces[1::2] = [piece.replace(",", " ") for piece in pieces[1::2]]
+    pairs = [part.partition(":") for part in " ".join(pieces).split(",")]
+    return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+
+
+READ_OTHERWISE = {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Schedule type", "Prediction",
+                  "Denoising strength", "Model", "Model hash", "Version"}
+
+
 def recorded(path):
-    """Return {option: value} that draw a picture again; see parameters_text."""
+    """Return {option: value} that draw a picture again, and {fact: value} without an option."""
     words, _, line = recorded_text(path).rpartition("Steps: ")
-    prompt, mark, negative = words.rpartition("Negative prompt:")
-    pairs = [part.partition(": ") for part in f"Steps: {line[:10000]}".split(",")]
-    facts = {key.strip(): value.strip() for key, _, value in pairs}
-    title = facts.get("Sampler", "").removesuffix(" Karras")
-    sampler = next((name for name, known in SAMPLER_TITLES.items() if known == title), None)
+    prompt, mark, negative = f"\n{words}".rpartition("\nNegative prompt:")
+    facts = recorded_facts(f"Steps: {line}")
+    title = facts.get("Sampler", "")
+    sampler, karras = sampler_named(title) or (None, False)
     require({"Steps", "Seed", "Size"} <= facts.keys() and sampler, f"{path} does not say how it "
             f"was made, or by a sampler that is unknown here ({title or 'none'})")
 
     width, _, height = facts["Size"].partition("x")
-    options = {"prompt": (prompt if mark else words).removesuffix("\n"),
-               "negative-prompt": negative.strip() if mark else "", "steps": facts["Steps"],
-               "seed": facts["Seed"], "width": width, "height": height, "sampler": sampler,
-               "cfg-scale": facts.get("CFG scale", "7.5")}
-    if "Denoising strength" in facts:
-        options["strength"] = facts["Denoising strength"]
-    if "Prediction" in facts:
-        options["prediction"] = facts["Prediction"]
-    name = facts.get("Model", "")
-    if re.fullmatch(r"\w[\w .-]*", name) and (tiny_sd.HERE / "weights" / name).is_dir():
-        options["model"] = name
-    karras = "Karras" in facts["Sampler"] or facts.get("Schedule type") == "Karras"
-    return [f"--{flag}={value}" for flag, value in options.items()] + ["--karras"] * karras
+    options = {"prompt": prompt[1:] if mark else words.removesuffix("\n"),
+               "negative-prompt": negative.removeprefix(" ").removesuffix("\n") if mark else "",
+               "steps": facts["Steps"], "seed": facts["Seed"], "width": width, "height": height,
+               "sampler": sampler, "cfg-scale": facts.get("CFG scale", "7.5")}
+    for fact, option in ("Denoising strength", "strength"), ("Prediction", "prediction"):
+        if fact in facts:
+            options[option] = facts[fact]
+    if folder := known_model(facts.get("Model", "")):
+        options["model"] = folder
+    if karras or facts.get("Schedule type") == "Karras":
+        options["karras"] = None
+    return options, facts_left(facts, "model" in options)
+
+
+def known_model(name):
+    """Return the path of a model of this name in weights/; never a path that a picture names."""
+    folder = tiny_sd.HERE / "weights" / name
+    return str(folder) if re.fullmatch(r"\w[\w .-]*", name) and folder.is_dir() else None
+
+
+def facts_left(facts, model_found):
+    """Return the recorded facts that recorded() makes no option of, as {fact: value}."""
+    left = {key: value for key, value in facts.items() if key not in READ_OTHERWISE}
+    if left.get("RNG") == "CPU":
+        del left["RNG"]
+    if "Model" in facts and not model_found:
+        left["Model"] = facts["Model"]
+    if facts.get("Schedule type", "Karras") not in ("Karras", "Automatic"):
+        left["Schedule type"] = facts["Schedule type"]
+    return left

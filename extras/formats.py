@@ -7,16 +7,18 @@ here reads all the rest too, and checks beforehand that everything fits.
 import functools
 import hashlib
 import json
+import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
 import tiny_sd
 from extras import samplers  # noqa: F401  (registers plms and lcm)
-from extras.checks import check_configs, check_memory, check_weights, first_five
-from tiny_sd import WEIGHT_FILES, Tokenizer, UserError, read_safetensors, require, widen
+from extras.checks import (check_configs, check_memory, check_weights, first_five, nearest,
+                           replaced_settings)
+from tiny_sd import (WEIGHT_FILES, Tokenizer, UserError, flatten, read_safetensors, require,
+                     shorten, tell, widen)
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -30,14 +32,9 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
     """
     name = Path(path)
     require(name.suffix not in PICKLES, f"{name.name} is a pickle, which can run any code: get "
-                                        f"{name.stem}.safetensors instead")
+            f"{name.stem}.safetensors instead, or convert it: {CONVERT}")
     path = next(filter(Path.exists, (name, tiny_sd.HERE / "weights" / name)), None) or fetch(name)
-    require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
-    digest = ""
-    if path.is_dir():
-        settings, arrays, tokenizer = tiny_sd.read_folder(path)
-    else:
-        settings, arrays, tokenizer, digest = read_single_file(path)
+    settings, arrays, tokenizer, digest = read(path)
     config = check_configs(settings, tokenizer)
     backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
     check_size(arrays, device, dtype, name)
@@ -49,7 +46,60 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
     stem = path.stem if path.is_file() else name.resolve().name
     model = tiny_sd.assemble(stem, settings, arrays, tokenizer, backend, device, dtype)
     model.digest = digest
+    model.files = mapped_files(model)
+    for line in replaced_settings(settings):
+        tell(line)
     return model
+
+
+CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
+           "a = torch.load(f, \"cpu\", weights_only=True); s.save_file({k: v.contiguous() for k, v in "
+           "a.get(\"state_dict\", a).items() if hasattr(v, \"shape\")}, "
+           "f.rsplit(\".\", 1)[0] + \".safetensors\")' FILE")
+
+
+def read(path):
+    """Return configs, arrays, tokenizer and digest of a folder or a file."""
+    require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
+    try:
+        if path.is_dir():
+            return *tiny_sd.read_folder(path), ""
+        return read_single_file(path)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{path} is not a Stable Diffusion: {shorten(str(error))}") from None
+
+
+def mapped_files(model):
+    """Return {path: stamp} of the files that a model still reads."""
+    files = {}
+    for part in WEIGHT_FILES:
+        for array in flatten(getattr(model, part)).values():
+            while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+                array = array.base
+            if isinstance(array, np.memmap):
+                files[str(array.filename)] = stamp(array.filename)
+    return files
+
+
+def stamp(path):
+    """Return (which file this is, what changes when it is written to)."""
+    facts = os.stat(path)
+    return (facts.st_dev, facts.st_ino), (facts.st_size, facts.st_mtime_ns)
+
+
+def check_unchanged(model):
+    """UserError if a file of the model was changed in place.
+
+    A file that is cut short while it is read still ends the process: the system gives no other
+    sign (SIGBUS). So replace a file in use, rather than write into it.
+    """
+    for path, (file, known) in getattr(model, "files", {}).items():
+        if os.path.exists(path):
+            now, state = stamp(path)
+            require(now != file or state == known,
+                    f"{path} was changed while it was in use: run this again")
 
 
 def check_size(arrays, device, dtype, name):
@@ -98,7 +148,8 @@ def fetch(name):
     """Return the folder of a repository of the hub, downloaded if the cache does not hold it."""
     repository, pin, licence = HUB.get(str(name), (str(name), "main", None))
     require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repository),
-            f"there is no model {name}: no such file or folder, and no {tiny_sd.HERE}/weights/{name}")
+            f"there is no model {name}: no such file or folder, and no "
+            f"{tiny_sd.HERE / 'weights' / name}{nearest(str(name), HUB)}")
     try:
         from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
         for revision in (pin, "main"):
@@ -114,9 +165,8 @@ def fetch(name):
         if missing := [file for file in files if file not in sizes]:
             raise FileNotFoundError(f"it has no {missing[0]}")
         licence = licence or (info.card_data or {}).get("license")
-        print(printable(f"tiny_sd: fetching {hub.endpoint}/{repository}, "
-                        f"{sum(map(sizes.get, files)) / 1e9:.1f} GB, licence: {licence}"),
-              file=sys.stderr)
+        tell(f"fetching {hub.endpoint}/{repository}, {sum(map(sizes.get, files)) / 1e9:.1f} GB, "
+             f"licence: {licence}")
         fetched = [hf_hub_download(repository, file, revision=pin) for file in files]
         return Path(fetched[0]).parents[1]
     except Exception as error:      # of whatever kind the HTTP library below raises
@@ -124,11 +174,6 @@ def fetch(name):
         raise UserError(f"there is no model {name}: put {files} of {repository} into "
                         f"{tiny_sd.HERE / 'weights' / name}; they could not be fetched: {error}"
                         ) from None
-
-
-def printable(text):
-    """Return a text from outside as one line without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ── Checkpoints in a single file ────────────────────────────────────────────────────────────────
@@ -164,7 +209,7 @@ def current_name(part, name, levels, n):
     """
     for old, new in {"text_encoder": TEXT_NAMES, "vae": VAE_NAMES, "unet": UNET_NAMES}[part]:
         name = re.sub(old, new, name)
-    numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(op|conv)?", name)
+    numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(?:(op|conv)(?=\.))?", name)
     if part == "vae":       # whose decoder counts its levels from below
         return re.sub(r"^decoder\.up_blocks\.(\d{1,3})",
                       lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
@@ -338,6 +383,7 @@ def add_loras(arrays, loras):
              if name.endswith(".weight")}
     for path, weight in loras:
         require(Path(path).exists(), f"there is no LoRA {path}")
+        require(Path(path).is_file(), f"the LoRA {path} is no file")
         pairs, wrong = {}, []
         for name, array in read_safetensors(path).items():
             target, kind = lora_target(name) or (None, None)

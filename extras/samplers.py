@@ -1,4 +1,9 @@
-"""Two more samplers, of models that ask for them: PLMS and LCM. Importing this registers them."""
+"""Two more samplers, PLMS and LCM, and the names that samplers go by elsewhere.
+
+Importing this registers the two.
+"""
+
+import re
 
 import numpy as np
 
@@ -62,3 +67,33 @@ def lcm_timesteps(n, T):
 lcm.timesteps = lcm_timesteps
 SAMPLERS |= {"plms": plms, "lcm": lcm}
 SCHEDULERS |= {"PNDMScheduler": "plms", "LCMScheduler": "lcm"}
+
+# ── The names of samplers ───────────────────────────────────────────────────────────────────────
+
+TITLES = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a",
+          "dpm++2m": "DPM++ 2M", "plms": "PLMS", "lcm": "LCM"}      # as pictures record them
+
+
+def bare(name):
+    """Return a name in lower case, without what programs disagree on."""
+    name = re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("scheduler")
+    for old, new in ("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""):
+        name = name.replace(old, new)
+    return name
+
+
+def sampler_named(text):
+    """Return (sampler, whether with Karras' spacing) for a name that people know it by, or None.
+
+    "DPM++ 2M Karras", "dpmpp_2m", "k_euler_a" and "EulerDiscreteScheduler" are such names.
+    """
+    known = {bare(name): name for name in SAMPLERS}
+    known |= {bare(title): name for name, title in TITLES.items() if name in SAMPLERS}
+    known |= {bare(name): sampler for name, sampler in SCHEDULERS.items()}
+    name = bare(text)
+    for spacing in False, True:
+        for key in name, name.removeprefix("k"), name.removeprefix("sample"):
+            if key in known:
+                return known[key], spacing
+        name = name.removesuffix("karras")
+    return None

@@ -1,7 +1,49 @@
 """Start the program: python tiny_sd.py hands over to this before NumPy is loaded."""
 
+import contextlib
 import os
+import signal
 import sys
+
+
+class Unfailing:
+    """stderr that drops what it cannot write: a full disk there is no reason to lose a picture."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        """Write the text if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        """Write what is held back, if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def set_up_streams():
+    """Open /dev/null where a standard stream is closed, so that no other file gets its number."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="backslashreplace")   # not every terminal has every letter
+    sys.stderr = Unfailing(sys.stderr)
+
+
+def set_up_signals():
+    """Let SIGTERM and SIGHUP end the program by an exception, which removes unfinished files."""
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    for name in "SIGTERM", "SIGHUP":
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def quiet_interrupt(kind, *error):
@@ -13,9 +55,16 @@ def quiet_interrupt(kind, *error):
 def program():
     """Run the command line and end the process with its status."""
     sys.excepthook = quiet_interrupt
-    from extras import cli
-    sys.stdout.reconfigure(errors="backslashreplace")   # not every terminal has every letter
-    status = cli.main()
+    set_up_streams()
+    set_up_signals()
+    try:
+        from extras import cli
+        status = cli.main()
+    except SystemExit as end:       # after --help, or a signal
+        status = end.code
+    except ImportError as error:    # one of the four packages
+        print("tiny_sd:", " ".join(str(error).split()), file=sys.stderr)
+        status = 2
     if status:
         os._exit(status)    # at once: threads may still be in the middle of a step
     sys.exit()

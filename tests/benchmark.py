@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                            every part beside diffusers, float32 on the CPU
     python tests/benchmark.py --peer all --part unet --part vae          two parts beside every peer
-    python tests/benchmark.py --peer formulas --part unet --rounds 1     what fast.py gains
+    python tests/benchmark.py --peer formulas --part unet --rounds 1     what extras/fast.py gains
     python tests/benchmark.py --peer none --part unet --batch 4          itself alone
     python tests/benchmark.py --width 32 --size 64 --rounds 2            a quick look, on a small model
     python tests/benchmark.py --peer all --part unet --part loaded --device cuda --dtype float16 --batch 8
@@ -33,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import zlib
 from pathlib import Path
 
@@ -80,8 +79,10 @@ def write_model(folder, width):
     import numpy as np
     from safetensors.numpy import save_file
     sys.path.insert(0, str(ROOT))
-    import tiny_sd as sd
-    rng, tokenizer, config = np.random.default_rng(0), sd.clip_tokenizer(), configs(width)
+    from extras import formats
+    from extras.checks import SHAPES
+    from tiny_sd import flatten, read_config
+    rng, tokenizer, config = np.random.default_rng(0), formats.clip_tokenizer(), configs(width)
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
 
     def random(name, shape):
@@ -89,7 +90,7 @@ def write_model(folder, width):
             return np.full(shape, name.endswith("weight"), np.float16)
         return (rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)).astype(np.float16)
 
-    files = {f"{part}/config.json": config[part] for part in sd.SHAPES} | {
+    files = {f"{part}/config.json": config[part] for part in SHAPES} | {
         "scheduler/scheduler_config.json": config["scheduler"], "tokenizer/vocab.json": tokenizer.vocab,
         "tokenizer/tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
                                             "pad_token": tokenizer.EOS, "unk_token": tokenizer.EOS},
@@ -102,7 +103,8 @@ def write_model(folder, width):
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     for part, stem in (("text_encoder", "text_model."), ("vae", ""), ("unet", "")):
-        arrays = {stem + name: random(name, shape) for name, shape in sd.flatten(sd.SHAPES[part](config[part])).items()}
+        shapes = flatten(SHAPES[part](read_config(part, config[part])))
+        arrays = {stem + name: random(name, shape) for name, shape in shapes.items()}
         file = "model" if stem else "diffusion_pytorch_model"
         save_file(arrays, unfinished / part / f"{file}.safetensors", {"format": "pt"})
     unfinished.rename(folder)
@@ -120,8 +122,14 @@ def inputs(args):
 
 def tiny_sd(part, args, folder):
     sys.path.insert(0, str(ROOT))
-    import tiny_sd as sd        # before NumPy
+    import extras.fast  # noqa: F401  (before NumPy)
+    return measured(part, args, folder)
+
+
+def measured(part, args, folder):
+    """Return the calls of tiny_sd, in whichever forms it computes by now."""
     import numpy as np
+    import tiny_sd as sd
     model, (x, context, image) = sd.load(folder, args.backend, args.device, args.dtype), inputs(args)
     unet, vae = ((lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
                  for network in (model.unet, model.vae["encoder"]))     # an array as the network's own
@@ -154,29 +162,41 @@ def tiny_sd(part, args, folder):
 
 
 def formulas(part, args, folder):
-    """tiny_sd without fast.py, and with the threads of BLAS instead."""
-    os.environ |= {f"{library}_NUM_THREADS": str(cores()) for library in ("OPENBLAS", "VECLIB_MAXIMUM")}
-    sys.modules["fast"] = types.ModuleType("fast")
-    return tiny_sd(part, args, folder)
+    """tiny_sd without extras/fast.py, and with the threads of BLAS instead."""
+    os.environ |= {f"{library}_NUM_THREADS": str(cores())
+                   for library in ("OPENBLAS", "VECLIB_MAXIMUM")}
+    sys.path.insert(0, str(ROOT))
+    return measured(part, args, folder)
 
 
 def operations(sd, call):
-    """How many multiplications and additions the definitions of a call's products, convolutions and attention take."""
+    """Count the multiplications and additions in the definitions of what a call computes.
+
+    Those of its products, convolutions and attention.
+    """
     import numpy as np
     counts = []
 
+    def counted(function, count):
+        def wrapped(*args, **kwargs):
+            y = function(*args, **kwargs)
+            counts.append(count(y, *args, **kwargs))
+            return y
+        return wrapped
+
     def product(y, x, weight, *_, **__):
-        counts.append(2 * math.prod(y.shape) * math.prod(weight.shape[1:]))
+        return 2 * math.prod(y.shape) * math.prod(weight.shape[1:])
 
     def attention(y, q, k, *_, **__):
-        counts.append(4 * math.prod(q.shape) * k.shape[-2])
+        return 4 * math.prod(q.shape) * k.shape[-2]
 
-    listeners = [(sd.linear, product), (sd.conv2d, product), (sd.dot_product_attention, attention)]
-    for primitive, listener in listeners:
-        primitive.listeners.append(listener)
+    count = {"linear": product, "conv2d": product, "dot_product_attention": attention}
+    originals = {name: getattr(sd, name) for name in count}
+    for name, function in originals.items():
+        setattr(sd, name, counted(function, count[name]))
     call()
-    for primitive, listener in listeners:
-        primitive.listeners.remove(listener)
+    for name, function in originals.items():
+        setattr(sd, name, function)
     return np.array(sum(counts))
 
 

@@ -1,6 +1,10 @@
-"""What the tests share: a small Stable Diffusion 1.x with random weights, as diffusers writes it and as CompVis did."""
+"""What the tests share: a small Stable Diffusion 1.x with random weights.
+
+It comes as diffusers writes it and as CompVis did.
+"""
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -8,7 +12,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a test never needs a network
-for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads would only wait for each other
+for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads would only wait
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
@@ -18,25 +22,34 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import extras.fast  # noqa: E402,F401   (the tests compute as the command line does)
 import tiny_sd  # noqa: E402
+from extras import formats  # noqa: E402
 
 torch.set_num_threads(1)
 
 LEVELS = 4      # of the U-Net and of the VAE, as in Stable Diffusion 1
-TEXT = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "max_position_embeddings": 77, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407}
-VAE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4, "sample_size": 64,
-       "down_block_types": ("DownEncoderBlock2D",) * LEVELS, "up_block_types": ("UpDecoderBlock2D",) * LEVELS}
-UNET = {"block_out_channels": (32, 64, 96, 128), "layers_per_block": 2, "cross_attention_dim": 128, "attention_head_dim": 8,
-        "sample_size": 8, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+TEXT = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+        "bos_token_id": 49406, "eos_token_id": 49407}
+VAE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4,
+       "sample_size": 64, "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
+       "up_block_types": ("UpDecoderBlock2D",) * LEVELS}
+UNET = {"block_out_channels": (32, 64, 96, 128), "layers_per_block": 2, "cross_attention_dim": 128,
+        "attention_head_dim": 8, "sample_size": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-             "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "num_train_timesteps": 1000, "steps_offset": 1, "clip_sample": False,
+             "set_alpha_to_one": False, "timestep_spacing": "leading"}
 
 
 def randomise(network, seed, **gains):
-    """The network with noise on every bias and norm, so that none can be left out or exchanged unseen, and its matrices
-    whose names hold a word of `gains` made that much stronger, so that the prompt and the time matter."""
+    """Return the network with noise on every bias and norm, so that none can be left out unseen.
+
+    Its matrices whose names hold a word of `gains` become that much stronger, so that the prompt
+    and the time matter.
+    """
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -50,7 +63,8 @@ def randomise(network, seed, **gains):
 def make_unet(**changes):
     from diffusers import UNet2DConditionModel
     torch.manual_seed(1)
-    return randomise(UNet2DConditionModel(**{**UNET, **changes}), 2, attn2=3, time_emb_proj=2, conv_out=2)
+    unet = UNet2DConditionModel(**{**UNET, **changes})
+    return randomise(unet, 2, attn2=3, time_emb_proj=2, conv_out=2)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +74,11 @@ def reference(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline(
-        vae=randomise(AutoencoderKL(**VAE), 3), text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 4, weight=3),
+        vae=randomise(AutoencoderKL(**VAE), 3),
+        text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 4, weight=3),
         tokenizer=reference_tokenizer(tmp_path_factory.mktemp("tokenizer")), unet=make_unet(),
-        scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -74,10 +90,10 @@ def reference_tokenizer(folder):
 
 
 def write_tokenizer(folder):
-    """CLIP's vocab.json and merges.txt, as in the folders of Stable Diffusion 1.x."""
-    import json
-    tokenizer = tiny_sd.clip_tokenizer()
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
+    """Write CLIP's vocab.json and merges.txt, as in the folders of Stable Diffusion 1.x."""
+    tokenizer = formats.clip_tokenizer()
+    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, tokenizer.rank)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -93,8 +109,8 @@ def folder(reference, tmp_path_factory):
 @pytest.fixture
 def folder_with(folder, tmp_path):
     """folder_with(unet=network): a copy of the folder with that part in its place."""
-    def write(**parts):
-        copy = shutil.copytree(folder, tmp_path / "small", copy_function=os.link)     # never write into one of its files
+    def write(**parts):     # the copy has hard links: never write into one of its files
+        copy = shutil.copytree(folder, tmp_path / "small", copy_function=os.link)
         for part, network in parts.items():
             shutil.rmtree(copy / part)
             network.save_pretrained(copy / part)
@@ -104,22 +120,27 @@ def folder_with(folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def single_file(folder, tmp_path_factory):
-    """single_file("F16"): the path of the same weights in one file with CompVis' names, as F32, F16 or BF16."""
+    """single_file("F16"): the path of the same weights in one file with CompVis' names.
+
+    The kinds are F32, F16 and BF16.
+    """
     @functools.cache
     def write(kind):
         path = tmp_path_factory.mktemp("single") / f"small-{kind}.safetensors"
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
         arrays = {name: array.to(dtype) for name, array in compvis(folder).items()}
-        arrays["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        save_file({**arrays, "betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}, path)
+        position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        arrays[position_ids] = torch.arange(77)[None]
+        rest = {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}
+        save_file({**arrays, **rest}, path)
         return path
     return write
 
 
 def compvis(folder):
-    """The weights in a diffusers folder under CompVis' names."""
+    """Return the weights in a diffusers folder under CompVis' names."""
     arrays = {}
-    for part, stem in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
+    for part, stem in tiny_sd.WEIGHT_FILES.items():
         for name, array in load_file(folder / part / f"{stem}.safetensors").items():
             name = compvis_name(part, name)
             convolution = "attn_1" in name and array.ndim == 2      # there, 1x1 convolutions
@@ -128,15 +149,17 @@ def compvis(folder):
 
 
 def compvis_name(part, name):
-    """CompVis' name of a part's array that diffusers or transformers calls `name`."""
+    """Return CompVis' name of an array that diffusers or transformers calls `name`."""
     if part == "text_encoder":
         return "cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")
-    return "model.diffusion_model." + compvis_unet_name(name) if part == "unet" else "first_stage_model." + compvis_vae_name(name)
+    if part == "unet":
+        return "model.diffusion_model." + compvis_unet_name(name)
+    return "first_stage_model." + compvis_vae_name(name)
 
 
 def compvis_unet_name(name):
-    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
     outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     if match := re.match("|".join(map(re.escape, outer)), name):
@@ -147,18 +170,24 @@ def compvis_unet_name(name):
         match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(conv\.)?", name)
         side, level, kind, i = match[1], int(match[2]), match[3], int(match[4])
         index = 3 * level + (i + 1 if side == "down" else i)
-        prefix = {"resnets": f"{'in' if side == 'down' else 'out'}put_blocks.{index}.0.",
-                  "attentions": f"{'in' if side == 'down' else 'out'}put_blocks.{index}.1.",
+        blocks = "input_blocks" if side == "down" else "output_blocks"
+        prefix = {"resnets": f"{blocks}.{index}.0.",
+                  "attentions": f"{blocks}.{index}.1.",
                   "downsamplers": f"input_blocks.{3 * level + 3}.0.op.",
                   "upsamplers": f"output_blocks.{3 * level + 2}.{2 if level else 1}.conv."}[kind]
     return prefix + re.sub(r"^\w+", lambda m: resnet.get(m[0], m[0]), name[match.end():])
 
 
 def compvis_vae_name(name):
-    for new, old in [(r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"), (r"\.resnets\.(\d)", r".block.\1"),
-                     (r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{LEVELS - 1 - int(m[1])}"),
-                     (r"(down|up)samplers\.0", r"\1sample"), (r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-                     (r"mid_block\.attentions\.0", "mid.attn_1"), (r"attn_1\.group_norm", "attn_1.norm"),
+    def level(match):       # CompVis counts the decoder's levels from below
+        return f"decoder.up.{LEVELS - 1 - int(match[1])}"
+
+    for new, old in [(r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"),
+                     (r"\.resnets\.(\d)", r".block.\1"), (r"decoder\.up_blocks\.(\d)", level),
+                     (r"(down|up)samplers\.0", r"\1sample"),
+                     (r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+                     (r"mid_block\.attentions\.0", "mid.attn_1"),
+                     (r"attn_1\.group_norm", "attn_1.norm"),
                      (r"attn_1\.to_out\.0", "attn_1.proj_out"), (r"attn_1\.to_", "attn_1."),
                      ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
         name = re.sub(new, old, name)
@@ -176,7 +205,7 @@ def model(folder, backend):
     return tiny_sd.load(folder, backend)
 
 
-# ── The largest differences, printed under the results ─────────────────────────────────────────────────────────────
+# ── The largest differences, printed under the results ──────────────────────────────────────────
 
 LARGEST = {}
 
@@ -186,13 +215,15 @@ def record(part, difference):
 
 
 def same(part, ours, reference, tolerance):
-    """Fails if ours is farther from the reference than tolerance times the reference's largest value."""
+    """Fail if ours is farther from the reference than tolerance times its largest value."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
-    assert np.isfinite(reference).all() and np.ptp(reference) > 0, "a constant reference tests nothing"
+    assert np.isfinite(reference).all() and np.ptp(reference) > 0, \
+        "a constant reference tests nothing"
     difference = np.abs(ours - reference).max() / np.abs(reference).max()
     record(part, difference)
-    assert difference <= tolerance, f"{part}: {difference:.1e} from the reference, of its largest value"
+    assert difference <= tolerance, \
+        f"{part}: {difference:.1e} from the reference, of its largest value"
 
 
 def pytest_configure(config):

@@ -1,29 +1,32 @@
-"""The exercises of NOTES.md: each change made on a copy of tiny_sd.py, and what is to be seen then, measured.
+"""The exercises of NOTES.md, each done on a copy of tiny_sd.py, and what is to be seen, measured.
 
     python tests/exercises.py
 
-Every change must match the program's text exactly once. What is measured compares the changed program with the unchanged
-one, on the bundled model, so that it holds for any weights.
+Every change must match the program's text exactly once. Each changed program draws a picture of
+the bundled model to the end, or fails as the notes say. What is measured compares it with the
+unchanged program, both by the formulas alone, so that it holds for any weights.
 """
 
 import functools
 import itertools
+import os
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # of small arrays: more would only wait
+
+import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import tiny_sd  # noqa: E402
 
 SOURCE, NUMBER = (ROOT / "tiny_sd.py").read_text(encoding="utf-8"), itertools.count()
 PROMPT = "red apple on a blue background"
 
 
 def change(*edits):
-    """tiny_sd as a module of its own, with each old text replaced by the new one."""
+    """Return tiny_sd as a module of its own, with each old text replaced by the new one."""
     source = SOURCE
     for old, new in edits:
         assert source.count(old) == 1, f"{source.count(old)} times in tiny_sd.py: {old}"
@@ -36,98 +39,167 @@ def change(*edits):
 
 
 @functools.cache
+def plain():
+    """Return the program as it stands."""
+    return change()
+
+
+@functools.cache
 def bundled():
-    return tiny_sd.load(ROOT / "weights/emoji")
+    return plain().load(ROOT / "weights/emoji")
 
 
 def latents(program, **settings):
-    *_, x = program.generate(bundled(), PROMPT, **{"steps": 8, "sampler": "dpm++2m", **settings})
+    """Return the last latents of a picture, which the program also decodes."""
+    settings = {"steps": 8, "sampler": "dpm++2m", "guidance": 7.5, **settings}
+    *_, x = program.generate(bundled(), PROMPT, **settings)
+    h, w = x.shape[1:3]
+    pictures = program.decode(bundled(), x)
+    assert pictures.shape == (1, h * bundled().factor, w * bundled().factor, 3)
     return x
 
 
 @functools.cache
 def unchanged():
-    return latents(tiny_sd)
+    return latents(plain())
 
 
 def distance(x, y):
-    """The difference of two latents' root mean square, in spreads of the second."""
+    """Return the root mean square of x - y, in standard deviations of y."""
     return float(np.sqrt(np.square(x - y).mean()) / y.std())
+
+
+def count_rows(program, **settings):
+    """Return the latents of a picture, and how many rows the U-Net was asked for on the way."""
+    rows, unet = [], program.unet
+
+    def counted(x, *args, **kwargs):
+        rows.append(len(x))
+        return unet(x, *args, **kwargs)
+    program.unet = counted
+    try:
+        return latents(program, **settings), sum(rows)
+    finally:
+        program.unet = unet
 
 
 def guidance_off():
     changed = change(("return uncond + scale * (cond - uncond)", "return cond"))
-    alone = distance(latents(changed), latents(tiny_sd, guidance=1))
-    moved = distance(latents(changed), unchanged())
+    x, rows = count_rows(changed)
+    single, single_rows = count_rows(plain(), guidance=1)
+    alone, moved = distance(x, single), distance(x, unchanged())
     assert alone < 1e-3 < 0.05 < moved
-    return f"{alone:.1e} from the picture of --cfg-scale 1, {moved:.2f} from that of 7.5"
+    assert rows == 2 * single_rows
+    return (f"{alone:.1e} from the picture of --cfg-scale 1, with {rows} answers of the U-Net "
+            f"instead of {single_rows}, and {moved:.2f} from that of 7.5")
 
 
 def first_order():
-    changed = change(("direction = x_0 + (x_0 - last_x_0) / (2 * r)", "direction = x_0"))
-    model, noise = bundled(), tiny_sd.Noise(0)(4, 16, 16)[None]
-    denoise = tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, ["", PROMPT]), 7.5)
-    steps = tiny_sd.sampling_steps("dpm++2m", 8, model.config["scheduler"])
-    *_, ddim = tiny_sd.ddim(denoise, noise, steps, None)
-    same, moved = distance(latents(changed), ddim), distance(latents(changed), unchanged())
-    assert same < 1e-3 < moved
-    return f"{same:.1e} from DDIM over the same levels, {moved:.2f} from the second order"
+    newest = ("direction = x_0 + (x_0 - previous_x_0) / (2 * r)", "direction = x_0")
+    changed = change(newest)
+    few, many = (distance(latents(changed, steps=n), latents(plain(), steps=n)) for n in (5, 20))
+    assert many < few / 2 and few > 0.1
+
+    in_its_place = change(newest, ('"ddim": ddim,', '"ddim": dpm_pp_2m,'))
+    ddim = latents(plain(), sampler="ddim")
+    same, other = (distance(x, ddim) for x in (latents(in_its_place, sampler="ddim"),
+                                               latents(changed)))
+    assert same < 1e-3 < 0.05 < other
+    return (f"{few:.2f} from the picture of 5 steps, {many:.2f} from that of 20; {same:.1e} from "
+            f"DDIM's over the same levels, {other:.2f} over its own")
 
 
 def first_skip_first():
-    changed = change(("concat(x, skips.pop())", "concat(x, skips.pop(0))"))
+    changed = change(("zip_longest(resnets, attentions, skips[::-1])",
+                      "zip_longest(resnets, attentions, skips)"))
     try:
         latents(changed)
     except ValueError as error:
         return f"ValueError: {error}"
-    raise AssertionError("sizes should disagree")
+    raise AssertionError("channels should disagree")
 
 
 def skip_before_picture():
-    changed = change(("concat(x, skips.pop())", "concat(skips.pop(), x)"))
+    changed = change(("concat(x, skip)", "concat(skip, x)"))
     moved = distance(latents(changed), unchanged())
     assert moved > 0.5
     return f"no error, and {moved:.2f} from the picture"
 
 
 def wrong_eps():
-    line = "x = resnet(x, temb, groups, 1e-5, **weights)"
-    slight, strong = (distance(latents(change((line, line.replace("1e-5", eps)))), unchanged()) for eps in ("1e-6", "1"))
+    line = "x = resnet(x, temb, groups, 1e-5, **resnet_weights)"
+    slight, strong = (distance(latents(change((line, line.replace("1e-5", eps)))), unchanged())
+                      for eps in ("1e-6", "1"))
     assert 0 < slight < 0.1 * strong and strong > 0.1
     return f"{slight:.1e} with 1e-6, {strong:.2f} with 1"
 
 
 def half_the_heads():
-    changed = change(("n_head) for s, p in ((x, to_q)", "max(1, n_head // 2)) for s, p in ((x, to_q)"))
+    changed = change(("attention(h, h, n_head, **attn1)", "attention(h, h, n_head // 2, **attn1)"),
+                     ("context, n_head, **attn2)", "context, n_head // 2, **attn2)"))
     moved = distance(latents(changed), unchanged())
     assert moved > 0.05
-    return f"no error, and {moved:.2f} from the picture"
+
+    inside = [f"split_heads(linear({source}), n_head" for source in
+              ("x, **to_q", "context, **to_k", "context, **to_v")]
+    everywhere = change(*((old, f"{old} // 2") for old in inside))
+    try:
+        latents(everywhere)
+    except ZeroDivisionError:       # the VAE's one head
+        return f"no error, and {moved:.2f} from the picture"
+    raise AssertionError("half a head should be none")
 
 
 def no_mask():
-    changed = change(("dot_product_attention(q, k, v, causal=True)", "dot_product_attention(q, k, v)"))
-    first, other = (program.encode_prompts(bundled(), ["red apple", "blue cat"])[:, 0] for program in (tiny_sd, changed))
-    assert abs(first[0] - first[1]).max() < 1e-4 < 0.01 < abs(other[0] - other[1]).max()
-    return f"the start's rows of two prompts differ by {abs(first[0] - first[1]).max():.1e}; without the mask by {abs(other[0] - other[1]).max():.2f}"
+    changed = change(("dot_product_attention(q, k, v, causal=True)",
+                      "dot_product_attention(q, k, v)"))
+    spread = []
+    for program in (plain(), changed):
+        one, other = program.encode_prompts(bundled(), ["red apple", "blue cat"])[:, 0]
+        spread.append(abs(one - other).max())
+    masked, unmasked = spread
+    assert masked < 1e-4 < 0.01 < unmasked
+    moved = distance(latents(changed), unchanged())
+    assert moved > 0.5
+    return (f"the start's rows of two prompts differ by {masked:.1e}; without the mask by "
+            f"{unmasked:.2f}, and the picture by {moved:.2f}")
 
 
 def symmetric_padding():
-    changed = change(('stride=2, padding=(0, 1))', 'stride=2, padding=(1, 1))'))
+    changed = change(("stride=2, padding=(0, 1))", "stride=2, padding=(1, 1))"))
+    assert np.array_equal(latents(changed), unchanged())
     picture = np.full((64, 64, 3), 255, np.uint8)
     picture[20:40, 24:44] = 220, 40, 30
 
-    def moved(program):     # down and right, where the result fits the picture best
-        drawn = program.decode(bundled(), program.encode(bundled(), picture, np.zeros((1, 16, 16, 4))))[0].astype(float)
-        return min(np.ndindex(13, 13), key=lambda by: np.square(
-            np.roll(picture, (by[0] - 6, by[1] - 6), (0, 1)).astype(float) - drawn).mean())
-    plain, shifted = (np.array(moved(program)) - 6 for program in (tiny_sd, changed))
-    assert abs(plain).max() <= 1 and (shifted - plain >= 2).all() and (shifted - plain <= 4).all()
-    return f"moved by {shifted.tolist()} pixels instead of {plain.tolist()}"
+    def there_and_back(program):
+        x = program.encode(bundled(), picture, np.zeros((1, 16, 16, 4)))
+        return program.decode(bundled(), x)[0].astype(float)
+
+    def moved(drawn):       # down and right, where it fits the picture best
+        def error(by):
+            shifted = np.roll(picture, (by[0] - 6, by[1] - 6), (0, 1))
+            return np.square(shifted.astype(float) - drawn).mean()
+        return np.array(min(np.ndindex(13, 13), key=error)) - 6
+
+    before, after = there_and_back(plain()), there_and_back(changed)
+    assert abs(moved(before)).max() <= 1
+    by = moved(after) - moved(before)
+    assert (by >= 2).all() and (by <= 4).all()
+
+    def strip(drawn):       # how far from white: along the top and the left, and further inside
+        grey = 255 - drawn.mean(axis=-1)
+        return (grey[:3, 50:].mean(), grey[50:, :3].mean()), grey[6:14, 50:60].mean()
+    edges, inside = strip(after)
+    assert min(edges) > 5 * inside and min(edges) > 5 * max(strip(before)[0])
+    return (f"moved by {by.tolist()} pixels; along the top and the left {max(edges):.0f} grey "
+            f"levels from white, further inside {inside:.0f}")
 
 
-EXERCISES = {"Guidance off": guidance_off, "A sampler of first order": first_order, "The first skip first": first_skip_first,
-             "The skip before the picture": skip_before_picture, "Another eps": wrong_eps, "Half the heads": half_the_heads,
-             "No mask": no_mask, "Symmetric padding": symmetric_padding}
+EXERCISES = {"Guidance off": guidance_off, "A sampler of first order": first_order,
+             "The first skip first": first_skip_first,
+             "The skip before the picture": skip_before_picture, "Another eps": wrong_eps,
+             "Half the heads": half_the_heads, "No mask": no_mask,
+             "Symmetric padding": symmetric_padding}
 
 if __name__ == "__main__":
     for title, exercise in EXERCISES.items():

@@ -1,4 +1,4 @@
-"""What the tests share: random weights, and a whole Stable Diffusion so small that it draws a picture in milliseconds."""
+"""What the tests share: random weights, and a whole Stable Diffusion that draws in milliseconds."""
 
 import json
 import math
@@ -7,40 +7,60 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import tiny_sd as sd
+from extras.checks import SHAPES
 
 MERGES = [("r", "e"), ("re", "d</w>"), ("a", "p"), ("p", "l"), ("ap", "pl"), ("appl", "e</w>")]
 TOKENIZER = sd.Tokenizer(MERGES, length=12)
 CONFIG = {
-    "text_encoder": {"vocab_size": len(TOKENIZER.vocab), "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
-                     "num_attention_heads": 3, "max_position_embeddings": 12, "hidden_act": "quick_gelu"},
-    "vae": {"block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 4, "in_channels": 3,
-            "out_channels": 3, "norm_num_groups": 2, "scaling_factor": 0.5},
-    "unet": {"block_out_channels": [8, 16], "layers_per_block": 1, "cross_attention_dim": 12, "attention_head_dim": 2,
-             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "norm_num_groups": 4, "sample_size": 8,
-             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "in_channels": 4, "out_channels": 4},
+    "text_encoder": {"vocab_size": len(TOKENIZER.vocab), "hidden_size": 12, "intermediate_size": 20,
+                     "num_hidden_layers": 2, "num_attention_heads": 3,
+                     "max_position_embeddings": 12, "hidden_act": "quick_gelu"},
+    "vae": {"block_out_channels": [4, 8], "layers_per_block": 1, "latent_channels": 4,
+            "in_channels": 3, "out_channels": 3, "norm_num_groups": 2, "scaling_factor": 0.5},
+    "unet": {"block_out_channels": [8, 16], "layers_per_block": 1, "cross_attention_dim": 12,
+             "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 8,
+             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+             "in_channels": 4, "out_channels": 4},
     "scheduler": {"prediction_type": "epsilon"}}
-FILES = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+FILES = sd.WEIGHT_FILES
+
+
+def shapes_of(part, config):
+    """Return {name: shape} of a part's weights, as a checkpoint with this config holds them."""
+    return sd.flatten(SHAPES[part](sd.read_config(part, config)))
+
+
+def scheduler(**settings):
+    """Return the record of a scheduler's config."""
+    return sd.read_config("scheduler", settings)
 
 
 def random_arrays(shapes, seed=0):
-    """{name: float32 array} for {name: shape}: scales about 1, shifts about 0, matrices that keep the variance."""
+    """Return {name: float32 array} for {name: shape}.
+
+    Scales are about 1, shifts about 0, and matrices keep the variance.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(name, shape):
         z = rng.standard_normal(shape, np.float32)
-        return 0.2 * z + name.endswith("weight") if len(shape) == 1 else z / math.sqrt(math.prod(shape[1:]))
+        if len(shape) == 1:
+            return 0.2 * z + name.endswith("weight")
+        return z / math.sqrt(math.prod(shape[1:]))
     return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 def write_model(folder):
-    """The random model as a diffusers folder."""
+    """Write the random model as a diffusers folder, and return the folder."""
     def write(name, text):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
     for part, stem in FILES.items():
         write(f"{part}/config.json", json.dumps(CONFIG[part]))
-        save_file(random_arrays(sd.flatten(sd.SHAPES[part](CONFIG[part]))), folder / part / f"{stem}.safetensors")
+        arrays = random_arrays(shapes_of(part, CONFIG[part]))
+        save_file(arrays, folder / part / f"{stem}.safetensors")
     write("scheduler/scheduler_config.json", json.dumps(CONFIG["scheduler"]))
     write("tokenizer/tokenizer_config.json", json.dumps({"model_max_length": TOKENIZER.length}))
     write("tokenizer/vocab.json", json.dumps(TOKENIZER.vocab))

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from conftest import ROOT
+from extras import cli, fast, files, formats
 from helpers import sd, write_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -37,12 +40,17 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(model, capsys):
-    """run(argument, ...) -> (status, lines on stdout, lines on stderr)"""
-    def run(*argv):
+    """run(argument, ...) -> (status, lines on stdout, lines on stderr); run.bare: no model said"""
+    def bare(*argv):
         capsys.readouterr()
-        status = sd.main(["--model", str(model), "--steps", "2", *argv])
+        status = cli.main(list(argv))
         out, err = capsys.readouterr()
         return status, out.splitlines(), err.splitlines()
+
+    def run(*argv):
+        return bare("--model", str(model), "--steps", "2", *argv)
+
+    run.bare, run.model = bare, str(model)
     return run
 
 
@@ -163,7 +171,7 @@ def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(d
     shutil.copytree(model, here / "program/weights/mine")
     assert parse(draw("a", "-m", "mine"))[2]["Model"] == "mine"
     Path("mine").mkdir()
-    assert sd.main(["a", "-m", "mine"]) == 2
+    assert cli.main(["a", "-m", "mine"]) == 2
 
 
 @pytest.mark.parametrize("argv", [["red apple " * 6], ["red", "-n", "red apple " * 6]])
@@ -259,7 +267,7 @@ def test_strength_leads_away_from_the_picture(run, monkeypatch):
 
 ARGUMENTS = {   # the arguments, and what the line must name
     "": "prompt", "one -p two": "prompt", "one two": "two", "a --frobnicate": "--frobnicate", "a --prom b": "--prom",
-    "a -s": "--seed", "a -s x": "'x'", "a -s 1.5": "1.5", "a -s -1": "-1", f"a -s {2 ** 64}": f"{2 ** 64}",
+    "a -s": "--seed", "a -s x": "'x'", "a -s 1.5": "1.5", "a -s -2": "--seed -2", f"a -s {2 ** 64}": f"{2 ** 64}",
     "a --steps 0": "--steps 0", "a --steps -3": "--steps -3", "a --steps 5000": "5000", "a --steps x": "'x'",
     "a --cfg-scale nan": "--cfg-scale nan", "a --cfg-scale -1": "-1", "a --cfg-scale inf": "inf", "a --cfg-scale x": "'x'",
     "a -i in.png --strength 0": "--strength 0", "a -i in.png --strength -0.5": "-0.5", "a -i in.png --strength 1.01": "1.01",
@@ -271,7 +279,7 @@ ARGUMENTS = {   # the arguments, and what the line must name
     "a -W 15": "--width 15", "a -H 17": "--height 17", "a -W -16": "--width -16", "a -W 0": "--width 0", "a -H 0": "--height 0",
     "a -W 2": "--width 2", "a -H 4098": "--height 4098", "a -W 1e3": "1e3",
     "a -b 0": "--batch-size 0", "a -b -1": "-1", "a -b 1001": "1001",
-    "a -o no/such.png": "no", "a -o out.jpg": "out.jpg", "a -o out": "out", "a -o .png": ".png", "a -o folder": "folder",
+    "a -o no/such.png": "no", "a -o out.gif": "out.gif", "a -o out": "out", "a -o .png": ".png", "a -o folder": "folder",
     "a -o in.png/out.png": "in.png",
     "a --backend jax": "'jax'", "a --device tpu": "'tpu'", "a --dtype int8": "'int8'", "a --dtype float16": "--dtype float16",
     "a --backend numpy --device cuda": "--device cuda", "a --device mps": "mps",
@@ -331,6 +339,7 @@ def remove(name):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
 MODELS = {      # what was done to the folder, and what the line must name
     "weights, empty": (write(UNET, b""), UNET),
     "weights, cut in the header": (cut(slice(300)), UNET),
@@ -363,6 +372,43 @@ MODELS = {      # what was done to the folder, and what the line must name
     "tokenizer, a list": (write("tokenizer/vocab.json", b'["a"]'), "tokenizer"),
     "tokenizer, longer than the model": (change("tokenizer/tokenizer_config.json", model_max_length=20), "20"),
     "tokenizer, an unknown pad token": (change("tokenizer/tokenizer_config.json", pad_token="nothing"), "nothing"),
+    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
+    "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
+    "scheduler, beta_end 1": (change(SCHEDULER, beta_end=1), "beta_end"),
+    "scheduler, beta_end -1": (change(SCHEDULER, beta_end=-1), "beta_end"),
+    "scheduler, beta_end a text": (change(SCHEDULER, beta_end="0.012"), "beta_end"),
+    "scheduler, beta_end null": (write(SCHEDULER, b'{"beta_end": null}'), "beta_end"),
+    "scheduler, both betas 0": (change(SCHEDULER, beta_start=0, beta_end=0), "beta_start"),
+    "scheduler, betas that fall": (change(SCHEDULER, beta_start=0.02), "below"),
+    "scheduler, 1000.0 timesteps": (change(SCHEDULER, num_train_timesteps=1000.0), "1000.0"),
+    "scheduler, -5 timesteps": (change(SCHEDULER, num_train_timesteps=-5), "-5"),
+    "scheduler, null timesteps": (write(SCHEDULER, b'{"num_train_timesteps": null}'), "timesteps"),
+    "scheduler, 10^7 timesteps": (change(SCHEDULER, num_train_timesteps=10 ** 7), "10000000"),
+    "scheduler, steps_offset null": (write(SCHEDULER, b'{"steps_offset": null}'), "steps_offset"),
+    "scheduler, steps_offset a text": (change(SCHEDULER, steps_offset="1"), "steps_offset"),
+    "scheduler, a class that is a list": (change(SCHEDULER, _class_name=[]), "_class_name"),
+    "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10 ** 400), "_guidance_scale"),
+    "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
+    "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),
+    "tokenizer, nested 100,000 deep": (write("tokenizer/vocab.json", b"[" * 100_000), "vocab"),
+    "config, 10^10 layers": (change("text_encoder/config.json", num_hidden_layers=10 ** 10), "10000000000"),
+    "config, too few heads": (change("unet/config.json", num_attention_heads=[2]), "heads"),
+    "config, words of another width": (change("unet/config.json", cross_attention_dim=16), "words of 16"),
+    "config, 3 channels given": (change("unet/config.json", out_channels=3), "gives 3 channels"),
+    "config, 8 input channels": (change("unet/config.json", in_channels=8), "8 input channels"),
+    "config, 5 input channels": (change("unet/config.json", in_channels=5), "5 input channels"),
+    "config, a VAE of one channel": (change("vae/config.json", in_channels=1), "in_channels"),
+    "config, a VAE of four": (change("vae/config.json", out_channels=4), "out_channels"),
+    "config, another norm": (change("unet/config.json", norm_eps=1e-6), "norm_eps"),
+    "config, another activation": (change("unet/config.json", act_fn="mish"), "mish"),
+    "config, sines first": (change("unet/config.json", flip_sin_to_cos=False), "flip_sin_to_cos"),
+    "config, shifted by the time": (change("unet/config.json", resnet_time_scale_shift="scale_shift"),
+                                    "resnet_time_scale_shift"),
+    "config, words alone": (change("unet/config.json", only_cross_attention=True), "only_cross"),
+    "config, deep transformers": (change("unet/config.json", transformer_layers_per_block=[1, 2]),
+                                  "transformer_layers"),
+    "config, a VAE of another activation": (change("vae/config.json", act_fn="gelu"), "act_fn"),
+    "config, another layer norm": (change("text_encoder/config.json", layer_norm_eps=1e-6), "layer_norm"),
 }
 
 
@@ -433,7 +479,7 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
 def test_a_message_of_one_line_without_control_characters(refuse, monkeypatch):
     def load(*args):
         raise sd.UserError("a\x1b[31m\nb" + 9999 * "c")
-    monkeypatch.setattr(sd, "load", load)
+    monkeypatch.setattr(formats, "load", load)
     said = refuse("apple")
     assert said.startswith("tiny_sd: a [31m bccc") and len(said) == 2009
 
@@ -491,7 +537,7 @@ def test_one_line_and_no_traceback(model, argv, without, named):
 
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
-        sd.main(["--help"])
+        cli.main(["--help"])
     text = capsys.readouterr().out
     for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed --steps --cfg-scale --guidance-scale
             --sampler --karras -W --width -H --height -b --batch-size -i --init-img --strength --backend --device --dtype --show --explain""".split():
@@ -511,11 +557,11 @@ def test_like_draws_the_picture_again(tmp_path):
     first, again, other, model = tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png", str(write_model(tmp_path / "m"))
     prompt = "red, apple: Steps: 3\nNegative prompt: x"
     how = ["-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale", "3.5", "-W", "20", "-H", "12"]
-    assert sd.main([prompt, "-m", model, "-o", str(first), *how]) == 0
+    assert cli.main([prompt, "-m", model, "-o", str(first), *how]) == 0
     assert facts(first)[:2] == (prompt, "a, b: c") and facts(first)[2]["Seed"] == "7"
-    assert sd.main(["--like", str(first), "-m", model, "-o", str(again)]) == 0
+    assert cli.main(["--like", str(first), "-m", model, "-o", str(again)]) == 0
     assert again.read_bytes() == first.read_bytes()
-    assert sd.main(["blue", "--like", str(first), "-m", model, "-o", str(other), "-s", "8"]) == 0
+    assert cli.main(["blue", "--like", str(first), "-m", model, "-o", str(other), "-s", "8"]) == 0
     assert facts(other)[0] == "blue" and facts(other)[2]["Seed"] == "8" and facts(other)[2]["Sampler"] == "Euler Karras"
 
 
@@ -524,7 +570,7 @@ def test_like_reads_what_other_programs_write(tmp_path):
     info.add_text("parameters", "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, Schedule type: Karras, "
                   "CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    args = sd.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
+    args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
     assert (args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale, args.seed, args.width, args.height) == (
         "a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
 
@@ -533,22 +579,22 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     model, out, lines = str(write_model(tmp_path / "m")), tmp_path / "p.png", tmp_path / "prompts.txt"
     lines.write_text("# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\nwell-known -b 2\n", encoding="utf-8")
     run = ["--prompts", str(lines), "-m", model, "-o", str(out), "--steps", "1"]
-    assert sd.main(run) == 0
+    assert cli.main(run) == 0
     names = ["p-0002.png", "p-0004.png", "p-0005-000.png", "p-0005-001.png"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
     prompt, negative, last = facts(tmp_path / "p-0004.png")
     assert (prompt, negative, last["Seed"], last["Steps"]) == ("a dog's house", "b, c", "5", "2")
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     (tmp_path / "p-0004.png").unlink()
-    assert sd.main(run) == 0
+    assert cli.main(run) == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
     assert sum((tmp_path / name).stat().st_mtime_ns != before[name] for name in names) == 1
-    monkeypatch.setattr(sd, "load", None)       # no need to wait for a model if nothing is to be drawn
+    monkeypatch.setattr(formats, "load", None)       # no need to wait for a model if nothing is to be drawn
     capsys.readouterr()
-    assert sd.main(run) == 0 and capsys.readouterr() == ("", f"tiny_sd: {lines} has no prompt whose picture is not there yet\n")
+    assert cli.main(run) == 0 and capsys.readouterr() == ("", f"tiny_sd: {lines} has no prompt whose picture is not there yet\n")
     for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"), ("red -m x", "model")):
         lines.write_text(line, encoding="utf-8")
-        assert sd.main(run) == 2
+        assert cli.main(run) == 2
         err = capsys.readouterr().err
         assert "line 1: " in err and said in err and err.count("\n") == 1
 
@@ -565,7 +611,7 @@ def test_two_processes_share_the_prompts(tmp_path):
 def test_preview_is_close_to_the_picture(tmp_path):
     """The linear map of the last latents, beside the decoder's picture in small."""
     picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
-    assert sd.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview", str(preview), "--steps", "8"]) == 0
+    assert cli.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview", str(preview), "--steps", "8"]) == 0
     small = np.asarray(Image.open(preview)).astype(float)
     large = np.asarray(Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)).astype(float)
     assert small.shape == (16, 16, 3) and np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8
@@ -579,3 +625,487 @@ def test_preview_replaces_only_a_preview(run, refuse):
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
         assert Image.open("new.png").size == (8, 8)
+
+
+# ── Names that people know ───────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("name, sampler, karras", [
+    ("DPM++ 2M Karras", "DPM++ 2M", True), ("dpm++ 2m", "DPM++ 2M", False),
+    ("dpmpp_2m", "DPM++ 2M", False), ("Euler a", "Euler a", False),
+    ("EULER_ANCESTRAL", "Euler a", False), ("k_euler_a", "Euler a", False),
+    ("k_euler", "Euler", False), ("EulerDiscreteScheduler", "Euler", False),
+    ("PNDM", "PLMS", False), ("euler_karras", "Euler", True)])
+def test_samplers_by_the_names_of_other_programs(draw, name, sampler, karras):
+    assert parse(draw("apple", "--sampler", name))[2]["Sampler"] == sampler + " Karras" * karras
+
+
+@pytest.mark.parametrize("argv, hint", [
+    ("red --stepps 3", "did you mean --steps?"), ("red --sampler eular", "did you mean euler?"),
+    ("red --guidance 3", "did you mean --guidance-scale?"),
+    ("red apple", 'quote the prompt: "red apple"'), ("-p red -s 3 apple pie", 'quote the prompt'),
+    ("red --sampler 'DPM++ 2M SDE'", "there is no 'DPM++ 2M SDE', but ddpm, ddim, euler"),
+    ("red --sampler x", "there is no 'x', but ddpm")])
+def test_a_hint(refuse, argv, hint):
+    assert hint in refuse(*shlex.split(argv))
+
+
+def test_a_seed_drawn_at_random(draw):
+    seeds = {parse(draw("apple", "-s", "-1", "-b", "1"))[2]["Seed"] for _ in range(3)}
+    assert len(seeds) == 3 and all(0 <= int(seed) < 2 ** 32 for seed in seeds)
+    again = draw("apple", "-s", seeds.copy().pop())
+    assert any(np.array_equal(pixels(again), pixels(Image.open(path)))
+               for path in Path().glob("*.png") if path.name != Path(again.filename).name)
+
+
+# ── Where it writes ──────────────────────────────────────────────────────────────────────────────
+
+def test_into_a_folder(run, refuse):
+    Path("sub").mkdir()
+    assert run("apple", "-o", "sub/")[1] == ["sub/out.png"]
+    assert run("apple", "-o", "sub/")[1] == ["sub/out-1.png"]
+    assert "--output sub is a folder: sub/ writes into it" in refuse("apple", "-o", "sub")
+    assert "there is no folder none" in refuse("apple", "-o", "none/")
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
+    ("-o {prompt}.png", ["red-apple-on-a-b.png"]), ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
+    ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
+    ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"])])
+def test_names_filled_in(run, flags, names):
+    assert run("red/apple, on a: ../b.", *flags.split())[:2] == (0, names)
+    assert sorted(path.name for path in Path().iterdir()) == names
+
+
+def test_a_name_filled_in_is_never_too_long(run):
+    assert run("🍎" * 300, "-o", "{prompt}{seed}.png")[0] == 0
+    assert run("苹" * 300, "-o", "{prompt}{seed}.png")[0] == 0
+    assert len(list(Path().iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["out.jpg", "out.jpeg", "out.webp", "P.JPG"])
+def test_other_formats_tell_how_they_were_made(run, name):
+    """As A1111 writes it, in EXIF's UserComment; --like reads it back."""
+    flags = "--steps 3 -s 9 --sampler euler --karras -n".split() + ["x: y, z"]
+    assert run("灯台 apple", "-o", name, *flags)[:2] == (0, [name])
+    comment = Image.open(name).getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    assert run("灯台 apple", *flags)[0] == 0
+    assert comment[8:].decode("utf-16-be") == Image.open("out.png").text["parameters"]
+    assert run.bare("--like", name, "-o", "again.png", "-m", run.model)[0] == 0
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def test_a_prompt_too_long_for_a_jpeg(run):
+    status, out, err = run("x " * 30000, "-o", "out.jpg")
+    assert (status, out) == (0, ["out.jpg"]) and any("too long to be recorded" in line for line in err)
+    Image.open("out.jpg").load()
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse):
+    refuse("apple", "-o", "a" * 300 + ".png")
+
+
+# ── Pictures drawn again ─────────────────────────────────────────────────────────────────────────
+
+def write_facts(name, text):
+    info = PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save(name, pnginfo=info)
+
+
+def test_like_says_what_it_does_not_take_up(run):
+    PLAIN.save("in.png")
+    write_facts("a.png", "red\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
+                "Model: /etc/other, Clip skip: 2, Denoising strength: 0.5, Lora: some 0.8, RNG: CPU")
+    _, _, err = cli_lines(run, "--like", "a.png", model=False)
+    assert err == [
+        "--like a.png: Clip skip 2 is not taken up",
+        "--like a.png: Lora some 0.8 is not taken up: give it with --lora",
+        "--like a.png: Model /etc/other is not taken up: give it with --model"]
+    status, out, err = cli_lines(run, "--like", "a.png", "-i", "in.png")
+    assert status == 0 and not any("Model" in line or "Denoising" in line for line in err)
+
+
+def cli_lines(run, *argv, model=True):
+    """run(), and only this program's own lines on stderr."""
+    if model:
+        status, out, err = run(*argv)
+    else:
+        status, out, err = run.bare(*argv)
+    return status, out, [line.removeprefix("tiny_sd: ") for line in err
+                         if line.startswith("tiny_sd: ")]
+
+
+def test_like_takes_no_model_from_a_strangers_picture(here):
+    for name in (str(here), "..", "a/b", "../weights/emoji", "state\0"):
+        write_facts("a.png", f"red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model: {name}")
+        assert cli.parse_arguments(["--like", "a.png"]).model == str(ROOT / "weights" / "emoji")
+
+
+@pytest.mark.parametrize("negative", [
+    "blue Negative prompt: green", "Negative prompt: green", "a\nNegative prompt: b", " a ", "\n",
+    "Steps: 3", "a, b: c\n"])
+def test_a_negative_prompt_stays_where_it_is(run, negative):
+    assert run("red", "-n", negative, "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("prompt", ["red\nNegative prompt: x", "\n\nred\n", "Steps: 5, Sampler: x",
+                                    "\ud800", "", "a\0b", "🍎\r\n"])
+def test_any_prompt_is_drawn_again(run, prompt):
+    assert run(f"--prompt={prompt}", "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["v", "sample", "epsilon"])
+def test_what_is_predicted_is_recorded(run, kind):
+    assert run("red", "--prediction", kind, "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_like_with_another_sampler_leaves_karras(run):
+    assert run("red", "--sampler", "euler", "--karras", "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "--sampler", "ddim", "-o", "b.png")[0] == 0
+    assert parse(Image.open("b.png"))[2]["Sampler"] == "DDIM"
+    assert run("--like", "a.png", "--sampler", "dpm++2m", "-o", "c.png")[0] == 0
+    assert parse(Image.open("c.png"))[2]["Sampler"] == "DPM++ 2M Karras"
+
+
+@pytest.mark.parametrize("text", ["a" * 10 ** 6, "a: " * 330_000, "A " * 500_000, '"' * 10 ** 6])
+def test_a_million_letters_that_tell_nothing(refuse, text):
+    write_facts("a.png", f"Steps: 2, {text}")
+    start = time.process_time()
+    assert "a.png" in refuse("--like", "a.png")
+    assert time.process_time() - start < 3
+
+
+def test_quoted_facts_of_other_programs():
+    facts = files.recorded_facts('Steps: 2, Lora hashes: "a: 1, b: 2", Seed: 3')
+    assert facts == {"Steps": "2", "Lora hashes": "a: 1  b: 2", "Seed": "3"}
+
+
+# ── Lists of prompts ─────────────────────────────────────────────────────────────────────────────
+
+def test_a_batch_that_broke_off_goes_on(run):
+    """All pictures of a line are looked for, not only the first."""
+    Path("p.txt").write_text("red -b 3\napple\n")
+    assert len(run("--prompts", "p.txt")[1]) == 4
+    Path("out-0001-002.png").unlink()
+    assert run("--prompts", "p.txt")[1] == ["out-0001-000-1.png", "out-0001-001-1.png",
+                                            "out-0001-002.png"]
+    assert run("--prompts", "p.txt")[1] == []
+
+
+def test_an_edited_line_is_drawn_again(run):
+    """By its prompt, its negative prompt and its seed; a picture that tells nothing is left."""
+    Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
+    assert len(run("--prompts", "p.txt")[1]) == 4
+    PLAIN.save("out-0004.png")
+    Path("p.txt").write_text("red apple\napple -s 6\nblue -n y\nyellow\n")
+    again = ["out-0001-1.png", "out-0002-1.png", "out-0003-1.png"]
+    assert run("--prompts", "p.txt")[1] == again
+    assert run("--prompts", "p.txt")[1] == []
+    Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
+    assert run("--prompts", "p.txt")[1] == []
+
+
+def test_seeds_at_random_are_drawn_once(run):
+    Path("p.txt").write_text("red -s -1\napple -s -1\n")
+    _, out, _ = run("--prompts", "p.txt")
+    assert len({parse(Image.open(name))[2]["Seed"] for name in out}) == 2
+    assert run("--prompts", "p.txt")[1] == []
+
+
+def test_which_of_how_many(run):
+    Path("p.txt").write_text("red\napple\nblue\n")
+    err = "\n".join(run("--prompts", "p.txt")[2])
+    assert re.search(r"1 of 3: .*\n?", err) and re.search(r"3 of 3, \d\d:\d\d left: ", err)
+
+
+def test_a_number_sign_in_a_prompt(run):
+    Path("p.txt").write_text("a house, #1 in the list\nred  # a comment\na#b\n")
+    said = [line for line in run("--prompts", "p.txt")[2] if line.startswith("tiny_sd: ")]
+    assert said == ["tiny_sd: p.txt, line 1: from #1 in the list on, this is a comment"]
+    assert parse(Image.open("out-0001.png"))[0] == "a house,"
+    assert parse(Image.open("out-0003.png"))[0] == "a#b"
+
+
+def test_lines_end_where_files_say(run):
+    """Not at a form feed or U+2028; and a byte-order mark is none of the prompt's letters."""
+    Path("p.txt").write_bytes("\ufeffred\fapple\u2028blue\r\ngreen".encode())
+    assert run("--prompts", "p.txt")[1] == ["out-0001.png", "out-0002.png"]
+    assert parse(Image.open("out-0001.png"))[0] == "red apple blue"
+
+
+@pytest.mark.parametrize("line", ["red -i none.png", "red -i in.png --mask none.png"])
+def test_a_picture_that_is_missing_is_found_before_anything_is_drawn(refuse, line):
+    PLAIN.save("in.png")
+    Path("p.txt").write_text(f"apple\n{line}\n")
+    assert refuse("--prompts", "p.txt") == "tiny_sd: p.txt, line 2: none.png is not there"
+
+
+def test_a_line_of_a_million_spaces(run):
+    Path("p.txt").write_text("red" + " " * 10 ** 6 + "apple" + " -" * 10 ** 5 + "\n")
+    start = time.process_time()
+    assert run("--prompts", "p.txt", "--steps", "1")[0] == 0
+    assert time.process_time() - start < 5
+
+
+def test_a_line_like_another_picture(run):
+    assert run("red", "-o", "a.png", "-s", "4")[0] == 0
+    Path("p.txt").write_text("apple --like a.png\n")
+    assert run("--prompts", "p.txt")[0] == 2       # --like brings a prompt of its own
+
+
+# ── A sampler of one's own ───────────────────────────────────────────────────────────────────────
+
+def halves(denoise, x, steps, noise):
+    """A sampler that is none of ours."""
+    for _, alpha_bar, alpha_bar_next in steps:
+        x_0, eps = denoise(x, _, alpha_bar)
+        x = sd.add_noise(x_0, alpha_bar_next, 0.5 * eps)
+        yield x
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(sd.SAMPLERS, "half-way", halves)
+
+
+def test_a_sampler_is_a_function(registered, model):
+    loaded = sd.load(model)
+    *_, one = sd.generate(loaded, "red", steps=3, sampler=halves)
+    *_, other = sd.generate(loaded, "red", steps=3, sampler="half-way")
+    *_, ddim = sd.generate(loaded, "red", steps=3, sampler="ddim")
+    assert np.array_equal(one, other) and not np.array_equal(one, ddim)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_sampler_says_its_spacing(registered, spacing, monkeypatch):
+    monkeypatch.setattr(halves, "spacing", spacing, raising=False)
+    scheduler = sd.read_config("scheduler", {})
+    expected = {"leading": [501, 1], "trailing": [999, 499], "linspace": [999, 0]}[spacing]
+    for name in (halves, "half-way"):
+        steps = sd.sampling_steps(name, 2, scheduler, sd.alpha_bars())
+        assert [t for t, _, _ in steps] == expected
+
+
+def test_a_registered_sampler_goes_from_the_command_line_into_the_picture_and_back(
+        registered, run):
+    assert run("red", "--sampler", "half-way", "-o", "a.png")[0] == 0
+    assert parse(Image.open("a.png"))[2]["Sampler"] == "half-way"
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_karras_with_a_models_own_sampler_that_has_none(run, model):
+    """Found when the sampler is known, before anything is drawn."""
+    change(SCHEDULER, _class_name="PNDMScheduler")(Path(shutil.copytree(model, "model")))
+    status, out, err = run("red", "-m", "model", "--karras")
+    assert (status, out) == (2, []) and err[-1].endswith("--karras does not go with --sampler plms")
+
+
+# ── Models ───────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("settings, said", [
+    ({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler is not known here: dpm++2m"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is False here, not True"),
+    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'dpmsolver++' here"),
+    ({"solver_order": 3}, "solver_order is 2 here, not 3"),
+    ({"trained_betas": [0.1]}, "trained_betas is None here"),
+    ({"clip_sample": True}, "clip_sample is False here, not True")])
+def test_what_a_scheduler_asks_for_and_does_not_get(run, model, settings, said):
+    change(SCHEDULER, **settings)(Path(shutil.copytree(model, "model")))
+    status, out, err = run("red", "-m", "model")
+    lines = [line for line in err if line.startswith("tiny_sd: ")]
+    assert status == 0 and len(lines) == 1 and said in lines[0]
+
+
+def test_the_default_model_is_the_bundled_one(here):
+    """Whatever is called emoji in the current folder."""
+    Path("emoji").mkdir()
+    assert cli.main(["red apple", "--steps", "1"]) == 0
+    assert parse(Image.open("out.png"))[2]["Model"] == "emoji"
+    assert cli.main(["--like", "out.png"]) == 0
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "fifo"])
+def test_what_is_neither_a_folder_nor_a_file(refuse, name, here):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has neither")
+    os.mkfifo("fifo")
+    assert "neither a folder nor a file" in refuse("red", "-m", name)
+    assert f"the LoRA {name} is no file" in refuse("red", "--lora", name)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_names_that_are_no_text(model, here):
+    """Of bytes that no encoding has; the picture's text has question marks for them."""
+    name = os.fsdecode(b"m\xff")
+    shutil.copytree(model, name)
+    status, out, err = finish(start("apple", "-m", name, "--steps", "1", "-o", os.fsdecode(b"o\xff.png")))
+    assert status == 0 and "Traceback" not in err
+    assert Image.open(os.fsdecode(b"o\xff.png")).text["parameters"].count("Model: m?") == 1
+
+
+@pytest.mark.parametrize("shape", [[2 ** 62, 0], [1] * 65, [0] * 65, [2 ** 64, 0]])
+def test_shapes_that_numpy_does_not_have(refuse, model, shape):
+    path = Path(shutil.copytree(model, "model")) / UNET
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    empty = 0 in shape
+    header["more"] = {"dtype": "F32", "shape": shape,
+                      "data_offsets": [len(data) - end, len(data) - end + 4 * (not empty)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:] + b"\0" * 4 * (not empty))
+    refuse("red", "-m", "model")
+
+
+def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
+    """Written into: refused. Replaced by another file: the old one is still what is read."""
+    path = Path(shutil.copytree(model, "model")) / UNET
+    generate = sd.generate
+
+    def change_it(*args, **settings):
+        yield from generate(*args, **settings)
+        path.write_bytes(path.read_bytes())
+
+    def replace_it(*args, **settings):
+        yield from generate(*args, **settings)
+        Path("new").write_bytes(path.read_bytes())
+        os.replace("new", path)
+
+    monkeypatch.setattr(sd, "generate", change_it)
+    status, out, err = run("red", "-m", "model")
+    assert (status, out) == (2, []) and "was changed while it was in use" in err[-1]
+    monkeypatch.setattr(sd, "generate", replace_it)
+    assert run("red", "-m", "model")[:2] == (0, ["out.png"])
+
+
+def test_a_loaded_model_prints_as_one_line(model):
+    assert repr(formats.load(model)) == "Model(name='tiny', digest='')"
+
+
+# ── Pictures of any depth ────────────────────────────────────────────────────────────────────────
+
+RAMP = np.arange(16 * 24).reshape(16, 24) % 256
+DEEP = {    # the file, its numbers, and the 8 bits that they mean
+    "in.pgm": (RAMP.astype(np.uint16) * 257, RAMP), "in16.tiff": (RAMP.astype(np.uint16) * 257, RAMP),
+    "in32.tiff": (RAMP.astype(np.int32) * 257, RAMP),
+    "float.tiff": (RAMP.astype(np.float32) / 255, RAMP),
+    "float255.tiff": (RAMP.astype(np.float32), RAMP),
+    "nan.tiff": (np.where(RAMP == 3, np.nan, RAMP / 255).astype(np.float32), RAMP * (RAMP != 3)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_pictures_of_16_and_32_bits_and_floats(name):
+    values, expected = DEEP[name]
+    Image.fromarray(values).save(name)
+    read = files.read_picture(name, 24, 16)
+    assert abs(read.astype(int) - expected[..., None]).max() <= 1
+
+
+def test_what_is_cut_off_is_said(run):
+    Image.new("RGB", (48, 16), "red").save("in.png")
+    err = run("red", "-i", "in.png")[2]
+    assert "tiny_sd: in.png, 48 x 16, is cut to the shape of 16 x 16" in err
+    Image.new("RGB", (321, 320), "red").save("in.png")
+    assert not any("cut" in line for line in run("red", "-i", "in.png")[2])
+
+
+def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
+    """A MemoryError has no text of its own."""
+    PLAIN.save("in.png")
+
+    def fail(*args):
+        raise MemoryError
+    monkeypatch.setattr(files, "eight_bits", fail)
+    assert refuse("red", "-i", "in.png") == "tiny_sd: there is not enough memory"
+
+
+# ── Nothing is lost ──────────────────────────────────────────────────────────────────────────────
+
+def test_threads_that_save_under_one_name(here):
+    """Each picture once, whole, under a name of its own."""
+    threads = [threading.Thread(target=lambda k=k: files.save_picture(
+        np.full((4, 4, 3), k, np.uint8), Path("a.png"), str(k))) for k in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted((int(Image.open(path).text["parameters"]), pixels(Image.open(path)).max())
+                   for path in Path().iterdir())
+    assert found == [(k, k) for k in range(24)]
+
+
+def test_processes_of_one_number(run, monkeypatch):
+    """Of two containers that share a folder: the unfinished file's name is not the process's."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    Path("precious").write_text("mine")
+    Path(".tiny_sd-1.part").symlink_to("precious")
+    assert run("red")[0] == 0 and Path("precious").read_text() == "mine"
+
+
+def test_an_unfinished_name_that_is_taken_is_not_followed(run, monkeypatch):
+    Path("precious").write_text("mine")
+    Path(".tiny_sd-x.part").symlink_to("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "x")
+    assert run("red")[0] == 2 and Path("precious").read_text() == "mine"
+
+
+def test_file_systems_without_links_lose_nothing_either(here, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", link)
+    test_threads_that_save_under_one_name(here)
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_half_of_what_torchrun_says(run, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Path("p.txt").write_text("red\napple\n")
+    assert run("--prompts", "p.txt")[1] == ["out-0001.png", "out-0002.png"]
+
+
+def test_an_idle_process_waits_for_the_busy_ones(monkeypatch):
+    import torch.distributed as dist
+    waits = []
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: waits.append(timeout))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    cli.wait_for_other_ranks()
+    assert waits[0].days >= 7
+
+
+def test_no_thread_can_be_started(run, monkeypatch):
+    def submit(*args):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(fast.pool, "submit", submit)
+    assert run("red apple", "-b", "2", "-W", "64", "-H", "64")[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["-P", "-I", "-O", "-S"])
+def test_pythons_flags(model, flag):
+    """With -P, and PYTHONSAFEPATH, the file's own folder is not on the path."""
+    if flag == "-S":        # without site-packages: one line
+        status, _, err = finish(start_python("-S", "apple", "-m", model))
+        assert status == 2 and err.count("\n") == 1 and err.startswith("tiny_sd: ")
+        return
+    status, out, err = finish(start_python(flag, "apple", "-m", model, "--steps", "1"))
+    assert (status, out) == (0, "out.png\n"), err
+
+
+def start_python(flag, *argv):
+    return subprocess.Popen([sys.executable, flag, ROOT / "tiny_sd.py", *argv],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONSAFEPATH": "1"})

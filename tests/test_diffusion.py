@@ -1,5 +1,8 @@
-"""What the mathematics of diffusion promises, without a reference implementation: a Gaussian, for which every score,
-posterior and trajectory is known in closed form, and a random U-Net where one is needed."""
+"""What the mathematics of diffusion promises, without a reference implementation.
+
+A Gaussian, for which every score, posterior and trajectory is known in closed form; a random U-Net
+where one is needed; and a small one that learns three pictures from nothing.
+"""
 
 import math
 from fractions import Fraction
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import CONFIG, random_arrays, sd, write_model
+import extras.samplers  # noqa: F401  (registers plms and lcm)
+from conftest import ROOT
+from helpers import CONFIG, FILES, TOKENIZER, random_arrays, scheduler, sd, shapes_of, write_model
 
 BETA = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
-ALPHA_BAR = sd.alpha_bars({})
+ALPHA_BAR = sd.alpha_bars()
 SAMPLERS = pytest.mark.parametrize("sampler", sd.SAMPLERS)
 KINDS = {"epsilon": lambda x_0, eps, a: eps, "sample": lambda x_0, eps, a: x_0,
          "v_prediction": lambda x_0, eps, a: math.sqrt(a) * eps - math.sqrt(1 - a) * x_0}
@@ -35,7 +40,10 @@ def gaussian(x, t, a):
 
 
 def flow(x, t, a):
-    """Where the probability flow takes x_t: in a Gaussian each place keeps its number of standard deviations."""
+    """Where the probability flow takes x_t.
+
+    In a Gaussian each point keeps its number of standard deviations.
+    """
     return MEAN + STD * (x - math.sqrt(a) * MEAN) / math.sqrt(a * STD ** 2 + 1 - a), None
 
 
@@ -50,19 +58,28 @@ def levels_between(high, low, n):
     return [(0.0, *pair) for pair in pairwise(a.tolist())]
 
 
-# ── The forward process ──────────────────────────────────────────────────────────────────────────────────────────────
+def steps_of(sampler, n, karras=False, **settings):
+    """The steps of a sampler with a scheduler's config."""
+    return sd.sampling_steps(sampler, n, scheduler(**settings), ALPHA_BAR, karras)
+
+
+# ── The forward process ─────────────────────────────────────────────────────────────────────────
+
 
 def test_the_schedule():
-    assert ALPHA_BAR[0] == pytest.approx(1 - 0.00085) and ALPHA_BAR[999] == pytest.approx(0.00466, abs=5e-6)
+    assert ALPHA_BAR[0] == pytest.approx(1 - 0.00085)
+    assert ALPHA_BAR[999] == pytest.approx(0.00466, abs=5e-6)
     assert len(ALPHA_BAR) == 1000 and (np.diff(ALPHA_BAR) < 0).all()
 
 
 @pytest.mark.parametrize("t", [0, 1, 20, 500, 999])
 def test_the_closed_form_has_the_coefficients_of_single_steps(t):
-    """x_s = √(1 - β_s) x_{s-1} + √β_s ε: each step shrinks what is there, and adds variance."""
+    """Each step shrinks what is there, and adds variance."""
     signal, variance = 1.0, 0.0
     for beta in BETA[:t + 1]:
-        signal, variance = math.sqrt(1 - beta) * signal, (1 - beta) * variance + beta
+        signal = sd.forward_step(signal, beta, 0.0)
+        kept, added = sd.forward_step(1.0, beta, 0.0), sd.forward_step(0.0, beta, 1.0)
+        variance = kept ** 2 * variance + added ** 2
     assert sd.add_noise(1.0, ALPHA_BAR[t], 0.0) == pytest.approx(signal, rel=1e-9)
     assert sd.add_noise(0.0, ALPHA_BAR[t], 1.0) ** 2 == pytest.approx(variance, rel=1e-9)
 
@@ -72,11 +89,32 @@ def test_the_closed_form_has_the_distribution_of_single_steps(t):
     rng = np.random.default_rng(0)
     single = closed = np.full(20000, 1.5)
     for beta in BETA[:t + 1]:
-        single = math.sqrt(1 - beta) * single + math.sqrt(beta) * rng.standard_normal(20000)
+        single = sd.forward_step(single, beta, rng.standard_normal(20000))
     closed = sd.add_noise(closed, ALPHA_BAR[t], rng.standard_normal(20000))
     assert single.mean() == pytest.approx(closed.mean(), abs=0.03)
-    assert np.quantile(single - single.mean(), [0.1, 0.3, 0.7, 0.9]) == pytest.approx(
-        np.quantile(closed - closed.mean(), [0.1, 0.3, 0.7, 0.9]), rel=0.06)
+    levels = [0.1, 0.3, 0.7, 0.9]
+    assert np.quantile(single - single.mean(), levels) == pytest.approx(
+        np.quantile(closed - closed.mean(), levels), rel=0.06)
+
+
+@pytest.mark.parametrize("beta", [0, 0.00085, 0.3, 1])
+def test_a_step_is_the_first_jump_and_keeps_a_variance_of_one(beta):
+    x, eps = normal(3, 5), normal(3, 5, seed=1)
+    np.testing.assert_allclose(sd.forward_step(x, beta, eps), sd.add_noise(x, 1 - beta, eps))
+    kept, added = sd.forward_step(1.0, beta, 0.0), sd.forward_step(0.0, beta, 1.0)
+    assert kept ** 2 + added ** 2 == pytest.approx(1)
+
+
+def test_a_batch_has_a_level_for_each_picture():
+    """In NumPy and in torch: training draws a time for each picture, sampling has one for all."""
+    x_0, eps = normal(3, 4, 5, 2), normal(3, 4, 5, 2, seed=1)
+    a = ALPHA_BAR[[3, 500, 999]]
+    for noised in (sd.add_noise, sd.velocity):
+        one_by_one = [noised(x_0[i], a[i], eps[i]) for i in range(3)]
+        batch = noised(x_0, a[:, None, None, None], eps)
+        tensors = map(torch.tensor, (x_0, a[:, None, None, None], eps))
+        np.testing.assert_allclose(batch, one_by_one)
+        np.testing.assert_allclose(noised(*tensors), one_by_one)
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
@@ -84,10 +122,12 @@ def test_the_closed_form_has_the_distribution_of_single_steps(t):
 def test_every_prediction_type_tells_picture_and_noise(kind, t):
     a, x_0, eps = ALPHA_BAR[t], normal(3, 5), normal(3, 5, seed=1)
     x_t = sd.add_noise(x_0, a, eps)
-    np.testing.assert_allclose(sd.split_prediction(kind, KINDS[kind](x_0, eps, a), x_t, a), (x_0, eps), atol=1e-9)
+    found = sd.split_prediction(kind, KINDS[kind](x_0, eps, a), x_t, a)
+    np.testing.assert_allclose(found, (x_0, eps), atol=1e-9)
 
 
-# ── The reverse process ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── The reverse process ─────────────────────────────────────────────────────────────────────────
+
 
 @pytest.mark.parametrize("t, before", [(1, 0), (500, 499), (981, 961), (999, 500)])
 def test_ddpm_draws_from_the_posterior_of_bayes(t, before):
@@ -95,22 +135,26 @@ def test_ddpm_draws_from_the_posterior_of_bayes(t, before):
     x_0, a, a_next = 0.8, ALPHA_BAR[t], ALPHA_BAR[before]
     x_t, alpha, width = sd.add_noise(x_0, a, -1.3), a / a_next, math.sqrt(1 - a_next)
     grid = math.sqrt(a_next) * x_0 + width * np.linspace(-9, 9, 200001)
-    square = (x_t - math.sqrt(alpha) * grid) ** 2 / (1 - alpha) + (grid - math.sqrt(a_next) * x_0) ** 2 / width ** 2
+    square = (x_t - math.sqrt(alpha) * grid) ** 2 / (1 - alpha)
+    square = square + (grid - math.sqrt(a_next) * x_0) ** 2 / width ** 2
     q = np.exp((square.min() - square) / 2)
     mean = (q * grid).sum() / q.sum()
     std = math.sqrt((q * (grid - mean) ** 2).sum() / q.sum())
-    at = [next(sd.ddpm(knows(x_0), x_t, [(t, a, a_next)], lambda: z)) for z in (0, 1)]
+    at = [next(sd.ddpm(knows(x_0), x_t, [(t, a, a_next)], lambda z=z: z)) for z in (0, 1)]
     assert at == pytest.approx([mean, mean + std], rel=1e-6)
 
 
 def test_ddim_with_the_true_noise_walks_back_the_way_it_came():
     x_0, eps = normal(3, 5), normal(3, 5, seed=1)
-    steps = sd.sampling_steps("ddim", 20, {"set_alpha_to_one": True})
+    steps = steps_of("ddim", 20, set_alpha_to_one=True)
     x = sd.add_noise(x_0, steps[0][1], eps)
-    reached = sd.ddim(lambda x, t, a: sd.split_prediction("epsilon", eps, x, a), x, steps, None)
-    for (_, _, a_next), x in zip(steps, reached, strict=True):
-        np.testing.assert_allclose(x, sd.add_noise(x_0, a_next, eps), atol=1e-9)
-    np.testing.assert_allclose(x, x_0, atol=1e-9)
+
+    def denoise(x, t, a):
+        return sd.split_prediction("epsilon", eps, x, a)
+    reached = list(sd.ddim(denoise, x, steps, None))
+    for (_, _, a_next), x_t in zip(steps, reached, strict=True):
+        np.testing.assert_allclose(x_t, sd.add_noise(x_0, a_next, eps), atol=1e-9)
+    np.testing.assert_allclose(reached[-1], x_0, atol=1e-9)
 
 
 @SAMPLERS
@@ -118,57 +162,82 @@ def test_ddim_with_the_true_noise_walks_back_the_way_it_came():
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_sampler_finds_a_picture_that_the_denoiser_knows(sampler, n, spacing):
     """Whatever the noise on the way: the last step goes to the picture itself."""
-    x_0, rng, n = normal(3, 5), np.random.default_rng(1), min(n, 50) if sampler == "lcm" else n
-    steps = sd.sampling_steps(sampler, n, {"set_alpha_to_one": True, "timestep_spacing": spacing})
-    *_, x = sd.SAMPLERS[sampler](knows(x_0), normal(3, 5, seed=2), steps, lambda: rng.standard_normal((3, 5)))
-    np.testing.assert_allclose(x, x_0, atol=2e-5 if sampler == "lcm" else 1e-9)     # which keeps a trace of x_t, by 1 / (20 t)²
+    x_0, rng = normal(3, 5), np.random.default_rng(1)
+    n = min(n, 50) if sampler == "lcm" else n
+    steps = steps_of(sampler, n, set_alpha_to_one=True, timestep_spacing=spacing)
+    *_, x = sd.SAMPLERS[sampler](knows(x_0), normal(3, 5, seed=2), steps,
+                                 lambda: rng.standard_normal((3, 5)))
+    trace = 2e-5 if sampler == "lcm" else 1e-9      # lcm keeps a trace of x_t, by 1 / (20 t)²
+    np.testing.assert_allclose(x, x_0, atol=trace)
+
+
+@pytest.mark.parametrize("sampler", [name for name in sd.SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("n", [1, 2, 20, 50, 998])
+def test_evenly_spaced_steps_lead_every_sampler_to_the_picture(sampler, n):
+    x_0, rng = normal(3, 5), np.random.default_rng(1)
+    *_, x = sd.SAMPLERS[sampler](knows(x_0), normal(3, 5, seed=2),
+                                 sd.evenly_spaced_steps(n, ALPHA_BAR),
+                                 lambda: rng.standard_normal((3, 5)))
+    np.testing.assert_allclose(x, x_0, atol=1e-9)
 
 
 def test_euler_is_ddim_in_other_coordinates():
     """And DPM++ 2M begins with the same step, having no second point yet."""
-    steps = sd.sampling_steps("euler", 20, {"timestep_spacing": "leading"})
-    euler, ddim, dpm = (list(sampler(crooked, normal(3, 5), steps, None)) for sampler in (sd.euler, sd.ddim, sd.dpm_pp_2m))
+    steps = steps_of("euler", 20, timestep_spacing="leading")
+    euler, ddim, dpm = (list(sampler(crooked, normal(3, 5), steps, None))
+                        for sampler in (sd.euler, sd.ddim, sd.dpm_pp_2m))
     np.testing.assert_allclose(euler, ddim, rtol=1e-6)
     np.testing.assert_allclose(dpm[0], ddim[0], rtol=1e-6)
     assert abs(dpm[1] - ddim[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("dpm++2m", 2), ("plms", 2)])
+@pytest.mark.parametrize("sampler, order",
+                         [("ddim", 1), ("euler", 1), ("dpm++2m", 2), ("plms", 2)])
 def test_order_of_convergence(sampler, order):
-    """Twice the steps, half the error, or a quarter. The Gaussian's flow in x / √ᾱ keeps (x - mean) / √(std² + σ²)."""
+    """Twice the steps, half the error, or a quarter.
+
+    The Gaussian's flow in x / √ᾱ keeps (x - mean) / √(std² + σ²).
+    """
     high, low, x = 10.0, 0.1, normal(100)
     a, a_end = 1 / (1 + high ** 2), 1 / (1 + low ** 2)
     spread = math.sqrt((STD ** 2 + low ** 2) / (STD ** 2 + high ** 2))
     exact = math.sqrt(a_end) * (MEAN + spread * (x / math.sqrt(a) - MEAN))
-    coarse, fine = (abs(list(sd.SAMPLERS[sampler](gaussian, x, levels_between(high, low, n), None))[-1] - exact).max()
-                    for n in (40, 80))
-    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+    def error(n):
+        *_, found = sd.SAMPLERS[sampler](gaussian, x, levels_between(high, low, n), None)
+        return abs(found - exact).max()
+    assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.15)
 
 
 @SAMPLERS
 def test_every_sampler_keeps_the_marginals(sampler):
     """With the ideal denoiser, x_t is N(√ᾱ mean, ᾱ std² + 1 - ᾱ) all the way down."""
-    rng, consistent = np.random.default_rng(0), sampler == "lcm"        # its ideal leads each x_t along its flow to the end
-    steps = sd.sampling_steps(sampler, 50 if consistent else 500, {})
+    rng = np.random.default_rng(0)
+    consistent = sampler == "lcm"       # its ideal leads each x_t along its flow to the end
+    steps = steps_of(sampler, 50 if consistent else 500)
     x = sd.add_noise(rng.normal(MEAN, STD, 10000), steps[0][1], rng.standard_normal(10000))
-    reached = sd.SAMPLERS[sampler](flow if consistent else gaussian, x, steps, lambda: rng.standard_normal(10000))
+    reached = sd.SAMPLERS[sampler](flow if consistent else gaussian, x, steps,
+                                   lambda: rng.standard_normal(10000))
     for i, ((_, _, a), x) in enumerate(zip(steps, reached, strict=True)):
         if i % (len(steps) // 10) == 0:
             assert x.mean() == pytest.approx(math.sqrt(a) * MEAN, abs=0.05)
             assert x.std() == pytest.approx(math.sqrt(a * STD ** 2 + 1 - a), rel=0.05)
 
 
-# ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Steps ───────────────────────────────────────────────────────────────────────────────────────
 
-SPACINGS = [("ddpm", "leading", 50, 981, 961, 1), ("ddim", "leading", 50, 981, 961, 1),
-            ("euler", "leading", 50, 981, 961, 1), ("euler_a", "leading", 20, 951, 901, 1), ("dpm++2m", "leading", 50, 951, 932, 20),
-            ("dpm++2m", "leading", 20, 941, 894, 48), ("ddim", "trailing", 50, 999, 979, 19),
-            ("euler", "linspace", 10, 999, 888, 0), ("dpm++2m", "linspace", 10, 999, 899, 100)]
+
+SPACINGS = [
+    ("ddpm", "leading", 50, 981, 961, 1), ("ddim", "leading", 50, 981, 961, 1),
+    ("euler", "leading", 50, 981, 961, 1), ("euler_a", "leading", 20, 951, 901, 1),
+    ("dpm++2m", "leading", 50, 951, 932, 20), ("dpm++2m", "leading", 20, 941, 894, 48),
+    ("ddim", "trailing", 50, 999, 979, 19), ("euler", "linspace", 10, 999, 888, 0),
+    ("dpm++2m", "linspace", 10, 999, 899, 100)]
 
 
 @pytest.mark.parametrize("sampler, spacing, n, first, second, last", SPACINGS)
 def test_spacing(sampler, spacing, n, first, second, last):
-    steps = sd.sampling_steps(sampler, n, {"timestep_spacing": spacing})
+    steps = steps_of(sampler, n, timestep_spacing=spacing)
     assert [steps[i][0] for i in (0, 1, -1)] == [first, second, last]
     assert [a for _, a, _ in steps] == pytest.approx([ALPHA_BAR[int(t)] for t, _, _ in steps])
 
@@ -177,22 +246,53 @@ def test_spacing(sampler, spacing, n, first, second, last):
 @pytest.mark.parametrize("karras", [False, True])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_steps_lead_from_noise_to_picture(sampler, spacing, karras):
-    for n in [1, 2, 3, 20, 49, 50] if sampler == "lcm" else [1, 2, 3, *range(20, 998, 50), 223, 998]:
-        t, a, a_next = zip(*sd.sampling_steps(sampler, n, {"timestep_spacing": spacing, "set_alpha_to_one": False}, karras))
+    settings = {"timestep_spacing": spacing, "set_alpha_to_one": False}
+    if karras and sampler not in sd.KARRAS:
+        with pytest.raises(sd.UserError, match="karras"):
+            steps_of(sampler, 20, karras, **settings)
+        return
+    counts = [1, 2, 3, *range(20, 998, 50), 223, 998]
+    for n in [1, 2, 3, 20, 49, 50] if sampler == "lcm" else counts:
+        t, a, a_next = zip(*steps_of(sampler, n, karras, **settings))
         assert len(t) == n and max(t) < 1000 and min(t) >= 0, n
         assert all(x < y for x, y in pairwise(a)) and a[1:] == a_next[:-1], n
-        assert a[-1] <= a_next[-1] == (ALPHA_BAR[0] if sampler in ("ddim", "plms") else 1), n
+        end = ALPHA_BAR[0] if sampler in ("ddim", "plms") else 1
+        assert a[-1] <= a_next[-1] == end, n
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 50, 223, 998, 999])
+def test_evenly_spaced_steps(n):
+    """From the noisiest level on, each 999 / n times below the one before; the end is clean."""
+    t, a, a_next = zip(*sd.evenly_spaced_steps(n, ALPHA_BAR))
+    assert len(t) == n and t[0] == 999 and all(type(time) is int for time in t)
+    assert all(abs(time - 999 * (1 - i / n)) <= 0.5 for i, time in enumerate(t))
+    assert all(x > y for x, y in pairwise(t)) and t[-1] > 0
+    assert list(a) == [ALPHA_BAR[time] for time in t]
+    assert a[1:] == a_next[:-1] and a_next[-1] == 1
+
+
+def test_evenly_spaced_steps_of_another_schedule():
+    levels = sd.alpha_bars(11, 0.1, 0.2)
+    expected = [(10, levels[10], levels[5]), (5, levels[5], 1.0)]
+    assert sd.evenly_spaced_steps(2, levels) == expected
 
 
 def test_strength_takes_whole_steps_of_what_was_written():
     """50 x 0.58 is 29, though 50 * 0.58 is 28.999999999999996."""
-    assert sd.steps_left(50, 0.58) == 29
-    for steps in (1, 2, 20, 25, 50, 999):
+    assert sd.last_steps(list(range(50)), 0.58) == list(range(21, 50))
+    for n in (1, 2, 20, 25, 50, 999):
+        steps = list(range(n))
         for percent in range(1, 101):
-            assert sd.steps_left(steps, percent / 100) == steps * Fraction(percent, 100) // 1
+            count = n * Fraction(percent, 100) // 1
+            if count:
+                assert sd.last_steps(steps, percent / 100) == steps[n - count:]
+            else:
+                with pytest.raises(sd.UserError, match="strength"):
+                    sd.last_steps(steps, percent / 100)
 
 
-# ── With a U-Net ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── With a U-Net ────────────────────────────────────────────────────────────────────────────────
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -204,24 +304,42 @@ def last(*args, **kwargs):
     return x
 
 
+def test_the_pipeline_of_the_docstring(monkeypatch):
+    """The lines after >>> at the head of tiny_sd.py run as they stand, and draw."""
+    monkeypatch.chdir(ROOT)
+    lines = [line.strip()[4:] for line in sd.__doc__.splitlines() if line.strip()[:4] == ">>> "]
+    assert len(lines) == 6
+    names = {}
+    exec("from tiny_sd import *\n" + "\n".join(lines), names)
+
+    picture, x_T, steps = names["picture"], names["x_T"], names["steps"]
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 20
+    model, context = names["model"], names["context"]
+    *_, x = sd.ddim(sd.denoiser(model, context, 4.0), x_T, steps)
+    assert np.array_equal(sd.decode(model, x)[0], picture)
+
+
 def test_guidance():
     uncond, cond = normal(3, 5), normal(3, 5, seed=1)
-    assert np.allclose(sd.guide(uncond, cond, 1), cond) and np.allclose(sd.guide(uncond, cond, 0), uncond)
+    assert np.allclose(sd.guide(uncond, cond, 1), cond)
+    assert np.allclose(sd.guide(uncond, cond, 0), uncond)
     assert np.allclose(sd.guide(cond, cond, 7.5), cond)
 
 
 def test_guidance_of_one_is_the_prompt_alone(model):
     context = sd.encode_prompts(model, ["a dog", "red apple"])
     x = normal(3, 8, 6, 4).astype(np.float32)
-    guided, alone, other = (sd.denoiser(model, rows, scale)(x, 500, ALPHA_BAR[500])
-                            for rows, scale in ((context, 1), (context[1:], 7.5), (context, 7.5)))
+    guided, alone, other = (
+        sd.denoiser(model, rows, scale)(x, 500, ALPHA_BAR[500])
+        for rows, scale in ((context, 1), (context[1:], 7.5), (context, 7.5)))
     np.testing.assert_allclose(guided, alone, atol=1e-5)
     assert abs(other[1] - alone[1]).max() > 1e-3
 
 
 @SAMPLERS
 def test_a_seed_means_the_same_picture_in_any_batch(model, sampler):
-    three, one = (last(model, "red apple", seeds=seeds, steps=4, sampler=sampler) for seeds in ((5, 6, 7), (6,)))
+    three, one = (last(model, "red apple", seeds=seeds, steps=4, sampler=sampler)
+                  for seeds in ((5, 6, 7), (6,)))
     assert three.shape == (3, 8, 8, 4) and three.dtype == np.float32
     np.testing.assert_allclose(three[1], one[0], atol=1e-5 * abs(one).max())
     assert abs(three[0] - three[1]).max() > 0.1
@@ -232,7 +350,8 @@ def test_image_to_image_takes_part_of_the_steps(model, sampler):
     picture = np.random.default_rng(0).integers(256, size=(12, 20, 3), dtype=np.uint8)
 
     def run(strength, *seeds):
-        return list(sd.generate(model, "red apple", "", seeds, 10, 7.5, sampler, init=picture, strength=strength))
+        return list(sd.generate(model, "red apple", "", seeds, 10, 7.5, sampler, init=picture,
+                                strength=strength))
 
     assert [len(run(strength, 0)) for strength in (0.1, 0.58, 1)] == [1, 5, 10]
     batch, alone = run(0.3, 5, 6)[-1], run(0.3, 6)[-1]
@@ -240,21 +359,89 @@ def test_image_to_image_takes_part_of_the_steps(model, sampler):
     np.testing.assert_allclose(batch[1], alone[0], atol=1e-4)
 
 
+# ── Training ────────────────────────────────────────────────────────────────────────────────────
+
+
 def test_training_lowers_the_loss():
-    """The simple loss, |ε - ε̂|² (Ho et al., 2020, eq. 14), through the same function that draws, on one batch."""
-    place = sd.placer("torch", "cpu", "float32")
-    arrays = random_arrays(sd.flatten(sd.unet_shapes(CONFIG["unet"])))
-    flat = {name: place(array).requires_grad_() for name, array in arrays.items()}
-    weights, a = sd.nest(flat), torch.tensor(ALPHA_BAR[[10, 300, 900]], dtype=torch.float32)[:, None, None, None]
+    """The simple loss, |ε - ε̂|² (Ho et al., 2020, eq. 14), on one batch.
+
+    Through the same function that draws, and with the slope of every weight.
+    """
+    arrays = random_arrays(shapes_of("unet", CONFIG["unet"]))
+    weights = sd.nest({name: sd.to_backend(array, "torch") for name, array in arrays.items()})
+    learnt = sd.parameters(weights)
+    alpha_bar = torch.tensor(ALPHA_BAR[[10, 300, 900]], dtype=torch.float32)[:, None, None, None]
     x_0, eps, words = (torch.tensor(normal(3, *shape, seed=i), dtype=torch.float32)
                        for i, shape in enumerate([(8, 6, 4), (8, 6, 4), (12, 12)]))
-    x_t, losses = a.sqrt() * x_0 + (1 - a).sqrt() * eps, []
+
+    def predict(x_t):
+        return sd.unet(x_t, np.array([10., 300, 900]), words, (2, 2), 4, **weights)
+
+    losses = []
     for _ in range(5):
-        loss = ((sd.unet(x_t, torch.tensor([10., 300, 900]), words, (2, 2), 4, **weights) - eps) ** 2).mean()
-        gradients = torch.autograd.grad(loss, list(flat.values()))
+        loss = sd.diffusion_loss(predict, "epsilon", x_0, alpha_bar, eps).mean()
+        gradients = torch.autograd.grad(loss, learnt)
         with torch.no_grad():
-            for w, gradient in zip(flat.values(), gradients):
+            for w, gradient in zip(learnt, gradients, strict=True):
                 w -= 0.01 * gradient
         losses.append(loss.item())
-    assert all(gradient.any() for gradient in gradients)
+    assert len(learnt) == len(arrays) and all(gradient.any() for gradient in gradients)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])
+def test_captions_are_dropped_at_the_rate_that_was_asked_for(rate):
+    captions = [f"picture {i}" for i in range(40000)]
+    kept = sd.drop_captions(captions, np.random.default_rng(0), rate)
+    dropped = [old for old, new in zip(captions, kept, strict=True) if new == ""]
+    assert all(new in ("", old) for old, new in zip(captions, kept))
+    four_deviations = 4 * math.sqrt(40000 * rate * (1 - rate))
+    assert abs(len(dropped) - 40000 * rate) <= four_deviations
+    assert "" not in captions                   # the caller's list is as it was
+
+
+def test_one_time_in_ten_unless_said_otherwise():
+    kept = sd.drop_captions(["apple"] * 40000, np.random.default_rng(0))
+    assert kept.count("") / 40000 == pytest.approx(0.1, abs=0.006)
+
+
+def three_pictures():
+    """Latents (3, 8, 8, 4) of three pictures of -1 and 1: halves, a chessboard, a lozenge."""
+    y, x = np.mgrid[:8, :8] / 7 - 0.5
+    halves = [np.sign(y), np.sign(x), np.sign(y), -np.sign(x)]
+    board = [np.sign(x * y), np.sign(x * y), np.sign(x), np.sign(x)]
+    lozenge = [np.sign(abs(x) + abs(y) - 0.5)] * 4
+    pictures = [np.stack(picture, axis=-1) for picture in (halves, board, lozenge)]
+    return np.stack(pictures).astype(np.float32)
+
+
+@pytest.mark.slow
+def test_training_from_nothing():
+    """tiny_sd.train alone: the loss falls to a sixth, and each caption draws its own picture.
+
+    From random weights, on three pictures, in 300 steps. The U-Net and the text encoder learn
+    together, since nothing else tells the captions apart; the VAE is left alone.
+    """
+    settings = {**CONFIG, "scheduler": {"prediction_type": "v_prediction"},
+                "unet": {**CONFIG["unet"], "block_out_channels": [16, 16]}}
+    arrays = {part: random_arrays(shapes_of(part, settings[part]), seed)
+              for seed, part in enumerate(FILES)}
+    model = sd.assemble("small", settings, arrays, TOKENIZER, backend="torch")
+    pictures, captions = three_pictures(), ["red", "apple", "re"]
+    before = [array.clone() for array in sd.flatten(model.vae).values()]
+
+    optimizer = torch.optim.Adam(sd.parameters(model.unet, model.text_encoder), lr=0.01)
+    steps = sd.train(model, optimizer, torch.tensor(pictures), captions, 300, batch_size=32)
+    losses = np.array(list(steps))
+    assert len(losses) == 300 and losses[-30:].mean() < losses[:10].mean() / 6
+    assert all(torch.equal(a, b) for a, b in zip(before, sd.flatten(model.vae).values()))
+
+    for caption, own in zip(captions, pictures):
+        for guidance in (1, 2):
+            *_, drawn = sd.generate(model, caption, sampler="ddim", guidance=guidance,
+                                    seeds=(1, 2))
+            for x in drawn:
+                errors = [np.sqrt(np.square(x - other).mean()) for other in pictures]
+                assert errors[np.argmin(errors)] == np.sqrt(np.square(x - own).mean()) < 0.5
+                assert sorted(errors)[1] > 1
+                assert (np.sign(x) == own).mean() > 0.95

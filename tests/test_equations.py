@@ -1,18 +1,20 @@
-"""Equations of NOTES.md that no other test computes a second way; the table at the notes' end says which test has which."""
+"""Equations of NOTES.md that no other test computes a second way.
+
+Each calls the program on one side. The table at the notes' end says which test has which equation.
+"""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch.distributions import Normal, kl_divergence
 
-from conftest import ROOT
-from helpers import sd, write_model
+from helpers import CONFIG, random_arrays, sd, shapes_of, write_model
 
-sys.path.insert(0, str(ROOT / "weights"))
-
-ALPHA_BAR = sd.alpha_bars({})
+ALPHA_BAR = sd.alpha_bars()
 RNG = np.random.default_rng(0)
 
 
@@ -20,97 +22,281 @@ def log_normal(x, mean, variance):
     return -(x - mean) ** 2 / (2 * variance) - math.log(2 * math.pi * variance) / 2
 
 
-@pytest.mark.parametrize("size, kernel, stride, before, after", [(16, 3, 1, 1, 1), (16, 3, 2, 0, 1), (17, 3, 2, 1, 1), (9, 5, 3, 0, 0)])
+@pytest.mark.parametrize("size, kernel, stride, before, after",
+                         [(16, 3, 1, 1, 1), (16, 3, 2, 0, 1), (17, 3, 2, 1, 1), (9, 5, 3, 0, 0)])
 def test_how_often_a_window_fits(size, kernel, stride, before, after):
     """(1.3), by counting."""
-    fits = sum(start + kernel <= size + before + after for start in range(0, size + before + after, stride))
-    y = sd.conv2d.formula(np.ones((1, size, size, 1)), np.ones((1, kernel, kernel, 1)), None, stride, (before, after))
-    assert y.shape[1] == fits == (size + before + after - kernel) // stride + 1
+    padded = size + before + after
+    fits = sum(start + kernel <= padded for start in range(0, padded, stride))
+    x, weight = np.ones((1, size, size, 1)), np.ones((1, kernel, kernel, 1))
+    y = sd.conv2d.formula(x, weight, None, stride, (before, after))
+    assert y.shape[1] == fits == (padded - kernel) // stride + 1
 
 
-def test_clip_loss(monkeypatch):
+# ── What is learnt ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_clip_loss():
     """(3.4), summand by summand."""
-    train = pytest.importorskip("train")
     u, w = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in RNG.standard_normal((2, 5, 8)))
-    monkeypatch.setattr(train, "embed_text", lambda *_: torch.from_numpy(u))
-    monkeypatch.setattr(train, "embed_image", lambda *_: torch.from_numpy(w))
     scale, total = 7.0, 0.0
     for i in range(5):
         own = math.exp(scale * u[i] @ w[i])
         total += math.log(own / sum(math.exp(scale * u[i] @ w[j]) for j in range(5)))
         total += math.log(own / sum(math.exp(scale * u[j] @ w[i]) for j in range(5)))
-    loss = train.clip_loss(None, {"logit_scale": torch.tensor(math.log(scale), dtype=torch.float64)}, None, None)
+    log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
+    loss = sd.clip_loss(torch.tensor(u), torch.tensor(w), log_scale)
     assert loss.item() == pytest.approx(-total / 10)
 
 
-def test_the_best_score_is_how_much_more_often_than_by_chance():
-    """(3.5): its softmax is the probability by Bayes' rule, counted over all ways to draw three pictures of four."""
-    joint = RNG.random((3, 4))
+def joint_distribution():
+    """Some p(y, w) of three captions and four pictures, and (3.5), the best score of each pair."""
+    joint = np.random.default_rng(0).random((3, 4))
     joint /= joint.sum()
+    return joint, np.log(joint / (joint.sum(0) * joint.sum(1)[:, None]))
+
+
+def test_the_best_score_is_how_much_more_often_than_by_chance():
+    """(3.5): its softmax is the probability by Bayes' rule.
+
+    Counted over all ways to draw three pictures of four.
+    """
+    joint, score = joint_distribution()
     p_w, p_y = joint.sum(0), joint.sum(1)
-    score = np.log(joint / (p_w * p_y[:, None]))
     for y in range(3):
         for pictures in np.ndindex(4, 4, 4):
-            ways = [joint[y, pictures[j]] / p_y[y] * math.prod(p_w[pictures[i]] for i in range(3) if i != j) for j in range(3)]
-            np.testing.assert_allclose(np.exp(score[y, list(pictures)]) / np.exp(score[y, list(pictures)]).sum(), ways / np.sum(ways))
+            others = [math.prod(p_w[pictures[i]] for i in range(3) if i != j) for j in range(3)]
+            ways = [joint[y, pictures[j]] / p_y[y] * others[j] for j in range(3)]
+            found = sd.softmax(score[y, list(pictures)])
+            np.testing.assert_allclose(found, ways / np.sum(ways))
 
 
-def test_the_bound():
-    """(4.1) with four latents: what the bound leaves out is the divergence from the true posterior."""
-    prior, likelihood, q = (p / p.sum() for p in RNG.random((3, 4)))
-    posterior = prior * likelihood / (prior * likelihood).sum()
-    bound = (q * np.log(likelihood)).sum() - (q * np.log(q / prior)).sum()
-    assert bound + (q * np.log(q / posterior)).sum() == pytest.approx(math.log((prior * likelihood).sum()))
+def test_no_other_score_has_a_lower_loss():
+    """(3.5): there, the mean of clip_loss over all batches of two pairs is least."""
+    joint, best = joint_distribution()
+    pairs = list(np.ndindex(joint.shape))
+
+    def mean_loss(score):
+        total = 0
+        for first in pairs:
+            for second in pairs:
+                (y, v), (z, w) = first, second
+                pictures = torch.eye(4, dtype=torch.float64)[[v, w]]
+                loss = sd.clip_loss(score[[y, z]], pictures, torch.tensor(0.0))
+                total = total + joint[first] * joint[second] * loss
+        return total
+
+    score = torch.tensor(best, requires_grad=True)
+    least = mean_loss(score)
+    slope, = torch.autograd.grad(least, score)
+    assert abs(slope).max() < 1e-12
+    for seed in range(5):
+        change = np.random.default_rng(seed).standard_normal(best.shape)
+        assert mean_loss(torch.tensor(best + 0.1 * change)) > least + 1e-5
+
+
+def test_the_bound(monkeypatch):
+    """(4.1): vae_loss is -log p(x) and the divergence from the true posterior.
+
+    Where z is normal and x = slope z + shift + noise, p(x) and the posterior are known. Twice the
+    loss of (4.1) is a quadratic in ε, whose mean over ε = 1 and ε = -1 is that over all ε.
+    """
+    slope, shift, noise = 0.8, 0.3, 0.5                 # p(x | z) = N(slope z + shift, noise²)
+    x, mean, logvar = 1.1, -0.4, math.log(0.3)          # q(z | x) = N(mean, 0.3), anything
+
+    def as_array(value):
+        return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
+
+    def minus_log_likelihood(picture, reference):
+        return -log_normal(reference, picture, noise ** 2).mean()
+    monkeypatch.setattr(sd, "vae_encode", lambda *_: (as_array(mean), as_array(logvar)))
+    monkeypatch.setattr(sd, "vae_decode", lambda z, *_: slope * z + shift)
+    losses = [sd.vae_loss(as_array(x), as_array(eps), None, 1, minus_log_likelihood, 1).item()
+              for eps in (1.0, -1.0)]
+
+    evidence = log_normal(x, shift, slope ** 2 + noise ** 2)
+    precision = 1 + slope ** 2 / noise ** 2
+    posterior = Normal(slope * (x - shift) / noise ** 2 / precision, precision ** -0.5)
+    q = Normal(mean, math.exp(logvar / 2))
+    assert np.mean(losses) == pytest.approx(-evidence + kl_divergence(q, posterior).item())
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """helpers' VAE in torch, in float64."""
+    arrays = random_arrays(shapes_of("vae", CONFIG["vae"]))
+    return sd.nest({name: sd.to_backend(array, "torch", dtype="float64")
+                    for name, array in arrays.items()})
+
+
+def test_vae_loss(vae):
+    """(4.3) as torch.distributions has it, and (7.1): the rest is the error of what is decoded."""
+    picture, eps = (torch.tensor(RNG.standard_normal(shape))
+                    for shape in ((3, 8, 6, 3), (3, 4, 3, 4)))
+    mean, logvar = sd.vae_encode(picture, vae, 2)
+    q = Normal(mean, (logvar / 2).exp())
+    divergence = kl_divergence(q, Normal(0, 1)).mean()
+    drawn = sd.vae_decode(mean + q.stddev * eps, vae, 2)
+
+    assert divergence > 0.1
+    error = F.l1_loss(drawn, picture)
+    for weight in (0, 1e-4, 1):
+        loss = sd.vae_loss(picture, eps, vae, 2, kl_weight=weight)
+        assert loss.item() == pytest.approx((error + weight * divergence).item(), rel=1e-9)
+    default = sd.vae_loss(picture, eps, vae, 2)
+    assert default.item() == pytest.approx((error + 1e-4 * divergence).item(), rel=1e-9)
+    squares = sd.vae_loss(picture, eps, vae, 2, error=F.mse_loss, kl_weight=0)
+    assert squares.item() == pytest.approx(F.mse_loss(drawn, picture).item(), rel=1e-9)
+
+
+def test_vae_loss_teaches_every_weight(vae):
+    picture, eps = (torch.tensor(RNG.standard_normal(shape))
+                    for shape in ((2, 8, 6, 3), (2, 4, 3, 4)))
+    weights = sd.parameters(vae)
+    gradients = torch.autograd.grad(sd.vae_loss(picture, eps, vae, 2), weights)
+    assert len(weights) == len(sd.flatten(vae)) and all(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_diffusion_loss(kind):
+    """(7.3), for each prediction type, by the scheduler of diffusers; each picture's t its own."""
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    x_0, eps = (torch.tensor(RNG.standard_normal((4, 6, 5, 3))) for _ in range(2))
+    t = torch.tensor([0, 17, 500, 999])
+    asked = []
+
+    def predict(x_t):
+        asked.append(x_t)
+        return torch.tanh(2 * x_t) + 0.1
+    alpha_bar = torch.tensor(ALPHA_BAR[t])[:, None, None, None]
+    losses = sd.diffusion_loss(predict, kind, x_0, alpha_bar, eps)
+
+    x_t = scheduler.add_noise(x_0, eps, t)
+    targets = {"epsilon": eps, "sample": x_0, "v_prediction": scheduler.get_velocity(x_0, eps, t)}
+    expected = [F.mse_loss(torch.tanh(2 * x) + 0.1, target)
+                for x, target in zip(x_t, targets[kind])]
+    np.testing.assert_allclose(asked, x_t[None], atol=1e-5)     # theirs are levels of float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_prediction_without_loss_splits_into_picture_and_noise(kind):
+    """What diffusion_loss teaches is what split_prediction takes apart."""
+    x_0, eps = (torch.tensor(RNG.standard_normal((2, 6, 5, 3))) for _ in range(2))
+    alpha_bar = torch.tensor(ALPHA_BAR[[30, 800]])[:, None, None, None]
+    right = {"epsilon": eps, "sample": x_0, "v_prediction": sd.velocity(x_0, alpha_bar, eps)}[kind]
+    loss = sd.diffusion_loss(lambda x_t: right, kind, x_0, alpha_bar, eps)
+    assert loss.shape == (2,) and not loss.any()
+    parts = sd.split_prediction(kind, right, sd.add_noise(x_0, alpha_bar, eps), alpha_bar)
+    for found, expected in zip(parts, (x_0, eps)):
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+# ── Latents ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_drawn_latents(tmp_path):
-    """(4.3), (4.4): their mean and spread, over many draws."""
+    """(4.2), (4.4): their mean and spread, over many draws."""
     model = sd.load(write_model(tmp_path / "tiny"))
     picture = RNG.integers(256, size=(4, 4, 3), dtype=np.uint8)
     draws = sd.encode(model, picture, RNG.standard_normal((40000, 2, 2, 4)))
-    mean, logvar = sd.vae_encode(picture[None].astype(np.float32) / 127.5 - 1, model.vae, 2)
+    pixels = picture[None].astype(np.float32) / 127.5 - 1
+    mean, logvar = sd.vae_encode(pixels, model.vae, 2)
     np.testing.assert_allclose(draws.mean(0), 0.5 * mean[0], atol=0.02 * np.exp(logvar / 2).max())
     np.testing.assert_allclose(draws.std(0), 0.5 * np.exp(logvar[0] / 2), rtol=0.02)
 
 
 def test_the_scale_makes_the_variance_one(tmp_path):
-    """(4.4)"""
-    from types import SimpleNamespace
-    train = pytest.importorskip("train")
-    z = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert (train.scaling_factor(SimpleNamespace(state=tmp_path), z) * z).std().item() == pytest.approx(1)
+    """(4.4): encode multiplies by 1 / std(z), and decode divides by it again."""
+    model = sd.load(write_model(tmp_path / "tiny"))
+    picture = RNG.integers(256, size=(32, 32, 3), dtype=np.uint8)
+    eps = RNG.standard_normal((4, 16, 16, 4))
+    model.config.vae.scaling_factor = 1
+    z = sd.encode(model, picture, eps)
+    plain = sd.decode(model, z)
+    model.config.vae.scaling_factor = 1 / z.std()
+    x_0 = sd.encode(model, picture, eps)
+    assert abs(z.std() - 1) > 0.1 and x_0.std() == pytest.approx(1)
+    assert abs(sd.decode(model, x_0).astype(int) - plain).max() <= 1
+
+
+def test_every_grey_level_comes_back(tmp_path, monkeypatch):
+    """(8.1), there and back: what encode makes of a picture, decode makes a picture of."""
+    model = sd.load(write_model(tmp_path / "tiny"))
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    seen = []
+
+    def vae_encode(pixels, *_):
+        seen.append(pixels)
+        return np.zeros((2, 1, 8, 8, 4), np.float32)
+    monkeypatch.setattr(sd, "vae_encode", vae_encode)
+    monkeypatch.setattr(sd, "vae_decode", lambda *_: seen[0])
+    x = sd.encode(model, levels, np.zeros((1, 8, 8, 4)))
+    assert (seen[0].min(), seen[0].max()) == (-1, 1) and seen[0].dtype == np.float32
+    assert np.array_equal(sd.decode(model, x)[0], levels)
+
+
+# ── Diffusion ───────────────────────────────────────────────────────────────────────────────────
+
+
+def jump(x, s, t, eps):
+    """Take x from level s to level t by (6.3), at once."""
+    return sd.add_noise(x, ALPHA_BAR[t] / ALPHA_BAR[s], eps)
 
 
 @pytest.mark.parametrize("s, m, t", [(0, 1, 2), (10, 200, 900)])
 def test_two_jumps_are_one(s, m, t):
-    """(6.3): from s to m to t, means and variances."""
-    first, second, whole = (ALPHA_BAR[j] / ALPHA_BAR[i] for i, j in ((s, m), (m, t), (s, t)))
-    assert math.sqrt(first * second) == pytest.approx(math.sqrt(whole))
-    assert second * (1 - first) + 1 - second == pytest.approx(1 - whole)
+    """(6.3): from s to m to t, means and variances, and as many single steps."""
+    signal, variance = jump(1.0, s, t, 0.0), jump(0.0, s, t, 1.0) ** 2
+
+    assert jump(jump(1.0, s, m, 0.0), m, t, 0.0) == pytest.approx(signal)
+    first, second = jump(jump(0.0, s, m, 1.0), m, t, 0.0), jump(0.0, m, t, 1.0)
+    assert first ** 2 + second ** 2 == pytest.approx(variance)
+
+    steps_signal, steps_variance = 1.0, 0.0
+    for beta in np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000)[s + 1:t + 1] ** 2:
+        steps_signal = sd.forward_step(steps_signal, beta, 0.0)
+        steps_variance = (sd.forward_step(steps_variance ** 0.5, beta, 0.0) ** 2
+                          + sd.forward_step(0.0, beta, 1.0) ** 2)
+    assert (steps_signal, steps_variance) == pytest.approx((signal, variance))
 
 
 def test_two_forms_of_the_bound():
-    """(6.9) is (6.10), and above -log p(x_0): a chain of three steps whose guess of the picture is 0.6 x_t."""
-    rng, x_0, a = np.random.default_rng(0), 0.8, np.array([1, 0.8, 0.5, 0.1])
+    """(6.9) is (6.10), and above -log p(x_0).
 
-    def posterior(x_t, picture, t):
-        alpha, beta = a[t] / a[t - 1], 1 - a[t] / a[t - 1]
-        return (math.sqrt(a[t - 1]) * beta * picture + math.sqrt(alpha) * (1 - a[t - 1]) * x_t) / (1 - a[t]), beta * (1 - a[t - 1]) / (1 - a[t])
+    In a chain of three steps whose guess of the picture is 0.6 x_t.
+    """
+    rng, x_0, a = np.random.default_rng(0), 0.8, [1, 0.8, 0.5, 0.1]
+    beta = [None] + [1 - a[t] / a[t - 1] for t in (1, 2, 3)]
+
+    def posterior(x_t, picture, t):     # what ddpm draws: its mean and its variance
+        def draw(z):
+            return next(sd.ddpm(lambda *_: (picture, None), x_t, [(t, a[t], a[t - 1])], lambda: z))
+        mean = draw(0.0)
+        return mean, np.mean(draw(1.0) - mean) ** 2
 
     def model(x_t, t):      # at the last step a normal distribution too, of some width
         return (0.6 * x_t, 0.3) if t == 1 else posterior(x_t, 0.6 * x_t, t)
+
+    def forward(x, t):      # the mean and variance of one step
+        return sd.forward_step(x, beta[t], 0.0), sd.forward_step(0.0, beta[t], 1.0) ** 2
+
     x = [np.full(400000, x_0)]
     for t in (1, 2, 3):
-        x.append(math.sqrt(a[t] / a[t - 1]) * x[-1] + math.sqrt(1 - a[t] / a[t - 1]) * rng.standard_normal(len(x[0])))
-    forward = sum(log_normal(x[t], math.sqrt(a[t] / a[t - 1]) * x[t - 1], 1 - a[t] / a[t - 1]) for t in (1, 2, 3))
-    backward = log_normal(x[3], 0, 1) + sum(log_normal(x[t - 1], *model(x[t], t)) for t in (1, 2, 3))
-    whole = (forward - backward).mean()
-    mean, variance = math.sqrt(a[3]) * x_0, 1 - a[3]
-    parts = (mean ** 2 + variance - 1 - math.log(variance)) / 2 - log_normal(x[0], *model(x[1], 1)).mean()
+        x.append(sd.forward_step(x[-1], beta[t], rng.standard_normal(len(x[0]))))
+    forwards = sum(log_normal(x[t], *forward(x[t - 1], t)) for t in (1, 2, 3))
+    backwards = log_normal(x[3], 0, 1) + sum(log_normal(x[t - 1], *model(x[t], t))
+                                             for t in (1, 2, 3))
+    whole = (forwards - backwards).mean()
+
+    mean, variance = sd.add_noise(x_0, a[3], 0.0), sd.add_noise(0.0, a[3], 1.0) ** 2
+    parts = (mean ** 2 + variance - 1 - math.log(variance)) / 2
+    parts -= log_normal(x[0], *model(x[1], 1)).mean()
     for t in (2, 3):
         (exact, width), (guess, _) = posterior(x[t], x_0, t), model(x[t], t)
         parts += ((exact - guess) ** 2).mean() / (2 * width)
     assert whole == pytest.approx(parts, rel=0.01)
+
     m, v = 0.0, 1.0         # p(x_0) itself: a linear chain of normal steps
     for t in (3, 2, 1):
         factor, noise = model(1.0, t)
@@ -120,25 +306,34 @@ def test_two_forms_of_the_bound():
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_the_weights_of_the_small_models_loss(t):
-    """Around (6.12): an error of v, weighted by min(1, 5 (1 - ᾱ)), is one of the picture, by min(SNR + 1, 5)."""
+    """Around (7.4): an error of v weighted by min(1, 5 (1 - ᾱ)) is one of the picture.
+
+    Weighted by min(SNR + 1, 5).
+    """
     a, snr = ALPHA_BAR[t], ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
     x_t, v, w = 0.3, 1.1, 1.4
-    picture = [sd.split_prediction("v_prediction", answer, x_t, a)[0] for answer in (v, w)]
-    assert min(1, 5 * (1 - a)) * (v - w) ** 2 == pytest.approx(min(snr + 1, 5) * (picture[0] - picture[1]) ** 2)
+    one, other = (sd.split_prediction("v_prediction", answer, x_t, a)[0] for answer in (v, w))
+    of_velocity = min(1, 5 * (1 - a)) * (v - w) ** 2
+    assert of_velocity == pytest.approx(min(snr + 1, 5) * (one - other) ** 2)
 
 
 def test_velocity():
     """(6.14), as a difference quotient."""
     x_0, eps, phi, h = 0.7, -1.2, 0.9, 1e-6
     a = math.cos(phi) ** 2
-    slope = (sd.add_noise(x_0, math.cos(phi + h) ** 2, eps) - sd.add_noise(x_0, math.cos(phi - h) ** 2, eps)) / (2 * h)
-    assert slope == pytest.approx(math.sqrt(a) * eps - math.sqrt(1 - a) * x_0)
-    assert sd.split_prediction("v_prediction", slope, sd.add_noise(x_0, a, eps), a) == pytest.approx((x_0, eps))
+    ahead, behind = (sd.add_noise(x_0, math.cos(phi + step) ** 2, eps) for step in (h, -h))
+    slope = (ahead - behind) / (2 * h)
+    assert sd.velocity(x_0, a, eps) == pytest.approx(slope)
+    x_t = sd.add_noise(x_0, a, eps)
+    assert sd.split_prediction("v_prediction", slope, x_t, a) == pytest.approx((x_0, eps))
 
 
 @pytest.mark.parametrize("scale", [0, 1, 3, 7.5])
 def test_guidance_is_the_slope_of_a_classifier(scale):
-    """(6.16), (6.17), where p(x_t | c) is normal, p(x_t) the mean of two, and every slope a difference quotient."""
+    """(6.16), (6.17), where p(x_t | c) is normal and p(x_t) the mean of two.
+
+    Every slope is a difference quotient.
+    """
     a, x, h = 0.4, 0.3, 1e-5
 
     def log_p(x, c):
@@ -152,55 +347,97 @@ def test_guidance_is_the_slope_of_a_classifier(scale):
 
     def slope(f):
         return (f(x + h) - f(x - h)) / (2 * h)
+
     cond, uncond = (-math.sqrt(1 - a) * slope(f) for f in (lambda x: log_p(x, 1), log_any))
     assert slope(log_classifier) == pytest.approx((uncond - cond) / math.sqrt(1 - a), abs=1e-6)
     sharpened = slope(lambda x: log_any(x) + scale * log_classifier(x))
-    assert sd.guide(uncond, cond, scale) == pytest.approx(-math.sqrt(1 - a) * sharpened, abs=1e-6)
+    guided = sd.guide(uncond, cond, scale)
+    assert guided == pytest.approx(-math.sqrt(1 - a) * sharpened, abs=1e-6)
 
 
-def test_the_cloud_keeps_its_density():
-    """(6.21), (6.22): points of x_0 + σ ε, moved along the ordinary differential equation, are distributed as those drawn at
-    the lower σ; pictures are +1 or -1."""
+def two_pictures(x, t, a):
+    """The ideal denoiser where pictures are +1 or -1."""
+    x_0 = np.tanh(x * math.sqrt(a) / (1 - a))
+    return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
+
+
+@pytest.mark.parametrize("sampler", [sd.euler, sd.ddim])
+def test_the_cloud_keeps_its_density(sampler):
+    """(6.21), (6.22): points of x_0 + σ ε, moved by Euler's method, are spread as at the lower σ.
+
+    Pictures are +1 or -1.
+    """
     rng = np.random.default_rng(0)
-    x_0, x = rng.choice([-1.0, 1.0], 20000), rng.standard_normal((2, 20000))
-    high, low = x_0 + 3 * x[0], x_0 + 0.5 * x[1]
-    for sigma, target in zip(*(lambda s: (s, s[1:]))(np.geomspace(3, 0.5, 300))):
-        high = high + (target - sigma) * (high - np.tanh(high / sigma ** 2)) / sigma
+    x_0, eps = rng.choice([-1.0, 1.0], 20000), rng.standard_normal((2, 20000))
+    alpha_bar = (1 / (1 + np.geomspace(3, 0.5, 300) ** 2)).tolist()
+    steps = [(0, *pair) for pair in zip(alpha_bar, alpha_bar[1:])]
+    high = sd.add_noise(x_0, alpha_bar[0], eps[0])
+    low = sd.add_noise(x_0, alpha_bar[-1], eps[1])
+
+    *_, moved = sampler(two_pictures, high, steps)
+    moved, low = moved / alpha_bar[-1] ** 0.5, low / alpha_bar[-1] ** 0.5
     levels = [0.05, 0.2, 0.35, 0.65, 0.8, 0.95]
-    assert np.quantile(high, levels) == pytest.approx(np.quantile(low, levels), abs=0.06)
+    assert np.quantile(moved, levels) == pytest.approx(np.quantile(low, levels), abs=0.06)
+
+
+def steps_in_lambda(lam, target, n):
+    """Steps evenly spaced in λ = -log σ."""
+    alpha_bar = (1 / (1 + np.exp(-2 * np.linspace(lam, target, n + 1)))).tolist()
+    return [(0, *pair) for pair in zip(alpha_bar, alpha_bar[1:])]
+
+
+def euler_in_small_steps(x_0_of_sigma, x_t, lam, target):
+    """What 20000 steps of Euler's method make of x_t, given x̂_0 as a function of σ."""
+    def denoise(x, t, alpha_bar):
+        x_0 = x_0_of_sigma(sd.sigma_of(alpha_bar))
+        return x_0, (x - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+    *_, x = sd.euler(denoise, x_t, steps_in_lambda(lam, target, 20000))
+    return x
 
 
 def test_the_linear_part_is_exact():
-    """(6.25): with x̂_0 = e^-λ the integral is h, whatever the step; against 20000 small steps of Euler."""
-    lam, target = -1.0, 0.5
-    x = start = 1.7
-    grid = np.linspace(lam, target, 20001)
-    for l, step in zip(grid, np.diff(grid)):
-        x += step * (math.exp(-l) - x)          # dx̄/dλ = -σ ε̂ = x̂_0 - x̄
-    assert x * math.exp(target) == pytest.approx(start * math.exp(lam) + target - lam, rel=1e-3)
+    """(6.24), (6.25): with x̂_0 = e^-λ the integral is h, whatever the step."""
+    lam, target, start = -1.0, 0.5, 1.7                 # of x̄ = x / √ᾱ
+    (_, a, a_end), = steps_in_lambda(lam, target, 1)
+    x = euler_in_small_steps(lambda sigma: sigma, a ** 0.5 * start, lam, target)
+    x_bar = x / a_end ** 0.5
+    expected = start * math.exp(lam) + target - lam
+    assert x_bar * math.exp(target) == pytest.approx(expected, rel=1e-3)
 
 
-def test_bfloat16_is_half_a_float32():
-    """(7.2), with the words that torch writes."""
-    values = torch.tensor([1.0, -2.5, 3.1e-20, 7.7e30, 0.1])
-    words = values.bfloat16().view(torch.int16).numpy().view("<u2")
-    decoded = (words.astype("<u4") << 16).view("<f4")
-    assert np.array_equal(decoded, values.bfloat16().float().numpy())
-    for word, value in zip(words.tolist(), decoded.tolist()):
-        sign, exponent, fraction = word >> 15, word >> 7 & 255, (word & 127) << 16
-        assert value == (-1) ** sign * 2.0 ** (exponent - 127) * (1 + fraction / 2 ** 23)
+def test_one_step_with_a_constant_guess_is_exact():
+    """(6.26): dpm_pp_2m and ddim go in one step where Euler's method goes in 20000."""
+    lam, target, guess = -1.0, 0.5, 0.6
+    steps = steps_in_lambda(lam, target, 1)
+    x_t = 0.9
 
-
-def test_every_grey_level_comes_back():
-    """(8.1), there and back."""
-    pixel = np.arange(256)
-    y = pixel / 127.5 - 1
-    assert np.array_equal((np.clip(y / 2 + 0.5, 0, 1) * 255).round(), pixel)
+    def denoise(x, t, a):
+        return guess, (x - a ** 0.5 * guess) / (1 - a) ** 0.5
+    small = euler_in_small_steps(lambda sigma: guess, x_t, lam, target)
+    for sampler in (sd.dpm_pp_2m, sd.ddim):
+        assert next(sampler(denoise, x_t, steps)) == pytest.approx(small, rel=1e-9)
 
 
 def test_what_noise_erases():
     """(8.3), against the integral."""
     a, one, other = 0.3, 0.9, -0.4
     x = np.linspace(-12, 12, 100001)
-    p, q = (log_normal(x, math.sqrt(a) * mean, 1 - a) for mean in (one, other))
-    assert (np.exp(p) * (p - q)).sum() * (x[1] - x[0]) == pytest.approx(a * (one - other) ** 2 / (2 * (1 - a)))
+    variance = sd.add_noise(0.0, a, 1.0) ** 2
+    p, q = (log_normal(x, sd.add_noise(picture, a, 0.0), variance) for picture in (one, other))
+    divergence = (np.exp(p) * (p - q)).sum() * (x[1] - x[0])
+    assert divergence == pytest.approx(a * (one - other) ** 2 / (2 * (1 - a)))
+
+
+# ── Weights ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bfloat16_is_half_a_float32():
+    """(10.1), with the words that torch writes."""
+    values = torch.tensor([1.0, -2.5, 3.1e-20, 7.7e30, 0.1])
+    words = values.bfloat16().view(torch.int16).numpy().view("<u2")
+    decoded = sd.widen(words)
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, values.bfloat16().float().numpy())
+    for word, value in zip(words.tolist(), decoded.tolist()):
+        sign, exponent, fraction = word >> 15, word >> 7 & 255, (word & 127) << 16
+        assert value == (-1) ** sign * 2.0 ** (exponent - 127) * (1 + fraction / 2 ** 23)

@@ -14,5 +14,6 @@ def test_exercise(title):
 
 
 def test_the_notes_have_the_same():
-    text = (ROOT / "NOTES.md").read_text(encoding="utf-8").split("## Exercises")[1].split("\n## ")[0]
+    notes = (ROOT / "NOTES.md").read_text(encoding="utf-8")
+    text = notes.split("## Exercises")[1].split("\n## ")[0]
     assert re.findall(r"^\d+\. \*\*(.+)\.\*\*", text, re.M) == list(EXERCISES)

@@ -1,7 +1,6 @@
 """Models of other families, small and random: U-Nets, text encoders and whole pictures equal to diffusers', on both backends."""
 
 import re
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -12,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny_sd
-from conftest import SCHEDULER, TEXT, compvis, make_unet, randomise, same
+from conftest import ROOT, SCHEDULER, TEXT, compvis, make_unet, randomise, same
+from extras import formats
 from test_parity import first, last, same_pictures, some_picture
 
 SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128), "use_linear_projection": True}
@@ -68,19 +68,20 @@ def test_a_folders_own_defaults(name, steps, family, backend):
     guidance = 1.0 if name == "Turbo" else 3.0
     expected = pipe("a photo of a cat", negative_prompt="a dog", num_inference_steps=steps, guidance_scale=guidance,
                     generator=torch.Generator().manual_seed(5), width=72, height=64).images
-    model = tiny_sd.load(folder, backend)
+    model = formats.load(folder, backend)
     same_pictures("pictures of other families", drawn(model, steps=steps, guidance=guidance, width=72, height=64),
                   np.stack([np.asarray(picture) for picture in expected]))
 
 
-def test_habits(family):
-    assert tiny_sd.load(Path(__file__).parents[1] / "weights/emoji").habits == (20, 4.0)
-    assert [tiny_sd.load(family(name)[1]).habits for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
+def test_defaults(family):
+    assert tiny_sd.defaults(formats.load(ROOT / "weights/emoji"))[1:] == (20, 4.0)
+    assert [tiny_sd.defaults(formats.load(family(name)[1]))[1:]
+            for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
 
 
 @torch.no_grad()
 def test_guidance_reaches_a_consistency_model(family, backend):
-    model = tiny_sd.load(family("consistency")[1], backend)
+    model = formats.load(family("consistency")[1], backend)
     one, other = (drawn(model, steps=2, guidance=scale).astype(int) for scale in (2.0, 9.0))
     assert np.abs(one - other).mean() > 0.5
 
@@ -118,8 +119,8 @@ def test_single_file_of_the_second(family, backend, tmp_path):
             arrays[name] = array
     path = tmp_path / "second.safetensors"
     save_file(arrays | {f"cond_stage_model.model.{name}": array.contiguous() for name, array in open_clip(text).items()}, path)
-    model = tiny_sd.load(path, backend)
-    assert model.config["scheduler"]["prediction_type"] == "v_prediction" and model.tokenizer.pad == 0
+    model = formats.load(path, backend)
+    assert model.config.scheduler.prediction_type == "v_prediction" and model.tokenizer.pad == 0
     ids = np.array([[3, 7, 11, 0, 0], [1, 2, 3, 4, 5]])
     expected = pipe.text_encoder(torch.from_numpy(ids))[0]
     ours = tiny_sd.text_encoder(ids, 2, tiny_sd.gelu, **model.text_encoder)
@@ -128,7 +129,7 @@ def test_single_file_of_the_second(family, backend, tmp_path):
     x, context = chance.normal(size=(1, 8, 6, 4)).astype(np.float32), chance.normal(size=(1, 7, 128)).astype(np.float32)
     like = model.unet["conv_in"]["bias"]
     ours = tiny_sd.unet(tiny_sd.array_like(like, x), np.array([500], np.float32), tiny_sd.array_like(like, context),
-                        tiny_sd.heads_by_level(model.config["unet"]), 32, **model.unet)
+                        model.config.unet.n_head, 32, **model.unet)
     same("U-Net of Stable Diffusion 2", last(torch.as_tensor(tiny_sd.to_numpy(ours)).permute(0, 3, 1, 2)),
          last(pipe.unet(first(x), 500, torch.as_tensor(context)).sample), 2e-5)
 
@@ -152,12 +153,12 @@ def test_inpainting(channels, strength, scheduler, reference, folder_with, backe
     expected = pipe("a photo of a cat", Image.fromarray(picture), Image.fromarray((mask * 255).astype(np.uint8)), negative_prompt="a dog",
                     width=72, height=64, strength=strength, num_inference_steps=5, guidance_scale=3.0,
                     generator=torch.Generator().manual_seed(5)).images[0]
-    model = tiny_sd.load(folder_with(unet=network, scheduler=schedule), backend)
+    model = formats.load(folder_with(unet=network, scheduler=schedule), backend)
     ours = drawn(model, steps=5, guidance=3.0, init=picture, strength=strength, mask=mask)
     same_pictures("pictures inpainted", ours, np.asarray(expected)[None])
 
 
 def test_a_model_for_inpainting_needs_a_mask(folder_with):
-    model = tiny_sd.load(folder_with(unet=make_unet(in_channels=9)))
+    model = formats.load(folder_with(unet=make_unet(in_channels=9)))
     with pytest.raises(tiny_sd.UserError, match="--mask"):
         drawn(model, steps=2)

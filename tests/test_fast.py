@@ -1,7 +1,12 @@
-"""fast.py: each form against the formula that it replaces, on awkward sizes, values and types; and the program without it."""
+"""extras/fast.py: each form against the formula that it replaces, and what an import changes.
 
+On awkward sizes, values and types. And the program without it, and with an edited formula.
+"""
+
+import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,23 +16,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fast
 import tiny_sd
-from tiny_sd import conv2d, dot_product_attention, gelu, group_norm, layer_norm, linear, sigmoid, silu
+from extras import fast
+from tiny_sd import (
+    conv2d,
+    dot_product_attention,
+    gelu,
+    group_norm,
+    layer_norm,
+    linear,
+    sigmoid,
+    silu,
+)
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
+def python(code, folder=tiny_sd.HERE, timeout=100, **variables):
+    """Run a program in a fresh process, in which no variable says how many threads to take."""
+    chosen = ("_NUM_THREADS", "_MAXIMUM_THREADS", "_CORETYPE")
+    environment = {key: value for key, value in os.environ.items() if not key.endswith(chosen)}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment | variables,
+                          capture_output=True, text=True, timeout=timeout)
+
+
 def assert_same(operation, *args, tolerance=2e-5, **kwargs):
     """The two forms differ by at most `tolerance` of the result's own size."""
+    assert operation.__name__ in tiny_sd.FAST
     ours, formula = operation(*args, **kwargs), operation.formula(*args, **kwargs)
-    assert operation.on_numpy is not operation.formula and ours.dtype == formula.dtype and ours.shape == formula.shape
+    assert ours.dtype == formula.dtype and ours.shape == formula.shape
     assert np.abs(ours - formula).max() <= tolerance * np.abs(formula).max()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (32, 32), (33, 35), (64, 70), (1, 1100)])
+# ── Convolutions ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (32, 32), (33, 35),
+                                           (64, 70), (1, 1100)])
 @pytest.mark.parametrize("i, o", [(32, 48), (4, 40), (40, 3), (3, 3)])
 def test_conv2d(height, width, i, o):
     x, weight = normal(2, height, width, i), normal(o, 3, 3, i, seed=1)
@@ -36,18 +63,22 @@ def test_conv2d(height, width, i, o):
     assert_same(conv2d, x, weight.astype(np.float16), normal(o, seed=2), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("size, stride, padding", [(3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2)), (3, 1, (0, 2))])
+@pytest.mark.parametrize("size, stride, padding", [
+    (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2)), (3, 1, (0, 2))])
 def test_other_convolutions(size, stride, padding):
-    assert_same(conv2d, normal(3, 19, 10, 36), normal(50, size, size, 36, seed=1), normal(50), stride, padding)
+    x, weight = normal(3, 19, 10, 36), normal(50, size, size, 36, seed=1)
+    assert_same(conv2d, x, weight, normal(50), stride, padding)
 
 
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (7, 2), (13, 11), (33, 35)])
 def test_winograd_cuts_any_size_into_tiles(height, width, m):
-    x, weight, bias = normal(3, height, width, 5), normal(7, 3, 3, 5, seed=1), normal(7, seed=2)
+    x = normal(3, height, width, 5)
+    weight, bias = normal(7, 3, 3, 5, seed=1), normal(7, seed=2)
     for b in (bias, None):
         exact = conv2d.formula(x, weight, b)
-        assert np.abs(fast.winograd(x, weight, b, m) - exact).max() <= 2e-5 * np.abs(exact).max()
+        error = np.abs(fast.winograd(x, weight, b, m) - exact).max()
+        assert error <= 2e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -66,20 +97,28 @@ def test_toom_cook_is_exact(m):
     assert np.allclose(A.T @ ((G @ g) * (B.T @ d)), np.correlate(d, g), atol=1e-12)
 
 
+# ── Attention ───────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.mark.parametrize("scale", [0, 0.1, 1, 8, 60])
-@pytest.mark.parametrize("queries, keys, d", [(5, 7, 8), (1, 22000, 8), (77, 400, 40), (1025, 257, 40), (300, 513, 161), (40, 1100, 64)])
+@pytest.mark.parametrize("queries, keys, d", [
+    (5, 7, 8), (1, 22000, 8), (77, 400, 40), (1025, 257, 40), (300, 513, 161), (40, 1100, 64)])
 def test_attention(scale, queries, keys, d):
     """Large scores take the guarded branch, where rows are nearly one-hot."""
-    q, k, v = scale * normal(2, 3, queries, d), scale * normal(2, 3, keys, d, seed=1), normal(2, 3, keys, d, seed=2)
+    q, k = scale * normal(2, 3, queries, d), scale * normal(2, 3, keys, d, seed=1)
+    v = normal(2, 3, keys, d, seed=2)
     assert_same(dot_product_attention, q, k, v, tolerance=5e-5 * max(1, scale ** 2 / 20))
 
 
 def test_attention_takes_both_branches(monkeypatch):
     """And shifts of all keys, which softmax cannot see, do not matter to the bound."""
     taken = []
-    for name in ("plain_powers", "guarded_powers"):
+
+    def watch(name):
         form = getattr(fast, name)
-        monkeypatch.setattr(fast, name, lambda *a, form=form, name=name: taken.append(name) or form(*a))
+        monkeypatch.setattr(fast, name, lambda *args: taken.append(name) or form(*args))
+    watch("plain_powers")
+    watch("guarded_powers")
     q, k, v = normal(1, 1, 400, 8), normal(1, 1, 500, 8, seed=1), normal(1, 1, 500, 8, seed=2)
     calm, shifted = dot_product_attention(q, k, v), dot_product_attention(q, k + 1000, v)
     assert set(taken) == {"plain_powers"} and np.abs(calm - shifted).max() < 1e-3
@@ -88,13 +127,18 @@ def test_attention_takes_both_branches(monkeypatch):
 
 
 def test_causal_attention_of_a_text():
-    assert_same(dot_product_attention, normal(2, 3, 77, 8), normal(2, 3, 77, 8, seed=1), normal(2, 3, 77, 8), causal=True)
+    q, k, v = normal(2, 3, 77, 8), normal(2, 3, 77, 8, seed=1), normal(2, 3, 77, 8)
+    assert_same(dot_product_attention, q, k, v, causal=True)
 
 
-@pytest.mark.parametrize("shape, groups", [((1, 1, 1, 32), 32), ((3, 7, 5, 96), 32), ((2, 300, 11, 64), 8)])
+# ── Row by row ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("shape, groups",
+                         [((1, 1, 1, 32), 32), ((3, 7, 5, 96), 32), ((2, 300, 11, 64), 8)])
 def test_group_norm(shape, groups):
-    x = 3 * normal(*shape) + 5
-    assert_same(group_norm, x, groups, 1e-5, normal(shape[-1], seed=1), normal(shape[-1], seed=2), tolerance=5e-5)
+    x, weight, bias = 3 * normal(*shape) + 5, normal(shape[-1], seed=1), normal(shape[-1], seed=2)
+    assert_same(group_norm, x, groups, 1e-5, weight, bias, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 700), (2, 400, 9, 33), (1, 70001), (70001, 1)])
@@ -107,121 +151,367 @@ def test_row_by_row(shape):
 
 
 def test_gelu_is_exact():
-    """Both forms against the error function itself; and far out, where a power of x would overflow."""
+    """Both forms against the error function; and far out, where a power of x would overflow."""
     x = np.linspace(-15, 15, 100001, dtype=np.float32)[:, None]
     exact = [[v * (1 + math.erf(v / math.sqrt(2))) / 2] for v in x[:, 0].tolist()]
-    for form in (gelu.formula, gelu.on_numpy):
+    for form in (gelu.formula, tiny_sd.FAST["gelu"]):
         assert np.abs(form(x) - exact).max() < 1e-6
         assert np.array_equal(form(np.float32([[1e9, -1e9, 0]])), np.float32([[1e9, 0, 0]]))
 
 
-@pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1), ((3,), 800, 5001)])
+@pytest.mark.parametrize("rows, i, o", [((1,), 5, 7), ((2, 700), 33, 1300), ((3, 4, 5), 8, 1),
+                                        ((3,), 800, 5001)])
 def test_linear(rows, i, o):
-    assert_same(linear, normal(*rows, i), normal(o, i, seed=1), normal(o, seed=2))
-    assert_same(linear, normal(*rows, i), normal(o, 1, 1, i, seed=1))
-    assert_same(linear, normal(*rows, i), np.asfortranarray(normal(o, i, seed=1)), normal(o, seed=2))      # as load lays it
+    x, weight, bias = normal(*rows, i), normal(o, i, seed=1), normal(o, seed=2)
+    assert_same(linear, x, weight, bias)
+    assert_same(linear, x, weight.reshape(o, 1, 1, i))
+    assert_same(linear, x, np.asfortranarray(weight), bias)         # as load lays it
+
+
+def test_map_rows():
+    x = normal(5, 3, 4)
+    assert_same(tiny_sd.map_rows, x, lambda row: row[:, 1:] * 2, tolerance=0)
+
+
+# ── Prepared weights, and cores ─────────────────────────────────────────────────────────────────
 
 
 def test_a_prepared_weight_dies_with_its_weight():
     kept = {"count": 0}
 
-    @fast.once
+    @fast.remembered
     def prepare(weight):
         kept["count"] += 1
         return weight * 2
     weight = np.ones(3)
     assert prepare(weight) is prepare(weight) and kept["count"] == 1
-    known = prepare.__closure__[[cell for cell in prepare.__code__.co_freevars].index("known")].cell_contents
+    assert len(prepare.known) == 1
     del weight
-    assert not known
+    assert not prepare.known
 
 
 def test_a_weight_in_a_file_is_read_again_after_its_pages_went(tmp_path):
     exact = normal(2, 40, 3, 3, 32)
     exact.tofile(tmp_path / "weight")
-    x, weights = normal(1, 17, 16, 32, seed=1), np.memmap(tmp_path / "weight", np.float32, "r", shape=exact.shape)
+    x = normal(1, 17, 16, 32, seed=1)
+    weights = np.memmap(tmp_path / "weight", np.float32, "r", shape=exact.shape)
     for weight, values in zip(weights, exact):
-        assert np.array_equal(conv2d(x, weight), conv2d(x, values)) and np.array_equal(weight, values)
-
-
-@pytest.mark.parametrize("first, second", [("numpy", "tiny_sd"), ("tiny_sd", "numpy")])
-def test_blas_keeps_to_one_thread(first, second):
-    """Whichever is imported first: its threads would fight with ours."""
-    code = f"""if True:
-        import {first}, {second}, ctypes, pathlib
-        for library in pathlib.Path(numpy.__file__).parents[1].glob("numpy.libs/*openblas*"):
-            print(ctypes.CDLL(str(library)).scipy_openblas_get_num_threads64_())"""
-    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, env=environment, capture_output=True, text=True)
-    if not run.stdout and not run.returncode:
-        pytest.skip("this NumPy brings no OpenBLAS of its own")
-    assert run.stdout == "1\n", run.stderr
-
-
-def test_kernels_of_blas():
-    """AMD's family 25 gets those without AVX-512, any other processor what OpenBLAS chooses, and all what the user chose."""
-    def kernels(imports, **chosen):
-        code = f"""if True:
-            import {imports}, numpy, ctypes, pathlib
-            for library in pathlib.Path(numpy.__file__).parents[1].glob("numpy.libs/*openblas*"):
-                name = ctypes.CDLL(str(library)).scipy_openblas_get_corename64_
-                name.restype = ctypes.c_char_p
-                print(name().decode())"""
-        environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"} | chosen
-        run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, env=environment, capture_output=True, text=True)
-        assert not run.returncode, run.stderr
-        return run.stdout
-
-    if not kernels("numpy"):
-        pytest.skip("this NumPy brings no OpenBLAS of its own")
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    amd = re.search("vendor_id.*AuthenticAMD", cpu) and re.search(r"cpu family.*\b25$", cpu, re.M)
-    assert kernels("tiny_sd") == ("Haswell\n" if amd else kernels("numpy"))
-    assert kernels("tiny_sd", OPENBLAS_CORETYPE="Nehalem") == kernels("numpy", OPENBLAS_CORETYPE="Nehalem")
+        assert np.array_equal(conv2d(x, weight), conv2d(x, values))
+        assert np.array_equal(weight, values)
 
 
 def test_parallel_keeps_order_nests_and_raises():
-    assert fast.parallel(lambda i: sum(fast.parallel(lambda j: i * j, range(5))), range(20)) == [10 * i for i in range(20)]
+    nested = fast.parallel(lambda i: sum(fast.parallel(lambda j: i * j, range(5))), range(20))
+    assert nested == [10 * i for i in range(20)]
     assert fast.parallel(abs, []) == []
     with pytest.raises(ZeroDivisionError):
         fast.parallel(lambda i: 1 / (i - 3), range(8))
     assert fast.parallel(abs, [-1]) == [1]
 
 
-def test_the_program_runs_by_the_formulas_alone(tmp_path):
-    """tiny_sd.py without fast.py beside it, on the bundled model: no fast form, and the same latents up to rounding."""
-    code = f"""if True:
-        import sys, numpy, tiny_sd
-        model = tiny_sd.load({str(tiny_sd.HERE / "weights/emoji")!r})
-        *_, x = tiny_sd.generate(model, "red apple", steps=2)
-        numpy.save("x.npy", x)
-        print(tiny_sd.HERE, "fast" in sys.modules, tiny_sd.conv2d.on_numpy is tiny_sd.conv2d.formula)"""
-    shutil.copy(tiny_sd.HERE / "tiny_sd.py", tmp_path)
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout == f"{tmp_path} False True\n", run.stderr
-    *_, x = tiny_sd.generate(tiny_sd.load(tiny_sd.HERE / "weights/emoji"), "red apple", steps=2)
-    assert np.abs(np.load(tmp_path / "x.npy") - x).max() < 1e-4
-
-
 def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
     """Each with both halves of guidance, all meeting weights that are not yet prepared."""
-    code = """if True:
-        import threading, numpy, tiny_sd
+    run = python("""if True:
+        import threading, extras.fast, numpy, tiny_sd
         x = numpy.ones((2, 16, 16, 64), numpy.float32)
         for _ in range(60):
             weight = numpy.ones((64, 3, 3, 64), numpy.float32)
-            draw = lambda: tiny_sd.by_row(x, lambda row: tiny_sd.conv2d(row, weight))
+            draw = lambda: tiny_sd.map_rows(x, lambda row: tiny_sd.conv2d(row, weight))
             threads = [threading.Thread(target=draw) for _ in range(6)]
             for step in ("start", "join"):
                 for thread in threads:
                     getattr(thread, step)()
-        print("done")"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, capture_output=True, text=True, timeout=100)
+        print("done")""")
     assert run.stdout == "done\n", run.stderr
 
 
-@pytest.mark.parametrize("first", ["fast", "tiny_sd"])
+# ── Formulas that win ───────────────────────────────────────────────────────────────────────────
+
+
+def test_fingerprints():
+    """Every form knows the formula as it stands, and none is left out."""
+    found = {name: fast.fingerprint(getattr(tiny_sd, name).formula) for name in fast.FINGERPRINTS}
+    assert found == fast.FINGERPRINTS
+    assert set(tiny_sd.FAST) == set(fast.FINGERPRINTS) - {"softmax"}    # which attention has in it
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """edited((old, new), ...): a copy of the program, in which texts of the lesson are replaced."""
+    def edit(*changes):
+        source = (tiny_sd.HERE / "tiny_sd.py").read_text(encoding="utf-8")
+        for old, new in changes:
+            assert source.count(old) == 1, f"{source.count(old)} times in tiny_sd.py: {old}"
+            source = source.replace(old, new)
+        (tmp_path / "tiny_sd.py").write_text(source, encoding="utf-8")
+        shutil.copytree(tiny_sd.HERE / "extras", tmp_path / "extras",
+                        ignore=shutil.ignore_patterns("__pycache__", "pictures"))
+        return tmp_path
+    return edit
+
+
+EXAMPLES = """if True:
+    import json, numpy as np, extras.fast, tiny_sd
+    def normal(*shape, seed=0):
+        return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    x, weight = normal(1, 40, 40, 32), normal(32, 3, 3, 32, seed=1)
+    q, k, v = normal(1, 2, 700, 8), normal(1, 2, 700, 8, seed=1), normal(1, 2, 700, 8, seed=2)
+    results = {"conv2d": tiny_sd.conv2d(x, weight), "linear": tiny_sd.linear(x, weight[0, 0]),
+               "gelu": tiny_sd.gelu(x), "sigmoid": tiny_sd.sigmoid(x), "silu": tiny_sd.silu(x),
+               "dot_product_attention": tiny_sd.dot_product_attention(q, k, v)}
+    np.savez("results.npz", **results)
+    print(json.dumps(sorted(tiny_sd.FAST)))"""
+EDITS = {   # the formula: what to replace in it, and the factor by which its result then changes
+    "conv2d": ("    y = np.tensordot(", "    y = 0.9 * np.tensordot(", 0.9),
+    "linear": ("    y = x @ weight", "    y = 0.5 * x @ weight", 0.5),
+    "gelu": ("    return x * (0.5 + 0.5 * np.copysign(",
+             "    return 0.7 * x * (0.5 + 0.5 * np.copysign(", 0.7),
+}
+
+
+def results_of(folder):
+    """Run EXAMPLES there: {name: array}, the names in FAST, and what stderr says."""
+    run = python(EXAMPLES, folder)
+    assert run.returncode == 0, run.stderr
+    return dict(np.load(folder / "results.npz")), set(json.loads(run.stdout)), run.stderr
+
+
+@pytest.fixture(scope="module")
+def unedited(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unedited")
+    shutil.copy(tiny_sd.HERE / "tiny_sd.py", folder)
+    shutil.copytree(tiny_sd.HERE / "extras", folder / "extras")
+    results, names, said = results_of(folder)
+    assert names == set(tiny_sd.FAST) and not said
+    return results
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_formula_wins(name, edited, unedited):
+    """What it gives is what was written; all others keep their forms; one line says so."""
+    old, new, factor = EDITS[name]
+    results, names, said = results_of(edited((old, new)))
+    assert names == set(tiny_sd.FAST) - {name}
+    assert said == (f"tiny_sd: {name} was edited: {name} is computed by its formula, "
+                    "more slowly\n")
+    for other, before in unedited.items():
+        expected = factor * before if other == name else before
+        error = np.abs(results[other] - expected).max()
+        assert error <= 2e-5 * np.abs(before).max(), other
+
+
+@pytest.mark.parametrize("inner, outer, change", [
+    ("sigmoid", "silu", ("return 0.5 + 0.5 * np.tanh(0.5 * x)",
+                         "return 0.5 + 0.4 * np.tanh(0.5 * x)")),
+    ("softmax", "dot_product_attention", ("return e / e.sum(", "return 0.8 * e / e.sum("))])
+def test_a_formula_wins_over_the_forms_that_contain_it(inner, outer, change, edited, unedited):
+    results, names, said = results_of(edited(change))
+    assert names == set(tiny_sd.FAST) - {inner, outer}
+    assert f"tiny_sd: {inner} was edited: {outer} is computed by its formula" in said
+    assert len(said.splitlines()) == 1 + (inner in tiny_sd.FAST)
+    changed = {name for name in results
+               if not np.allclose(results[name], unedited[name], rtol=0, atol=1e-4)}
+    assert changed == {inner, outer} & results.keys()
+
+
+def test_comments_docstrings_and_layout_may_change(edited, unedited):
+    laid_out = "    # the heart of it\n\n    y = np.tensordot(  # all sums\n        patches"
+    folder = edited(("    y = np.tensordot(patches", laid_out),
+                    ('    """Return x σ(x) (1.7)."""', '    """Return x σ(x).\n\n    SiLU."""'),
+                    ('    """Return x Wᵀ + b over the last axis (1.1).', '    """The same.'))
+    results, names, said = results_of(folder)
+    assert names == set(tiny_sd.FAST) and not said
+    assert all(np.array_equal(results[name], unedited[name]) for name in unedited)
+
+
+def test_clear_switches_every_form_off():
+    """As the docstring says: from there on all is computed by the formulas."""
+    run = python("""if True:
+        import numpy as np, extras.fast, tiny_sd
+        x, weight = np.random.default_rng(0).standard_normal((2, 32, 33, 64), np.float32), []
+        weight = np.random.default_rng(1).standard_normal((64, 3, 3, 64), np.float32)
+        formula = tiny_sd.conv2d.formula(x, weight)
+        print(np.array_equal(tiny_sd.conv2d(x, weight), formula))
+        tiny_sd.FAST.clear()
+        def fail(*_): raise AssertionError
+        extras.fast.parallel = extras.fast.winograd = extras.fast.im2col = fail
+        print(np.array_equal(tiny_sd.conv2d(x, weight), formula))
+        model = tiny_sd.load("emoji")
+        *_, x = tiny_sd.generate(model, "red apple", steps=1)
+        print(x.shape)""")
+    assert run.stdout == "False\nTrue\n(1, 16, 16, 4)\n", run.stderr
+
+
+def test_the_program_runs_by_the_formulas_alone(tmp_path):
+    """tiny_sd.py without extras/ beside it draws the same latents up to rounding."""
+    shutil.copy(tiny_sd.HERE / "tiny_sd.py", tmp_path)
+    run = python(f"""if True:
+        import sys, numpy, tiny_sd
+        model = tiny_sd.load({str(tiny_sd.HERE / "weights/emoji")!r})
+        *_, x = tiny_sd.generate(model, "red apple", steps=2)
+        numpy.save("x.npy", x)
+        print(tiny_sd.HERE, "extras" in sys.modules, tiny_sd.FAST)""", tmp_path)
+    assert run.stdout == f"{tmp_path} False {{}}\n", run.stderr
+    model = tiny_sd.load(tiny_sd.HERE / "weights/emoji")
+    *_, x = tiny_sd.generate(model, "red apple", steps=2)
+    assert np.abs(np.load(tmp_path / "x.npy") - x).max() < 1e-4
+
+
+# ── What an import changes in its process ───────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("first", ["extras.fast", "tiny_sd"])
 def test_either_file_may_be_imported_first(first):
-    code = f"import {first}, tiny_sd, fast; print(tiny_sd.conv2d.on_numpy is fast.fast_conv2d)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tiny_sd.HERE, capture_output=True, text=True)
+    run = python(f"import {first}, tiny_sd, extras.fast; "
+                 "print(tiny_sd.FAST['conv2d'] is extras.fast.fast_conv2d)")
     assert run.stdout == "True\n", run.stderr
+
+
+HOST = """if True:
+    import ctypes, gc, json, os, pathlib, signal, sys, threading, warnings
+
+    def blas():     # (threads, kernels) of each OpenBLAS that NumPy brings
+        import numpy
+        found = []
+        for library in pathlib.Path(numpy.__file__).parents[1].glob("numpy.libs/*openblas*"):
+            library = ctypes.CDLL(str(library))
+            name = library.scipy_openblas_get_corename64_
+            name.restype = ctypes.c_char_p
+            found.append((library.scipy_openblas_get_num_threads64_(), name().decode()))
+        return found
+
+    def keeps_freed_memory():       # 64 MB of it
+        import numpy
+        def held():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        before = held()
+        array = numpy.ones(2 ** 24, numpy.float32)
+        del array
+        gc.collect()
+        return held() - before > 2 ** 25
+
+    def host():     # all that an import could change without being asked
+        return {"environ": dict(os.environ), "threads": sorted(map(str, threading.enumerate())),
+                "blas": blas(), "warnings": list(map(str, warnings.filters)),
+                "path": list(sys.path), "hook": str(sys.excepthook),
+                "signals": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]}
+"""
+
+
+def in_host(code, **variables):
+    """Return what a program in a fresh process prints as JSON; HOST is at its head."""
+    run = python(f"{HOST}\n{code}", **variables)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def needs_openblas():
+    if not in_host("print(json.dumps(blas()))"):
+        pytest.skip("this NumPy brings no OpenBLAS of its own")
+
+
+def test_importing_tiny_sd_changes_nothing():
+    """Where NumPy was imported before, as in a user's own program."""
+    before, after, modules = in_host("""if True:
+        import numpy
+        numpy.ones((100, 100)) @ numpy.ones((100, 100))
+        before = host()
+        import tiny_sd
+        modules = [name for name in ("extras", "torch", "PIL", "tqdm") if name in sys.modules]
+        print(json.dumps([before, host(), modules]))""")
+    assert before == after
+    assert modules == []
+    if before["blas"] and (os.cpu_count() or 1) > 1:        # else it would not show
+        assert before["blas"][0][0] > 1
+
+
+def test_importing_tiny_sd_first_leaves_numpy_as_it_is():
+    needs_openblas()
+    assert in_host("import tiny_sd; print(json.dumps(blas()))") == in_host("""if True:
+        import numpy; print(json.dumps(blas()))""")
+
+
+@pytest.mark.parametrize("order", ["numpy, extras.fast", "extras.fast, numpy"])
+def test_blas_keeps_to_one_thread(order):
+    """Whichever is imported first: its threads would fight with ours."""
+    needs_openblas()
+    assert [threads for threads, _ in in_host(f"import {order}; print(json.dumps(blas()))")] == [1]
+
+
+def amd():
+    """Is this an AMD of family 25, Zen 3 or 4?"""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return re.search("vendor_id.*AuthenticAMD", cpu) and re.search(r"cpu family.*\b25$", cpu, re.M)
+
+
+def test_kernels_of_blas():
+    """AMD's family 25 gets those without AVX-512, any other what OpenBLAS chooses.
+
+    And all get what the user chose; and where NumPy was there before, what it had.
+    """
+    needs_openblas()
+
+    def kernels(imports, **chosen):
+        found = in_host(f"import {imports}; print(json.dumps(blas()))", **chosen)
+        return [name for _, name in found]
+
+    assert kernels("extras.fast, numpy") == (["Haswell"] if amd() else kernels("numpy"))
+    assert kernels("numpy, extras.fast") == kernels("numpy")
+    nehalem = {"OPENBLAS_CORETYPE": "Nehalem"}
+    assert kernels("extras.fast, numpy", **nehalem) == kernels("numpy", **nehalem)
+
+
+def test_importing_fast_changes_what_its_docstring_says_and_no_more():
+    before, after = in_host("""if True:
+        import numpy
+        before = host()
+        import extras.fast
+        print(json.dumps([before, host()]))""")
+    new = {"OPENBLAS_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"}
+    if amd():
+        new["OPENBLAS_CORETYPE"] = "Haswell"
+    assert after.pop("environ") == before.pop("environ") | new
+    assert [kernels for _, kernels in after.pop("blas")] == [k for _, k in before.pop("blas")]
+    assert before == after
+
+
+def test_fast_leaves_what_the_user_chose():
+    environ = in_host("import extras.fast; print(json.dumps(dict(os.environ)))",
+                      OPENBLAS_NUM_THREADS="3", OPENBLAS_CORETYPE="Nehalem")
+    assert (environ["OPENBLAS_NUM_THREADS"], environ["OPENBLAS_CORETYPE"]) == ("3", "Nehalem")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way to keep memory")
+def test_freed_memory_is_kept_from_the_first_large_array_on():
+    """Not by the import of either file, and never by the formulas."""
+    found = in_host("""if True:
+        import numpy, tiny_sd
+        x, weight = numpy.ones((1, 64, 64, 64), "f4"), numpy.ones((64, 3, 3, 64), "f4")
+        tiny_sd.conv2d(x, weight)
+        found = [keeps_freed_memory()]
+        import extras.fast
+        found.append(keeps_freed_memory())
+        tiny_sd.conv2d(x, weight)
+        found.append(keeps_freed_memory())
+        print(json.dumps(found))""")
+    assert found == [False, False, True]
+
+
+def test_no_line_of_the_library_changes_how_the_caller_is_warned():
+    """A picture is read and one drawn: the filters of warnings are as they were."""
+    before, after = in_host("""if True:
+        import numpy, tiny_sd, extras.fast
+        from extras import files
+        before = list(map(str, warnings.filters))
+        path = tiny_sd.HERE / "weights/emoji.png"
+        files.read_picture(path, 64, 64)
+        *_, x = tiny_sd.generate(tiny_sd.load("emoji"), "red apple", steps=1)
+        tiny_sd.decode(tiny_sd.load("emoji"), x)
+        print(json.dumps([before, list(map(str, warnings.filters))]))""")
+    assert before == after
+
+
+def test_a_line_moved_into_a_block_is_an_edit(edited):
+    """The words are the same then, and the meaning is not."""
+    _, names, said = results_of(edited(("    erf = 1 -", "        erf = 1 -")))
+    assert names == set(tiny_sd.FAST) - {"gelu"} and "gelu was edited" in said

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
+from extras import cli, formats
 from helpers import FILES, sd, write_model
 
 COUNT, SEED = (int(os.environ.get(name, default)) for name, default in (("TINY_SD_FUZZ", 600), ("TINY_SD_FUZZ_SEED", 0)))
@@ -193,7 +194,7 @@ def draws_or_says(argv, folder, capsys):
     capsys.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        status = sd.main(argv)
+        status = cli.main(argv)
     out, err = capsys.readouterr()
     said = [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
     after = contents(folder)
@@ -224,7 +225,7 @@ def folder(tmp_path, monkeypatch):
     Image.effect_noise((9, 7), 50).save(tmp_path / "original/in.png")
     (tmp_path / "original/prompts.txt").write_text("red apple\n# red\napple -s 5\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path / "original")
-    assert sd.main(["red apple", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2", "--sampler", "euler"]) == 0
+    assert cli.main(["red apple", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2", "--sampler", "euler"]) == 0
     name, rng = "lora_unet_mid_block_resnets_0_conv1", np.random.default_rng(0)
     save_file({f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32), f"{name}.alpha": np.float32(1)[None],
                f"{name}.lora_up.weight": rng.random((16, 2, 1, 1), np.float32)}, tmp_path / "original/lora.safetensors")
@@ -254,7 +255,7 @@ def test_spoilt_inputs(folder, capsys, monkeypatch):
                                   "\x1c" * 10 ** 6, "🍎" * 250000, " " * 10 ** 6 + "x"], ids=lambda text: ascii(text[:6]))
 def test_a_prompt_of_a_megabyte(text):
     """Cut before it is merged, in a second or two; the ids kept are those of the first few thousand letters merged whole."""
-    tokenizer = sd.clip_tokenizer()
+    tokenizer = formats.clip_tokenizer()
     start = time.process_time()
     ids, cut = tokenizer.encode(text)
     assert time.process_time() - start < 4

@@ -13,16 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import formats
 import pytest
 from PIL import Image
 
 from conftest import ROOT
+from extras import cli, formats
 from helpers import FILES, sd, write_model
 
 COMMIT, REPOSITORY, TOKEN = "0123456789abcdef0123456789abcdef01234567", "someone/small-model", "hf_secret"
 WEIGHTS = {f"{part}/{stem}.safetensors" for part, stem in FILES.items()}
 UNET = "unet/diffusion_pytorch_model.safetensors"
+LICENCE = "mit"
 
 
 class Hub:
@@ -69,7 +70,7 @@ class Hub:
         if api:
             return self.send(request, 200, {}, json.dumps({
                 "id": REPOSITORY, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                "cardData": {"license": "mit"}, "siblings": [{"rfilename": name, "size": path.stat().st_size}
+                "cardData": {"license": LICENCE}, "siblings": [{"rfilename": name, "size": path.stat().st_size}
                                                              for name, path in self.files().items()]}).encode())
         if not file:
             return self.send(request, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -240,15 +241,15 @@ def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sd, "HERE", tmp_path / "program")
     shutil.copytree(model, tmp_path / "program/weights/sd15")
-    assert sd.load("sd15").name == "sd15"
+    assert formats.load("sd15").name == "sd15"
     Path("sd15").mkdir()
     with pytest.raises(sd.UserError, match="^sd15 is not a whole"):
-        sd.load("sd15")
+        formats.load("sd15")
 
 
 def test_help_tells_the_names(capsys):
     with pytest.raises(SystemExit):
-        sd.main(["--help"])
+        cli.main(["--help"])
     assert f"or {', '.join(formats.HUB)} (emoji)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -258,10 +259,12 @@ def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
     program.mkdir()
     shutil.copy(ROOT / "tiny_sd.py", program)
     table = "HUB = {'sd15': (%r, %r, 'creativeml-openrail-m')}\n\ndef fetch" % (REPOSITORY, COMMIT)
-    (program / "formats.py").write_text((ROOT / "formats.py").read_text(encoding="utf-8").replace("def fetch", table), encoding="utf-8")
+    shutil.copytree(ROOT / "extras", program / "extras", ignore=shutil.ignore_patterns("pictures"))
+    text = (ROOT / "extras/formats.py").read_text(encoding="utf-8")
+    (program / "extras/formats.py").write_text(text.replace("def fetch", table), encoding="utf-8")
     hub = serve()
     for asked in (True, False):
-        script = "import sys, tiny_sd; print(tiny_sd.load('sd15').name)"
+        script = "from extras import formats; print(formats.load('sd15').name)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=program, env=os.environ | {
             "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"})
         assert done.stdout == "sd15\n" and ("creativeml-openrail-m" in done.stderr) == asked
@@ -362,4 +365,21 @@ def test_without_the_package(run, tmp_path):
 def test_a_path_is_no_repository(name, serve, run):
     hub = serve()
     status, _, said, _ = run(hub, "-m", name)
-    assert status == 2 and said == [f"tiny_sd: there is no model {name}"] and hub.requests == []
+    place = ROOT / "weights" / name
+    assert status == 2 and hub.requests == []
+    assert said == [f"tiny_sd: there is no model {name}: no such file or folder, and no {place}"]
+
+
+def test_the_nearest_alias_is_named(serve, run):
+    hub = serve()
+    _, _, said, _ = run(hub, "-m", "sd1.5")
+    assert said[0].endswith("; did you mean sd15?") and hub.requests == []
+
+
+@pytest.mark.parametrize("licence", ["mit\x1b[2J\x1b[31mred", "mit\ntiny_sd: all is well"])
+def test_a_licence_cannot_write_to_the_terminal(licence, serve, run, monkeypatch):
+    """What a server says stays in its line, without control characters."""
+    monkeypatch.setattr(sys.modules[__name__], "LICENCE", licence)
+    _, _, said, err = run(serve(), "-m", REPOSITORY)
+    assert "\x1b" not in err and len(said) == 1
+    assert said[0].endswith("licence: " + re.sub(r"\s+", " ", licence.replace("\x1b", " ")))

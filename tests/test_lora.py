@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import tiny_sd
 from conftest import record
+from extras import cli, formats
 
 UNET = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
         "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0", "down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
@@ -22,7 +23,7 @@ ATTENTION = [name for name in UNET if "attn" in name]
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return {part: tiny_sd.flatten(getattr(tiny_sd.load(folder), part)) for part in ("unet", "text_encoder")}
+    return {part: tiny_sd.flatten(getattr(formats.load(folder), part)) for part in ("unet", "text_encoder")}
 
 
 @pytest.fixture(scope="module")
@@ -100,32 +101,32 @@ def largest_error(model, plain, pairs, names, scale):
 def test_namings(naming, folder, plain, pairs, backend, tmp_path):
     name, names = NAMINGS[naming]
     path = write(tmp_path / "lora.safetensors", pairs, name, names)
-    assert largest_error(tiny_sd.load(folder, backend, loras=[(path, 0.5)]), plain, pairs, names, 0.5) < 1e-5
+    assert largest_error(formats.load(folder, backend, loras=[(path, 0.5)]), plain, pairs, names, 0.5) < 1e-5
 
 
 @pytest.mark.parametrize("naming", ["kohya", "peft"])
 def test_alpha_over_rank(naming, folder, plain, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS[naming], alpha=12)
-    assert largest_error(tiny_sd.load(folder, loras=[(path, -1)]), plain, pairs, UNET + TEXT, -4) < 1e-5
+    assert largest_error(formats.load(folder, loras=[(path, -1)]), plain, pairs, UNET + TEXT, -4) < 1e-5
 
 
 def test_alpha_in_the_metadata(folder, plain, pairs, tmp_path):
     """Where diffusers writes it today."""
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 12, "text_encoder.lora_alpha": 12})}
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["peft"], metadata=metadata)
-    assert largest_error(tiny_sd.load(folder, loras=[(path, 1)]), plain, pairs, UNET + TEXT, 4) < 1e-5
+    assert largest_error(formats.load(folder, loras=[(path, 1)]), plain, pairs, UNET + TEXT, 4) < 1e-5
 
 
 def test_half_precision_and_several_files(folder, plain, pairs, tmp_path):
     one = write(tmp_path / "one.safetensors", pairs, *NAMINGS["kohya"], dtype=torch.float16)
     two = write(tmp_path / "two.safetensors", pairs, *NAMINGS["peft"], dtype=torch.bfloat16)
-    model = tiny_sd.load(folder, loras=[(one, 1), (two, 0.5)])
+    model = formats.load(folder, loras=[(one, 1), (two, 0.5)])
     assert 0 < largest_error(model, plain, pairs, UNET + TEXT, 1.5) < 0.02
 
 
 def test_single_file(single_file, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["kohya"])
-    bare, model = tiny_sd.load(single_file("F32")), tiny_sd.load(single_file("F32"), loras=[(path, 1)])
+    bare, model = formats.load(single_file("F32")), formats.load(single_file("F32"), loras=[(path, 1)])
     plain = {part: tiny_sd.flatten(getattr(bare, part)) for part in ("unet", "text_encoder")}
     assert largest_error(model, plain, pairs, UNET + TEXT, 1) < 1e-5
 
@@ -150,7 +151,7 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
     before = draw()
     pipe.load_lora_weights(str(path))
     pipe.fuse_lora(lora_scale=0.8)
-    model = tiny_sd.load(folder, backend, loras=[(path, 0.8)])
+    model = formats.load(folder, backend, loras=[(path, 0.8)])
     *_, x = tiny_sd.generate(model, "a photo of a cat", seeds=(3,), steps=3, guidance=5, sampler="ddim", width=64, height=64)
     ours, reference = tiny_sd.decode(model, x)[0].astype(int), draw()
     assert abs(reference - before).max() > 20
@@ -185,7 +186,7 @@ def test_what_does_not_fit_is_named(change, named, folder, tmp_path):
     change(arrays)
     save_file(arrays, tmp_path / "lora.safetensors")
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
-        tiny_sd.load(folder, loras=[(tmp_path / "lora.safetensors", 1)])
+        formats.load(folder, loras=[(tmp_path / "lora.safetensors", 1)])
 
 
 def test_command_line(folder, pairs, tmp_path, monkeypatch, capsys):
@@ -197,12 +198,12 @@ def test_command_line(folder, pairs, tmp_path, monkeypatch, capsys):
     draw = ["cat", "-m", str(folder), "--steps", "1", "-W", "64", "-H", "64"]
     pictures = []
     for flags in ([], ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors:.5"], ["--lora", "one.safetensors"]):
-        assert tiny_sd.main([*draw, *flags]) == 0
+        assert cli.main([*draw, *flags]) == 0
         pictures.append(Image.open(capsys.readouterr().out.strip()))
     first, second, third = (np.asarray(picture).astype(int) for picture in pictures)
     assert abs(second - third).max() <= 1 < abs(second - first).max()
     assert "Lora: one 0.5 two 0.5," in pictures[1].text["parameters"] and "Lora" not in pictures[0].text["parameters"]
     for flag in ("no.safetensors", "one.safetensors:1.2.3", "one.safetensors:x"):
-        assert tiny_sd.main([*draw, "--lora", flag]) == 2
+        assert cli.main([*draw, "--lora", flag]) == 2
         line, = capsys.readouterr().err.splitlines()
         assert line.startswith("tiny_sd: ") and flag in line

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import unicodedata
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -12,6 +13,7 @@ import transformers
 from PIL import Image
 
 import tiny_sd
+from extras import checks, formats
 from conftest import ROOT, SCHEDULER, TEXT, UNET, VAE, make_unet, record, same
 
 CLASSES = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler,
@@ -70,7 +72,7 @@ def same_ids(ours, reference, texts):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_sd.clip_tokenizer()
+    return formats.clip_tokenizer()
 
 
 def test_vocabulary(tokenizer, reference):
@@ -111,7 +113,7 @@ def test_padding_and_truncation(pad, reference, tmp_path):
     texts = [" ".join(words[i % 5] for i in range(n)) for n in (0, 1, 10, 30, 37, 38, 39, 40, 41, 42, 50, 200)]
     reference.tokenizer.save_pretrained(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path, pad_token=pad)
-    ours = tiny_sd.Tokenizer(tiny_sd.clip_tokenizer().rank, pad=pad)
+    ours = tiny_sd.Tokenizer(formats.clip_tokenizer().rank, pad=pad)
     expected = theirs(texts, padding="max_length", max_length=77, truncation=True).input_ids
     cuts = []
     for text, ids in zip(texts, expected):
@@ -138,7 +140,7 @@ def test_text_encoder_of_other_sizes(folder_with, backend, reference):
     torch.manual_seed(0)
     encoder = transformers.CLIPTextModel(config).eval()
     ids = reference.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
-    model = tiny_sd.load(folder_with(text_encoder=encoder), backend)
+    model = formats.load(folder_with(text_encoder=encoder), backend)
     same("text encoder", tiny_sd.to_numpy(tiny_sd.encode_prompts(model, ["a cat"])), encoder(ids)[0], 1e-5)
 
 
@@ -163,7 +165,7 @@ def test_vae_decoder(model, backend, reference):
 def test_unet(changes, size, folder_with, model, backend, reference):
     """At odd sizes too, where the way up must return to the sizes of the way down; each picture at its own time."""
     network = make_unet(**changes) if changes else reference.unet
-    model = tiny_sd.load(folder_with(unet=network), backend) if changes else model
+    model = formats.load(folder_with(unet=network), backend) if changes else model
     chance = np.random.default_rng(0)
     x, t, context = arrays(backend, chance.normal(size=(3, *size, network.config.in_channels)), np.array([1, 500, 981]),
                            chance.normal(size=(3, 77, 128)))
@@ -205,15 +207,18 @@ def test_trajectory(sampler, karras, spacing, kind):
     """Each x_t of the whole way, the stream of noise included."""
     if (sampler, kind) == ("plms", "v_prediction"):
         pytest.skip("PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts")
+    bars = tiny_sd.alpha_bars()
     for steps in (1, 2, 20, 50, *((7, 30) if spacing == "leading" else ())):
         for alpha_to_one, offset in ((False, 1), (True, 0)):
             config = {**SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing, "steps_offset": offset,
                       "set_alpha_to_one": alpha_to_one}
             scheduler = CLASSES[sampler].from_config(config, **OPTIONS.get((sampler, karras), {}))
-            levels, stream = tiny_sd.sampling_steps(sampler, steps, config, karras), tiny_sd.Noise(7)
+            ours = tiny_sd.read_config("scheduler", config)
+            levels = tiny_sd.sampling_steps(sampler, steps, ours, bars, karras)
+            stream = tiny_sd.Noise(7)
             x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(np.float32)
             path = tiny_sd.SAMPLERS[sampler](
-                lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels, lambda: stream(4, 6, 5)[None])
+                lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels, lambda: stream(6, 5, 4)[None])
             expected = reference_trajectory(scheduler, first(x), steps, 7)
             for (t, _, _), ours, (their_t, theirs) in zip(levels, path, expected, strict=True):
                 assert abs(t - their_t) < 2e-3
@@ -226,8 +231,8 @@ def test_trajectory(sampler, karras, spacing, kind):
 def test_noise(seed):
     """The second and third draw too, of sizes that are no multiples of 16."""
     ours, stream = tiny_sd.Noise(seed), torch.Generator().manual_seed(seed)
-    for shape in ((4, 64, 64), (4, 13, 9), (4, 2, 2), (4, 9, 5), (4, 13, 9)):
-        same("noise", ours(*shape), last(torch.randn(1, *shape, generator=stream))[0], 5e-7)
+    for h, w in ((64, 64), (13, 9), (2, 2), (9, 5), (13, 9)):
+        same("noise", ours(h, w, 4), last(torch.randn(1, 4, h, w, generator=stream))[0], 5e-7)
 
 
 # ── Names and sizes of the true Stable Diffusion 1.5 ───────────────────────────────────────────────────────────────
@@ -247,7 +252,7 @@ def test_parameters_of_stable_diffusion(part):
         network = {"text_encoder": lambda **c: transformers.CLIPTextModel(transformers.CLIPTextConfig(**c)),
                    "vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}[part](**config)
     theirs = {name.removeprefix("text_model."): tuple(p.shape) for name, p in network.named_parameters()}
-    ours = tiny_sd.flatten(tiny_sd.SHAPES[part](config))
+    ours = tiny_sd.flatten(checks.SHAPES[part](tiny_sd.read_config(part, config)))
     assert ours == theirs
     assert sum(map(np.prod, ours.values())) == count
 
@@ -301,8 +306,9 @@ def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, w
 
 
 def draw(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength, kind):
-    scheduler = {**model.config["scheduler"], "prediction_type": kind}
-    model = dataclasses.replace(model, config={**model.config, "scheduler": scheduler})
+    scheduler = SimpleNamespace(**vars(model.config.scheduler) | {"prediction_type": kind})
+    config = SimpleNamespace(**vars(model.config) | {"scheduler": scheduler})
+    model = dataclasses.replace(model, config=config)
     init = some_picture(init, width, height) if init else None
     *_, x = tiny_sd.generate(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength)
     return tiny_sd.decode(model, x)
@@ -360,6 +366,6 @@ def test_bundled_model(prompt, backend, bundled_reference):
     sampler = next(name for name, cls in CLASSES.items() if isinstance(bundled_reference.scheduler, cls))
     expected = np.asarray(bundled_reference(prompt, negative_prompt="blue", num_inference_steps=10, guidance_scale=5.0,
                                             generator=torch.Generator().manual_seed(3)).images[0])
-    model = tiny_sd.load(EMOJI, backend)
+    model = formats.load(EMOJI, backend)
     *_, x = tiny_sd.generate(model, prompt, "blue", (3,), 10, 5.0, sampler)
     same_pictures("pictures of weights/emoji", tiny_sd.decode(model, x), expected[None])

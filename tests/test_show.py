@@ -17,13 +17,11 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
+from extras import checks, cli, fast, formats, show
 from helpers import CONFIG, TOKENIZER, sd, write_model
 
-import fast
-import show
-
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-PRIMITIVES = [value for value in vars(sd).values() if hasattr(value, "listeners")]
+PRIMITIVES = {name: value for name, value in vars(sd).items() if hasattr(value, "formula")}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,13 @@ def kind(request, monkeypatch):
 
 @pytest.fixture(params=["numpy", "torch"])
 def model(request, tmp_path):
-    return sd.load(write_model(tmp_path / "tiny"), request.param)
+    return formats.load(write_model(tmp_path / "tiny"), request.param)
+
+
+def nothing_is_watched():
+    """Is each primitive what it was when this file was read, and so is the threaded form?"""
+    same = all(getattr(sd, name) is value for name, value in PRIMITIVES.items())
+    return len(PRIMITIVES) > 10 and same and sd.FAST["map_rows"] is fast.threaded_map_rows
 
 
 def filmed(model, *args, **settings):
@@ -55,8 +59,7 @@ def test_watching_changes_nothing(kind, model, settings):
     *_, plain = sd.generate(model, "red apple", "app", **settings)
     steps, x = filmed(model, "red apple", "app", **settings)
     assert np.array_equal(x, plain) and len(steps) == 3
-    assert not any(primitive.listeners for primitive in PRIMITIVES)
-    assert sd.by_row.on_numpy is fast.threaded_by_row
+    assert nothing_is_watched()
 
 
 def test_guesses_and_the_push_of_guidance(kind, model):
@@ -92,10 +95,11 @@ def test_probabilities():
     np.testing.assert_allclose(show.probabilities(q, k) @ v, expected, atol=1e-5)
 
 
-def test_listeners_leave_when_something_fails():
-    with pytest.raises(ZeroDivisionError), show.listening(linear=print, conv2d=print):
+def test_watchers_leave_when_something_fails():
+    with pytest.raises(ZeroDivisionError), show.watching(linear=print, conv2d=print):
+        assert sd.linear is not PRIMITIVES["linear"] and "map_rows" not in sd.FAST
         1 / 0
-    assert not any(primitive.listeners for primitive in PRIMITIVES)
+    assert nothing_is_watched()
 
 
 def test_places_of_words():
@@ -139,7 +143,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 
     def run(*argv):
         capsys.readouterr()
-        status = sd.main(["--model", str(tiny), "--steps", "2", *argv])
+        status = cli.main(["--model", str(tiny), "--steps", "2", *argv])
         out, err = capsys.readouterr()
         return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
     return run
@@ -150,7 +154,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 def test_the_page(run, flags, pictures, steps, guided):
     """Of every picture: the result, the film whole and step by step, a map of each word over all, at two resolutions and in
     up to three parts of the way, guidance as a curve and at each step, and four channels."""
-    Image.new("RGB", (9, 5), "red").save("in.png")
+    Image.new("RGB", (9, 9), "red").save("in.png")
     status, out, err = run('<red> & "apple"', "--show", "seen", *flags.split())
     assert status == 0 and err == [] and Path(out[-1]) == Path("seen/index.html").resolve()
     text = Path("seen/index.html").read_text(encoding="utf-8")
@@ -231,7 +235,7 @@ def test_the_page_in_a_browser(run):
 @pytest.mark.parametrize("word", ["emoji", "internationalization", "aaaaaaa", "é🍎", "x"])
 def test_merges_step_by_step(word):
     """One pair at a time, those learnt first before others, from single bytes to what the tokenizer makes of the word."""
-    clip = sd.clip_tokenizer()
+    clip = formats.clip_tokenizer()
     steps = list(show.merging(clip, word))
     assert len(steps[0]) == len(word.encode()) and steps[-1] == clip.merge(word)
     ranks = []
@@ -252,7 +256,8 @@ def test_explain(run):
     assert " ".join(map(str, ids)) + "\n" in text
     numbers = {line.split(",")[0]: line for line in out if ", all of it" in line}
     for part, network in (("text_encoder", "text_encoder"), ("unet", "unet"), ("vae", "vae")):
-        total = sum(math.prod(shape) for shape in sd.flatten(sd.SHAPES[network](CONFIG[network])).values())
+        total = sum(math.prod(shape) for shape in sd.flatten(
+            checks.SHAPES[network](sd.read_config(network, CONFIG[network]))).values())
         assert f" {total:,} " in numbers[part]
 
 
@@ -262,10 +267,10 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
     """By torch.utils.flop_counter, which listens to torch's own kernels."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    (width, height), model = size, sd.load(tiny, "torch")
+    (width, height), model = size, formats.load(tiny, "torch")
     x = np.zeros((1, height // 2, width // 2, 4), np.float32)
     ours = {}
-    for name, row in show.sizes(sd.load(tiny, backend), "red apple", width, height).items():
+    for name, row in show.sizes(formats.load(tiny, backend), "red apple", width, height).items():
         ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
     context = sd.encode_prompts(model, ["red apple"])
     works = {"text_encoder": lambda: sd.encode_prompts(model, ["red apple"]), "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
@@ -303,8 +308,8 @@ def test_as_a_program(tiny, tmp_path):
 
 def test_the_notes_show_every_picture():
     """Each of those that show.py draws, once, and all of them small."""
-    shown = re.findall(r"!\[.+?\]\(pictures/(\w+)\.png\)", (ROOT / "NOTES.md").read_text(encoding="utf-8"))
-    files = sorted(ROOT.glob("pictures/*"))
+    shown = re.findall(r"!\[.+?\]\(extras/pictures/(\w+)\.png\)", (ROOT / "NOTES.md").read_text(encoding="utf-8"))
+    files = sorted(ROOT.glob("extras/pictures/*"))
     assert sorted(shown) == sorted(show.PICTURES) == [path.stem for path in files]
     assert sum(path.stat().st_size for path in files) < 1.5e6
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import benchmark
 from conftest import ROOT
-from helpers import FILES, sd
+from extras import cli, formats
+from helpers import FILES, sd, shapes_of
 
 # Python runs a file of this name, found on its path, before the program. As soon as function FUNCTION of a file FILE is
 # called for the COUNTth time, the process gets what Ctrl-C sends.
@@ -58,7 +59,7 @@ def contents():
 # ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PHASES = {      # the arguments, where it is interrupted, and what is there already by then
-    "reading the weights": ("", "tiny_sd.py:place:100", []),
+    "reading the weights": ("", "tiny_sd.py:to_backend:100", []),
     "reading a prompt": ("", "tiny_sd.py:merge:2", []),
     "encoding the prompt": ("", "tiny_sd.py:text_layer:3", []),
     "encoding a picture": ("-i in.png", "tiny_sd.py:vae_block:2", []),
@@ -66,7 +67,7 @@ PHASES = {      # the arguments, where it is interrupted, and what is there alre
     "writing a preview": ("--preview preview.png", "PngImagePlugin.py:putchunk:5", ["preview.png"]),
     "decoding": ("", "tiny_sd.py:vae_decode:1", []),
     "writing the picture": ("", "PngImagePlugin.py:putchunk:2", []),
-    "writing the second picture": ("-b 2", "tiny_sd.py:save_picture:2", ["out-000.png"]),
+    "writing the second picture": ("-b 2", "files.py:save_picture:2", ["out-000.png"]),
     "writing the page": ("--show seen", "PngImagePlugin.py:putchunk:12", ["out-1.png"]),
     "between two prompts": ("--prompts prompts.txt", "tiny_sd.py:generate:2", ["out-0001.png"]),
     "writing the second prompt's": ("--prompts prompts.txt", "PngImagePlugin.py:putchunk:8", ["out-0001.png"]),
@@ -167,7 +168,7 @@ def large(here):
     folder, config = here / "large", benchmark.configs()
     for part, stem in FILES.items():
         header, end = {}, 0
-        for name, shape in sd.flatten(sd.SHAPES[part](config[part])).items():
+        for name, shape in shapes_of(part, config[part]).items():
             header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
         text = json.dumps(header).encode()
         (folder / part).mkdir(parents=True)
@@ -175,7 +176,7 @@ def large(here):
         with open(folder / part / f"{stem}.safetensors", "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
-    tokenizer = sd.clip_tokenizer()
+    tokenizer = formats.clip_tokenizer()
     for name, content in {"scheduler/scheduler_config": config["scheduler"], "tokenizer/vocab": tokenizer.vocab,
                           "tokenizer/tokenizer_config": {"model_max_length": 77}}.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -227,8 +228,9 @@ def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     argv, needs = ["red apple", "--steps", "1", *argv.split()], {}
     assert program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")[0] == 0
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("status").read_text())[1])
-    monkeypatch.setattr(sd, "check_memory", lambda need, what: needs.update({what: need}))
+    for module in (cli, formats):
+        monkeypatch.setattr(module, "check_memory", lambda need, what: needs.update({what: need}))
     monkeypatch.setattr(sd, "generate", None)
     with pytest.raises(TypeError):
-        sd.main(argv)
+        cli.main(argv)
     assert needs[what] < peak < 3 * needs[what] + 60e6, (needs, peak)
