@@ -119,8 +119,11 @@ class Verdict(NamedTuple):
 class Judge:
     """Compares pictures with all drawings, put on the same colour at the same size."""
 
-    def __init__(self, model, things):
-        self.model, self.things, self.spaces = model, things, {}
+    def __init__(self, model, things, steps=20):
+        self.model, self.things, self.steps, self.spaces = model, things, steps, {}
+
+    def draw(self, prompts, seeds, negatives=None):
+        return draw(self.model, prompts, seeds, negatives, self.steps)
 
     def latents(self, pictures):
         """The VAE's means for pictures (n, side, side, 3): (n, d)."""
@@ -197,7 +200,7 @@ def psnr(picture, original):
 def right_things(judge, ids, title="things"):
     """One picture of each thing, named without a style."""
     prompts = [judge.things.names[i][0] for i in ids]
-    pictures = draw(judge.model, prompts, seeds=ids)
+    pictures = judge.draw(prompts, seeds=ids)
     report = {}
     for space, verdict in judge.verdicts(pictures, ids).items():
         report[f"{title}, in {space}: right"] = verdict.top(1)
@@ -210,7 +213,7 @@ def variety(judge, ids, seeds=8):
     names = [judge.things.names[i][0] for i in ids for _ in range(seeds)]
     which = np.repeat(ids, seeds)
     numbers = [*range(seeds)] * len(ids)
-    pictures = draw(judge.model, names, numbers)
+    pictures = judge.draw(names, numbers)
     small = pictures.reshape(len(ids), seeds, 32, pictures.shape[1] // 32, 32, -1, 3).mean((3, 5))
     report = {"seeds of one thing differ, of what things differ": spread(small)}
     styles = judge.verdict(judge.latents, pictures, which).styles
@@ -218,7 +221,7 @@ def variety(judge, ids, seeds=8):
     report[f"different drawings among {seeds} seeds of a thing"] = float(np.mean(found))
 
     again = [i for i in range(len(names)) if i % seeds < 2]
-    without = draw(judge.model, [names[i] for i in again], [numbers[i] for i in again],
+    without = judge.draw([names[i] for i in again], [numbers[i] for i in again],
                    [f"in the {STYLES[styles[i]]} style" for i in again])
     kept = judge.verdict(judge.latents, without, which[again]).styles == styles[again]
     report["a negative prompt that names its style keeps it away"] = float(1 - kept.mean())
@@ -242,7 +245,7 @@ def named_styles(judge, drawings, title):
         return {}
     ids, wanted = (np.array(column) for column in zip(*drawings))
     names = [in_style(article(judge.things.names[i][0]), STYLES[s]) for i, s in drawings]
-    pictures = draw(judge.model, names, seeds=ids)
+    pictures = judge.draw(names, seeds=ids)
     report = {}
     for space, verdict in judge.verdicts(pictures, ids).items():
         report[f"{title}, in {space}: thing right"] = verdict.top(1)
@@ -261,7 +264,7 @@ def share_of(right, chosen):
 
 def backgrounds(judge, scenes, ids):
     """Things on backgrounds that training never showed them on; in pixels alone."""
-    pictures = draw(judge.model, [scene.caption for scene in scenes], seeds=ids)
+    pictures = judge.draw([scene.caption for scene in scenes], seeds=ids)
     ranks, errors = [], []
     for picture, scene, thing in zip(pictures, scenes, ids):
         verdict = judge.verdict(signature, picture[None], [thing], scene.colour)
@@ -277,7 +280,7 @@ def backgrounds(judge, scenes, ids):
 
 def pairs(judge, scenes, ids):
     """Two things that training never showed together."""
-    pictures = draw(judge.model, [scene.caption for scene in scenes], seeds=range(len(scenes)))
+    pictures = judge.draw([scene.caption for scene in scenes], seeds=range(len(scenes)))
     report = {}
     for name, space in (("latents", judge.latents), ("pixels", signature)):
         both = [judge.verdict(space, np.stack([crop(picture, scene.parts[k])
@@ -305,15 +308,15 @@ def image_to_image(judge, drawings):
             for strength, mean in zip(STRENGTHS, np.mean(decibels, 0))}
 
 
-def from_picture(model, picture, prompt, strength, seed=0):
-    """What image-to-image makes of a picture."""
+def from_picture(model, picture, prompt, strength, steps=20):
+    """What image-to-image makes of a picture, from seed 0."""
     guidance = own(model, "scheduler", "_guidance_scale")
-    *_, x = tiny_sd.generate(model, prompt, seeds=(seed,), steps=20, guidance=guidance,
+    *_, x = tiny_sd.generate(model, prompt, seeds=(0,), steps=steps, guidance=guidance,
                              init=picture, strength=strength)
     return tiny_sd.decode(model, x)[0]
 
 
-def guessing(model, names, steps=20):
+def guessing(model, names, steps):
     """Each step's guess of what the picture will be, without guidance: (steps, n, side, side, 3)."""
     guesses = []
     draw(model, names, seeds=range(len(names)), steps=steps, guidance=1.0, guesses=guesses)
@@ -328,7 +331,7 @@ def sharpness(pictures):
 
 def first_guesses(judge, ids):
     """How blurred the first guess of a thing is beside the last."""
-    guesses = guessing(judge.model, [judge.things.names[i][0] for i in ids[:64]])
+    guesses = guessing(judge.model, [judge.things.names[i][0] for i in ids[:64]], judge.steps)
     sharp = [sharpness(pictures) for pictures in guesses]
     return {f"sharpness of guess {i + 1} of {len(sharp)}, of the last's": sharp[i] / sharp[-1]
             for i in (0, len(sharp) // 4, len(sharp) // 2)}
@@ -392,9 +395,9 @@ def held_out_pairs(things, rng, n):
 
 # ── All together ────────────────────────────────────────────────────────────────────────────────
 
-def evaluate(out, things, limit=10 ** 6, device="cpu"):
+def evaluate(out, things, limit, steps, device):
     """Measure the model in a folder; print a table and write OUT.json."""
-    judge = Judge(tiny_sd.load(out, "torch", device), things)
+    judge = Judge(tiny_sd.load(out, "torch", device), things, steps)
     rng, n = np.random.default_rng(1), min(limit, len(things.names))
     ids = rng.permutation(len(things.names))[:n].tolist()
     shown, unshown = (drawings_by_style(things, held_out, rng, n) for held_out in (False, True))
@@ -467,7 +470,7 @@ def sheet(model, prompts, seeds, columns, **how):
     return grid(draw(model, texts, [*seeds] * len(prompts), **how), columns)
 
 
-def write_sheet(out, things, device="cpu"):
+def write_sheet(out, things, steps, device):
     """OUT.png: 60 prompts of all kinds, unchosen, each from four seeds, three prompts a row.
 
     OUT-guesses.png: the guesses without guidance. OUT-strength.png: a cat on its way to a dog.
@@ -478,24 +481,25 @@ def write_sheet(out, things, device="cpu"):
     grounds, _ = held_out_backgrounds(things, rng, 12)
     two, _ = held_out_pairs(things, rng, 12)
     prompts = PROMPTS + styled + [scene.caption for scene in grounds + two]
-    save_picture(sheet(model, prompts, range(4), 12), out.with_suffix(".png"))
+    save_picture(sheet(model, prompts, range(4), 12, steps=steps), out.with_suffix(".png"))
     for i in range(0, len(prompts), 3):
         print(f"{i // 3 + 1:2}  " + " | ".join(prompts[i:i + 3]))
 
     names = [names[0] for names in things.names]
-    guesses = guessing(model, [names[i] for i in rng.permutation(len(names))[:12]])
-    save_picture(grid(guesses[[0, 2, 4, 6, 9, 12, 15, 19]].reshape(-1, *guesses.shape[2:]), 12),
+    guesses = guessing(model, [names[i] for i in rng.permutation(len(names))[:12]], steps)
+    guesses = guesses[np.linspace(0, len(guesses) - 1, 8).round().astype(int)]
+    save_picture(grid(guesses.reshape(-1, *guesses.shape[2:]), 12),
                  out.with_name(out.name + "-guesses.png"))
-    if {"cat", "dog"} <= {*names}:
-        save_picture(strength_sheet(model, things, names), out.with_name(out.name + "-strength.png"))
+    strengths = strength_sheet(model, things, names, max(steps, 10))
+    save_picture(strengths, out.with_name(out.name + "-strength.png"))
 
 
-def strength_sheet(model, things, names):
+def strength_sheet(model, things, names, steps):
     """Each style's cat, and what the prompt "dog" makes of it as strength grows."""
     rows = []
     for picture in things.drawings[names.index("cat")]:
         if picture >= 0:
             cat = paint(Scene([Part(int(picture), 2, .5, .5)], WHITE, ""), things)
-            rows += [cat, *(from_picture(model, cat, "dog", strength / 10)
+            rows += [cat, *(from_picture(model, cat, "dog", strength / 10, steps)
                             for strength in range(1, 11))]
     return grid(rows, 11)

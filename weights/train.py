@@ -943,9 +943,9 @@ def run_command(args, setting, schedule, state):
     if args.command in ("export", "all") and process()[0] == 0:
         export(out, things, setting, state)
     if args.command == "evaluate":
-        measure.evaluate(out, things, args.limit, args.device)
+        measure.evaluate(out, things, args.limit, args.draw_steps, args.device)
     if args.command in ("sheet", "all") and process()[0] == 0:
-        measure.write_sheet(out, things, args.device)
+        measure.write_sheet(out, things, args.draw_steps, args.device)
 
 
 COMMANDS = ("render", *STAGES, "export", "evaluate", "sheet", "all")
@@ -979,6 +979,7 @@ def parse_arguments():
     add("--out", type=Path, help="the model's folder (STATE/emoji)")
     add("--limit", type=int, default=10 ** 6,
         help="evaluate: at most so many things, and scenes of each kind")
+    add("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (20)")
     args = p.parse_args()
     numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank)
     if any(n is not None and n <= 0 for n in numbers):
