@@ -1,6 +1,7 @@
-"""What the bundled model learns from: drawings of things in six styles, scenes made of them, and their captions.
+"""What the bundled model learns from: drawings in six styles, scenes of them, and captions.
 
-    npm packages ── render ──► emoji.zip ── load_things ──► Things ── draw_scene ──► Scene ── paint ──► picture
+    npm packages ── render ──► emoji.zip ── load_things ──► Things
+    Things ── draw_scene ──► Scene, with its caption ── paint ──► picture
 
 Nothing here needs torch.
 """
@@ -117,7 +118,7 @@ FIREFOX = {
     "locked with key": "lockandkey", "unlocked": "openlock", "tokyo tower": "toykotower",
     "musical notes": "multiplemusicalnotes", "globe showing americas": "americasglobe",
     "globe showing asia-australia": "asiaaustraliaglobe",
-    "globe showing europe-africa": "europeafricaglobe", "blue heart": "heartblue",
+    "globe showing europe-africa": "europeafricaglobe",
     "globe with meridians": "meridianglobe", "see-no-evil monkey": "monkeysee",
     "hear-no-evil monkey": "monkeyhear", "speak-no-evil monkey": "monkeyspeak",
     "green heart": "heartgreen", "purple heart": "heartpurple", "yellow heart": "heartyellow",
