@@ -1,15 +1,16 @@
-"""What tiny_sd computes on the way to a picture: pictures of every stage, and the sizes of every part.
+"""What tiny_sd computes on the way to a picture: pictures of every stage, and each part's size.
 
-    python tiny_sd.py "red apple" --show DIR        the picture, and a page about how it came to be: DIR/index.html
-    python tiny_sd.py "red apple" --explain         no picture, but how the prompt is read, and what each part costs
-    python show.py notes                            the pictures of NOTES.md, drawn anew from the bundled model
+    python tiny_sd.py "red apple" --show DIR        the picture, and a page about it: DIR/index.html
+    python tiny_sd.py "red apple" --explain         how the prompt is read, what each part costs
+    python -m extras.show notes                     the pictures of NOTES.md, drawn anew
 
-It is also an example of tiny_sd as a library. It changes nothing there: it listens to the primitives, and gives
-generate() a denoiser of its own, which asks tiny_sd's and writes down the answers.
+An example of tiny_sd as a library: generate() is given a denoiser that asks tiny_sd's and writes
+down the answers, and while it does, the functions it watches are wrapped.
 """
 
 import contextlib
 import copy
+import functools
 import html
 import itertools
 import math
@@ -19,34 +20,50 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import tiny_sd      # first, since it tells NumPy's BLAS how many threads to use
+from extras import fast  # noqa: F401  (first: it sets up BLAS before NumPy is loaded)
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import tiny_sd
+from extras.files import write_atomically
 
-# ── Listening ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Watching ────────────────────────────────────────────────────────────────────────────────────
+
 
 @contextlib.contextmanager
-def listening(**listeners):
-    """While it lasts, each call of the named primitives is told to f(result, *arguments), and the halves of guidance are
-    computed one after the other, so that their calls do not mingle."""
-    by_row = tiny_sd.by_row
-    together, by_row.on_numpy = by_row.on_numpy, by_row.formula
+def watching(**watchers):
+    """While it lasts, tell each call of the named functions of tiny_sd to f(result, *arguments).
+
+    The halves of guidance are computed one after the other, so that their calls do not mingle.
+    """
+    def watched(function, watcher):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            watcher(result, *args, **kwargs)
+            return result
+        return wrapped
+
+    originals = {name: getattr(tiny_sd, name) for name in watchers}
+    threaded = tiny_sd.FAST.pop("map_rows", None)
     try:
-        for name, listener in listeners.items():
-            getattr(tiny_sd, name).listeners.append(listener)
+        for name, watcher in watchers.items():
+            setattr(tiny_sd, name, watched(originals[name], watcher))
         yield
     finally:
-        by_row.on_numpy = together
-        for name, listener in listeners.items():
-            getattr(tiny_sd, name).listeners.remove(listener)
+        for name, function in originals.items():
+            setattr(tiny_sd, name, function)
+        if threaded:
+            tiny_sd.FAST["map_rows"] = threaded
+
 
 def probabilities(q, k):
-    """softmax(q kᵀ / √d) (batch, heads, queries, keys), which attention itself need not hold."""
+    """Return softmax(q kᵀ / √d) (batch, heads, queries, keys), which attention need not hold."""
     q, k = tiny_sd.to_numpy(q), tiny_sd.to_numpy(k)
     return tiny_sd.softmax.formula(q @ k.mT / math.sqrt(q.shape[-1]))
+
 
 class Film:
     """What a run computes at each step. Give it to tiny_sd.generate() as its denoiser, and save() it at the end.
@@ -68,7 +85,7 @@ class Film:
         """A denoise() as samplers want it, which remembers."""
         self.model = model
         denoise = tiny_sd.denoiser(model, context, *args)
-        kind = model.config["scheduler"].get("prediction_type", "epsilon")
+        kind = model.config.scheduler.prediction_type
 
         def watched(x, t, a):
             outputs, maps, calls, n = [], [], itertools.count(), len(x)
@@ -80,7 +97,7 @@ class Film:
                 if next(calls) % 2:     # in each transformer block the places come first, the words second
                     maps.append(probabilities(q, k).mean(1))
 
-            with listening(by_row=hear_output, dot_product_attention=hear_attention):
+            with watching(map_rows=hear_output, dot_product_attention=hear_attention):
                 x_0, eps = denoise(x, t, a)
             push = None
             if len(outputs[-1]) == 2 * n:       # the second half is the prompt's
@@ -98,7 +115,7 @@ class Film:
 
     def save(self, x, prompt, seeds):
         """Writes the folder, whole or not at all, and gives back the path of its page. x: the last latents."""
-        with tiny_sd.whole(self.folder) as unfinished:
+        with write_atomically(self.folder) as unfinished:
             unfinished.mkdir()
             write_page(self, x, prompt, seeds, unfinished)
             if self.folder.exists():
@@ -125,7 +142,7 @@ def previewer(path, inside=tiny_sd.denoiser):
         def watched(x, t, a):
             x_0, eps = denoise(x, t, a)
             pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1).clip(0, 255).astype(np.uint8)
-            with tiny_sd.whole(path) as unfinished:
+            with write_atomically(path) as unfinished:
                 Image.fromarray(pixels).save(unfinished, "PNG", pnginfo=mark)
                 os.replace(unfinished, path)
             return x_0, eps
@@ -410,10 +427,10 @@ def sizes(model, prompt, width, height):
     def layer_norm(y, x, weight, bias):
         count(y, 0, weight)
 
-    x = np.zeros((1, height // model.factor, width // model.factor, model.config["vae"]["latent_channels"]), np.float32)
+    x = np.zeros((1, height // model.factor, width // model.factor, model.config.vae.latent_channels), np.float32)
     runs = [lambda: tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, [prompt]), 1)(x, 500, 0.5),
             lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x), lambda: tiny_sd.decode(model, x)]
-    with listening(linear=linear, conv2d=conv2d, dot_product_attention=attention, group_norm=group_norm, layer_norm=layer_norm):
+    with watching(linear=linear, conv2d=conv2d, dot_product_attention=attention, group_norm=group_norm, layer_norm=layer_norm):
         for work in tqdm(runs, desc="counting", unit="part", leave=False):
             work()
     return {name: table[name] for name in [*(table.keys() - set(order)), *dict.fromkeys(order)]}
@@ -473,7 +490,7 @@ def latents_picture(model, film, x):
 
 def time_picture(model, film, x):
     """The encoding of every second time, a column each: the cosines above, the sines below."""
-    waves = tiny_sd.time_encoding(np.arange(0, 1000, 2.0), 64).T
+    waves = tiny_sd.timestep_embedding(np.arange(0, 1000, 2.0), 64).T
     return sheet([[grey(waves, 1).resize((500, 192), Image.Resampling.NEAREST)]], ["t from 0, left, to 1000"], size=500)
 
 def words_picture(model, film, x):
@@ -486,7 +503,7 @@ def words_picture(model, film, x):
 
 def noising_picture(model, film, x):
     """Ever more noise on one picture, by the closed form."""
-    levels, noise = tiny_sd.alpha_bars(model.config["scheduler"]), tiny_sd.Noise(1)(*np.moveaxis(x[0], -1, 0).shape)[None]
+    levels, noise = model.alpha_bars, tiny_sd.Noise(1)(*x[0].shape)[None]
     times = [0, 100, 200, 350, 500, 700, 999]
     return sheet([[decoded(model, tiny_sd.add_noise(x, levels[t], noise)) for t in times]], [f"t = {t}" for t in times], size=128)
 
@@ -535,7 +552,7 @@ def strength_picture(model, film, x):
 
 PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().items()) if name.endswith("_picture")}
 
-def notes(folder=tiny_sd.HERE / "pictures"):
+def notes(folder=Path(__file__).resolve().parent / "pictures"):
     """Draws the pictures of NOTES.md anew, from one seed and the bundled model."""
     model, film = tiny_sd.load(tiny_sd.HERE / "weights" / "emoji"), Film()
     *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)

@@ -1,0 +1,425 @@
+"""The same, faster: second forms of tiny_sd.py's primitives.
+
+    import extras.fast                  from here on tiny_sd computes with these forms
+    tiny_sd.FAST.clear()                from here on by its own formulas again
+
+Importing this file changes the process: OpenBLAS and Accelerate compute on one thread, since the
+threads here would fight with theirs, on AMD's Zen 3 and 4 without AVX-512, which those compute in
+halves; and from the first large array on glibc keeps freed memory for the next one. Import it
+before NumPy where you can: the choice of kernels can be made only then.
+
+A form stands for one exact formula. Edit the formula in tiny_sd.py, and its form steps aside with
+a line on stderr: what you see is what you wrote. tests/test_fast.py compares each form with its
+formula.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import inspect
+import io
+import math
+import mmap
+import os
+import re
+import threading
+import tokenize
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+for library in ("OPENBLAS", "VECLIB_MAXIMUM"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+with contextlib.suppress(OSError):
+    if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", Path("/proc/cpuinfo").read_text()):
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
+
+import numpy as np  # noqa: E402
+
+import tiny_sd  # noqa: E402
+from tiny_sd import FAST, dot_product_attention, tell  # noqa: E402
+
+for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
+    with contextlib.suppress(OSError, AttributeError):      # if NumPy was imported before
+        ctypes.CDLL(str(library)).scipy_openblas_set_num_threads64_(1)
+
+
+# ── Which form stands for which formula ─────────────────────────────────────────────────────────
+
+FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
+    "conv2d": "502c2bf1", "dot_product_attention": "2ba1e150", "gelu": "7ae8a740",
+    "group_norm": "0599637b", "layer_norm": "5dcef6f5", "linear": "1efcd477",
+    "map_rows": "e928a661", "sigmoid": "15c5e7b2", "silu": "03324152", "softmax": "b6e6a9e0"}
+
+
+def fingerprint(formula):
+    """Return a short hash of a function's code, without its comments, docstring and layout."""
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    source = inspect.getsource(formula)
+    words = [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type not in skipped and not token.string.startswith('"""')]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+def faster(*names):
+    """Register a form for the first of these formulas, unless one of them was edited."""
+    def register(form):
+        for name in names:
+            try:
+                known = fingerprint(getattr(tiny_sd, name).formula) == FINGERPRINTS.get(name)
+            except OSError:     # no source at hand
+                known = False
+            if not known:
+                tell(f"{name} was edited: {names[0]} is computed by its formula, more slowly")
+                return form
+        FAST[names[0]] = form
+        return form
+    return register
+
+
+# ── Cores ───────────────────────────────────────────────────────────────────────── NOTES §12 ──
+#
+# Three ideas carry all the speed. Fewer multiplications: Winograd's convolution needs a quarter.
+# Short ways: the work goes block by block, so that what lies between two steps stays in the cache.
+# All cores: NumPy lets go of Python's lock inside each operation, so plain threads compute side by
+# side.
+
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
+
+
+def parallel(work, items):
+    """Return [work(item), ...], computed by this thread and as many more as there are idle cores.
+
+    Calls may nest: the two halves of guidance take a core each, and the blocks inside them find
+    more only where there are more.
+    """
+    keep_freed_memory()
+    items, helpers = list(items), []
+    if len(items) == 1:
+        return [work(items[0])]
+    results = [None] * len(items)
+    queue = iter(range(len(items)))     # shared: taking the next number is atomic
+
+    def drain():
+        for i in queue:
+            results[i] = work(items[i])
+
+    def help_out():
+        try:
+            drain()
+        finally:
+            idle.release()
+
+    while len(helpers) < len(items) - 1 and idle.acquire(blocking=False):
+        try:
+            helpers.append(pool.submit(help_out))
+        except RuntimeError:            # the system allows no more threads: go on without
+            idle.release()
+            break
+    drain()
+    for helper in helpers:
+        helper.result()
+    return results
+
+
+@functools.cache
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next array: the system zeroes each page it gives out."""
+    one_arena, never_map, never_trim = (-8, 1), (-4, 0), (-1, 2 ** 31 - 1)
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in one_arena, never_map, never_trim:
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def blocks(length, size):
+    """Return the slices 0:size, size:2 size, ... that cover length."""
+    size = max(1, size)
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def shares(length, multiplications):
+    """Return a slice of length for each core; only one where waking another core takes longer."""
+    return blocks(length, -(-length // (cores if multiplications > 2 ** 22 else 1)))
+
+
+def remembered(prepare):
+    """Compute prepare(weight, ...) once for as long as the weight lives.
+
+    So replace a weight rather than change it in place.
+    """
+    known, lock = {}, threading.Lock()
+
+    @functools.wraps(prepare)
+    def prepared(weight, *args):
+        key = id(weight), *args
+        with lock:
+            if key not in known:
+                known[key] = prepare(weight, *args)
+                weakref.finalize(weight, known.pop, key)
+                forget_pages(weight)
+            return known[key]
+    prepared.known = known
+    return prepared
+
+
+def forget_pages(array):
+    """Tell the system that the pages of a mapped file, once read, need not stay in memory."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if hasattr(array, "madvise"):
+        array.madvise(mmap.MADV_DONTNEED)
+
+
+# ── Row by row ──────────────────────────────────────────────────────────────────────────────────
+
+
+def rowwise(formula):
+    """Apply a formula that treats each row alike, in blocks of rows that fit in the cache."""
+    @functools.wraps(formula)
+    def blockwise(x, *args, **kwargs):
+        if x.size <= 2 ** 18:
+            return formula(x, *args, **kwargs)
+        rows = x.reshape(-1, x.shape[-1])
+        out = np.empty_like(rows)
+
+        def block(s):
+            out[s] = formula(rows[s], *args, **kwargs)
+        parallel(block, blocks(len(rows), 2 ** 16 // rows.shape[1]))
+        return out.reshape(x.shape)
+    return blockwise
+
+
+faster("sigmoid")(rowwise(tiny_sd.sigmoid.formula))
+faster("silu", "sigmoid")(rowwise(tiny_sd.silu.formula))
+faster("layer_norm")(rowwise(tiny_sd.layer_norm.formula))
+
+
+@faster("gelu")
+@rowwise
+def gelu_by_tanh(x):
+    """Return x (1 + tanh(x P(x²))) / 2, half the work of an exponential and a quotient (12.1).
+
+    The usual P of two terms is off by 5e-4; these seven are fitted to erf and off by 2e-7.
+    """
+    square = np.minimum(x * x, 100)
+    y = 1.81395855e-09 * square
+    for a in (-1.33784595e-07, 3.97409336e-06, -5.52735518e-05, -3.30261532e-05, 3.63341484e-02):
+        y += a
+        y *= square
+    y += 7.97884269e-01
+    y *= x
+    return x * (0.5 + 0.5 * np.tanh(y, out=y))
+
+
+@faster("map_rows")
+def threaded_map_rows(x, function):
+    """Use a core for each row, where there are as many."""
+    return np.concatenate(parallel(function, [x[i:i + 1] for i in range(len(x))]))
+
+
+@faster("linear")
+def blocked_linear(x, weight, bias=None):
+    """Give each core a part of the rows, or of the columns if there are more of them."""
+    w, rows = weight.reshape(len(weight), -1).T, x.reshape(-1, x.shape[-1])
+    out = np.empty((len(rows), len(weight)), x.dtype)
+
+    def block(s):
+        if len(rows) > len(weight):
+            np.matmul(rows[s], w, out=out[s])
+        else:
+            np.matmul(rows, w[:, s], out=out[:, s])
+    parallel(block, shares(max(out.shape), rows.size * len(weight)))
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], -1)
+
+
+@faster("group_norm")
+def blocked_group_norm(x, groups, eps, weight, bias):
+    """Apply one scale and one shift per channel.
+
+    Sums are in float32 within a block of pixels, in float64 over the blocks.
+    """
+    B, H, W, C = x.shape
+    rows, out = x.reshape(B, H * W, C), np.empty((B, H * W, C), x.dtype)
+    parts = [(i, s) for i in range(B) for s in blocks(H * W, 2 ** 17 // C)]
+
+    def average(sums):      # over the pixels and channels of a group, for each channel: (B, C)
+        sums = np.array(parallel(sums, parts), np.float64).reshape(B, -1, groups, C // groups)
+        mean = sums.sum((1, 3)) / (H * W * C // groups)
+        return np.repeat(mean, C // groups, axis=1).astype(x.dtype)
+
+    mean = average(lambda at: rows[at].sum(0))
+    variance = average(lambda at: np.square(rows[at] - mean[at[0]]).sum(0))
+    scale = weight / np.sqrt(variance + np.float32(eps))
+    shift = bias - mean * scale
+
+    def block(at):
+        np.multiply(rows[at], scale[at[0]], out=out[at])
+        out[at] += shift[at[0]]
+    parallel(block, parts)
+    return out.reshape(x.shape)
+
+
+# ── Convolutions ────────────────────────────────────────────────────────────────────────────────
+
+
+@faster("conv2d")
+def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
+    """Use Winograd's way for 3x3 filters of many channels, else one product of all windows."""
+    out, kh, kw, c = weight.shape
+    pixels = x.shape[1] * x.shape[2]    # with few of them, reading the larger filters takes longest
+    plain = (kh, kw, stride, padding) == (3, 3, 1, (1, 1))
+    if plain and min(c, out) >= 32 and pixels >= 256:
+        return winograd(x, weight, bias, 4 if pixels >= 1024 else 2)
+    return im2col(x, weight, bias, stride, padding)
+
+
+def windows(x, size, stride, padding):
+    """Return all windows of x as a view (batch, rows, columns, height, width, channels).
+
+    size: (height, width) of a window. Adds the zeros that np.pad would add, but faster.
+    """
+    (top, bottom), (left, right) = padding
+    B, H, W, C = x.shape
+    padded = np.zeros((B, top + H + bottom, left + W + right, C), x.dtype)
+    padded[:, top:top + H, left:left + W] = x
+    b, i, j, c = padded.strides
+    h, w = ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], size))
+    return np.lib.stride_tricks.as_strided(
+        padded, (B, h, w, *size, C), (b, stride * i, stride * j, i, j, c))
+
+
+@remembered
+def matrix(weight):
+    """Return a convolution's weight (out, kh, kw, in) as (kh kw in, out), in float32."""
+    return np.ascontiguousarray(weight.reshape(len(weight), -1).T, np.float32)
+
+
+def im2col(x, weight, bias, stride, padding):
+    """Make each window a row of one matrix product, a few rows of the image at a time."""
+    out, kh, kw, c = weight.shape
+    view, w = windows(x, (kh, kw), stride, (padding, padding)), matrix(weight)
+    B, H, W = view.shape[:3]
+    y = np.empty((B, H, W, out), x.dtype)
+
+    def block(at):
+        np.matmul(view[at].reshape(-1, kh * kw * c), w, out=y[at].reshape(-1, out))
+        if bias is not None:
+            y[at] += bias
+    parallel(block, [(i, s) for i in range(B) for s in blocks(H, 2 ** 20 // (W * kh * kw * c))])
+    return y
+
+
+def toom_cook(m):
+    """Return A, G, B with which y = Aᵀ (G g * Bᵀ d) correlates m + 2 numbers d with the 3 of g.
+
+    To multiply two polynomials, evaluate both at m + 2 points, multiply, interpolate; correlation
+    is the transpose of that (Winograd, 1980). The last point is infinity, which gives the leading
+    coefficient; points near 1 round best (12.2).
+    """
+    points = {2: [0, 1, -1], 4: [0, 3 / 4, -3 / 4, 3 / 2, -3 / 2]}[m]
+    A, G, V = (np.vstack([np.vander(points, k, increasing=True), np.eye(k)[-1]])
+               for k in (m, 3, m + 2))
+    return A, G, np.linalg.inv(V)
+
+
+@functools.cache
+def both_ways(m):
+    """Return the Kronecker squares of A, G, B: they act on height and width of a tile at once."""
+    return [np.kron(matrix, matrix).astype(np.float32) for matrix in toom_cook(m)]
+
+
+@remembered
+def spectrum(weight, m):
+    """Return each filter as G g Gᵀ: ((m + 2)², in, out)."""
+    out, _, _, c = weight.shape
+    U = np.empty(((m + 2) ** 2, c, out), np.float32)
+
+    def block(s):
+        g = np.asarray(weight[..., s].transpose(1, 2, 3, 0), np.float32)
+        U[:, s] = (both_ways(m)[1] @ g.reshape(9, -1)).reshape(len(U), -1, out)
+    parallel(block, blocks(c, 2 ** 15 // out))
+    return U
+
+
+def winograd(x, weight, bias, m):
+    """A 3x3 convolution with ((m + 2) / 3m)² of the multiplications: a quarter for m = 4 (12.3).
+
+    Lavin and Gray, 2015. Tiles of (m + 2)² pixels overlap by two. One matrix transforms each
+    tile; then pixel p of all tiles meets pixel p of all filters in a product over the channels;
+    and one matrix more turns the sums into the m² pixels of the result.
+    """
+    (A, _, B), U, (n, H, W, C), out = both_ways(m), spectrum(weight, m), x.shape, len(weight)
+    down, across = -(-H // m), -(-W // m)
+    tiles = windows(x, (m + 2, m + 2), m, ((1, down * m + 1 - H), (1, across * m + 1 - W)))
+    y = np.empty((n, down, m, across, m, out), x.dtype)
+
+    def block(s):       # about 128 tiles, so that all three steps find them in the cache
+        d = tiles[:, s].transpose(3, 4, 0, 1, 2, 5).reshape(len(B), -1)
+        V = (B.T @ d).reshape(len(B), -1, C)
+        Y = np.empty((*V.shape[:2], out), x.dtype)
+
+        def product(p):
+            np.matmul(V[p], U[p], out=Y[p])
+        parallel(product, shares(len(B), V.size * out))
+        pixels = (A.T @ Y.reshape(len(B), -1)).reshape(m, m, n, -1, across, out)
+        y[:, s] = (pixels if bias is None else pixels + bias).transpose(2, 3, 0, 4, 1, 5)
+
+    parallel(block, blocks(down, 128 // (n * across)))
+    return y.reshape(n, down * m, across * m, out)[:, :H, :W]
+
+
+# ── Attention ───────────────────────────────────────────────────────────────────────────────────
+
+
+@faster("dot_product_attention", "softmax")
+def blocked_attention(q, k, v, causal=False):
+    """Attention that never holds all scores: 1024 queries meet 256 keys at a time.
+
+    Numerator and denominator of the softmax are both sums over such blocks (Rabe and Staats,
+    2021).
+    """
+    if causal or math.prod(q.shape[:-1]) * k.shape[-2] <= 2 ** 17:
+        return dot_product_attention.formula(q, k, v, causal)
+    out = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
+    scale = math.log2(math.e) / math.sqrt(q.shape[-1])          # eˢ = 2^(s log₂e)
+    k = (k - k.mean(axis=-2, keepdims=True)) * scale            # which softmax cannot see
+    bound = np.sqrt((q * q).sum(-1).max(-1) * (k * k).sum(-1).max(-1))      # |q·k| <= |q| |k|
+
+    def block(at):
+        head, rows = at[:2], at[2]
+        powers = plain_powers if bound[head] <= 100 else guarded_powers
+        total, weight = powers(q[at], k[head], v[head])
+        np.divide(total, weight[:, None], out=out[at])
+    parallel(block, [(*head, rows) for head in np.ndindex(q.shape[:2])
+                     for rows in blocks(q.shape[2], 1024)])
+    return out
+
+
+def plain_powers(q, k, v):
+    """Return Σ 2^(q·k) v and Σ 2^(q·k), for exponents up to 100: no shift is needed."""
+    total, weight = 0, 0
+    for s in blocks(len(k), 256):
+        p = q @ k[s].T
+        np.exp2(p, out=p)
+        total += p @ v[s]
+        weight += p @ np.ones(p.shape[1], p.dtype)      # as a product: faster than sum
+    return total, weight
+
+
+def guarded_powers(q, k, v):
+    """Return the same divided by 2^(largest exponent so far), rescaled whenever that grows.
+
+    Milakov and Gimelshein, 2018. By exp, since exp2 is ten times slower where it underflows.
+    """
+    total, weight, largest = 0, 0, np.float32(-np.inf)
+    for s in blocks(len(k), 256):
+        p = q @ k[s].T * math.log(2)
+        previous, largest = largest, np.maximum(largest, p.max(-1))
+        p = np.exp(p - largest[:, None])
+        shrink = np.exp(previous - largest)
+        total, weight = total * shrink[:, None] + p @ v[s], weight * shrink + p.sum(-1)
+    return total, weight
