@@ -1,4 +1,4 @@
-"""weights/train.py on 24 things: every stage from nothing, on after a kill, and in two processes."""
+"""weights/train.py on 24 things: every stage from nothing, on after a kill, in two processes."""
 
 import json
 import os
@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 
 import tiny_sd
-from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))
 import measure  # noqa: E402
@@ -95,7 +96,7 @@ def test_captions():
     assert [*map(scenes.article, ("apple", "ufo", "hourglass", "grapes", "cactus"))] == \
         ["an apple", "a ufo", "an hourglass", "grapes", "a cactus"]
     assert scenes.share("style", "cat", "blob") == \
-        pytest.approx(__import__("zlib").crc32(b"style|cat|blob") / 2 ** 32)
+        zlib.crc32(b"style|cat|blob") / 2 ** 32
 
 
 def test_pictures_say_what_captions_do(things):

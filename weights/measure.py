@@ -24,10 +24,23 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from scenes import (  # noqa: E402
+    COLOURS,
+    PAIRS,
+    STYLES,
+    Part,
+    Scene,
+    article,
+    describe,
+    held_out_background,
+    held_out_pair,
+    held_out_style,
+    in_style,
+    paint,
+    write_atomically,
+)
+
 import tiny_sd  # noqa: E402
-from scenes import (COLOURS, PAIRS, STYLES, Part, Scene, article, describe,  # noqa: E402
-                    held_out_background, held_out_pair, held_out_style, in_style, paint,
-                    write_atomically)
 
 WHITE = COLOURS["white"]
 
@@ -58,7 +71,7 @@ def batched_denoiser(context, guidance, guesses, model, *_):
 
     context: (batch, tokens, width), or with guidance the negative prompts' and then the prompts'.
     """
-    heads, groups = own(model, "unet", "attention_head_dim"), own(model, "unet", "norm_num_groups")
+    heads, groups = own(model, "unet", "n_head"), own(model, "unet", "norm_num_groups")
     prediction_type = own(model, "scheduler", "prediction_type")
 
     def denoise(x_t, t, alpha_bar):
@@ -78,8 +91,8 @@ def batched_denoiser(context, guidance, guesses, model, *_):
 
 
 def own(model, part, name):
-    """A number from the model's config."""
-    return model.config[part][name]
+    """A value from the model's config."""
+    return getattr(getattr(model.config, part), name)
 
 
 # ── Judging ─────────────────────────────────────────────────────────────────────────────────────
@@ -317,7 +330,7 @@ def from_picture(model, picture, prompt, strength, steps=20):
 
 
 def guessing(model, names, steps):
-    """Each step's guess of what the picture will be, without guidance: (steps, n, side, side, 3)."""
+    """Each step's guess of the picture, without guidance: (steps, n, side, side, 3)."""
     guesses = []
     draw(model, names, seeds=range(len(names)), steps=steps, guidance=1.0, guesses=guesses)
     return np.stack([tiny_sd.decode(model, x_0) for x_0 in guesses])

@@ -28,7 +28,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from tiny_sd import UserError  # noqa: E402
 
-
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────
 
 def read(path):

@@ -42,10 +42,25 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import measure  # noqa: E402
+from scenes import (  # noqa: E402
+    COLOURS,
+    PAIRS,
+    PLACES,
+    STYLES,
+    Part,
+    Scene,
+    draw_scene,
+    in_style,
+    load_things,
+    paint,
+    read,
+    render,
+    write_atomically,
+)
+
 import tiny_sd  # noqa: E402
-from scenes import (COLOURS, PAIRS, PLACES, STYLES, Part, Scene, draw_scene, in_style,  # noqa: E402
-                    load_things, paint, read, render, write_atomically)
-from tiny_sd import UserError, flatten, nest  # noqa: E402
+from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
+from tiny_sd import UserError, clip_loss, diffusion_loss, flatten, nest, read_config, vae_loss  # noqa: E402
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 
@@ -537,7 +552,7 @@ def to_model(pictures, device):
 
 
 def vae_parameters(setting, schedule):
-    return initial(tiny_sd.vae_shapes(setting.vae), schedule.seed)
+    return initial(vae_shapes(read_config("vae", setting.vae)), schedule.seed)
 
 
 def differences(x):
@@ -545,17 +560,11 @@ def differences(x):
     return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
 
 
-def vae_loss(picture, eps, vae, groups):
-    """The absolute error of pixels and of edges, and a little of the KL (Kingma, Welling, 2014).
-
-    picture: (batch, H, W, 3) in [-1, 1]; eps: standard normal, of the latents' shape.
-    """
-    mean, logvar = tiny_sd.vae_encode(picture, vae, groups)
-    mean, logvar = mean.float(), logvar.float()
-    drawn = tiny_sd.vae_decode(mean + (logvar / 2).exp() * eps, vae, groups).float()
+def pixels_and_edges(drawn, picture):
+    """The absolute error of pixels, and half that of edges."""
+    drawn = drawn.float()
     edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(picture)))
-    kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
-    return (drawn - picture).abs().mean() + edges / 2 + 1e-4 * kl
+    return (drawn - picture).abs().mean() + edges / 2
 
 
 def train_vae(things, setting, schedule, state):
@@ -567,7 +576,7 @@ def train_vae(things, setting, schedule, state):
         return pictures, torch.randn(n, side, side, 4, device=state.device)
 
     def loss(vae, picture, eps):
-        return vae_loss(picture, eps, vae, groups)
+        return vae_loss(picture, eps, vae, groups, pixels_and_edges)
 
     show = functools.partial(before_and_after, things, setting, state.device)
     begin = functools.partial(vae_parameters, setting, schedule)
@@ -690,10 +699,10 @@ class Bank:
 def clip_parameters(setting, schedule):
     """The text encoder; an image encoder, which is a VAE's that reads latents; projections."""
     width = setting.text["hidden_size"]
-    image = setting.vae | {"in_channels": 4, "block_out_channels": [64, 128, width],
-                           "latent_channels": width // 2}
-    params = initial({"text": tiny_sd.text_shapes(setting.text),
-                      "image": tiny_sd.vae_shapes(image)["encoder"],
+    image = read_config("vae", setting.vae | {"block_out_channels": [64, 128, width],
+                                              "latent_channels": width // 2})
+    params = initial({"text": text_shapes(read_config("text_encoder", setting.text)),
+                      "image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 64)},
                       "text_projection": {"weight": (width, width)}, "logit_scale": (1,)},
                      schedule.seed)
     return params | {"logit_scale": torch.full((1,), math.log(1 / 0.07))}
@@ -715,15 +724,8 @@ def embed_text(setting, params, ids):
 
 def embed_image(setting, params, latents):
     """(batch, width) of length 1: the mean of what the image encoder finds."""
-    h = tiny_sd.vae_half(latents, setting.vae["norm_num_groups"], **params["image"])
+    h = tiny_sd.vae_encoder(latents, setting.vae["norm_num_groups"], **params["image"])
     return F.normalize(h.float().mean((1, 2)), dim=-1)
-
-
-def clip_loss(text, picture, logit_scale):
-    """Each caption of a batch must find its picture, and the reverse (Radford et al., 2021)."""
-    logits = logit_scale.exp().clip(max=100) * text @ picture.T
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def train_clip(things, setting, schedule, state):
@@ -737,7 +739,7 @@ def train_clip(things, setting, schedule, state):
         text, image = embed_text(setting, params, ids), embed_image(setting, params, latents)
         if dist.is_initialized():
             text, image = (torch.cat(dist.nn.functional.all_gather(x)) for x in (text, image))
-        return clip_loss(text, image, params["logit_scale"])
+        return clip_loss(text, image, params["logit_scale"].clip(max=math.log(100)))
 
     begin = functools.partial(clip_parameters, setting, schedule)
     mean = fit("clip", begin, loss, draw, setting, schedule, state)
@@ -766,34 +768,23 @@ def retrieval(setting, params, bank):
 def unet_parameters(setting, schedule, state):
     """The U-Net, new, and the text encoder as its stage left it, which goes on learning."""
     text = {name: p for name, p in state.trained("clip").items() if name.startswith("text.")}
-    shapes = {"unet": tiny_sd.unet_shapes(setting.unet)}
+    shapes = {"unet": unet_shapes(read_config("unet", setting.unet))}
     return text | initial(shapes, schedule.seed, (*ZERO, "conv_out.weight"))
 
 
-def diffusion_loss(predict, x_0, alpha_bar, eps):
-    """The squared error of each picture's v; predict: a function of x_t.
-
-    x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1). Where little of the picture is left, v
-    asks for the picture and epsilon for next to nothing (Salimans and Ho, 2022); and it is there
-    that the caption must say what to draw.
-    """
-    signal_rate, noise_rate = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    x_t = signal_rate * x_0 + noise_rate * eps
-    v = signal_rate * eps - noise_rate * x_0
-    return (predict(x_t).float() - v).square().mean((1, 2, 3))
-
-
 def loss_weight(alpha_bar):
-    """min(1, 5 (1 - ᾱ)): between 1 and 5 for the error of x_0, at every noise level.
+    """min(1, 5 (1 - ᾱ)), by which the error of v is that of x_0 times 1 to 5 at every noise level.
 
-    A cap on the weight of little noise, as by Hang et al. (2023).
+    Where little of the picture is left, v asks for the picture and epsilon for next to nothing
+    (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
+    weight of little noise is that of Hang et al. (2023).
     """
     return (5 * (1 - alpha_bar)).flatten().clip(max=1)
 
 
 def train_unet(things, setting, schedule, state):
     bank = Bank(things, setting, schedule, state, filled=8192, capacity=65536)
-    alpha_bars = torch.from_numpy(tiny_sd.alpha_bars(SCHEDULER)).float().to(state.device)
+    alpha_bars = torch.from_numpy(tiny_sd.alpha_bars()).float().to(state.device)
     nothing = encode(bank.words, [""], state.device)
     heads, groups = setting.unet["attention_head_dim"], setting.unet["norm_num_groups"]
 
@@ -810,9 +801,10 @@ def train_unet(things, setting, schedule, state):
         alpha_bar = alpha_bars[t][:, None, None, None]
 
         def predict(x_t):
-            return tiny_sd.unet(x_t, t.float(), context, heads, groups, **params["unet"])
+            return tiny_sd.unet(x_t, t.cpu(), context, heads, groups, **params["unet"])
 
-        return (loss_weight(alpha_bar) * diffusion_loss(predict, x_0, alpha_bar, eps)).mean()
+        error = diffusion_loss(predict, SCHEDULER["prediction_type"], x_0, alpha_bar, eps)
+        return (loss_weight(alpha_bar) * error).mean()
 
     def show(params):
         folder = state.folder / "showing"
@@ -1011,7 +1003,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        tiny_sd.on_torch().dot_product_attention = cpu_attention
+        tiny_sd.torch_operations()["dot_product_attention"] = cpu_attention
     join_processes(args.device)
     try:
         run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
