@@ -1,42 +1,54 @@
-"""weights/train.py on 24 emoji: every stage from nothing, on after a kill, and on two processes as on one."""
+"""weights/train.py on 24 things: every stage from nothing, on after a kill, in two processes."""
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 
 import tiny_sd
-from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))
+import measure  # noqa: E402
+import scenes  # noqa: E402
 import train as train_py  # noqa: E402
 
-DATA = ROOT / "tests" / "emoji.zip"                     # 24 of the pictures that `train.py render` makes from the font
-SHORT = ["--batch", "8", "--bank", "64", "--draw-steps", "2"]
+DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
+SHORT = ["--batch", "8", "--bank", "64", "--draw-steps", "2", "--threads", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def command(stage, state, *options, launcher=()):
-    return [sys.executable, *launcher, ROOT / "weights/train.py", stage, "--data", DATA, "--state", state,
-            "--out", state / "emoji", "--threads", "1", *SHORT, *map(str, options)]
+def command(stage, state, *options, launcher=(), out=True):
+    where = ["--data", DATA, "--state", state, *(["--out", state / "emoji"] if out else [])]
+    words = [launcher, [ROOT / "weights/train.py", stage], where, SHORT, options]
+    return [sys.executable, *(str(word) for part in words for word in part)]
 
 
-def train(*args, **launcher):
-    run = subprocess.run(command(*args, **launcher), capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run
+def run(*args, **options):
+    return subprocess.run(command(*args, **options), capture_output=True, text=True, timeout=500)
+
+
+def train(*args, **options):
+    done = run(*args, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def saved(state, stage):
     return torch.load(state / f"{stage}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def things():
+    return scenes.load_things(DATA, 64)
 
 
 @pytest.fixture(scope="module")
@@ -47,82 +59,223 @@ def state(tmp_path_factory):
     return path
 
 
+# ── Drawings, captions and scenes ───────────────────────────────────────────────────────────────
+
+def test_test_data(things):
+    assert things.drawings.shape == (24, 6) and (things.drawings >= 0).all()
+    assert things.names[2][:2] == ["car", "automobile"]
+    assert all(n == len({*names}) for names in things.names for n in [len(names)])
+
+
+def test_scenes_hold_out(things):
+    """Among many scenes there is no drawing, background or pair that is held out; all fit."""
+    names = [names[0] for names in things.names]
+    owner = {int(p): (i, s) for i, row in enumerate(things.drawings) for s, p in enumerate(row)}
+    words = tiny_sd.load("emoji").tokenizer
+    colours = {colour: name for name, colour in scenes.COLOURS.items()}
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(2000):
+        scene = scenes.draw_scene(things, rng)
+        shown = [owner[part.picture] for part in scene.parts]
+        assert not any(scenes.held_out_style(names[i], scenes.STYLES[s]) for i, s in shown)
+        if len(shown) == 2:
+            assert not scenes.held_out_pair(*(names[i] for i, _ in shown))
+        assert not scenes.held_out_background(names[shown[0][0]], colours[scene.colour])
+        assert words.encode(scene.caption)[1] == ""
+        seen |= {*shown}
+    assert len(seen) == sum(not scenes.held_out_style(name, style)
+                            for name in names for style in scenes.STYLES)
+
+
+def test_captions():
+    cat = scenes.in_style("a cat", "blob")
+    assert scenes.describe(cat, colour="light blue") == \
+        "a cat in the blob style on a light blue background"
+    assert scenes.describe(scenes.in_style("a ghost", "flat"), "in the top left corner",
+                           small=True) == "a small ghost in the flat style in the top left corner"
+    assert [*map(scenes.article, ("apple", "ufo", "hourglass", "grapes", "cactus"))] == \
+        ["an apple", "a ufo", "an hourglass", "grapes", "a cactus"]
+    assert scenes.share("style", "cat", "blob") == \
+        zlib.crc32(b"style|cat|blob") / 2 ** 32
+
+
+def test_pictures_say_what_captions_do(things):
+    """A caption that names a style shows a drawing in it; painting puts it where it says."""
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        scene = scenes.draw_scene(things, rng)
+        styles = [s for s in scenes.STYLES if f"in the {s} style" in scene.caption]
+        if len(scene.parts) == 1 and styles:
+            assert scene.parts[0].picture in things.drawings[:, scenes.STYLES.index(styles[0])]
+        picture = scenes.paint(scene, things)
+        assert picture.shape == (64, 64, 3)
+        if "in the top left corner" in scene.caption:
+            assert (picture[32:] == scene.colour).all() and (picture[:, 32:] == scene.colour).all()
+
+
+def test_names_of_emoji():
+    """Unicode's own words and the usual aliases, without skin tones and flags."""
+    names = dict(scenes.emoji_names())
+    assert names["🍎"] == ["red apple", "apple"] and names["🐶"][0] == "dog face"
+    assert len(names) > 1600
+    assert not any("skin tone" in name or name.startswith("flag:")
+                   for said in names.values() for name in said)
+
+
+def test_names_as_people_say_them():
+    said = scenes.say_names([["automobile", "red car"], ["cat", "cat2", "pet"], ["dog", "pet"]])
+    assert said == [["car", "automobile", "red car"], ["cat"], ["dog"]]
+
+
+def test_drawing_icons(tmp_path):
+    """A package's drawings are found by name, alias or characters, and cut to their ink."""
+    red = '<path fill="#f00" d="M2 4h8v4H2z"/>'
+    texts = {"icons.json": {"icons": {"red-box": {"body": red}}, "width": 16, "height": 16,
+                            "aliases": {"box": {"parent": "red-box"}}},
+             "chars.json": {"1f4e6": "red-box"}}
+    for name, value in texts.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    icons = scenes.read_icons(tmp_path)
+    found = [scenes.find_drawing(icons, text, names) for text, names in
+             (("📦", []), ("x", ["Red box"]), ("x", ["box"]), ("x", ["boxes"]))]
+    assert found == ["red-box", "red-box", "red-box", None]
+    picture = np.asarray(scenes.draw_icon(icons, "red-box"))
+    assert picture.shape == (128, 128, 4) and (picture[64, 64] == (255, 0, 0, 255)).all()
+    rows, columns = np.nonzero(picture[..., 3] > 128)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (4, 123, 34, 93)
+
+
+def test_npm_is_missing(tmp_path):
+    done = subprocess.run(command("render", tmp_path)[:-4] + ["--data", tmp_path / "none.zip"],
+                          capture_output=True, text=True, env={**os.environ, "PATH": ""})
+    assert done.returncode == 2 and done.stderr.startswith("train.py: npm is missing")
+
+
+# ── Stages ──────────────────────────────────────────────────────────────────────────────────────
+
 def test_all_stages(state):
     for stage in train_py.STAGES:
         losses = saved(state, stage)["losses"]
         assert len(losses) == 4 and np.isfinite(losses).all()
-    for name in ("vae.png", "decoder.png", "unet.png", "emoji.png"):
+    for name in ("vae.png", "decoder.png", "unet.png", "emoji.png", "emoji-guesses.png",
+                 "emoji-strength.png"):
         assert (state / name).stat().st_size > 10_000
     model = tiny_sd.load(state / "emoji")
-    assert model.config["vae"]["scaling_factor"] == json.loads((state / "scaling_factor.json").read_text())
     assert model.factor == 4 and len(model.tokenizer.vocab) == 2000
     *_, x = tiny_sd.generate(model, "red apple", steps=2)
     pictures = tiny_sd.decode(model, x)
     assert pictures.shape == (1, 64, 64, 3) and pictures.std() > 0
 
 
+def test_the_folder_says_what_it_knows(state, things):
+    known = json.loads((state / "emoji/things.json").read_text())
+    assert known["things"] == things.names and known["styles"] == scenes.STYLES
+    assert "light blue" in known["backgrounds"] and "on the left" in known["places"]
+    factor = json.loads((state / "emoji/vae/config.json").read_text())["scaling_factor"]
+    assert factor == json.loads((state / "scaling_factor.json").read_text())
+
+
 def test_the_folder_is_diffusers(state):
-    """The reference loads it without a word about missing or unknown weights, and draws the same picture."""
+    """The reference loads it and draws the same picture."""
     pipe = StableDiffusionPipeline.from_pretrained(state / "emoji")
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe("a cat on a red background", num_inference_steps=4, generator=torch.Generator().manual_seed(3)).images[0]
+    prompt, seed = "a cat on a red background", torch.Generator().manual_seed(3)
+    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=4.0, generator=seed).images[0]
     model = tiny_sd.load(state / "emoji")
-    *_, x = tiny_sd.generate(model, "a cat on a red background", seeds=(3,), steps=4)
-    assert np.abs(tiny_sd.decode(model, x)[0].astype(int) - np.asarray(theirs)).max() <= 1
+    *_, x = tiny_sd.generate(model, prompt, seeds=(3,), steps=4, guidance=4.0)
+    ours = tiny_sd.decode(model, x)[0].astype(int)
+    assert np.abs(ours - np.asarray(theirs)).max() <= 1
 
 
 def test_the_decoder_alone(state):
-    """Its stage leaves the encoder as it was, changes the decoder, and the exported folder has both."""
-    o = argparse.Namespace(state=state, device="cpu", setting=train_py.CONFIGS["small"], seed=0)
-    before, after = (train_py.trained(o, stage) for stage in ("vae", "decoder"))
+    """Its stage leaves the encoder as it was, changes the decoder; the folder has both."""
+    kept = train_py.State(state)
+    before, after = kept.trained("vae"), kept.trained("decoder")
     exported = tiny_sd.flatten(tiny_sd.load(state / "emoji").vae)
     for name in before:
-        expected = before[name] if name.startswith(("encoder.", "quant_conv.")) else after[name]
-        np.testing.assert_allclose(exported[name].ravel(), expected.numpy().ravel(), rtol=1e-3, atol=1e-6)
-    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
-
-
-def test_evaluate(state):
-    report = train("evaluate", state, "--limit", 2).stdout
-    table = json.loads((state / "emoji.json").read_text())
-    assert table["names drawn"] == 2 and all(name in report for name in table) and np.isfinite(list(table.values())).all()
+        alone = name.startswith(("encoder.", "quant_conv."))
+        expected = (before if alone else after)[name].numpy().ravel()
+        np.testing.assert_allclose(exported[name].ravel(), expected, rtol=1e-3, atol=1e-6)
+    name = "decoder.conv_out.weight"
+    assert not torch.equal(before[name], after[name])
 
 
 def test_finished_stages_are_left_alone(state):
     before = (state / "vae.pt").read_bytes()
-    train("vae", state, "--steps", 4)
+    assert "vae: finished, after 4 steps" in train("vae", state, "--steps", 4).stderr
     assert (state / "vae.pt").read_bytes() == before
+
+
+def test_models_are_not_overwritten(state):
+    for name in ("export", "all"):
+        done = run(name, state, "--steps", 4, out=False)
+        assert done.returncode == 2 and "is there already: name it with --out" in done.stderr
+
+
+def test_on_from_a_model(state, tmp_path):
+    """A stage can begin from an exported folder: its weights are the first step's."""
+    train("unet", tmp_path, "--steps", 1, "--start", state / "emoji", "--rate", 1e-9)
+    ours, theirs = saved(tmp_path, "unet")["params"], saved(state, "unet")["mean"]
+    for name, p in theirs.items():
+        np.testing.assert_allclose(ours[name], p, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "merges.txt").read_text() == (state / "merges.txt").read_text()
+    train("export", tmp_path)
+    assert tiny_sd.load(tmp_path / "emoji").factor == 4
 
 
 def copy_before(stage, state, path):
     """What the stages before this one left."""
-    before = {"vae": [], "decoder": ["vae.pt"], "clip": ["vae.pt", "merges.txt", "scaling_factor.json"]}
-    for name in before.get(stage, [*before["clip"], "clip.pt"]):
+    first = ["vae.pt", "merges.txt", "scaling_factor.json"]
+    before = {"vae": [], "decoder": first[:1], "clip": first, "unet": [*first, "clip.pt"]}
+    for name in before[stage]:
         os.link(state / name, path / name)
+
+
+def interrupt(stage, tmp_path, number):
+    """Send a signal once the stage has kept a step; return its exit status and what it said."""
+    process = subprocess.Popen(command(stage, tmp_path, "--steps", 4, "--keep-every", 0),
+                               stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
+    while not (tmp_path / f"{stage}.pt").exists() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, error = process.communicate()
+    return process.returncode, error
 
 
 @pytest.mark.parametrize("stage", train_py.STAGES)
 def test_on_after_a_kill(stage, state, tmp_path):
-    """Killed outright in a stage, the same command goes on from the last step kept; the VAE's and its decoder's end bit
-    for bit where they would have ended undisturbed; the others, whose bank of scenes is filled anew, go on with the
-    optimizers' state of that step."""
+    """Killed outright, a stage goes on from the last step kept.
+
+    The VAE's and its decoder's end bit for bit where they would have ended undisturbed; the others,
+    whose bank is filled anew, go on with the optimizers' state of that step.
+    """
     copy_before(stage, state, tmp_path)
-    run = subprocess.Popen(command(stage, tmp_path, "--steps", 4, "--keep-every", 0), stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 200
-    while not (tmp_path / f"{stage}.pt").exists() and run.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    assert interrupt(stage, tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
     killed = saved(tmp_path, stage)
     assert 0 < killed["step"] < 4
     train(stage, tmp_path, "--steps", 4)
     ours, undisturbed = saved(tmp_path, stage), saved(state, stage)
-    assert ours["losses"][:killed["step"]] == killed["losses"] == undisturbed["losses"][:killed["step"]]
-    adam = [[int(s["step"]) for s in state["optimizers"][1]["state"].values()] for state in (ours, undisturbed)]
-    assert {*adam[0]} == {*adam[1]} == {4} and len(ours["losses"]) == 4 and np.isfinite(ours["losses"]).all()
+    n = killed["step"]
+    assert ours["losses"][:n] == killed["losses"] == undisturbed["losses"][:n]
+    for final in (ours, undisturbed):
+        assert {int(s["step"]) for s in final["optimizers"][1]["state"].values()} == {4}
+    assert len(ours["losses"]) == 4 and np.isfinite(ours["losses"]).all()
     if stage in ("vae", "decoder"):
         assert ours["losses"] == undisturbed["losses"]
-        assert all(torch.equal(a, b) for a, b in zip(ours["mean"], undisturbed["mean"], strict=True))
+        for name, p in undisturbed["mean"].items():
+            assert torch.equal(ours["mean"][name], p)
+
+
+def test_ctrl_c(tmp_path):
+    """It keeps the last step, says at which it stopped and how to go on, without a traceback."""
+    status, error = interrupt("vae", tmp_path, signal.SIGINT)
+    n = saved(tmp_path, "vae")["step"]
+    assert status == 130 and "Traceback" not in error and 0 < n < 4
+    assert f"train.py: vae: stopped at step {n}, kept in {tmp_path / 'vae.pt'}; " in error
+    train("vae", tmp_path, "--steps", 4)
+    assert saved(tmp_path, "vae")["step"] == 4
 
 
 @pytest.mark.parametrize("stage", train_py.STAGES)
@@ -130,16 +283,52 @@ def test_two_processes_equal_one(stage, state, tmp_path):
     """With the same pictures a step in all, the loss has the same curve."""
     copy_before(stage, state, tmp_path)
     train(stage, tmp_path, "--steps", 4, launcher=TORCHRUN)
-    np.testing.assert_allclose(saved(tmp_path, stage)["losses"], saved(state, stage)["losses"], rtol=0.01)
-
-
-def test_names_of_emoji():
-    """Unicode's own words and the usual aliases, without skin tones and flags."""
-    names = dict(train_py.emoji_names())
-    assert names["🍎"] == ["red apple", "apple"] and names["🐶"][0] == "dog face" and len(names) > 1600
-    assert not any("skin tone" in name or name.startswith("flag:") for said in names.values() for name in said)
+    ours, theirs = saved(tmp_path, stage)["losses"], saved(state, stage)["losses"]
+    np.testing.assert_allclose(ours, theirs, rtol=0.01)
 
 
 def test_too_little_is_said(tmp_path):
-    run = subprocess.run(command("clip", tmp_path, "--steps", 1), capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.strip() == f"train.py: {tmp_path / 'vae.pt'} is missing: run the stage vae first"
+    done = run("clip", tmp_path, "--steps", 1)
+    message = f"train.py: {tmp_path / 'vae.pt'} is missing: run the stage vae first"
+    assert done.returncode == 2 and done.stderr.strip() == message
+
+
+# ── Measuring ───────────────────────────────────────────────────────────────────────────────────
+
+def test_many_pictures_at_once(state):
+    """Each is what tiny_sd draws for its prompt, its seed and its negative prompt alone."""
+    model = tiny_sd.load(state / "emoji", "torch")
+    prompts, negatives, seeds = ["cat", "a dog on the left", "key"], ["", "red", ""], [3, 4, 3]
+    pictures = measure.draw(model, prompts, seeds, negatives, steps=3)
+    for i in range(3):
+        *_, x = tiny_sd.generate(model, prompts[i], negatives[i], (seeds[i],), steps=3,
+                                 guidance=4.0)
+        alone = tiny_sd.decode(model, x)[0].astype(int)
+        assert np.abs(pictures[i] - alone).max() <= 1
+
+
+def test_the_judge_knows_the_drawings(state, things):
+    """Of every drawing itself it says: the right thing, in the right style."""
+    judge = measure.Judge(tiny_sd.load(state / "emoji", "torch"), things)
+    ids, styles = np.nonzero(things.drawings >= 0)
+    for colour in ((255, 255, 255), (50, 160, 70)):
+        pictures = measure.on_colour(things.pictures[64][things.drawings[ids, styles]], colour)
+        for space in (judge.latents, measure.signature):
+            verdict = judge.verdict(space, pictures, ids, colour)
+            assert verdict.top(1) == 1 and (verdict.styles == styles).all()
+
+
+def test_spread():
+    """One picture a thing spreads by 0, any picture for any thing by 1."""
+    rng = np.random.default_rng(0)
+    one = np.repeat(rng.random((20, 1, 32, 32, 3)), 4, axis=1)
+    assert measure.spread(one) == 0
+    assert measure.spread(rng.random((20, 4, 32, 32, 3))) == pytest.approx(1, abs=0.02)
+
+
+def test_evaluate(state):
+    said = train("evaluate", state, "--limit", 3).stdout
+    table = json.loads((state / "emoji.json").read_text())
+    assert table["things"] == 3 and all(name in said for name in table)
+    rates = [value for name, value in table.items() if "right" in name and value == value]
+    assert len(rates) > 10 and all(0 <= value <= 1 for value in rates)

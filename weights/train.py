@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
-"""Train weights/emoji: a small but complete Stable Diffusion, from a font to a picture.
+"""Train weights/emoji: a small but complete Stable Diffusion, from drawings to pictures.
 
-    render ── 1,637 emoji ──► vae, decoder ── latents ──► clip ── text encoder ──► unet ──► export ──► evaluate, sheet
+    render ── drawings ──► vae, decoder ── latents ──► clip ── text encoder ──► unet ──► export
 
-The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own functions: given torch tensors
-they are differentiable as they stand. Each stage goes on where it was after a kill.
+The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own
+functions: given torch tensors they are differentiable as they stand. scenes.py has the drawings
+and their captions, measure.py looks at what was learnt.
 
-    python weights/train.py all --minutes 120                                  from nothing to weights/emoji
-    torchrun --nproc-per-node 8 weights/train.py unet --device cuda            one stage on eight GPUs
+    python weights/train.py all --minutes 120               from nothing to weights/state/emoji
+    python weights/train.py unet --start weights/emoji      one stage, on from a finished model
+    python weights/train.py evaluate --out weights/emoji    the table in weights/README.md
+    torchrun --nproc-per-node 8 weights/train.py unet --device cuda
 
-render needs the font of Debian's fonts-noto-color-emoji and the PyPI package emoji, unless --data has its result.
+Ctrl-C keeps what was learnt, and so does a kill, but for the last minute: the same command goes
+on from there.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -37,430 +37,522 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import measure  # noqa: E402
+from scenes import (  # noqa: E402
+    COLOURS,
+    PAIRS,
+    PLACES,
+    STYLES,
+    Part,
+    Scene,
+    draw_scene,
+    in_style,
+    load_things,
+    paint,
+    read,
+    render,
+    write_atomically,
+)
+
 import tiny_sd  # noqa: E402
-from tiny_sd import UserError, flatten, nest  # noqa: E402
+from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
+from tiny_sd import UserError, clip_loss, diffusion_loss, flatten, nest, read_config, vae_loss  # noqa: E402
 
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-VOCABULARY, LENGTH = 2000, 32          # tokens known, and tokens in a caption
+VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 
 
-# ── Settings ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
-def setting(size, vae, vae_groups, unet, attend, heads, unet_groups, text_width, text_layers, batch, rate):
-    """The three parts' config.json, as diffusers and transformers write them, and how to train them."""
-    cross = ["CrossAttn" if a else "" for a in attend]
-    return {
-        "size": size, "factor": 2 ** (len(vae) - 1), "batch": batch, "rate": rate,
-        "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-                "block_out_channels": list(vae), "layers_per_block": 1, "norm_num_groups": vae_groups,
-                "down_block_types": ["DownEncoderBlock2D"] * len(vae), "up_block_types": ["UpDecoderBlock2D"] * len(vae),
-                "act_fn": "silu", "sample_size": size},
-        "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
-                 "sample_size": size >> len(vae) - 1, "block_out_channels": list(unet), "layers_per_block": 1,
-                 "cross_attention_dim": text_width, "attention_head_dim": list(heads), "norm_num_groups": unet_groups,
-                 "down_block_types": [f"{c}DownBlock2D" for c in cross],
-                 "up_block_types": [f"{c}UpBlock2D" for c in cross[::-1]],
-                 "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0},
-        "text": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY,
-                 "hidden_size": text_width, "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers,
-                 "num_attention_heads": text_width // 48, "max_position_embeddings": LENGTH, "hidden_act": "quick_gelu",
-                 "layer_norm_eps": 1e-5, "torch_dtype": "float32", "projection_dim": text_width, "bos_token_id": VOCABULARY - 2,
-                 "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}}
+def vae_config(size, channels, groups):
+    n = len(channels)
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
+            "latent_channels": 4, "block_out_channels": list(channels), "layers_per_block": 1,
+            "norm_num_groups": groups, "act_fn": "silu", "sample_size": size,
+            "down_block_types": ["DownEncoderBlock2D"] * n,
+            "up_block_types": ["UpDecoderBlock2D"] * n}
+
+
+def unet_config(latents, channels, attends, heads, groups, context):
+    """latents: their height and width; attends: of each level, whether it attends to the text."""
+    kinds = ["CrossAttn" if attention else "" for attention in attends]
+    return {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
+            "sample_size": latents, "block_out_channels": list(channels), "layers_per_block": 1,
+            "cross_attention_dim": context, "attention_head_dim": list(heads),
+            "norm_num_groups": groups, "act_fn": "silu", "center_input_sample": False,
+            "flip_sin_to_cos": True, "freq_shift": 0,
+            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]]}
+
+
+def text_config(width, layers, heads):
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+            "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": "quick_gelu",
+            "max_position_embeddings": LENGTH, "layer_norm_eps": 1e-5, "torch_dtype": "float32",
+            "projection_dim": width, "bos_token_id": VOCABULARY - 2,
+            "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+
+
+class Setting(NamedTuple):
+    """The three networks' config.json, as diffusers writes them, and how to train them."""
+    vae: dict
+    unet: dict
+    text: dict
+    batch: dict     # {stage: pictures in a step}
+    rate: dict      # {stage: highest learning rate}
+
+    @property
+    def size(self):
+        """Pixels of a picture, in each direction."""
+        return self.vae["sample_size"]
+
+    @property
+    def latents(self):
+        """Latents of a picture, in each direction."""
+        return self.unet["sample_size"]
 
 
 CONFIGS = {
-    "small": setting(64, (32, 64, 64), 8, (64, 128, 192), (0, 1, 1), (2, 4, 6), 16, 192, 4,
-                     {"vae": 16, "decoder": 16, "clip": 256, "unet": 64},
-                     {"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3}),
-    "base": setting(128, (64, 64, 128, 128), 16, (128, 192, 256), (1, 1, 1), (4, 6, 8), 32, 288, 6,
-                    {"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
-                    {"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-             "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
-             "prediction_type": "v_prediction", "_guidance_scale": 4.0}      # the last for tiny_sd alone: what suits best
+    "small": Setting(
+        vae=vae_config(size=64, channels=(32, 64, 64), groups=8),
+        unet=unet_config(latents=16, channels=(64, 128, 192), attends=(False, True, True),
+                         heads=(2, 4, 6), groups=16, context=192),
+        text=text_config(width=192, layers=4, heads=4),
+        batch={"vae": 16, "decoder": 16, "clip": 256, "unet": 96},
+        rate={"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3}),
+    "base": Setting(
+        vae=vae_config(size=128, channels=(64, 64, 128, 128), groups=16),
+        unet=unet_config(latents=16, channels=(128, 192, 256), attends=(True, True, True),
+                         heads=(4, 6, 8), groups=32, context=288),
+        text=text_config(width=288, layers=6, heads=6),
+        batch={"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
+        rate={"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
+             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
+             "_guidance_scale": 4.0}    # the last is read by tiny_sd alone: what suits best
 
 
-def read(path):
-    """A file's text; UserError if it is not there."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+class Schedule(NamedTuple):
+    """How long to train, how fast, and what to do on the way."""
+    minutes: float = 30
+    steps: int = None       # instead of minutes
+    batch: int = None       # instead of the setting's
+    rate: float = None      # instead of the setting's
+    bank: int = None        # scenes encoded ahead
+    seed: int = 0
+    keep_every: float = 60      # seconds
+    show_every: float = 600     # seconds
+    compile: bool = False
+
+    @property
+    def goal(self):
+        """Steps or seconds in all."""
+        return self.steps or 60 * self.minutes
+
+    def progress(self, step, seconds):
+        """The fraction of the goal that is reached."""
+        return (step if self.steps else seconds) / self.goal
 
 
-@contextlib.contextmanager
-def whole(path):
-    """A temporary name to write to, which becomes path when all is written: a file is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# ── The state: what training keeps ──────────────────────────────────────────────────────────────
+
+class State:
+    """The folder of what training keeps, and the device to load it to.
+
+    STAGE.pt: {"params": {name: tensor}, "mean": their running average, "optimizers", "step",
+    "seconds", "losses"}; merges.txt, the tokenizer's; scaling_factor.json, the latents'.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device = folder, device
+
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+
+    def load(self, stage):
+        """What a stage kept, or nothing."""
+        if not self.path(stage).exists():
+            return {}
+        return torch.load(self.path(stage), map_location=self.device, weights_only=True)
+
+    def save(self, stage, checkpoint):
+        with write_atomically(self.path(stage)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def trained(self, stage):
+        """The averaged parameters that a stage reached, {name: tensor}."""
+        checkpoint = self.load(stage)
+        if not checkpoint:
+            raise UserError(f"{self.path(stage)} is missing: run the stage {stage} first")
+        return checkpoint["mean"]
+
+    def vae(self):
+        """The VAE, with the decoder of the stage of its own where that has run."""
+        decoder = self.load("decoder")
+        return self.trained("vae") | (decoder["mean"] if decoder else {})
+
+    def tokenizer(self, names=()):
+        """The tokenizer of merges.txt, which is trained on these names where it is missing."""
+        path = self.folder / "merges.txt"
+        if not path.exists():
+            merges = train_tokenizer(names)
+            with write_atomically(path) as temporary:
+                lines = ["#version: 0.2", *map(" ".join, merges), ""]
+                temporary.write_text("\n".join(lines), encoding="utf-8")
+        merges = [tuple(line.split()) for line in read(path).split("\n")[1:-1]]
+        words = tiny_sd.Tokenizer(merges, length=LENGTH)
+        words.merge = functools.cache(words.merge)      # captions say the same words again
+        return words
+
+    def scaling_factor(self, latents=None):
+        """What latents are multiplied by to have variance 1: from these, once, then kept."""
+        path = self.folder / "scaling_factor.json"
+        if not path.exists() and latents is not None:
+            with write_atomically(path) as temporary:
+                temporary.write_text(json.dumps(1 / latents.std().item()))
+        return json.loads(read(path))
+
+    def begin_from(self, folder):
+        """Take what is missing here from an exported model, as though its stages had just begun."""
+        model = tiny_sd.load(folder, "torch")
+        for stage, weights in (("vae", model.vae), ("unet", {"text": model.text_encoder,
+                                                             "unet": model.unet})):
+            if not self.path(stage).exists():
+                params = {name: p.float() for name, p in flatten(weights).items()}
+                self.save(stage, {"params": params, "mean": params, "step": 0, "seconds": 0.0,
+                                  "losses": []})
+        factor = json.loads(read(folder / "vae/config.json"))["scaling_factor"]
+        for name, text in (("merges.txt", read(folder / "tokenizer/merges.txt")),
+                           ("scaling_factor.json", json.dumps(factor))):
+            if not (self.folder / name).exists():
+                with write_atomically(self.folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
 
 
-# ── Pictures: an emoji font and its names ───────────────────────────────────────────────────────────────────────
-
-def emoji_names():
-    """[(characters, [name, alias, ...])] of every emoji but skin tones and flags, in Unicode's own words."""
-    import emoji
-    left_out = {*range(0x1F3FB, 0x1F400), *range(0x1F1E6, 0x1F200), *range(0xE0020, 0xE0080)}
-
-    def tidy(name):
-        return re.sub("[“”]", "", name.strip(":").replace("_", " ").replace("’", "'")).lower()
-
-    found = [(text, [tidy(name) for name in (d["en"], *d.get("alias", []))]) for text, d in emoji.EMOJI_DATA.items()
-             if d["status"] == emoji.STATUS["fully_qualified"] and left_out.isdisjoint(map(ord, text))]
-    owners = collections.Counter(name for _, names in found for name in {*names})
-    return [(text, [names[0], *(n for n in dict.fromkeys(names[1:])
-                                if owners[n] == 1 and len(n) > 2 and not re.fullmatch("u[0-9a-f]{4}", n))])
-            for text, names in found]
-
-
-def render(o):
-    """The font's glyphs as 128-pixel RGBA pictures, 0000.png and so on, and names.json beside them, in one zip file."""
-    if o.data.exists():
-        return
-    if not Path(FONT).exists():
-        raise UserError(f"{FONT} is missing: install fonts-noto-color-emoji, or give --data a zip that render made")
-    font, kept = ImageFont.truetype(FONT, 109), []              # 109: the one size its bitmaps, 136 x 128, come in
-    with whole(o.data) as path, zipfile.ZipFile(path, "w") as archive:
-        for text, names in tqdm(emoji_names(), "render"):
-            if font.getbbox(text) != (0, 0, 136, 128):          # not in this font, or not as one glyph
-                continue
-            glyph = Image.new("RGBA", (136, 136))
-            ImageDraw.Draw(glyph).text((0, 4), text, font=font, embedded_color=True)
-            png = io.BytesIO()
-            glyph.resize((128, 128), Image.LANCZOS).save(png, "PNG", optimize=True)
-            archive.writestr(f"{len(kept):04}.png", png.getvalue())
-            kept.append(names)
-        archive.writestr("names.json", json.dumps(kept, ensure_ascii=False, indent=0))
-
-
-class Things(NamedTuple):
-    """What there is to draw: names [[name, alias, ...]], and pictures {side: (n, side, side, 4) uint8}, premultiplied."""
-    names: list
-    pictures: dict
-
-
-def load_things(o):
-    """The rendered things at the setting's size and at half of it."""
-    try:
-        archive = zipfile.ZipFile(o.data)
-        names = json.loads(archive.read("names.json"))
-        pngs = [Image.open(io.BytesIO(archive.read(f"{i:04}.png"))).convert("RGBA") for i in range(len(names))]
-    except (OSError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(f"cannot read the rendered pictures in {o.data}: {e}") from None
-
-    def at(side):
-        return np.stack([np.asarray(p.convert("RGBa").resize((side, side), Image.BOX)) for p in pngs])
-    return Things(names, {side: at(side) for side in (o.setting["size"], o.setting["size"] // 2)})
-
-
-# ── Scenes and captions ─────────────────────────────────────────────────────────────────────────────────────────
-
-COLOURS = {"white": (255, 255, 255), "black": (20, 20, 20), "gray": (150, 150, 150), "red": (225, 50, 50),
-           "orange": (250, 150, 40), "yellow": (250, 220, 70), "green": (50, 160, 70), "light green": (160, 225, 150),
-           "blue": (50, 100, 220), "light blue": (160, 205, 250), "dark blue": (30, 40, 110), "purple": (140, 70, 190),
-           "pink": (250, 175, 205), "brown": (130, 85, 55), "beige": (240, 225, 195), "turquoise": (60, 200, 195)}
-PLACES = {"in the top left corner": (0, 0), "in the top right corner": (1, 0), "in the bottom left corner": (0, 1),
-          "in the bottom right corner": (1, 1), "on the left": (0, .5), "on the right": (1, .5), "at the top": (.5, 0),
-          "at the bottom": (.5, 1), "": (.5, .5)}                    # x and y, as shares of the room that is left
-PAIRS = {"and": ((0, .5), (1, .5)), "next to": ((0, .5), (1, .5)), "above": ((.5, 0), (.5, 1)), "below": ((.5, 1), (.5, 0))}
-
-
-class Scene(NamedTuple):
-    """A picture to be: [(thing, side in half pictures, x, y)], a background colour (r, g, b), and its caption."""
-    parts: list
-    colour: tuple
-    caption: str
-
-
-def share(*words):
-    """A number in [0, 1) that is always the same for the same words."""
-    return zlib.crc32("|".join(words).encode()) / 2 ** 32
-
-
-def held_out(names, colour="white"):
-    """Whether training never shows it: an eighth of (thing, background) and a tenth of the unordered pairs of things."""
-    if len(names) == 2:
-        return share("pair", *sorted(names)) < 1 / 10
-    return colour != "white" and share("background", names[0], colour) < 1 / 8
-
-
-def article(name):
-    """The name as one says it: a cat, an apple, cherries."""
-    last = name.split(" with ")[0].split(" of ")[0].split()[-1]
-    if name[0] in "0123456789" or (last.endswith("s") and not last.endswith(("ss", "us", "is", "'s"))) \
-            or name.split()[0] in ("women", "men", "people", "keycap"):
-        return name
-    vowel = re.match(r"(?!uni|use|uk|eu|one)[aeiou]|hour|honest|x-|sos|atm|ng |mrs", name)
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def describe(named, colour="white", how="", small=False):
-    """The full caption of one named thing, or of two with the word between them; see PLACES and PAIRS for `how`."""
-    if len(named) == 2:
-        text = f"{named[0]} {how} {named[1]}"
-    else:
-        text = re.sub(r"^(an? )?", lambda m: "a small " if m[1] else "small ", named[0], count=1) if small else named[0]
-        text += f" {how}" * bool(how)
-    return text + (f" on {article(colour)} background" if colour != "white" else "")
-
-
-def draw_scene(names, rng):
-    """A random scene that training may show: often two things, which take the longest to learn."""
-    def say(i):
-        options = names[i]
-        name = options[0] if len(options) == 1 or rng.random() < 0.8 else options[rng.integers(1, len(options))]
-        return name if rng.random() < 0.5 else article(name)
-
-    while True:
-        kind = rng.choice(["plain", "colour", "placed", "pair"], p=[0.25, 0.13, 0.17, 0.45])
-        colour = "white" if kind == "plain" or kind != "colour" and rng.random() < 0.5 else rng.choice([*COLOURS][1:])
-        things = rng.choice(len(names), 2 if kind == "pair" else 1, replace=False).tolist()
-        if not held_out([names[i][0] for i in things]) and not held_out([names[things[0]][0]], colour):
-            break
-    how, small = "", False
-    if kind == "pair":
-        how = rng.choice([*PAIRS])
-        parts = [(i, 1, *place) for i, place in zip(things, PAIRS[how])]
-    elif kind == "placed":
-        how = rng.choice([*PLACES])
-        small = how == "" or rng.random() < 0.3
-        parts = [(things[0], 1, *PLACES[how])]
-    else:
-        parts = [(things[0], 2, .5, .5)]
-    return Scene(parts, COLOURS[colour], describe([say(i) for i in things], colour, how, small))
-
-
-def paint(scene, things):
-    """The scene as a picture (size, size, 3) uint8."""
-    half = min(things.pictures)
-    canvas = np.broadcast_to(np.uint8(scene.colour), (2 * half, 2 * half, 3)).copy()
-    for i, halves, x, y in scene.parts:
-        side = halves * half
-        left, top = (round(place * (2 * half - side)) for place in (x, y))
-        view = canvas[top:top + side, left:left + side]
-        thing = things.pictures[side][i].astype(np.uint16)
-        view[:] = thing[..., :3] + (view * (255 - thing[..., 3:]) + 127) // 255
-    return canvas
-
-
-def to_model(pictures, o):
-    """uint8 pictures (batch, height, width, 3) as a tensor in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).to(o.device).float() / 127.5 - 1
-
-
-# ── The tokenizer: byte pairs, merged from the most frequent on ─────────────────────────────────────────────────
+# ── The tokenizer: byte pairs, merged from the most frequent on ─────────────────────────────────
 
 def train_tokenizer(names):
-    """Merges, learnt from all words that a caption can hold, each once a mention (Sennrich et al., 2016)."""
-    said = [*itertools.chain(*names)] * 4 + [f"a an small {w} background" for w in [*COLOURS, *PLACES, *PAIRS]] * 40
+    """Merges, learnt from the words that captions hold (Sennrich et al., 2016)."""
+    frame = "a an small {} background in the {} style"
+    said = [*itertools.chain(*names)] * 4
+    said += [frame.format(w, w) for w in (*COLOURS, *PLACES, *PAIRS, *STYLES)] * 40
     spell = tiny_sd.Tokenizer([])
     counts = collections.Counter(word for text in said for word in spell.words(text))
     words = {word: spell.merge(word) for word in counts}
     merges = []
-    while len(merges) < VOCABULARY - 514:
-        pairs = collections.Counter()
-        for word, symbols in words.items():
-            for pair in zip(symbols, symbols[1:]):
-                pairs[pair] += counts[word]
-        if not pairs:                                       # all words are whole: fill the table with idle entries
-            symbols = [*spell.bytes.values()]
-            known = {*merges}
-            idle = (pair for pair in itertools.product(symbols, symbols) if pair not in known)
-            return merges + [*itertools.islice(idle, VOCABULARY - 514 - len(merges))]
-        best = max(pairs, key=lambda p: (pairs[p], p))
-        merges.append(best)
-        for word, symbols in words.items():
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = ["".join(best)]
-                i += 1
+    while len(merges) < VOCABULARY - 514:       # 512 symbols of bytes, and two specials
+        pair = most_frequent_pair(words, counts)
+        if pair is None:
+            return merges + idle_merges(spell, {*merges}, VOCABULARY - 514 - len(merges))
+        merges.append(pair)
+        for symbols in words.values():
+            join(symbols, pair)
     return merges
 
 
-def tokenizer(o):
-    """The tokenizer of STATE/merges.txt, which is trained and written where it is missing."""
-    path = o.state / "merges.txt"
-    if not path.exists():
-        merges = train_tokenizer(load_things(o).names)
-        with whole(path) as temporary:
-            temporary.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    merges = [tuple(line.split()) for line in path.read_text(encoding="utf-8").split("\n")[1:-1]]
-    return tiny_sd.Tokenizer(merges, length=LENGTH)
+def most_frequent_pair(words, counts):
+    """The neighbours met most often; None when every word is one symbol."""
+    pairs = collections.Counter()
+    for word, symbols in words.items():
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[word]
+    return max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
 
 
-def encode(o, words, captions):
-    """Captions to ids (batch, LENGTH) by the tokenizer `words`."""
-    return torch.from_numpy(np.stack([words.encode(caption)[0] for caption in captions])).to(o.device)
+def join(symbols, pair):
+    """Merge the pair wherever it stands in a list of symbols, in place."""
+    i = 0
+    while i < len(symbols) - 1:
+        if (symbols[i], symbols[i + 1]) == pair:
+            symbols[i:i + 2] = ["".join(pair)]
+        i += 1
 
 
-# ── Fitting: one loop for the three stages ──────────────────────────────────────────────────────────────────────
+def idle_merges(spell, known, n):
+    """n pairs that no word needs, so that the vocabulary has its size."""
+    symbols = spell.bytes.values()
+    idle = (pair for pair in itertools.product(symbols, symbols) if pair not in known)
+    return [*itertools.islice(idle, n)]
 
-def initial(shapes, seed, zero=()):
-    """{name: tensor} for nested checkpoint shapes, convolutions as (out, kh, kw, in): norms 1, biases 0, weights of
-    variance 1 / inputs, but 0 where the name ends in one of `zero`, so that every residual branch begins as nothing."""
+
+def encode(words, captions, device):
+    """Captions to ids (batch, LENGTH)."""
+    return torch.from_numpy(np.stack([words.encode(text)[0] for text in captions])).to(device)
+
+
+# ── Several processes ───────────────────────────────────────────────────────────────────────────
+
+def process():
+    """(which process this is, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(x, n):
+    """The first n rows of all processes' x, in the order in which the rows were dealt out."""
+    _, ranks = process()
+    if ranks == 1:
+        return x[:n]
+    shares = [torch.empty_like(x) for _ in range(ranks)]
+    dist.all_gather(shares, x)
+    return torch.stack(shares, 1).flatten(0, 1)[:n]
+
+
+# ── Fitting: one loop for all stages ────────────────────────────────────────────────────────────
+
+# Where a residual branch ends: with weights of 0, every branch begins as nothing.
+ZERO = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out_proj.weight",
+        "fc2.weight")
+
+
+def initial(shapes, seed, zero=ZERO):
+    """{name: tensor} for nested checkpoint shapes, convolutions as (out, kh, kw, in).
+
+    Norms 1, biases 0, weights of variance 1 / inputs, but 0 where the name ends in one of `zero`.
+    """
     noise = torch.Generator().manual_seed(seed)
     params = {}
     for name, shape in flatten(shapes).items():
         shape = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape
         if len(shape) == 1:
             params[name] = torch.full(shape, float("norm" in name and name.endswith("weight")))
-        else:
-            std = 0 if name.endswith(zero) else 0.02 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5
-            params[name] = torch.randn(shape, generator=noise) * std
+            continue
+        std = 0.02 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5
+        params[name] = torch.randn(shape, generator=noise) * (0 if name.endswith(zero) else std)
     return params
 
 
-ZERO = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out_proj.weight", "fc2.weight")
-
-
 class Loss(torch.nn.Module):
-    """A loss of nested parameters as a module, for DistributedDataParallel to wrap. It holds each convolution's weight
-    as the matrix (out, kh · kw · in), the form in which Muon makes its steps orthogonal."""
+    """A loss of nested parameters as a module, for DistributedDataParallel to wrap.
+
+    It holds each convolution's weight as the matrix (out, kh · kw · in), the form in which Muon
+    makes its steps orthogonal.
+    """
 
     def __init__(self, loss, params):
         super().__init__()
         self.loss, self.shapes = loss, {name: p.shape for name, p in params.items()}
-        self.leaves = torch.nn.ParameterList([p.flatten(1) if p.ndim > 2 else p for p in params.values()])
+        self.leaves = torch.nn.ParameterList(map(as_matrix, params.values()))
 
     def forward(self, *batch):
-        return self.loss(nest({n: p.reshape(s) for (n, s), p in zip(self.shapes.items(), self.leaves)}), *batch)
+        return self.loss(nest(self.named(self.leaves)), *batch)
+
+    def named(self, leaves):
+        """{name: tensor} of these leaves in the parameters' own shapes."""
+        return {name: p.reshape(shape) for (name, shape), p in zip(self.shapes.items(), leaves)}
+
+
+def as_matrix(p):
+    return p.flatten(1) if p.ndim > 2 else p
 
 
 def optimizers(model, rate):
-    """Muon (Jordan et al., 2024) for the matrices inside the network; AdamW for vectors and embeddings."""
-    named = [*zip(model.shapes, model.leaves)]
-    inner = [p for n, p in named if p.ndim == 2 and "embedding.weight" not in n]
-    rest = [p for n, p in named if not any(p is q for q in inner)]
+    """Muon (Jordan et al., 2024) for the matrices inside the network; AdamW for the rest."""
+    inner, rest = [], []
+    for name, p in zip(model.shapes, model.leaves):
+        (inner if p.ndim == 2 and "embedding.weight" not in name else rest).append(p)
     return [torch.optim.Muon(inner, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, rate, (0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
-def cpu_attention(q, k, v, causal=False):
-    """The formula itself: at these sizes a CPU computes it faster than torch's fused kernel, both ways."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
-    return scores.softmax(-1) @ v
+class Training:
+    """Parameters in training, their optimizers, their running average, and the losses so far."""
 
+    def __init__(self, loss, params, rate, device, compiled=False):
+        self.model = Loss(loss, {name: p.detach().clone().to(device)
+                                 for name, p in params.items()})
+        self.optimizers = optimizers(self.model, rate)
+        self.mean = [p.detach().clone() for p in self.model.leaves]
+        self.seconds, self.losses, self.device = 0.0, [], device
+        several = process()[1] > 1
+        run = torch.nn.parallel.DistributedDataParallel(self.model) if several else self.model
+        self.run = torch.compile(run) if compiled else run
 
-def fit(o, stage, params, loss, draw, show):
-    """Lower loss(nested params, *batch) until --minutes or --steps are over, and return the averaged parameters.
+    @property
+    def step(self):
+        """How many steps were taken."""
+        return len(self.losses)
 
-    params {name: tensor}; draw(step, rng) -> batch, of which each process takes its share; show(params) -> a picture for
-    STATE/stage.png, or None. The state, with each step's loss, is kept in STATE/stage.pt once a minute (--keep-every);
-    where one is, training goes on from it.
-    """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = Loss(loss, {n: p.to(o.device) for n, p in params.items()})
-    steps = optimizers(model, o.rate or o.setting["rate"][stage])
-    mean = [p.detach().clone() for p in model.leaves]
-    done, spent, losses, path = 0, 0.0, [], o.state / f"{stage}.pt"
-    if path.exists():
-        state = torch.load(path, map_location=o.device, weights_only=True)
-        for target, source in ((model.leaves, state["params"]), (mean, state["mean"])):
-            torch._foreach_copy_([p.data for p in target], source)
-        for optimizer, saved in zip(steps, state["optimizers"]):
+    def restore(self, checkpoint):
+        """Go on where a checkpoint was kept."""
+        means = [as_matrix(p) for p in checkpoint["mean"].values()]
+        torch._foreach_copy_(self.mean, means)
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizers", [])):
             optimizer.load_state_dict(saved)
-        done, spent, losses = state["step"], state["seconds"], state.get("losses", [])
+        self.seconds, self.losses = checkpoint["seconds"], checkpoint["losses"]
 
-    run = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    run = torch.compile(run) if o.compile else run
-    begun, kept, shown = time.monotonic() - spent, time.monotonic(), time.monotonic()
-    goal = o.steps or 60 * o.minutes
-    bar = tqdm(total=round(goal), initial=round(done if o.steps else spent), desc=stage, disable=rank > 0,
-               unit="step" if o.steps else "s", mininterval=1 if sys.stderr.isatty() else 20)
-    begin = done
+    def checkpoint(self):
+        """All that `restore` needs."""
+        params = self.model.named([p.data for p in self.model.leaves])
+        return {"params": params, "mean": self.averaged(), "step": self.step,
+                "seconds": self.seconds, "losses": self.losses,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
-    def averaged():
-        return {n: p.reshape(s) for (n, s), p in zip(model.shapes.items(), mean)}
+    def averaged(self):
+        """The running average, {name: tensor}."""
+        return self.model.named(self.mean)
 
-    def keep():
-        if rank == 0:
-            with whole(path) as temporary:
-                torch.save({"params": [p.data for p in model.leaves], "mean": mean, "step": done, "seconds": spent,
-                            "losses": losses, "optimizers": [optimizer.state_dict() for optimizer in steps]}, temporary)
-
-    while (progress := (done if o.steps else spent) / goal) < 1:
-        rng = np.random.default_rng([o.seed, done, zlib.crc32(stage.encode())])
-        torch.manual_seed(int(rng.integers(2 ** 31)))
-        batch = draw(done, rng)
-        with torch.autocast(o.device, torch.bfloat16):
-            value = run(*(part[rank::ranks] for part in batch))
+    def lower(self, batch, rate):
+        """One step: lower the loss of a batch, of which each process takes its share."""
+        rank, ranks = process()
+        with torch.autocast(self.device, torch.bfloat16):
+            value = self.run(*(part[rank::ranks] for part in batch))
         value.backward()
-        for optimizer in steps:
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                rate = o.rate or o.setting["rate"][stage]
-                group["lr"] = rate * min(1, (done + 1) / 100) * (0.01 + 0.99 * math.cos(progress * math.pi / 2) ** 2)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-        done += 1
-        torch._foreach_lerp_(mean, [p.data for p in model.leaves], 1 - min(0.998, done / (done + 10)))
-        report = torch.tensor([(time.monotonic() - begun) * (rank == 0), value.item() / ranks])
-        if ranks > 1:                                       # all processes stop at the same step: by the first one's clock
-            report = report.to(o.device)
-            dist.all_reduce(report)
-        spent, loss = report.tolist()
-        losses.append(loss)
-        if not math.isfinite(loss):
-            raise UserError(f"{stage}: the loss is {loss} at step {done}; lower --rate and go on from {path}")
-        bar.set_postfix_str(f"step {done}, loss {np.mean(losses[-200:]):.4f}", refresh=False)
-        bar.update(round(done if o.steps else spent) - bar.n)
-        if time.monotonic() - kept > o.keep_every:
-            keep()
-            kept = time.monotonic()
-        if rank == 0 and time.monotonic() - shown > o.show_every:
-            save_picture(show(averaged()), o.state / f"{stage}.png")
-            shown = time.monotonic()
-    bar.close()
-    if done > begin:
-        keep()
-        if rank == 0:
-            save_picture(show(averaged()), o.state / f"{stage}.png")
-    return averaged()
+        n = self.step + 1
+        leaves = [p.data for p in self.model.leaves]
+        torch._foreach_lerp_(self.mean, leaves, 1 - min(0.998, n / (n + 10)))
+        return value.item()
 
 
-def trained(o, stage):
-    """The averaged parameters that a stage reached, {name: tensor}."""
-    path = o.state / f"{stage}.pt"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run the stage {stage} first")
-    shapes = STAGES[stage].parameters(o)
-    mean = torch.load(path, map_location=o.device, weights_only=True)["mean"]
-    return {n: m.reshape(p.shape) for (n, p), m in zip(shapes.items(), mean)}
+def learning_rate(highest, step, progress):
+    """Up during the first hundred steps, then down to a hundredth, along a cosine."""
+    warm = min(1, (step + 1) / 100)
+    return highest * warm * (0.01 + 0.99 * math.cos(progress * math.pi / 2) ** 2)
 
 
-def save_picture(picture, path):
-    if picture is not None:
-        with whole(path) as temporary:
-            Image.fromarray(picture).save(temporary, "PNG")
+@contextlib.contextmanager
+def interruptible():
+    """Yield a list that is empty until Ctrl-C is pressed; a second Ctrl-C stops at once."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def grid(pictures, columns):
-    """Pictures (n, height, width, 3) as one, row by row."""
-    rows = [np.concatenate(pictures[i:i + columns], axis=1) for i in range(0, len(pictures), columns)]
-    return np.concatenate([row for row in rows if row.shape == rows[0].shape], axis=0)
+def agree(device, seconds, loss, stop):
+    """(seconds, loss, stop) for all processes: the first one's clock, the mean loss, any stop."""
+    rank, ranks = process()
+    report = torch.tensor([seconds * (rank == 0), loss / ranks, float(stop)])
+    if ranks > 1:
+        report = report.to(device)
+        dist.all_reduce(report)
+    seconds, loss, stop = report.tolist()
+    return seconds, loss, bool(stop)
 
 
-def to_pixels(x):
-    return (tiny_sd.to_numpy(x).clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
+def fit(stage, begin, loss, draw, setting, schedule, state, show=None):
+    """Lower loss(nested params, *batch) until the schedule ends; return the averaged parameters.
+
+    begin() -> {name: tensor}, asked unless STATE/stage.pt is there, from which it goes on.
+    draw(step, rng) -> batch; show(params) -> a picture for STATE/stage.png.
+    """
+    rate = schedule.rate or setting.rate[stage]
+    training = restore(stage, begin, loss, rate, schedule, state)
+    begun, stop = time.monotonic() - training.seconds, False
+    to_keep, to_show = Timer(schedule.keep_every), Timer(schedule.show_every)
+
+    with interruptible() as pressed, progress_bar(stage, training, schedule) as bar:
+        while not stop and schedule.progress(training.step, training.seconds) < 1:
+            stop = step(stage, training, draw, rate, schedule, begun, pressed)
+            advance(bar, training, schedule)
+            if to_keep.due():
+                keep(stage, training, state)
+            if to_show.due():
+                save_sample(stage, training, state, show)
+
+    keep(stage, training, state)
+    if stop:
+        raise Stopped(f"{stage}: stopped at step {training.step}, kept in {state.path(stage)}; "
+                      "the same command goes on from there")
+    save_sample(stage, training, state, show)
+    return training.averaged()
 
 
-# ── Stage 1: the VAE ────────────────────────────────────────────────────────────────────────────────────────────
+def restore(stage, begin, loss, rate, schedule, state):
+    """The stage's training as it was kept, or as it begins."""
+    checkpoint = state.load(stage)
+    params = checkpoint["params"] if checkpoint else begin()
+    training = Training(loss, params, rate, state.device, schedule.compile)
+    if checkpoint:
+        training.restore(checkpoint)
+    return training
 
-def vae_parameters(o):
-    return initial(tiny_sd.vae_shapes(o.setting["vae"]), o.seed, ZERO)
+
+def step(stage, training, draw, rate, schedule, begun, pressed):
+    """Draw a batch, take a step, note time and loss; return whether to stop."""
+    rng = np.random.default_rng([schedule.seed, training.step, zlib.crc32(stage.encode())])
+    torch.manual_seed(int(rng.integers(2 ** 31)))
+    progress = schedule.progress(training.step, training.seconds)
+    batch = draw(training.step, rng)
+    loss = training.lower(batch, learning_rate(rate, training.step, progress))
+
+    seconds = time.monotonic() - begun
+    training.seconds, loss, stop = agree(training.device, seconds, loss, bool(pressed))
+    training.losses.append(loss)
+    if not math.isfinite(loss):
+        raise UserError(f"{stage}: the loss is {loss} at step {training.step}; lower --rate and "
+                        "run it again, which goes on from what was kept before")
+    return stop
+
+
+def keep(stage, training, state):
+    """Write STATE/stage.pt."""
+    if process()[0] == 0:
+        state.save(stage, training.checkpoint())
+
+
+def save_sample(stage, training, state, show):
+    """Write STATE/stage.png."""
+    if process()[0] == 0 and show:
+        measure.save_picture(show(training.averaged()), state.folder / f"{stage}.png")
+
+
+class Timer:
+    """Something that is due every so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self):
+        if time.monotonic() - self.last <= self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+class Stopped(Exception):
+    """Training was stopped by Ctrl-C, with all kept."""
+
+
+def progress_bar(stage, training, schedule):
+    reached = training.step if schedule.steps else training.seconds
+    return tqdm(total=round(schedule.goal), initial=round(reached), desc=stage,
+                disable=process()[0] > 0,
+                unit="step" if schedule.steps else "s",
+                mininterval=1 if sys.stderr.isatty() else 20)
+
+
+def advance(bar, training, schedule):
+    recent = np.mean(training.losses[-200:])
+    bar.set_postfix_str(f"step {training.step}, loss {recent:.4f}", refresh=False)
+    bar.update(round(training.step if schedule.steps else training.seconds) - bar.n)
+
+
+# ── Stage 1: the VAE ────────────────────────────────────────────────────────────────────────────
+
+def to_model(pictures, device):
+    """uint8 pictures (batch, height, width, 3) as a tensor in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).to(device).float() / 127.5 - 1
+
+
+def vae_parameters(setting, schedule):
+    return initial(vae_shapes(read_config("vae", setting.vae)), schedule.seed)
 
 
 def differences(x):
@@ -468,308 +560,320 @@ def differences(x):
     return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
 
 
-def vae_loss(groups, vae, image, noise):
-    """Absolute error of pixels and of edges, and a little of KL(q(z | image) || N(0, 1)) (Kingma and Welling, 2014)."""
-    mean, logvar = tiny_sd.vae_encode(image, vae, groups)
-    mean, logvar = mean.float(), logvar.float()
-    drawn = tiny_sd.vae_decode(mean + torch.exp(logvar / 2) * noise, vae, groups).float()
-    edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(image)))
-    kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
-    return (drawn - image).abs().mean() + edges / 2 + 1e-4 * kl
+def pixels_and_edges(drawn, picture):
+    """The absolute error of pixels, and half that of edges."""
+    drawn = drawn.float()
+    edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(picture)))
+    return (drawn - picture).abs().mean() + edges / 2
 
 
-def train_vae(o):
-    things, size, groups = load_things(o), o.setting["size"], o.setting["vae"]["norm_num_groups"]
+def train_vae(things, setting, schedule, state):
+    groups, side = setting.vae["norm_num_groups"], setting.latents
 
     def draw(step, rng):
-        image = to_model([*moved_scenes(things, rng, o.batch or o.setting["batch"]["vae"])], o)
-        side = size // o.setting["factor"]
-        return image, torch.randn(len(image), side, side, 4, device=o.device)
+        n = schedule.batch or setting.batch["vae"]
+        pictures = to_model([*moved_scenes(things, rng, n)], state.device)
+        return pictures, torch.randn(n, side, side, 4, device=state.device)
 
-    fit(o, "vae", vae_parameters(o), functools.partial(vae_loss, groups), draw, functools.partial(before_and_after, o, things))
+    def loss(vae, picture, eps):
+        return vae_loss(picture, eps, vae, groups, pixels_and_edges)
+
+    show = functools.partial(before_and_after, things, setting, state.device)
+    begin = functools.partial(vae_parameters, setting, schedule)
+    return fit("vae", begin, loss, draw, setting, schedule, state, show)
 
 
 def moved_scenes(things, rng, n, jitter=True):
-    """Scenes of all kinds, half of them on a colour of no name, each moved by up to half a latent."""
+    """Scenes of all kinds, half of them on a colour of no name, moved by up to half a latent."""
     for _ in range(n):
-        scene = draw_scene(things.names, rng)
+        scene = draw_scene(things, rng)
         if rng.random() < 0.5:
             scene = scene._replace(colour=rng.integers(0, 256, 3))
         yield np.roll(paint(scene, things), rng.integers(-2, 3, 2) * jitter, (0, 1))
 
 
 @torch.no_grad()
-def before_and_after(o, things, params):
-    """Originals above, reconstructions below; and the error on the way, in decibels."""
-    size, groups, vae = o.setting["size"], o.setting["vae"]["norm_num_groups"], nest(params)
-    image = to_model([*moved_scenes(things, np.random.default_rng(0), 48, False)], o)
+def before_and_after(things, setting, device, params):
+    """Originals above, reconstructions below; says the error in decibels."""
+    size, groups, vae = setting.size, setting.vae["norm_num_groups"], nest(params)
+    originals = [*moved_scenes(things, np.random.default_rng(0), 48, jitter=False)]
+    image = to_model(originals, device)
     drawn = tiny_sd.vae_decode(tiny_sd.vae_encode(image, vae, groups)[0], vae, groups).clip(-1, 1)
     decibels = 10 * (4 / (drawn - image).square().mean((1, 2, 3))).log10()
     tqdm.write(f"vae: PSNR {decibels.mean():.2f} dB on 48 scenes", sys.stderr)
-    rows = zip(to_pixels(image).reshape(4, 12, size, size, 3), to_pixels(drawn).reshape(4, 12, size, size, 3))
-    return grid(np.concatenate([part for pair in rows for part in pair]), 12)
+    drawn = (drawn.float().cpu().numpy() * 127.5 + 127.5).round().astype(np.uint8)
+    rows = zip(np.stack(originals).reshape(4, 12, size, size, 3),
+               drawn.reshape(4, 12, size, size, 3))
+    return measure.grid(np.concatenate([part for pair in rows for part in pair]), 12)
 
 
-# ── Stage 1b: the decoder alone ─────────────────────────────────────────────────────────────────────────────────
-# What the latents mean is fixed now, by the encoder; how to draw them can still be learnt better, at any time, since
-# the other stages only ever see latents. The published VAEs ft-EMA and ft-MSE of Stable Diffusion were made so.
+# ── Stage 1b: the decoder alone ─────────────────────────────────────────────────────────────────
+# What the latents mean is fixed now, by the encoder; how to draw them can still be learnt better,
+# at any time, since the other stages only ever see latents. The published VAEs ft-EMA and ft-MSE
+# of Stable Diffusion were made so.
 
-def decoder_parameters(o):
+def decoder_parameters(state):
     """The decoder as the stage before left it."""
-    return {name: p for name, p in trained(o, "vae").items() if name.startswith(("decoder.", "post_quant_conv."))}
+    return {name: p for name, p in state.trained("vae").items()
+            if name.startswith(("decoder.", "post_quant_conv."))}
 
 
-def decoder_loss(groups, decoder, latents, image):
-    """The logarithm of each picture's squared error: PSNR itself, but for its unit."""
-    drawn = tiny_sd.vae_decode(latents, decoder, groups).float()
-    return (drawn - image).square().mean((1, 2, 3)).log().mean()
-
-
-def train_decoder(o):
-    things, groups, encoder = load_things(o), o.setting["vae"]["norm_num_groups"], trained(o, "vae")
+def train_decoder(things, setting, schedule, state):
+    groups, encoder = setting.vae["norm_num_groups"], state.trained("vae")
     nested = nest(encoder)
 
     @torch.no_grad()
     def draw(step, rng):
-        image = to_model([*moved_scenes(things, rng, o.batch or o.setting["batch"]["decoder"])], o)
-        with torch.autocast(o.device, torch.bfloat16):
+        n = schedule.batch or setting.batch["decoder"]
+        image = to_model([*moved_scenes(things, rng, n)], state.device)
+        with torch.autocast(state.device, torch.bfloat16):
             return tiny_sd.vae_encode(image, nested, groups)[0].float(), image
 
-    fit(o, "decoder", decoder_parameters(o), functools.partial(decoder_loss, groups), draw,
-        lambda decoder: before_and_after(o, things, encoder | decoder))
+    def loss(decoder, latents, image):
+        """The logarithm of each picture's squared error: PSNR itself, but for its unit."""
+        drawn = tiny_sd.vae_decode(latents, decoder, groups).float()
+        return (drawn - image).square().mean((1, 2, 3)).log().mean()
+
+    def show(decoder):
+        return before_and_after(things, setting, state.device, encoder | decoder)
+
+    begin = functools.partial(decoder_parameters, state)
+    return fit("decoder", begin, loss, draw, setting, schedule, state, show)
 
 
-def trained_vae(o):
-    """The VAE, with the decoder of the stage of its own where that has run."""
-    return trained(o, "vae") | (trained(o, "decoder") if (o.state / "decoder.pt").exists() else {})
-
-
-def scaling_factor(o, latents=None):
-    """What the U-Net's latents are multiplied by to have variance 1: of these latents, once, and kept in the state."""
-    path = o.state / "scaling_factor.json"
-    if path.exists() or latents is None:
-        return json.loads(read(path))
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(1 / latents.std().item()))
-    return json.loads(read(path))
-
+# ── A bank of latents ───────────────────────────────────────────────────────────────────────────
 
 class Bank:
-    """Scenes as scaled latents (n, h, w, 4) with the ids of their captions (n, LENGTH), made ahead and renewed bit by bit:
-    the U-Net meets more scenes than memory holds, and each is encoded once."""
+    """Scenes as scaled latents (n, h, w, 4), with the ids of their captions (n, LENGTH).
 
-    def __init__(self, o, filled, capacity):
-        rng, filled = np.random.default_rng(o.seed), o.bank or filled
-        self.o, self.things, self.words, self.capacity, self.turn = o, load_things(o), tokenizer(o), capacity, 0
-        self.vae, self.groups, self.scale = nest(trained(o, "vae")), o.setting["vae"]["norm_num_groups"], 1.0
-        self.ids, self.latents = self.make([draw_scene(self.things.names, rng) for _ in range(min(1024, filled))])
-        self.scale = scaling_factor(o, self.latents)
+    They are made ahead and renewed bit by bit: training meets more scenes than memory holds, and
+    each is encoded once.
+    """
+
+    def __init__(self, things, setting, schedule, state, filled, capacity):
+        self.things, self.device, self.capacity = things, state.device, capacity
+        self.words, self.vae = state.tokenizer(things.names), nest(state.trained("vae"))
+        self.groups, self.turn, self.scale = setting.vae["norm_num_groups"], 0, 1.0
+        rng, filled = np.random.default_rng(schedule.seed), schedule.bank or filled
+        self.ids, self.latents = self.make(self.scenes(min(1024, filled), rng))
+        self.scale = state.scaling_factor(self.latents)
         self.latents *= self.scale
         while len(self.ids) < filled:
             self.renew(min(1024, filled - len(self.ids)), rng)
 
+    def scenes(self, n, rng):
+        return [draw_scene(self.things, rng) for _ in range(n)]
+
     @torch.no_grad()
     def make(self, scenes):
-        """Ids and latents of some scenes; each process encodes its share of them, all shares of one length."""
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        """Ids and latents of some scenes; each process encodes its share of them."""
+        rank, ranks = process()
         even = scenes + scenes[:-len(scenes) % ranks]
-        mine, latents = [paint(scene, self.things) for scene in even[rank::ranks]], []
-        for i in range(0, len(mine), 128):
-            with torch.autocast(self.o.device, torch.bfloat16):
-                mean, _ = tiny_sd.vae_encode(to_model(mine[i:i + 128], self.o), self.vae, self.groups)
+        pictures = [paint(scene, self.things) for scene in even[rank::ranks]]
+        latents = []
+        for i in range(0, len(pictures), 128):
+            image = to_model(pictures[i:i + 128], self.device)
+            with torch.autocast(self.device, torch.bfloat16):
+                mean, _ = tiny_sd.vae_encode(image, self.vae, self.groups)
             latents.append(mean.float() * self.scale)
-        latents = torch.cat(latents)
-        if ranks > 1:
-            shares = [torch.empty_like(latents) for _ in range(ranks)]
-            dist.all_gather(shares, latents)
-            latents = torch.stack(shares, 1).flatten(0, 1)[:len(scenes)]
-        return encode(self.o, self.words, [scene.caption for scene in scenes]), latents
+        ids = encode(self.words, [scene.caption for scene in scenes], self.device)
+        return ids, gather(torch.cat(latents), len(scenes))
 
     def renew(self, n, rng):
-        """Add n new scenes; once the bank is full they take the place of the oldest."""
-        ids, latents = self.make([draw_scene(self.things.names, rng) for _ in range(n)])
+        """Add n new scenes; once the bank is full they replace the oldest."""
+        ids, latents = self.make(self.scenes(n, rng))
         if len(self.ids) < self.capacity:
             self.ids, self.latents = torch.cat([self.ids, ids]), torch.cat([self.latents, latents])
-        else:
-            places = (torch.arange(n) + self.turn) % len(self.ids)
-            self.ids[places], self.latents[places] = ids, latents
-            self.turn += n
+            return
+        oldest = (torch.arange(n) + self.turn) % len(self.ids)
+        self.ids[oldest], self.latents[oldest] = ids, latents
+        self.turn += n
 
     def draw(self, n, rng):
-        chosen = torch.from_numpy(rng.integers(0, len(self.ids), n)).to(self.o.device)
+        chosen = torch.from_numpy(rng.integers(0, len(self.ids), n)).to(self.device)
         return self.ids[chosen], self.latents[chosen]
 
 
-# ── Stage 2: the text encoder ───────────────────────────────────────────────────────────────────────────────────
+# ── Stage 2: the text encoder ───────────────────────────────────────────────────────────────────
 
-def clip_parameters(o):
-    """The text encoder; an image encoder, which is a VAE's encoder that reads latents; and what brings both together."""
-    text, width = o.setting["text"], o.setting["text"]["hidden_size"]
-    image = o.setting["vae"] | {"in_channels": 4, "block_out_channels": [64, 128, width], "latent_channels": width // 2}
-    params = initial({"text": tiny_sd.text_shapes(text), "image": tiny_sd.vae_shapes(image)["encoder"],
-                      "text_projection": {"weight": (width, width)}, "logit_scale": (1,)}, o.seed, ZERO)
+def clip_parameters(setting, schedule):
+    """The text encoder; an image encoder, which is a VAE's that reads latents; projections."""
+    width = setting.text["hidden_size"]
+    image = read_config("vae", setting.vae | {"block_out_channels": [64, 128, width],
+                                              "latent_channels": width // 2})
+    params = initial({"text": text_shapes(read_config("text_encoder", setting.text)),
+                      "image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 64)},
+                      "text_projection": {"weight": (width, width)}, "logit_scale": (1,)},
+                     schedule.seed)
     return params | {"logit_scale": torch.full((1,), math.log(1 / 0.07))}
 
 
-def embed_text(o, params, ids):
-    """What a caption comes to, (batch, width) of length 1: the context where the text ends, projected."""
-    context = tiny_sd.text_encoder(ids, o.setting["text"]["num_attention_heads"], tiny_sd.quick_gelu, **params["text"])
-    end = (ids == o.setting["text"]["eos_token_id"]).int().argmax(1)
-    return F.normalize(tiny_sd.linear(context[torch.arange(len(ids)), end], **params["text_projection"]).float(), dim=-1)
+def text_context(setting, ids, text):
+    """The context of some captions' ids."""
+    heads = setting.text["num_attention_heads"]
+    return tiny_sd.text_encoder(ids, heads, tiny_sd.quick_gelu, **text)
 
 
-def embed_image(o, params, latents):
-    """What a picture comes to, (batch, width) of length 1."""
-    h = tiny_sd.vae_half(latents, o.setting["vae"]["norm_num_groups"], **params["image"])
+def embed_text(setting, params, ids):
+    """(batch, width) of length 1: the context where the caption ends, projected."""
+    context = text_context(setting, ids, params["text"])
+    end = (ids == setting.text["eos_token_id"]).int().argmax(1)
+    last = context[torch.arange(len(ids)), end]
+    return F.normalize(tiny_sd.linear(last, **params["text_projection"]).float(), dim=-1)
+
+
+def embed_image(setting, params, latents):
+    """(batch, width) of length 1: the mean of what the image encoder finds."""
+    h = tiny_sd.vae_encoder(latents, setting.vae["norm_num_groups"], **params["image"])
     return F.normalize(h.float().mean((1, 2)), dim=-1)
 
 
-def clip_loss(o, params, ids, latents):
-    """Each caption should find its picture among the batch's, and each picture its caption (Radford et al., 2021)."""
-    text, image = embed_text(o, params, ids), embed_image(o, params, latents)
-    if dist.is_initialized():
-        text, image = (torch.cat(dist.nn.functional.all_gather(x)) for x in (text, image))
-    logits = params["logit_scale"].exp().clip(max=100) * text @ image.T
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-@torch.no_grad()
-def retrieval(o, params, bank):
-    """The share of names that find their own picture among all."""
-    names = [name for name, *_ in bank.things.names]
-    ids, latents = bank.make([Scene([(i, 2, .5, .5)], COLOURS["white"], name) for i, name in enumerate(names)])
-    nearest = (embed_text(o, params, ids) @ embed_image(o, params, latents).T).argmax(1)
-    return (nearest == torch.arange(len(names), device=nearest.device)).float().mean().item()
-
-
-def train_clip(o):
-    bank = Bank(o, 4096, 32768)
+def train_clip(things, setting, schedule, state):
+    bank = Bank(things, setting, schedule, state, filled=4096, capacity=32768)
 
     def draw(step, rng):
         bank.renew(32, rng)
-        return bank.draw(o.batch or o.setting["batch"]["clip"], rng)
+        return bank.draw(schedule.batch or setting.batch["clip"], rng)
 
-    mean = fit(o, "clip", clip_parameters(o), functools.partial(clip_loss, o), draw, lambda params: None)
-    found = retrieval(o, nest(mean), bank)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"clip: {found:.1%} of all names find their picture", file=sys.stderr)
+    def loss(params, ids, latents):
+        text, image = embed_text(setting, params, ids), embed_image(setting, params, latents)
+        if dist.is_initialized():
+            text, image = (torch.cat(dist.nn.functional.all_gather(x)) for x in (text, image))
+        return clip_loss(text, image, params["logit_scale"].clip(max=math.log(100)))
 
-
-# ── Stage 3: the U-Net ──────────────────────────────────────────────────────────────────────────────────────────
-
-def unet_parameters(o):
-    """The U-Net, new, and the text encoder as the stage before left it, which goes on learning."""
-    text = {name: p for name, p in trained(o, "clip").items() if name.startswith("text.")}
-    unet = initial({"unet": tiny_sd.unet_shapes(o.setting["unet"])}, o.seed, (*ZERO, "conv_out.weight"))
-    return text | unet
-
-
-def unet_loss(o, alpha_bar, params, ids, x_0, t, noise):
-    """The squared error of v, weighted by min(1, 5 (1 - ᾱ)): that of x_0 by between 1 and 5 at every noise level.
-
-    Where little of the picture is left, v asks for the picture and epsilon for next to nothing (Salimans and Ho, 2022);
-    and it is there that the caption must say what to draw. The cap is that of Hang et al. (2023).
-    """
-    a = alpha_bar[t][:, None, None, None]
-    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-    v = a.sqrt() * noise - (1 - a).sqrt() * x_0
-    text, unet = o.setting["text"], o.setting["unet"]
-    context = tiny_sd.text_encoder(ids, text["num_attention_heads"], tiny_sd.quick_gelu, **params["text"])
-    drawn = tiny_sd.unet(x_t, t.float(), context, unet["attention_head_dim"], unet["norm_num_groups"], **params["unet"])
-    error = (drawn.float() - v).square().mean((1, 2, 3))
-    return ((5 * (1 - a)).flatten().clip(max=1) * error).mean()
-
-
-PROMPTS = ["red apple", "cat", "a dog on a light blue background", "rocket", "pizza on a green background",
-           "a cat and a pizza", "rocket above a house", "a small ghost in the top left corner", "umbrella", "octopus",
-           "a tractor on a yellow background", "guitar", "sunflower on a black background", "penguin",
-           "grinning face", "woman firefighter", "a robot and a rose", "crown on a red background", "airplane",
-           "a bee above a sunflower", "snowman on a dark blue background", "key", "banana on the right", "locomotive"]
-
-
-def train_unet(o):
-    bank = Bank(o, 8192, 65536)
-    alpha_bar = torch.from_numpy(tiny_sd.alpha_bars(SCHEDULER)).float().to(o.device)
-    nothing = encode(o, bank.words, [""])
-
-    def draw(step, rng):
-        n = o.batch or o.setting["batch"]["unet"]
-        bank.renew(max(1, n // 4), rng)
-        ids, x_0 = bank.draw(n, rng)
-        ids = torch.where(torch.rand(n, 1, device=o.device) < 0.1, nothing, ids)        # for guidance
-        t = (1000 * (torch.randperm(n) + torch.rand(n)) / n).long().to(o.device)        # one from each n-th of the times
-        return ids, x_0, t, torch.randn_like(x_0)
-
-    def show(params):
-        return sheet_of(model_of(o, params, bank.scale), PROMPTS[:16], (0,), 8, steps=12, guidance=4.0)
-
-    fit(o, "unet", unet_parameters(o), functools.partial(unet_loss, o, alpha_bar), draw, show)
-
-
-# ── The model as a user meets it ────────────────────────────────────────────────────────────────────────────────
-
-def configs(o, scale):
-    """{part: its config} of a diffusers folder."""
-    return {"text_encoder": o.setting["text"], "vae": o.setting["vae"] | {"scaling_factor": scale},
-            "unet": o.setting["unet"], "scheduler": SCHEDULER}
-
-
-def model_of(o, params, scale):
-    """tiny_sd's model from the parameters in training, with torch tensors as they stand."""
-    parts = nest(params)
-    return tiny_sd.Model("emoji", "", configs(o, scale), tokenizer(o), parts["text"], nest(trained_vae(o)), parts["unet"])
+    begin = functools.partial(clip_parameters, setting, schedule)
+    mean = fit("clip", begin, loss, draw, setting, schedule, state)
+    found = retrieval(setting, nest(mean), bank)
+    if process()[0] == 0:
+        print(f"clip: {found:.1%} of the captions find their drawing", file=sys.stderr)
 
 
 @torch.no_grad()
-def draw_picture(model, prompt, seed=0, **how):
-    """What the program draws for a prompt, (height, width, 3) uint8."""
-    *_, x = tiny_sd.generate(model, prompt, seeds=(seed,), **how)
-    return tiny_sd.decode(model, x)[0]
+def retrieval(setting, params, bank):
+    """The fraction of captions of thing and style that find their own drawing among all."""
+    scenes = []
+    for names, row in zip(bank.things.names, bank.things.drawings):
+        scenes += [Scene([Part(int(picture), 2, .5, .5)], COLOURS["white"],
+                         in_style(names[0], style))
+                   for style, picture in zip(STYLES, row) if picture >= 0]
+    ids, latents = bank.make(scenes)
+    text = torch.cat([embed_text(setting, params, part) for part in ids.split(256)])
+    image = torch.cat([embed_image(setting, params, part) for part in latents.split(256)])
+    nearest = (text @ image.T).argmax(1)
+    return (nearest == torch.arange(len(ids), device=nearest.device)).float().mean().item()
 
 
-def sheet_of(model, prompts, seeds, columns, **how):
-    """Prompts one after the other, each with all its seeds, as one picture."""
-    cells = [draw_picture(model, prompt, seed, **how) for prompt in tqdm(prompts, "sheet", leave=False) for seed in seeds]
-    return grid(cells, columns)
+# ── Stage 3: the U-Net ──────────────────────────────────────────────────────────────────────────
+
+def unet_parameters(setting, schedule, state):
+    """The U-Net, new, and the text encoder as its stage left it, which goes on learning."""
+    text = {name: p for name, p in state.trained("clip").items() if name.startswith("text.")}
+    shapes = {"unet": unet_shapes(read_config("unet", setting.unet))}
+    return text | initial(shapes, schedule.seed, (*ZERO, "conv_out.weight"))
 
 
-def export(o):
-    """The trained parts in float16 as a diffusers folder, which takes the place of --out."""
+def loss_weight(alpha_bar):
+    """min(1, 5 (1 - ᾱ)), by which the error of v is that of x_0 times 1 to 5 at every noise level.
+
+    Where little of the picture is left, v asks for the picture and epsilon for next to nothing
+    (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
+    weight of little noise is that of Hang et al. (2023).
+    """
+    return (5 * (1 - alpha_bar)).flatten().clip(max=1)
+
+
+def train_unet(things, setting, schedule, state):
+    bank = Bank(things, setting, schedule, state, filled=8192, capacity=65536)
+    alpha_bars = torch.from_numpy(tiny_sd.alpha_bars()).float().to(state.device)
+    nothing = encode(bank.words, [""], state.device)
+    heads, groups = setting.unet["attention_head_dim"], setting.unet["norm_num_groups"]
+
+    def draw(step, rng):
+        n = schedule.batch or setting.batch["unet"]
+        bank.renew(max(1, n // 8), rng)
+        ids, x_0 = bank.draw(n, rng)
+        dropped = torch.rand(n, 1, device=state.device) < 0.1       # for guidance
+        t = (1000 * (torch.randperm(n) + torch.rand(n)) / n).long()     # one of each n-th
+        return torch.where(dropped, nothing, ids), x_0, t.to(state.device), torch.randn_like(x_0)
+
+    def loss(params, ids, x_0, t, eps):
+        context = text_context(setting, ids, params["text"])
+        alpha_bar = alpha_bars[t][:, None, None, None]
+
+        def predict(x_t):
+            return tiny_sd.unet(x_t, t.cpu(), context, heads, groups, **params["unet"])
+
+        error = diffusion_loss(predict, SCHEDULER["prediction_type"], x_0, alpha_bar, eps)
+        return (loss_weight(alpha_bar) * error).mean()
+
+    def show(params):
+        folder = state.folder / "showing"
+        write_model(folder, nest(params), things, setting, state)
+        model = tiny_sd.load(folder, "torch", state.device)
+        return measure.sheet(model, measure.PROMPTS[:24], seeds=(0,), columns=8, steps=12)
+
+    begin = functools.partial(unet_parameters, setting, schedule, state)
+    return fit("unet", begin, loss, draw, setting, schedule, state, show)
+
+
+# ── The model as a user meets it ────────────────────────────────────────────────────────────────
+
+def write_model(out, params, things, setting, state):
+    """Write the trained parts in float16 as a diffusers folder, with what it knows."""
     from safetensors.numpy import save_file
-    params, words = nest(trained(o, "unet")), tokenizer(o)
-    parts = {"text_encoder": params["text"], "vae": nest(trained_vae(o)), "unet": params["unet"]}
-    classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "vae": "AutoencoderKL",
-               "unet": "UNet2DConditionModel", "scheduler": SCHEDULER["_class_name"]}
-    libraries = {part: ["transformers" if "CLIP" in name else "diffusers", name] for part, name in classes.items()}
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False,
-             "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None], **libraries}
-    begin, end = words.BOS, words.EOS
-    marks = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
-    texts = {"model_index.json": index, "tokenizer/vocab.json": words.vocab, "tokenizer/special_tokens_map.json": marks,
-             "tokenizer/tokenizer_config.json": marks | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
-                                                         "do_lower_case": True}}
-    for part, config in configs(o, scaling_factor(o)).items():
-        texts[f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"] = config
-
-    with whole_folder(o.out) as folder:
-        for name, value in texts.items():
+    words = state.tokenizer(things.names)
+    weights = {"text_encoder": params["text"], "vae": nest(state.vae()), "unet": params["unet"]}
+    texts = folder_texts(words, setting, state.scaling_factor())
+    known = {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
+             "places": [place for place in PLACES if place]}
+    with folder_atomically(out) as folder:
+        for name, value in (texts | {"things.json": known}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "tokenizer/merges.txt").write_text(read(o.state / "merges.txt"), encoding="utf-8")
-        for part, weights in parts.items():
-            name, prefix = ("model", "text_model.") if part == "text_encoder" else ("diffusion_pytorch_model", "")
-            arrays = {prefix + key: tiny_sd.to_numpy(p.permute(0, 3, 1, 2) if p.ndim == 4 else p).astype(np.float16)
-                      for key, p in flatten(weights).items()}
-            save_file({key: np.ascontiguousarray(a) for key, a in arrays.items()}, folder / part / f"{name}.safetensors",
-                      {"format": "pt"})
-    print(o.out)
+            indent = None if name == "things.json" else 2
+            text = json.dumps(value, indent=indent, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        merges = read(state.folder / "merges.txt")
+        (folder / "tokenizer/merges.txt").write_text(merges, encoding="utf-8")
+        for part, tree in weights.items():
+            is_text = part == "text_encoder"
+            name = "model" if is_text else "diffusion_pytorch_model"
+            arrays = {("text_model." if is_text else "") + key: to_file(p)
+                      for key, p in flatten(tree).items()}
+            save_file(arrays, folder / part / f"{name}.safetensors", {"format": "pt"})
+
+
+def to_file(p):
+    """A tensor as a checkpoint holds it: float16, convolutions as (out, in, kh, kw)."""
+    p = p.permute(0, 3, 1, 2) if p.ndim == 4 else p
+    return np.ascontiguousarray(p.detach().half().cpu().numpy())
+
+
+def folder_texts(words, setting, scaling_factor):
+    """{file name: JSON} of a diffusers folder."""
+    classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
+               "vae": "AutoencoderKL", "unet": "UNet2DConditionModel",
+               "scheduler": SCHEDULER["_class_name"]}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+             "requires_safety_checker": False, "safety_checker": [None, None],
+             "feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {part: ["transformers" if "CLIP" in name else "diffusers", name]
+              for part, name in classes.items()}
+    begin, end = words.BOS, words.EOS
+    specials = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
+    tokenizer = specials | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
+                            "do_lower_case": True}
+    return {"model_index.json": index, "tokenizer/vocab.json": words.vocab,
+            "tokenizer/special_tokens_map.json": specials,
+            "tokenizer/tokenizer_config.json": tokenizer,
+            "text_encoder/config.json": setting.text, "unet/config.json": setting.unet,
+            "vae/config.json": setting.vae | {"scaling_factor": scaling_factor},
+            "scheduler/scheduler_config.json": SCHEDULER}
 
 
 @contextlib.contextmanager
-def whole_folder(path):
-    """A temporary folder to fill, which then takes the place of path."""
-    temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+def folder_atomically(path):
+    """Yield a temporary folder to fill, which then takes the place of path."""
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
     for folder in (temporary, old):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -780,225 +884,136 @@ def whole_folder(path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ── Measuring ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-def signature(pictures):
-    """A space that the model never saw: 16 x 16 pixels and a histogram of 64 colours; (n, height, width, 3) to (n, 832)."""
-    n, side = len(pictures), pictures.shape[1]
-    small = pictures.reshape(n, 16, side // 16, 16, side // 16, 3).mean((2, 4)).reshape(n, -1) / 255
-    colours = (pictures // 64 @ np.array([16, 4, 1])).reshape(n, -1)
-    histogram = np.stack([np.bincount(row, minlength=64) / row.size for row in colours])
-    return np.concatenate([small / 16, histogram], axis=1).astype(np.float32)
+def export(out, things, setting, state):
+    write_model(out, nest(state.trained("unet")), things, setting, state)
+    print(out)
 
 
-class Judge:
-    """Says which thing a drawn picture shows: the nearest of all things, painted in the same place on the same ground."""
-
-    def __init__(self, o, model):
-        self.things, self.model = load_things(o), model
-
-    @torch.no_grad()
-    def spaces(self, pictures):
-        """The pictures (n, side, side, 3) in both spaces: the VAE's latents and the signature."""
-        vae, groups = self.model.vae, self.model.config["vae"]["norm_num_groups"]
-        x = tiny_sd.array_like(vae["quant_conv"]["weight"], pictures / np.float32(127.5) - 1)
-        means = [tiny_sd.to_numpy(tiny_sd.vae_encode(x[i:i + 64], vae, groups)[0]) for i in range(0, len(x), 64)]
-        return np.concatenate(means).reshape(len(pictures), -1), signature(pictures)
-
-    @functools.lru_cache(maxsize=None)
-    def originals(self, side, colour):
-        pictures = self.things.pictures[side].astype(np.uint16)
-        return self.spaces((pictures[..., :3] + np.array(colour) * (255 - pictures[..., 3:]) // 255).astype(np.uint8))
-
-    def ranks(self, picture, part, colour):
-        """How many other things are nearer than the right one, in each space: 0 is recognised."""
-        i, halves, x, y = part
-        side = halves * min(self.things.pictures)
-        left, top = (round(place * (len(picture) - side)) for place in (x, y))
-        drawn = self.spaces(picture[None, top:top + side, left:left + side])
-        distances = [np.square(a - d).sum(1) for a, d in zip(self.originals(side, colour), drawn)]
-        return [int((d < d[i]).sum()) for d in distances]
-
-
-def to_lab(colour):
-    """sRGB in 0..255 to CIE L*a*b* under D65."""
-    c = np.asarray(colour, float) / 255
-    c = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    xyz = c @ np.array([[.4124, .2126, .0193], [.3576, .7152, .1192], [.1805, .0722, .9505]]) / [.9505, 1, 1.089]
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / 3 / (6 / 29) ** 2 + 4 / 29)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
-
-
-def held_out_scenes(names, n):
-    """n things on backgrounds and n pairs that training never showed, from a fixed seed."""
-    rng, grounds, pairs = np.random.default_rng(0), [], []
-    while len(grounds) < n:
-        i, colour = int(rng.integers(len(names))), str(rng.choice([*COLOURS]))
-        if held_out([names[i][0]], colour):
-            grounds.append(Scene([(i, 2, .5, .5)], COLOURS[colour], describe([article(names[i][0])], colour)))
-    while len(pairs) < n:
-        two, how = rng.choice(len(names), 2, replace=False).tolist(), str(rng.choice([*PAIRS]))
-        if held_out([names[i][0] for i in two]):
-            pairs.append(Scene([(i, 1, *place) for i, place in zip(two, PAIRS[how])], COLOURS["white"],
-                               describe([article(names[i][0]) for i in two], how=how)))
-    return grounds, pairs
-
-
-def reconstruction(judge, model):
-    """The VAE's mean PSNR in decibels over all things, each on a background of its own."""
-    rng, things, config = np.random.default_rng(0), judge.things, model.config["vae"]
-    decibels = []
-    for i in tqdm(range(len(things.names)), "vae", leave=False):
-        picture = paint(Scene([(i, 2, .5, .5)], rng.integers(0, 256, 3), ""), things)
-        latents = tiny_sd.encode(model, picture, np.float32(0))
-        error = np.square(tiny_sd.decode(model, latents)[0] - picture.astype(float)).mean()
-        decibels.append(10 * math.log10(255 ** 2 / max(error, 1e-9)))
-    return float(np.mean(decibels))
-
-
-@torch.no_grad()
-def evaluate(o):
-    """Measures the folder --out through the program's own code, from fixed seeds; prints a table and writes OUT.json."""
-    model = tiny_sd.load(o.out, "torch", o.device)
-    judge = Judge(o, model)
-    names = judge.things.names
-    chosen = np.random.default_rng(1).permutation(len(names))[:o.limit].tolist()
-    report = {"VAE: PSNR, dB": reconstruction(judge, model)}
-    if (o.state / "clip.pt").exists():
-        report["retrieval by the contrastive stage, top 1"] = retrieval(o, nest(trained(o, "clip")), Bank(o, 1, 1024))
-
-    def shares(title, ranks):
-        """ranks (scenes, parts, 2 spaces): a scene counts where all of its parts do."""
-        worst = np.array(ranks).max(1)
-        for space, column in zip(("latents", "pixels and colours"), worst.T):
-            report[f"{title}, in {space}, top 1"] = float((column < 1).mean())
-            report[f"{title}, in {space}, top 5"] = float((column < 5).mean())
-
-    def drawn(scenes, title, negative=lambda scene: ""):
-        for scene in tqdm(scenes, title, leave=False):
-            yield scene, draw_picture(model, scene.caption, negative=negative(scene), **o.how)
-
-    grounds, pairs = held_out_scenes(names, min(o.limit, 200))
-    plain = [Scene([(i, 2, .5, .5)], COLOURS["white"], names[i][0]) for i in chosen]
-    person = re.compile(r"\b(man|men|woman|women|person|people|boy|girl|family|couple|button|symbol|sign|keycap|clock|o'clock|"
-                        r"thirty|arrow|square|circle|hand|face|moon|hair|kiss)\b")
-    ranks = [[judge.ranks(picture, scene.parts[0], scene.colour)] for scene, picture in drawn(plain, "names")]
-    shares("all names", ranks)
-    shares("names of neither persons nor symbols", [r for r, i in zip(ranks, chosen) if not person.search(names[i][0])] or ranks)
-    ranks, errors = [], []
-    for scene, picture in drawn(grounds, "backgrounds"):
-        bare = judge.things.pictures[len(picture)][scene.parts[0][0]][..., 3] == 0
-        if bare.any():
-            errors.append(np.linalg.norm(to_lab(np.median(picture[bare], 0)) - to_lab(scene.colour)))
-        ranks.append([judge.ranks(picture, scene.parts[0], scene.colour)])
-    shares("held-out backgrounds", ranks)
-    report["held-out backgrounds: median colour error, ΔE"] = float(np.median(errors))
-    ranks = [[judge.ranks(picture, part, scene.colour) for part in scene.parts] for scene, picture in drawn(pairs, "pairs")]
-    shares("held-out pairs, both", ranks)
-
-    def second(scene):      # the thing that the negative prompt names: it should go
-        return names[scene.parts[1][0]][0]
-    without = [judge.ranks(picture, scene.parts[1], scene.colour) for scene, picture in drawn(pairs, "negative", second)]
-    for title, found in (("", [r[1] for r in ranks]), (" when the negative prompt names it", without)):
-        report[f"held-out pairs, the second{title}, in latents, top 1"] = float((np.array(found)[:, 0] < 1).mean())
-    report["seconds for one picture with NumPy, 20 steps, from start to file"] = seconds_for_one(o)
-    report["megabytes"] = sum(f.stat().st_size for f in o.out.rglob("*") if f.is_file()) / 1e6
-    report |= {"names drawn": len(chosen), "scenes of each held-out kind": len(grounds)}
-    with whole(o.out.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print("| measure | value |\n| --- | --- |")
-    print("\n".join(f"| {name} | {value:.4g} |" for name, value in report.items()))
-
-
-def seconds_for_one(o):
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
-        subprocess.run([sys.executable, HERE.parent / "tiny_sd.py", "red apple", "-m", o.out, "--steps", "20",
-                        "-o", f"{folder}/apple.png"], check=True, capture_output=True)
-        return time.monotonic() - begun
-
-
-def sheet(o):
-    """OUT.png: 24 prompts as most people would type them, then 24 held-out combinations, unchosen, all from --seed."""
-    grounds, pairs = held_out_scenes(load_things(o).names, 12)
-    prompts = PROMPTS + [scene.caption for scene in grounds + pairs]
-    save_picture(sheet_of(tiny_sd.load(o.out, "torch", o.device), prompts, (o.seed,), 8, **o.how), o.out.with_suffix(".png"))
-    print("\n".join(prompts))
-
-
-# ── Command line ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Command line ────────────────────────────────────────────────────────────────────────────────
 
 class Stage(NamedTuple):
-    """A trained part: parameters(o) -> {name: tensor} as it begins, train(o), and its share of the minutes of `all`."""
-    parameters: object
+    """A trained part: train(things, setting, schedule, state), and its share of `all`."""
     train: object
     share: float
 
 
-STAGES = {"vae": Stage(vae_parameters, train_vae, 0.15), "decoder": Stage(decoder_parameters, train_decoder, 0.05),
-          "clip": Stage(clip_parameters, train_clip, 0.04),
-          "unet": Stage(unet_parameters, train_unet, 0.76)}
+STAGES = {"vae": Stage(train_vae, 0.15), "decoder": Stage(train_decoder, 0.05),
+          "clip": Stage(train_clip, 0.04), "unet": Stage(train_unet, 0.76)}
 
 
-def train_all(o):
-    """Every stage after the other, then the folder and its sheet."""
-    render(o)
-    for stage in STAGES.values():
-        stage.train(argparse.Namespace(**vars(o) | {"minutes": o.minutes * stage.share}))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        export(o)
-        sheet(o)
+def run_stage(stage, things, setting, schedule, state):
+    """Train a stage, unless it is finished."""
+    checkpoint = state.load(stage)
+    step, seconds = checkpoint.get("step", 0), checkpoint.get("seconds", 0)
+    if schedule.progress(step, seconds) >= 1:
+        if process()[0] == 0:
+            print(f"{stage}: finished, after {step} steps in {seconds / 60:.1f} minutes; a larger "
+                  "--minutes or --steps goes on", file=sys.stderr)
+        return
+    STAGES[stage].train(things, setting, schedule, state)
 
 
-COMMANDS = {"render": render, **{name: stage.train for name, stage in STAGES.items()},
-            "export": export, "evaluate": evaluate, "sheet": sheet, "all": train_all}
+def run_command(args, setting, schedule, state):
+    """Do what the command line asks for."""
+    data, out = args.data or args.state / "emoji.zip", args.out or args.state / "emoji"
+    if args.command in ("export", "all") and args.out is None and out.exists():
+        raise UserError(f"{out} is there already: name it with --out to replace it, or another")
+    if args.start:
+        state.begin_from(args.start)
+    if args.command in ("render", "all") and not data.exists():
+        render(data, args.state / "npm")
+    if args.command == "render":
+        return print(data)
+
+    things = load_things(data, setting.size)
+    if args.command in STAGES:
+        run_stage(args.command, things, setting, schedule, state)
+    if args.command == "all":
+        for name, stage in STAGES.items():
+            part = schedule._replace(minutes=schedule.minutes * stage.share)
+            run_stage(name, things, setting, part, state)
+    if args.command in ("export", "all") and process()[0] == 0:
+        export(out, things, setting, state)
+    if args.command == "evaluate":
+        measure.evaluate(out, things, args.limit, args.draw_steps, args.device)
+    if args.command in ("sheet", "all") and process()[0] == 0:
+        measure.write_sheet(out, things, args.draw_steps, args.device)
+
+
+COMMANDS = ("render", *STAGES, "export", "evaluate", "sheet", "all")
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("command", choices=COMMANDS)
-    p.add_argument("--config", choices=CONFIGS, default="small", help="the size of picture and networks (default: small)")
-    p.add_argument("--minutes", type=float, default=30, help="how long to train, in all (default: 30)")
-    p.add_argument("--steps", type=int, help="how many steps to train, in all, instead of minutes")
-    p.add_argument("--batch", type=int, help="pictures a step, over all processes")
-    p.add_argument("--rate", type=float, help="the highest learning rate")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--threads", type=int, help="of each process, on a CPU")
-    p.add_argument("--compile", action="store_true", help="compile the losses first, which pays on a GPU")
-    p.add_argument("--bank", type=int, metavar="N", help="scenes encoded ahead (default: 4096 for clip, 8192 for unet)")
-    p.add_argument("--keep-every", type=float, default=60, metavar="SECONDS", help="between savings of the state (default: 60)")
-    p.add_argument("--show-every", type=float, default=600, metavar="SECONDS", help="between sheets of samples")
-    p.add_argument("--state", type=Path, default=HERE / "state", help="folder of what training keeps (default: weights/state)")
-    p.add_argument("--data", type=Path, help="zip of rendered pictures (default: STATE/emoji.zip)")
-    p.add_argument("--out", type=Path, default=HERE / "emoji", help="the model's folder (default: weights/emoji)")
-    p.add_argument("--limit", type=int, default=10 ** 6, help="evaluate: at most so many names, and scenes of each kind")
-    p.add_argument("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (default: 20)")
-    p.add_argument("--cfg-scale", type=float, default=4.0, help="evaluate, sheet: guidance (default: 4)")
-    o = p.parse_args()
-    o.setting, o.data = CONFIGS[o.config], o.data or o.state / "emoji.zip"
-    o.how = {"steps": o.draw_steps, "guidance": o.cfg_scale}
-    if min(o.minutes, o.limit, *(1 if n is None else n for n in (o.steps, o.batch, o.bank))) <= 0:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, own = p.add_argument, Schedule()
+    add("command", choices=COMMANDS)
+    add("--config", choices=CONFIGS, default="small",
+        help="the size of picture and networks (default: small)")
+    add("--start", type=Path, metavar="FOLDER", help="go on from this model, not from nothing")
+    add("--minutes", type=float, default=own.minutes, help="how long to train, in all (30)")
+    add("--steps", type=int, help="how many steps to train, in all, instead of minutes")
+    add("--batch", type=int, help="pictures in a step, over all processes")
+    add("--rate", type=float, help="the highest learning rate")
+    add("--seed", type=int, default=own.seed)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, help="of each process, on a CPU")
+    add("--compile", action="store_true", help="compile the losses first, which pays on a GPU")
+    add("--bank", type=int, metavar="N",
+        help="scenes encoded ahead (4096 for clip, 8192 for unet)")
+    add("--keep-every", type=float, default=own.keep_every, metavar="SECONDS",
+        help="between savings of the state (60)")
+    add("--show-every", type=float, default=own.show_every, metavar="SECONDS",
+        help="between sheets of samples (600)")
+    add("--state", type=Path, default=HERE / "state",
+        help="folder of what training keeps (weights/state)")
+    add("--data", type=Path, help="zip of rendered drawings (STATE/emoji.zip)")
+    add("--out", type=Path, help="the model's folder (STATE/emoji)")
+    add("--limit", type=int, default=10 ** 6,
+        help="evaluate: at most so many things, and scenes of each kind")
+    add("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (20)")
+    args = p.parse_args()
+    numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank)
+    if any(n is not None and n <= 0 for n in numbers):
         p.error("--minutes, --steps, --batch, --bank and --limit must be above 0")
-    return o
+    return args
+
+
+def cpu_attention(q, k, v, causal=False):
+    """The formula itself: at these sizes a CPU computes it faster than torch's fused kernel."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+    return scores.softmax(-1) @ v
+
+
+def join_processes(device):
+    """Find the other processes, where torchrun started several."""
+    if "RANK" not in os.environ:
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch._dynamo.config.optimize_ddp = False       # one graph, not one for each bucket
 
 
 def main():
-    o = parse_arguments()
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    if o.device == "cpu":
-        tiny_sd.on_torch().dot_product_attention = cpu_attention
-    if "RANK" in os.environ:                                    # started by torchrun
-        dist.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        if o.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch._dynamo.config.optimize_ddp = False               # one graph, not one for each bucket of gradients
+    args = parse_arguments()
+    schedule = Schedule(**{name: getattr(args, name) for name in Schedule._fields})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        tiny_sd.torch_operations()["dot_product_attention"] = cpu_attention
+    join_processes(args.device)
     try:
-        COMMANDS[o.command](o)
+        run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, Stopped) as error:
+        print(f"train.py: {error or 'stopped; what was kept is in ' + str(args.state)}",
+              file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
