@@ -887,7 +887,8 @@ def encode_prompts(model, texts):
     for text in texts:
         ids, cut = model.tokenizer.encode(text)
         if cut:
-            tell(f"the prompt is too long for the model, which does not see: {shorten(cut)}")
+            tell(f"the prompt {shorten(repr(text), 30)} has more than {len(ids) - 2} tokens; "
+                 f"the model does not see: {shorten(cut)}")
         rows.append(ids)
     config = model.config.text_encoder
     activation = ACTIVATIONS[config.hidden_act]
@@ -1479,7 +1480,8 @@ def draw(args):
     if args.init_img:
         h, w, _ = image_size(model, args.width, args.height)
         picture = Image.open(args.init_img).convert("RGB")
-        init = np.asarray(ImageOps.fit(picture, (w * model.factor, h * model.factor)))
+        size = w * model.factor, h * model.factor
+        init = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
     walk = generate(model, prompt, args.negative_prompt, [args.seed], args.steps, args.cfg_scale,
                     args.sampler, False, args.width, args.height, init,
                     0.75 if args.strength is None else args.strength)

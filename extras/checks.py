@@ -9,8 +9,16 @@ import math
 import re
 from pathlib import Path
 
-from tiny_sd import (ACTIVATIONS, CONFIG_DEFAULTS, SCHEDULERS, flatten, read_config, require,
-                     shorten)
+from tiny_sd import (
+    ACTIVATIONS,
+    CONFIG_DEFAULTS,
+    SCHEDULERS,
+    alpha_bars,
+    flatten,
+    read_config,
+    require,
+    shorten,
+)
 
 # ── Configs ─────────────────────────────────────────────────────────────────────────────────────
 #
@@ -142,11 +150,15 @@ def check_configs(settings, tokenizer):
             f"the unet attends to words of {unet.cross_attention_dim} numbers "
             f"(cross_attention_dim), and the text_encoder's have {text.hidden_size}")
     z = vae.latent_channels
-    require(unet.out_channels == z, f"the unet gives {unet.out_channels} channels, the vae takes {z}")
+    require(unet.out_channels == z,
+            f"the unet gives {unet.out_channels} channels, the vae takes {z}")
     require(unet.in_channels in (z, 2 * z + 1), f"a unet of {unet.in_channels} input channels, "
             f"neither {z} nor, for inpainting, {2 * z + 1}, is none that is computed here")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
+    levels = alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
+    require(levels[-1] > 1e-8, "the scheduler's betas leave nothing of a picture: beta_end "
+                               f"{scheduler.beta_end} is too large")
     require(all(allows(range(text.vocab_size), i) for i in tokenizer.vocab.values()), "the "
             "tokenizer's vocabulary is not one of numbers below the text_encoder's vocab_size")
     limit, length = text.max_position_embeddings, tokenizer.length
@@ -193,14 +205,15 @@ def resnet_shapes(i, o, temb=None):
 
 
 def attention_shapes(width, context, project=bare_shapes):
-    """Return the shapes of attention: queries from `width` channels, keys and values from context."""
+    """Return the shapes of attention: queries of `width` channels, keys and values of context."""
     return {"to_q": project(width, width), "to_k": project(context, width),
             "to_v": project(context, width), "to_out": [linear_shapes(width, width)]}
 
 
 def transformer_shapes(width, context):
     """Return the shapes of a transformer of `width` channels and words of `context` numbers."""
-    feed_forward = [{"proj": linear_shapes(width, 8 * width)}, None, linear_shapes(4 * width, width)]
+    feed_forward = [{"proj": linear_shapes(width, 8 * width)}, None,
+                    linear_shapes(4 * width, width)]
     block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
              "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
              "norm3": norm_shapes(width), "ff": {"net": feed_forward}}

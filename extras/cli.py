@@ -11,7 +11,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from extras import fast  # noqa: F401, I001  (first: it sets up BLAS before NumPy is loaded)
+# isort: split      (first of all fast: it sets up BLAS before NumPy is loaded)
+from extras import fast  # noqa: F401
+
+# isort: split
 from PIL import features
 from tqdm import tqdm
 
@@ -51,8 +54,8 @@ def output(text):
 
 CHANGED = {     # what these options take here beside what they take in tiny_sd.py
     "-s --seed": (int, 0, "-1 draws one at random (%(default)s)"),
-    "-m --model": (str, None, "a folder, a .safetensors file, a name in weights/, OWNER/NAME on the "
-                   f"Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
+    "-m --model": (str, None, "a folder, a .safetensors file, a name in weights/, OWNER/NAME on "
+                   f"the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
     "--sampler": (sampler, None, f"{', '.join(SAMPLERS)}, by these names or those of other "
                                  "programs (the model's own)"),
     "-o --output": (output, Path("out.png"), "the .png, .jpg or .webp to write, or a folder/; "
@@ -108,8 +111,10 @@ def parse_arguments(argv, **settings):
     """
     parser = option_parser(**settings)
     args, notes = parse_known(parser, argv), []
-    if args.like and not args.prompts:
-        check_one_prompt(args, parser, at_least=0)
+    given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
+    if given > 1 or not given and not args.like:
+        parser.error("give one prompt, in quotes")
+    if args.like:
         recorded, left = files.recorded(args.like)
         notes = not_taken_up(args, left)
         if args.sampler and args.sampler not in KARRAS:
@@ -117,19 +122,10 @@ def parse_arguments(argv, **settings):
         flags = [f"--{key}" if value is None else f"--{key}={value}"
                  for key, value in recorded.items()]
         args = parse_known(parser, flags + argv)
-    else:
-        check_one_prompt(args, parser, at_least=1)
     args.notes = notes
     complete(args)
     check_arguments(args)
     return args
-
-
-def check_one_prompt(args, parser, at_least):
-    """UserError unless there is one prompt, or with --like at most one."""
-    given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
-    if not at_least <= given <= 1:
-        parser.error("give one prompt, in quotes")
 
 
 def not_taken_up(args, left):
@@ -151,8 +147,8 @@ def complete(args):
     args.prompt, args.negative_prompt = (
         files.printable("--" if text == [] else text) for text in (prompt, args.negative_prompt))
     if args.sampler:
-        args.sampler, _, spacing = args.sampler.partition(" ")
-        args.karras = args.karras or spacing != ""
+        args.karras = args.karras or args.sampler.endswith(" Karras")
+        args.sampler = args.sampler.removesuffix(" Karras")
     if args.model is None:
         args.model = str(tiny_sd.HERE / "weights" / "emoji")
     args.any_seed = args.seed == -1
@@ -211,7 +207,7 @@ def check_outputs(args):
 
 
 def read_prompts(args, argv):
-    """Return the arguments of each line of --prompts, without those whose picture is there."""
+    """Return the arguments of each line of --prompts that holds a prompt."""
     try:
         text = Path(args.prompts).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -231,9 +227,9 @@ def read_prompts(args, argv):
             raise UserError(f"{args.prompts}, line {number}: {error}") from None
         job.prompt = files.printable(prompt)
         if mark and comment[:1].strip():
-            job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a comment")
-        if not is_drawn(job):
-            jobs.append(job)
+            job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a "
+                             "comment")
+        jobs.append(job)
     return jobs
 
 
@@ -295,7 +291,9 @@ def run(argv):
     if args.formulas:
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
-    jobs = read_prompts(args, argv)[rank::ranks] if args.prompts else [args]
+    jobs = [args]
+    if args.prompts:    # shared out first: what is drawn already changes while others start
+        jobs = [job for job in read_prompts(args, argv)[rank::ranks] if not is_drawn(job)]
     if not jobs and ranks == 1:
         return tell(f"{args.prompts} has no prompt whose picture is not there yet")
 
@@ -309,8 +307,10 @@ def run(argv):
         h, w, _ = tiny_sd.image_size(model, args.width, args.height)
         return show.explain(model, args.prompt, w * model.factor, h * model.factor)
 
-    start = time.monotonic()
+    start, notes = time.monotonic(), set()
     for number, job in enumerate(jobs):
+        job.notes = [note for note in job.notes if note not in notes]
+        notes |= set(job.notes)
         title = queue_title(number, len(jobs), time.monotonic() - start)
         x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
     if film:

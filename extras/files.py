@@ -35,6 +35,7 @@ def opened(path):
     """Open a picture file; UserError if it is none, or a decompression bomb."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 yield picture

@@ -15,10 +15,25 @@ import numpy as np
 
 import tiny_sd
 from extras import samplers  # noqa: F401  (registers plms and lcm)
-from extras.checks import (check_configs, check_memory, check_weights, first_five, nearest,
-                           replaced_settings)
-from tiny_sd import (WEIGHT_FILES, Tokenizer, UserError, flatten, read_safetensors, require,
-                     shorten, tell, widen)
+from extras.checks import (
+    check_configs,
+    check_memory,
+    check_weights,
+    first_five,
+    nearest,
+    replaced_settings,
+)
+from tiny_sd import (
+    WEIGHT_FILES,
+    Tokenizer,
+    UserError,
+    flatten,
+    read_safetensors,
+    require,
+    shorten,
+    tell,
+    widen,
+)
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -33,7 +48,10 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
     name = Path(path)
     require(name.suffix not in PICKLES, f"{name.name} is a pickle, which can run any code: get "
             f"{name.stem}.safetensors instead, or convert it: {CONVERT}")
-    path = next(filter(Path.exists, (name, tiny_sd.HERE / "weights" / name)), None) or fetch(name)
+    places = [name, tiny_sd.HERE / "weights" / name]
+    if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
+        places.append(tiny_sd.HERE / name)
+    path = next(filter(Path.exists, places), None) or fetch(name)
     settings, arrays, tokenizer, digest = read(path)
     config = check_configs(settings, tokenizer)
     backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
@@ -53,14 +71,17 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
 
 
 CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
-           "a = torch.load(f, \"cpu\", weights_only=True); s.save_file({k: v.contiguous() for k, v in "
-           "a.get(\"state_dict\", a).items() if hasattr(v, \"shape\")}, "
+           "a = torch.load(f, \"cpu\", weights_only=True); a = a.get(\"state_dict\", a); "
+           "s.save_file({k: v.contiguous() for k, v in a.items() if hasattr(v, \"shape\")}, "
            "f.rsplit(\".\", 1)[0] + \".safetensors\")' FILE")
 
 
 def read(path):
     """Return configs, arrays, tokenizer and digest of a folder or a file."""
     require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
+    for name in sum(FOLDER, []) if path.is_dir() else []:
+        file = path / name      # of a pipe, reading would wait for ever
+        require(file.is_file() or not file.exists(), f"{file} is not a file")
     try:
         if path.is_dir():
             return *tiny_sd.read_folder(path), ""
@@ -171,9 +192,9 @@ def fetch(name):
         return Path(fetched[0]).parents[1]
     except Exception as error:      # of whatever kind the HTTP library below raises
         files = " ".join(files_of(lambda file: ".fp16" not in file))
-        raise UserError(f"there is no model {name}: put {files} of {repository} into "
-                        f"{tiny_sd.HERE / 'weights' / name}; they could not be fetched: {error}"
-                        ) from None
+        raise UserError(f"there is no model {name}: no such file or folder; put {files} of "
+                        f"{repository} into {tiny_sd.HERE / 'weights' / name}; they could not be "
+                        f"fetched: {error}") from None
 
 
 # ── Checkpoints in a single file ────────────────────────────────────────────────────────────────
@@ -230,8 +251,8 @@ def current_name(part, name, levels, n):
     return name
 
 
-IGNORED = (r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|.*position_ids|"
-           r"cond_stage_model\.model\.(logit_scale|text_projection)")
+IGNORED = (r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|"
+           r".*position_ids|cond_stage_model\.model\.(logit_scale|text_projection)")
 
 
 def read_single_file(path):
@@ -273,7 +294,8 @@ def clip_tokenizer(pad=Tokenizer.EOS):
     import gzip
     table = tiny_sd.HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(table, "rt", encoding="utf-8") as file:
-        return Tokenizer([tuple(line.split()) for line in file.read().split("\n")[1:48895]], pad=pad)
+        lines = file.read().split("\n")[1:48895]
+    return Tokenizer([tuple(line.split()) for line in lines], pad=pad)
 
 
 def from_open_clip(arrays):
@@ -281,8 +303,8 @@ def from_open_clip(arrays):
 
     They lie in one array; and the last layer is one that the model does not use.
     """
-    numbers = [int(m[1]) for m in map(re.compile(r"encoder\.layers\.(\d{1,3})\.").match, arrays) if m]
-    last = f"encoder.layers.{max(numbers, default=0)}."
+    found = map(re.compile(r"encoder\.layers\.(\d{1,3})\.").match, arrays)
+    last = f"encoder.layers.{max((int(match[1]) for match in found if match), default=0)}."
     split = {}
     for name, array in arrays.items():
         if name.startswith(last):
@@ -353,7 +375,8 @@ def read_off(second, text_encoder, vae, unet):
 #     peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
 #     older diffusers   unet.W.processor.to_q_lora.up.weight, text_encoder.W.lora_linear_layer.up...
 
-ENDINGS = re.compile(r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|alpha)(?:_default\w*)?(?:_weight)?")
+ENDINGS = re.compile(r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|alpha)"
+                     r"(?:_default\w*)?(?:_weight)?")
 TEXT_PREFIXES, UNET_PREFIXES = ("te_", "text_encoder_"), ("unet_", "")
 
 

@@ -71,6 +71,7 @@ class Definition:
         self.source = "\n".join(source.split("\n")[start - 1:node.end_lineno])
         self.line, self.names = start, names_made(node)
         self.needs = names_needed(node)
+        self.uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 def names_made(node):
@@ -133,7 +134,7 @@ class Notebook:
     """Cells in order; each definition is written once, after those that it needs."""
 
     def __init__(self, all_definitions):
-        self.cells, self.written = [], set()
+        self.cells, self.written, self.ready = [], set(), set()
         self.by_name = {name: d for d in all_definitions for name in d.names}
 
     def say(self, text):
@@ -144,15 +145,26 @@ class Notebook:
         else:
             self.cells.append(new_markdown_cell(text))
 
-    def define(self, definition):
-        """Add the cell of a definition."""
-        if definition.line in self.written:
+    def define(self, definition, to_run=False):
+        """Add the cell of a definition; with all that it calls, if it is to run at once."""
+        if definition.line in (self.ready if to_run else self.written):
             return
+        is_new = definition.line not in self.written
         self.written.add(definition.line)
-        for name in sorted(definition.needs):
+        if to_run:
+            self.ready.add(definition.line)
+        for name in sorted(definition.uses if to_run else definition.needs):
             if name in self.by_name:
-                self.define(self.by_name[name])
-        self.cells.append(new_code_cell(definition.source))
+                self.define(self.by_name[name], to_run)
+        if is_new:
+            self.cells.append(new_code_cell(definition.source))
+
+    def run(self, code):
+        """Add a cell of the notes' own, after the definitions that it takes from tiny_sd."""
+        for name in re.findall(r"tiny_sd\.(\w+)", code):
+            if name in self.by_name:
+                self.define(self.by_name[name], to_run=True)
+        self.cells.append(new_code_cell(re.sub(r"^import tiny_sd\n", "", code, flags=re.M)))
 
 
 def make(notes, source):
@@ -169,8 +181,7 @@ def make(notes, source):
             continue
         for kind, text in blocks(part):
             if kind == "code":      # where tiny_sd is the notebook itself
-                text = re.sub(r"^import tiny_sd\n", "", text, flags=re.M)
-                book.cells.append(new_code_cell(text))
+                book.run(text)
                 continue
             book.say(text)
             for name in re.findall(r"`(\w+)`", text):

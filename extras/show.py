@@ -20,7 +20,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from extras import fast  # noqa: F401, I001  (first: it sets up BLAS before NumPy is loaded)
+# isort: split      (first of all fast: it sets up BLAS before NumPy is loaded)
+from extras import fast  # noqa: F401
+
+# isort: split
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -643,27 +646,18 @@ def metric(n):
 # ── The pictures of NOTES.md ──────────────────────────────────────────────────────────────────────
 
 PROMPT = "a cat on a light blue background"
-SENTENCES = [
-    "red apple",
-    "green apple",
-    "red car",
-    "a red car",
-    "cat",
-    "dog",
-    "dog face",
-    "cat on a blue background",
-    "rocket",
-    "airplane",
-]
+SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
+             "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
 
 
 def last(model, prompt=PROMPT, **settings):
-    """The one picture that generate() ends with."""
+    """Return the one picture that generate() ends with."""
     *_, x = tiny_sd.generate(model, prompt, **settings)
-    return Image.fromarray(tiny_sd.decode(model, x)[0])
+    return decoded(model, x)
 
 
 def decoded(model, x):
+    """Return latents as a picture."""
     return Image.fromarray(tiny_sd.decode(model, x)[0])
 
 
@@ -676,160 +670,171 @@ def text_picture(model, film, x):
     rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
     rows = rows - rows.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return sheet(
-        [[heat(np.array([[max(0, a @ b)]]), 1) for b in rows] for a in rows],
-        down=SENTENCES,
-        size=40,
-        gap=2,
-    )
+    cells = [[heat(np.array([[max(0, a @ b)]]), 1) for b in rows] for a in rows]
+    return sheet(cells, down=SENTENCES, size=40, gap=2)
 
 
 def latents_picture(model, film, x):
     """A picture, its latent channels, and what the decoder makes of them."""
     picture = decoded(model, x)
     z = tiny_sd.encode(model, np.asarray(picture), np.zeros_like(x))
-    channels = [
-        grey(channel, 3).resize(picture.size, Image.Resampling.NEAREST)
-        for channel in np.moveaxis(z[0], -1, 0)
-    ]
+    channels = [grey(channel, 3).resize(picture.size, Image.Resampling.NEAREST)
+                for channel in np.moveaxis(z[0], -1, 0)]
     titles = ["picture", *(f"channel {i}" for i in range(len(channels))), "decoded"]
     return sheet([[picture, *channels, decoded(model, z)]], titles, size=128)
 
 
 def time_picture(model, film, x):
-    """The encoding of every second time, a column each: the cosines above, the sines below."""
+    """The embedding of every second time, a column each: the cosines above, the sines below."""
     waves = tiny_sd.timestep_embedding(np.arange(0, 1000, 2.0), 64).T
-    return sheet(
-        [[grey(waves, 1).resize((500, 192), Image.Resampling.NEAREST)]],
-        ["t from 0, left, to 1000"],
-        size=500,
-    )
+    picture = grey(waves, 1).resize((500, 192), Image.Resampling.NEAREST)
+    return sheet([[picture]], ["t from 0, left, to 1000"], size=500)
 
 
 def words_picture(model, film, x):
-    """Where each word of the prompt was listened to, over all steps, at the finest resolution."""
+    """The attention to each word of the prompt, over all steps, at the finest resolution."""
     size = max(film.steps[0].attention)
     maps = np.mean([s.attention[size][0] for s in film.steps], axis=0)
-    words = places_of_words(model.tokenizer, PROMPT)
+    words = places_of_words(model.tokenizer, PROMPT)[1:-1]
     picture = tiny_sd.decode(model, x)[0]
-    return sheet(
-        [[over(picture, maps[places].sum(0)) for _, places in words[1:-1]]],
-        [word for word, _ in words[1:-1]],
-        size=128,
-    )
+    cells = [over(picture, maps[places].sum(0)) for _, places in words]
+    return sheet([cells], [word for word, _ in words], size=128)
+
+
+def alpha_bar_picture(model, film, x):
+    """The schedule: ᾱ, and the amplitudes of picture and noise, over t."""
+    alpha_bar = model.alpha_bars
+    lines = {"alpha_bar, the fraction of variance that is signal": alpha_bar,
+             "its root, the amplitude of the picture": alpha_bar ** 0.5,
+             "the amplitude of the noise": (1 - alpha_bar) ** 0.5}
+    return plot(lines, "t", (0, 1000), (0, 1), marks={354: "as much noise as picture"})
 
 
 def noising_picture(model, film, x):
     """Ever more noise on one picture, by the closed form."""
-    levels, noise = model.alpha_bars, tiny_sd.Noise(1)(*x[0].shape)[None]
-    times = [0, 100, 200, 350, 500, 700, 999]
-    return sheet(
-        [[decoded(model, tiny_sd.add_noise(x, levels[t], noise)) for t in times]],
-        [f"t = {t}" for t in times],
-        size=128,
-    )
+    noise, times = tiny_sd.Noise(1)(*x[0].shape)[None], [0, 100, 200, 350, 500, 700, 999]
+    noisy = [tiny_sd.add_noise(x, model.alpha_bars[t], noise) for t in times]
+    return sheet([[decoded(model, x_t) for x_t in noisy]], [f"t = {t}" for t in times], size=128)
 
 
 def film_picture(model, film, x):
+    """What a sampler holds and what the network guesses, without prompt and guidance."""
+    film = Film()
+    *_, x = tiny_sd.generate(model, "", seeds=[3], guidance=1, denoiser=film)
     steps = film.steps[::3]
-    return sheet([[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]],
-                 [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
+    rows = [[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]]
+    return sheet(rows, [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
 
 
 def push_picture(model, film, x):
+    """The length of the difference that guidance exaggerates."""
     lengths = [float(np.sqrt(np.square(s.push[0]).sum())) for s in film.steps]
-    return curve(
-        lengths,
-        [f"t = {s.t:.0f}" for s in film.steps],
-        "length of the difference between the two guesses of the noise",
-    )
+    return curve(lengths, [f"t = {s.t:.0f}" for s in film.steps],
+                 "length of the difference between the two guesses of the noise")
 
 
 def guidance_picture(model, film, x):
-    scales = [1, 2, 4, 7.5, 15, 30]
-    return sheet(
-        [[last(model, guidance=scale) for scale in scales]],
-        [f"{scale:g}" for scale in scales],
-        size=128,
-    )
+    """Four seeds without guidance, and with more and more of it."""
+    scales = [1, 2, 4, 8, 16]
+    rows = [[last(model, "a cat", guidance=scale, seeds=[seed]) for scale in scales]
+            for seed in range(4)]
+    return sheet(rows, [f"{scale:g}" for scale in scales], [f"seed {i}" for i in range(4)], 96)
 
 
 def samplers_picture(model, film, x):
-    counts = [2, 3, 5, 8, 12, 20]
-    return sheet(
-        [
-            [last(model, steps=n, sampler=name) for n in counts]
-            for name in ("ddim", "dpm++2m", "euler_a")
-        ],
-        [f"{n} steps" for n in counts],
-        ["ddim", "dpm++2m", "euler_a"],
-        96,
-    )
+    """What three samplers draw in few steps and in many."""
+    counts, names = [2, 3, 5, 8, 12, 20], ("ddim", "dpm++2m", "euler_a")
+    rows = [[last(model, steps=n, sampler=name) for n in counts] for name in names]
+    return sheet(rows, [f"{n} steps" for n in counts], names, 96)
 
 
 def flow_picture(model, film, x):
-    """Where "pictures" are the numbers 1 and -1: the density of x_t, and paths of DDIM.
+    """Where pictures are the numbers 1 and -1: the density of x_t, and paths of ddim through it."""
+    alpha_bar = 1 / (1 + np.geomspace(14.6, 0.03, 400) ** 2)
+    height, top = 240, 2.5
+    values = np.linspace(top, -top, height)[:, None]
+    variance = 1 - alpha_bar
+    density = sum(np.exp(-(values - sign * np.sqrt(alpha_bar)) ** 2 / (2 * variance))
+                  for sign in (1, -1)) / np.sqrt(variance)
+    page = heat(density ** 0.5, 1.6).resize((800, 480), Image.Resampling.BICUBIC)
 
-    Brightness is density; noise is on the left, pictures are on the right.
-    """
-    sigmas = np.geomspace(14.6, 0.03, 400)
-    a, height = 1 / (1 + sigmas ** 2), 240
-    grid = np.linspace(2.5, -2.5, height)[:, None]
-    width = 1 - a + 0.03 ** 2 * a
-    density = sum(
-        np.exp(-((grid - sign * np.sqrt(a)) ** 2) / (2 * width)) for sign in (1, -1)
-    ) / np.sqrt(width)
-    page = heat(density ** 0.5, 1.6)
+    def denoise(x, t, alpha_bar):
+        x_0 = np.tanh(x * math.sqrt(alpha_bar) / (1 - alpha_bar))
+        return x_0, (x - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
 
-    def denoise(x, t, a):
-        x_0 = np.tanh(x * math.sqrt(a) / (1 - a))
-        return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
     starts = np.linspace(-2.1, 2.1, 16)
-    paths = np.array(
-        [
-            starts,
-            *tiny_sd.ddim(
-                denoise, starts, [(0, *pair) for pair in itertools.pairwise(a.tolist())], None
-            ),
-        ]
-    )
+    steps = [(0, *pair) for pair in itertools.pairwise(alpha_bar.tolist())]
+    paths = np.array([starts, *tiny_sd.ddim(denoise, starts, steps)])
     draw = ImageDraw.Draw(page)
     for path in paths.T:
-        draw.line([(i, (2.5 - y) / 5 * height) for i, y in enumerate(path)], "#7fd0ff", 1)
-    return sheet(
-        [[page.resize((800, 480), Image.Resampling.BICUBIC)]],
-        ["noise, left; pictures, right"],
-        size=800,
-    )
+        draw.line([(2 * i, (top - y) / (2 * top) * 480) for i, y in enumerate(path)], "#7fd0ff", 2)
+    return with_axes(page, "noise per signal, from sigma = 14.6 to 0.03", (-top, top))
 
 
 def strength_picture(model, film, x):
-    picture, strengths = tiny_sd.decode(model, x)[0], [0.05, 0.1, 0.2, 0.4, 0.8]
-    drawn = [
-        last(model, "a dog on a yellow background", init=picture, strength=strength)
-        for strength in strengths
-    ]
-    return sheet(
-        [[Image.fromarray(picture), *drawn]],
-        ["start", *(f"{strength:g}" for strength in strengths)],
-        size=128,
-    )
+    """Image to image, from a cat towards a dog."""
+    picture, strengths = np.asarray(last(model, "a cat")), [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]
+    drawn = [last(model, "a dog", init=picture, strength=strength) for strength in strengths]
+    same = [last(model, "a cat", init=picture, strength=strength) for strength in strengths]
+    titles = ["start", *(f"{strength:g}" for strength in strengths)]
+    start = Image.fromarray(picture)
+    return sheet([[start, *same], [start, *drawn]], titles, ["a cat", "a dog"], 96)
 
 
-PICTURES = {
-    name.removesuffix("_picture"): draw
-    for name, draw in list(vars().items())
-    if name.endswith("_picture")
-}
+def with_axes(picture, x_name, y_range):
+    """Return a picture with the range of its vertical axis, and a name under the horizontal one."""
+    left, bottom, write = 48, 28, font(13)
+    page = Image.new("RGB", (picture.width + left, picture.height + bottom), "white")
+    page.paste(picture, (left, 0))
+    draw = ImageDraw.Draw(page)
+    low, high = y_range
+    for y in np.arange(math.ceil(low), math.floor(high) + 1):
+        at = (high - y) / (high - low) * picture.height
+        draw.text((left - 8, at), f"{y:g}", "black", write, "rm")
+        draw.line((left - 5, at, left, at), "black")
+    draw.text((left + picture.width / 2, picture.height + bottom / 2), x_name, "black", write, "mm")
+    return page
 
 
-def notes(folder=Path(__file__).resolve().parent / "pictures"):
-    """Draws the pictures of NOTES.md anew, from one seed and the bundled model."""
+def plot(lines, x_name, x_range, y_range, marks=()):
+    """Draw lines {name: values over the x range} with their names, and marks {x: name}."""
+    (w, h), write, colours = (640, 300), font(13), ("#b3262e", "#1f5fa8", "#2f7d32")
+    page = Image.new("RGB", (w, h), "white")
+    draw = ImageDraw.Draw(page)
+    (x0, x1), (y0, y1) = x_range, y_range
+
+    def at(x, y):
+        return 50 + (x - x0) / (x1 - x0) * (w - 80), h - 45 - (y - y0) / (y1 - y0) * (h - 75)
+
+    for y in np.linspace(y0, y1, 5):
+        draw.line((*at(x0, y), *at(x1, y)), "#ddd")
+        draw.text((42, at(x0, y)[1]), f"{y:.3g}", "black", write, "rm")
+    for x in np.linspace(x0, x1, 6):
+        draw.text((at(x, y0)[0], h - 35), f"{x:.4g}", "black", write, "mm")
+    draw.text((w / 2, h - 14), x_name, "black", write, "mm")
+    for x in marks:
+        draw.line((*at(x, y0), *at(x, y1)), "#999")
+        draw.text((at(x, y1)[0] + 6, at(x, y1)[1] + 8), f"{x}: {marks[x]}", "#555", write, "lm")
+    for i, (name, values) in enumerate(lines.items()):
+        xs = np.linspace(x0, x1, len(values))
+        draw.line([at(x, y) for x, y in zip(xs, values)], colours[i], 3)
+        draw.text((w - 40, 105 + 18 * i), name, colours[i], write, "rm")
+    return page
+
+
+PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().items())
+            if name.endswith("_picture")}
+
+
+def notes(folder=None):
+    """Draw the pictures of NOTES.md anew, from one seed and the bundled model."""
+    folder = folder or Path(__file__).resolve().parent / "pictures"
     model, film = tiny_sd.load(tiny_sd.HERE / "weights" / "emoji"), Film()
     *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)
     folder.mkdir(exist_ok=True)
     for name, draw in tqdm(PICTURES.items(), unit="picture"):
         draw(model, film, x).save(folder / f"{name}.png", optimize=True)
+
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["notes"]:

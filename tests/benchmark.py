@@ -1,20 +1,25 @@
-"""How fast tiny_sd is beside diffusers, torch.compile, OpenVINO and its own formulas: the same weights and work, in turn.
+"""How fast tiny_sd is beside diffusers, torch.compile, OpenVINO and its own formulas.
 
-    python tests/benchmark.py                                            every part beside diffusers, float32 on the CPU
-    python tests/benchmark.py --peer all --part unet --part vae          two parts beside every peer
-    python tests/benchmark.py --peer formulas --part unet --rounds 1     what extras/fast.py gains
-    python tests/benchmark.py --peer none --part unet --batch 4          itself alone
-    python tests/benchmark.py --width 32 --size 64 --rounds 2            a quick look, on a small model
-    python tests/benchmark.py --peer all --part unet --part loaded --device cuda --dtype float16 --batch 8
+The same weights and work, in turn:
 
-`unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`: a picture in a process
-that holds the model already. `picture`: the same from the start of the process to the file. `bundled`: that with
-weights/emoji. A picture is 20 steps of DPM++ 2M at guidance 7.5; for its peak memory alone, --steps 1 is enough.
+    python tests/benchmark.py                           every part beside diffusers, on the CPU
+    python tests/benchmark.py --peer all --part unet --part vae        two parts, every peer
+    python tests/benchmark.py --peer formulas --part unet --rounds 1   what extras/fast.py gains
+    python tests/benchmark.py --peer none --part unet --batch 4        itself alone
+    python tests/benchmark.py --width 32 --size 64 --rounds 2          a quick look, small model
+    python tests/benchmark.py --peer all --part unet --part loaded --device cuda \\
+                              --dtype float16 --batch 8
 
-All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, written once among the temporary
-files. Each side is a process that waits while another computes: first each gives a result, which must agree, then they
-are timed in turn; of programs that draw into a file, which begin anew each time, the first run counts. All stay in memory:
-where that is short, take one peer at a time. Memory counts the pages of mapped files.
+`unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`:
+a picture in a process that holds the model already. `picture`: the same from the start of the
+process to the file. `bundled`: that with weights/emoji. A picture is 20 steps of DPM++ 2M at
+guidance 7.5; for its peak memory alone, --steps 1 is enough.
+
+All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, written
+once among the temporary files. Each side is a process that waits while another computes: first each
+gives a result, which must agree, then they are timed in turn; of programs that draw into a file,
+which begin anew each time, the first run counts. All stay in memory: where that is short, take one
+peer at a time. Memory counts the pages of mapped files.
 """
 
 import argparse
@@ -36,11 +41,17 @@ import time
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent       # neither tiny_sd nor NumPy here: that would choose threads for all sides
-PARTS = {"unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"], "picture": ["file"],
-         "bundled": ["file"]}
-PEERS = {"diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"], "openvino": ["unet", "vae", "text"],
-         "formulas": ["unet", "vae", "text", "loaded"]}
+ROOT = (
+    Path(__file__).resolve().parent.parent
+)  # neither tiny_sd nor NumPy here: that would choose threads for all sides
+PARTS = {
+    "unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"],
+    "picture": ["file"], "bundled": ["file"],
+}
+PEERS = {
+    "diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"],
+    "openvino": ["unet", "vae", "text"], "formulas": ["unet", "vae", "text", "loaded"],
+}
 PROMPT, BUNDLED_PROMPT = "a lighthouse in a storm", "red apple on a blue background"
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the largest value
 
@@ -49,33 +60,53 @@ class Failure(Exception):
     """What ends the program with one line."""
 
 
-# ── The model: random weights with the shapes of Stable Diffusion 1.5 ──────────────────────────────────────────────
+# ── The model: random weights with the shapes of Stable Diffusion 1.5 ─────────────────────────────
 
 def configs(width=320):
-    """Stable Diffusion 1.5's configs, its channels as if the U-Net's first level had `width` of them."""
+    """Stable Diffusion 1.5's configs, its channels as if the U-Net's first level had `width` of
+    them.
+    """
+
     def scaled(n, step=32):
         return max(step, round(n * width / 320 / step) * step)
 
     words, attn = scaled(768, 64), "CrossAttn"
     return {
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
-                         "hidden_size": words, "intermediate_size": 4 * words, "num_attention_heads": words // 64,
-                         "projection_dim": words, "num_hidden_layers": 12, "vocab_size": 49408,
-                         "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407},
-        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [scaled(n) for n in (128, 256, 512, 512)],
-                "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4,
-                "up_block_types": ["UpDecoderBlock2D"] * 4, "in_channels": 3, "out_channels": 3, "sample_size": 512},
-        "unet": {"_class_name": "UNet2DConditionModel", "block_out_channels": [scaled(n) for n in (320, 640, 1280, 1280)],
-                 "layers_per_block": 2, "cross_attention_dim": words, "attention_head_dim": 8, "sample_size": 64,
-                 "in_channels": 4, "out_channels": 4, "down_block_types": [f"{attn}DownBlock2D"] * 3 + ["DownBlock2D"],
-                 "up_block_types": ["UpBlock2D"] + [f"{attn}UpBlock2D"] * 3},
-        "scheduler": {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True,
-                      "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
-                      "timestep_spacing": "leading"}}
+        "text_encoder": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+            "hidden_act": "quick_gelu", "hidden_size": words, "intermediate_size": 4 * words,
+            "num_attention_heads": words // 64, "projection_dim": words, "num_hidden_layers": 12,
+            "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
+            "eos_token_id": 49407,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [scaled(n) for n in (128, 256, 512, 512)], "layers_per_block": 2,
+            "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4, "in_channels": 3, "out_channels": 3,
+            "sample_size": 512,
+        },
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "block_out_channels": [scaled(n) for n in (320, 640, 1280, 1280)],
+            "layers_per_block": 2, "cross_attention_dim": words, "attention_head_dim": 8,
+            "sample_size": 64, "in_channels": 4, "out_channels": 4,
+            "down_block_types": [f"{attn}DownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + [f"{attn}UpBlock2D"] * 3,
+        },
+        "scheduler": {
+            "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+            "skip_prk_steps": True, "beta_schedule": "scaled_linear", "steps_offset": 1,
+            "set_alpha_to_one": False, "timestep_spacing": "leading",
+        },
+    }
 
 
 def write_model(folder, width):
-    """A diffusers folder in float16: matrices that keep the variance, scales of one, shifts of zero."""
+    """A diffusers folder in float16.
+
+    Matrices that keep the variance, scales of one, shifts of zero.
+    """
     import numpy as np
     from safetensors.numpy import save_file
     sys.path.insert(0, str(ROOT))
@@ -88,20 +119,32 @@ def write_model(folder, width):
     def random(name, shape):
         if len(shape) == 1:
             return np.full(shape, name.endswith("weight"), np.float16)
-        return (rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)).astype(np.float16)
+        return (
+            rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)
+        ).astype(np.float16)
 
     files = {f"{part}/config.json": config[part] for part in SHAPES} | {
-        "scheduler/scheduler_config.json": config["scheduler"], "tokenizer/vocab.json": tokenizer.vocab,
-        "tokenizer/tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77,
-                                            "pad_token": tokenizer.EOS, "unk_token": tokenizer.EOS},
+        "scheduler/scheduler_config.json": config["scheduler"],
+        "tokenizer/vocab.json": tokenizer.vocab,
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": tokenizer.EOS,
+            "unk_token": tokenizer.EOS,
+        },
         "tokenizer/merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n",
-        "model_index.json": {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-                             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-                             "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"],
-                             "safety_checker": [None, None], "feature_extractor": [None, None]}}
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+        },
+    }
     for name, content in files.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-        (unfinished / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        (unfinished / name).write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
     for part, stem in (("text_encoder", "text_model."), ("vae", ""), ("unet", "")):
         shapes = flatten(SHAPES[part](read_config(part, config[part])))
         arrays = {stem + name: random(name, shape) for name, shape in shapes.items()}
@@ -113,12 +156,18 @@ def write_model(folder, width):
 def inputs(args):
     """Noise, channels last: latents, the context of both halves (negative, prompt), a picture."""
     import numpy as np
-    rng, n, words = np.random.default_rng(1), args.size // 8, configs(args.width)["unet"]["cross_attention_dim"]
-    return [rng.standard_normal(shape, np.float32)
-            for shape in ((args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3))]
+
+    rng, n, words = (
+        np.random.default_rng(1), args.size // 8,
+        configs(args.width)["unet"]["cross_attention_dim"],
+    )
+    return [
+        rng.standard_normal(shape, np.float32)
+        for shape in ((args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3))
+    ]
 
 
-# ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ────────────────────────
+# ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ───────
 
 def tiny_sd(part, args, folder):
     sys.path.insert(0, str(ROOT))
@@ -129,21 +178,34 @@ def tiny_sd(part, args, folder):
 def measured(part, args, folder):
     """Return the calls of tiny_sd, in whichever forms it computes by now."""
     import numpy as np
+
     import tiny_sd as sd
-    model, (x, context, image) = sd.load(folder, args.backend, args.device, args.dtype), inputs(args)
-    unet, vae = ((lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
-                 for network in (model.unet, model.vae["encoder"]))     # an array as the network's own
-    denoise = sd.denoiser(model, unet(context), 0.5)    # the mean of the halves: a difference in either shows as it is
+
+    model, (x, context, image) = (
+        sd.load(folder, args.backend, args.device, args.dtype),
+        inputs(args),
+    )
+    unet, vae = (
+        (lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
+        for network in (model.unet, model.vae["encoder"])
+    )  # an array as the network's own
+    denoise = sd.denoiser(
+        model, unet(context), 0.5
+    )  # the mean of the halves: a difference in either shows as it is
 
     def picture():
-        *_, latents = sd.generate(model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
-                                   width=args.size, height=args.size)
+        *_, latents = sd.generate(
+            model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
+            width=args.size, height=args.size,
+        )
         return sd.decode(model, latents) / np.float32(255)
 
     def rate():
         """What large matrix products reach, in operations a second: the best of five."""
         n = 8192 if args.device == "cuda" else 2048
-        a, b = (unet(np.random.default_rng(k).standard_normal((n, n), np.float32)) for k in range(2))  # a aᵀ takes half the work
+        a, b = (
+            unet(np.random.default_rng(k).standard_normal((n, n), np.float32)) for k in range(2)
+        )  # a aᵀ takes half the work
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
@@ -153,12 +215,25 @@ def measured(part, args, folder):
             seconds.append(time.perf_counter() - start)
         return np.array(4 * 2 * n ** 3 / min(seconds))
 
-    calls = {"unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
-             "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
-                     "encode": lambda: np.concatenate([*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1)},
-             "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
-             "loaded": {"picture": picture}}[part]
-    return calls | {f"operations of {name}": functools.partial(operations, sd, call) for name, call in calls.items()} | {"rate": rate}
+    calls = {
+        "unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
+        "vae": {
+            "decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
+            "encode": lambda: np.concatenate(
+                [*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1
+            ),
+        },
+        "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
+        "loaded": {"picture": picture},
+    }[part]
+    return (
+        calls
+        | {
+            f"operations of {name}": functools.partial(operations, sd, call)
+            for name, call in calls.items()
+        }
+        | {"rate": rate}
+    )
 
 
 def formulas(part, args, folder):
@@ -201,7 +276,10 @@ def operations(sd, call):
 
 
 def networks(part, args, folder, dtype):
-    """diffusers' and transformers' networks as {operation: (module, its inputs)}; each gives one tensor."""
+    """diffusers' and transformers' networks as {operation.
+
+    (module, its inputs)}; each gives one tensor.
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -233,9 +311,16 @@ def networks(part, args, folder, dtype):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
         return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)),
                 "encode": (Network(vae, moments), (image,))}
-    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(["", PROMPT], padding="max_length", return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+        ["", PROMPT], padding="max_length", return_tensors="pt"
+    )
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype)
-    return {"encode": (Network(encoder, lambda encoder, ids: encoder(ids)[0]), (tokens.input_ids.to(args.device),))}
+    return {
+        "encode": (
+            Network(encoder, lambda encoder, ids: encoder(ids)[0]),
+            (tokens.input_ids.to(args.device),),
+        )
+    }
 
 
 def pipeline(folder, device, dtype):
@@ -243,14 +328,19 @@ def pipeline(folder, device, dtype):
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     torch.set_num_threads(cores())
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), safety_checker=None).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), safety_checker=None
+    ).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt, size, batch, steps):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return pipe(prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=7.5, generator=streams,
-                    num_images_per_prompt=batch).images
+        return pipe(
+            prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=7.5,
+            generator=streams, num_images_per_prompt=batch,
+        ).images
+
     return pipe, draw
 
 
@@ -259,8 +349,12 @@ def diffusers(part, args, folder, compiled=False):
     import torch
 
     def faster(network):
-        mode = "reduce-overhead" if args.device == "cuda" else None     # with CUDA graphs
-        return torch.compile(network.to(memory_format=torch.channels_last), mode=mode) if compiled else network
+        mode = "reduce-overhead" if args.device == "cuda" else None  # with CUDA graphs
+        return (
+            torch.compile(network.to(memory_format=torch.channels_last), mode=mode)
+            if compiled
+            else network
+        )
 
     def operation(network, tensors):
         network = faster(network)
@@ -272,18 +366,34 @@ def diffusers(part, args, folder, compiled=False):
         return call
 
     if part != "loaded":
-        return {name: operation(*work) for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()}
+        return {
+            name: operation(*work)
+            for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()
+        }
     pipe, draw = pipeline(folder, args.device, args.dtype)
     pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
-    return {"picture": lambda: np.stack([np.float32(picture) / 255 for picture in draw(PROMPT, args.size, args.batch, args.steps)])}
+    return {
+        "picture": lambda: np.stack(
+            [
+                np.float32(picture) / 255
+                for picture in draw(PROMPT, args.size, args.batch, args.steps)
+            ]
+        )
+    }
 
 
 def openvino(part, args, folder):
     import numpy as np
     import openvino as ov
     import torch
-    settings = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[args.dtype],
-                "INFERENCE_NUM_THREADS": cores(), "PERFORMANCE_HINT": "LATENCY"}
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[
+            args.dtype
+        ],
+        "INFERENCE_NUM_THREADS": cores(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
 
     def operation(network, tensors):
         with torch.inference_mode():
@@ -291,7 +401,10 @@ def openvino(part, args, folder):
         model.reshape({port: list(t.shape) for port, t in zip(model.inputs, tensors)})
         run, arrays = ov.compile_model(model, "CPU", settings), [t.numpy() for t in tensors]
         return lambda: (lambda y: np.moveaxis(y, 1, -1) if y.ndim == 4 else y)(run(arrays)[0])
-    return {name: operation(*work) for name, work in networks(part, args, folder, torch.float32).items()}
+
+    return {
+        name: operation(*work) for name, work in networks(part, args, folder, torch.float32).items()
+    }
 
 
 def program(side, part, args, folder):
@@ -302,54 +415,85 @@ def program(side, part, args, folder):
     facts = [folder, args.device, args.dtype, args.batch, prompt, args.steps, size or ""]
     if side == "tiny_sd":
         names = ["-m", "--device", "--dtype", "-b", "-p", "--steps", "-W", "-H"]
-        options = [word for pair in zip(names, facts + [size]) for word in pair][:None if size else 12]
-        command = [ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", "7.5", "--backend", args.backend, "-o", "out.png"]
+        options = [word for pair in zip(names, facts + [size]) for word in pair][
+            : None if size else 12
+        ]
+        command = [
+            ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", "7.5",
+            "--backend", args.backend, "-o", "out.png",
+        ]
     else:
         command = [__file__, "draw", *facts]
 
     def call():
         with tempfile.TemporaryDirectory() as here:
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=here, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], cwd=here, capture_output=True, text=True
+            )
             if done.returncode:
                 raise Failure(" ".join(done.stderr.splitlines()[-1:]))
-            return np.stack([np.float32(Image.open(path)) / 255 for path in sorted(Path(here).glob("*.png"))])
+            return np.stack(
+                [np.float32(Image.open(path)) / 255 for path in sorted(Path(here).glob("*.png"))]
+            )
+
     return {"file": call}
 
 
 def draw(folder, device, dtype, batch, prompt, steps, size):
     """The peer's program: python benchmark.py draw ..."""
-    for i, picture in enumerate(pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch), int(steps))):
+    for i, picture in enumerate(
+        pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch), int(steps))
+    ):
         picture.save(f"out-{i:03d}.png")
 
 
-# ── A process for each side ────────────────────────────────────────────────────────────────────────────────────────
+# ── A process for each side ───────────────────────────────────────────────────────────────────────
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_memory(part, device):
-    """The largest memory in MB: of the programs run; else since the last call, the GPU's or resident. None if unknown."""
+    """The largest memory in MB.
+
+    Of the programs run; else since the last call, the GPU's or resident. None if unknown.
+    """
     if PARTS[part] == ["file"]:
         import resource
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+        return (
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024)
+            / 1e6
+        )
     if device == "cuda":
         import torch
         peak = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return peak
     with contextlib.suppress(OSError):
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        peak = (
+            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        )
         Path("/proc/self/clear_refs").write_text("5")       # the peak starts anew
         return peak
 
 
 def serve(pipe, side, part, args, folder):
-    """What a side's process does: answers the name of an operation with (seconds, result, MB), or tells its error."""
+    """What a side's process does.
+
+    Answers the name of an operation with (seconds, result, MB), or tells its error.
+    """
     try:
-        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino, "formulas": formulas,
-                 "compiled": functools.partial(diffusers, compiled=True)}
-        calls = program(side, part, args, folder) if PARTS[part] == ["file"] else sides[side](part, args, folder)
+        sides = {
+            "tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino, "formulas": formulas,
+            "compiled": functools.partial(diffusers, compiled=True),
+        }
+        calls = (
+            program(side, part, args, folder)
+            if PARTS[part] == ["file"]
+            else sides[side](part, args, folder)
+        )
         while True:
             call = calls[pipe.recv()]
             start = time.perf_counter()
@@ -379,34 +523,54 @@ def start(side, *work):
     return ask
 
 
-# ── The comparison ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The comparison ────────────────────────────────────────────────────────────────────────────────
 
 def compare(part, args, folder):
-    """The part's results, one for each operation and side; Failure, before anything is timed, if the sides disagree."""
+    """The part's results, one for each operation and side.
+
+    Failure, before anything is timed, if the sides disagree.
+    """
     import numpy as np
     from tqdm import tqdm
     names = ["tiny_sd", *(peer for peer in args.peer if part in PEERS[peer])]
     sides, results = {name: start(name, part, args, folder) for name in names}, []
     for operation in PARTS[part]:
         rows, picture, ours = {}, operation in ("picture", "file"), None
-        allowed = TOLERANCE[args.dtype] if not picture else 1.01 / 255 if args.dtype == "float32" else 1
+        allowed = (
+            TOLERANCE[args.dtype] if not picture else 1.01 / 255 if args.dtype == "float32" else 1
+        )
         for name in names:
             seconds, result, mb = sides[name](operation)
             ours = result if ours is None else ours
             if result.shape != ours.shape or not np.isfinite(result).all() or not np.ptp(result):
-                raise Failure(f"{part} {operation}: {name} gives {result.shape} instead of {ours.shape}, or not numbers")
-            difference = float(np.abs(result - ours).max() / (1 if picture else np.abs(result).max()))
+                raise Failure(
+                    f"{part} {operation}: {name} gives {result.shape} instead of {ours.shape}, "
+                    "or not numbers"
+                )
+            difference = float(
+                np.abs(result - ours).max() / (1 if picture else np.abs(result).max())
+            )
             if difference > allowed:
-                raise Failure(f"{part} {operation}: {name} and tiny_sd differ by {difference:.1e}, more than {allowed:.1e}")
-            rows[name] = {"part": part, "operation": operation, "side": name, "difference": difference, "first_mb": mb,
-                          "later_mb": mb and 0, "seconds": [seconds] * (operation == "file")}
-        for k in tqdm(range(operation == "file", args.rounds), f"{part} {operation}", unit="round", leave=False, disable=False):
+                raise Failure(
+                    f"{part} {operation}: {name} and tiny_sd differ by {difference:.1e}, "
+                    f"more than {allowed:.1e}"
+                )
+            rows[name] = {
+                "part": part, "operation": operation, "side": name, "difference": difference,
+                "first_mb": mb, "later_mb": mb and 0, "seconds": [seconds] * (operation == "file"),
+            }
+        for k in tqdm(
+            range(operation == "file", args.rounds), f"{part} {operation}", unit="round",
+            leave=False, disable=False,
+        ):
             for name in names[k % len(names):] + names[:k % len(names)]:
                 seconds, _, mb = sides[name](operation)
                 rows[name]["seconds"].append(seconds)
                 rows[name]["later_mb"] = mb and max(mb, rows[name]["later_mb"])
         if not picture:
-            counted, rate = (float(sides["tiny_sd"](name)[1]) for name in (f"operations of {operation}", "rate"))
+            counted, rate = (
+                float(sides["tiny_sd"](name)[1]) for name in (f"operations of {operation}", "rate")
+            )
         for row in rows.values():
             row |= {} if picture else {"operations": counted, "matrix_rate": rate}
             row["median"] = statistics.median(row["seconds"])
@@ -416,22 +580,45 @@ def compare(part, args, folder):
 
 
 def table(results):
-    """As Markdown. A difference is of the largest value; in a picture, of white. TFLOP/s counts the operations of the definitions,
-    whatever a side saves of them, and the share is of what large matrix products reach in tiny_sd's process."""
-    lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share", "peak MB at first", "peak MB later",
-              "difference"], ["---"] * 2 + ["---:"] * 8]
+    """As Markdown. A difference is of the largest value; in a picture, of white.
+
+    TFLOP/s counts the operations of the definitions, whatever a side saves of them, and the share
+    is of what large matrix products reach in tiny_sd's process.
+    """
+    lines = [
+        [
+            "", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share",
+            "peak MB at first", "peak MB later", "difference",
+        ],
+        ["---"] * 2 + ["---:"] * 8,
+    ]
     for row in results:
-        ratio, difference = ("", "") if row["side"] == "tiny_sd" else (f"{row['ratio']:.2f}", f"{row['difference']:.1e}")
-        lines.append([f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
-                      f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio, *(
-                          (f"{speed / 1e12:.3g}", f"{speed / row['matrix_rate']:.0%}") if (
-                              speed := row.get("operations", 0) / row["median"]) else ("", "")),
-                      *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])), difference])
+        ratio, difference = (
+            ("", "")
+            if row["side"] == "tiny_sd"
+            else (f"{row['ratio']:.2f}", f"{row['difference']:.1e}")
+        )
+        lines.append(
+            [
+                f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
+                f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio,
+                *(
+                    (f"{speed / 1e12:.3g}", f"{speed / row['matrix_rate']:.0%}")
+                    if (speed := row.get("operations", 0) / row["median"])
+                    else ("", "")
+                ),
+                *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])),
+                difference,
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine(device):
-    facts = {"processor": platform.processor() or platform.machine(), "cores": cores(), "python": platform.python_version()}
+    facts = {
+        "processor": platform.processor() or platform.machine(), "cores": cores(),
+        "python": platform.python_version(),
+    }
     with contextlib.suppress(OSError, TypeError):
         facts["processor"] = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     if device == "cuda":
@@ -450,7 +637,10 @@ def parse_arguments():
 
     parser = Parser(description="Time tiny_sd beside other programs.", allow_abbrev=False)
     add = parser.add_argument
-    add("--peer", action="append", choices=[*PEERS, "all", "none"], help="may be repeated (diffusers)")
+    add(
+        "--peer", action="append", choices=[*PEERS, "all", "none"],
+        help="may be repeated (diffusers)",
+    )
     add("--part", action="append", choices=[*PARTS, "all"], help="may be repeated (all)")
     add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless only torch can")
     add("--dtype", choices=TOLERANCE, default="float32", help="(%(default)s)")
@@ -458,27 +648,61 @@ def parse_arguments():
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--threads", type=int, default=cores(), help="cores that each side may use (%(default)s)")
     add("--steps", type=int, default=20, help="of a picture (%(default)s)")
-    add("--size", type=int, dest="own_size", metavar="PIXELS", help="height and width (512; the bundled model's own)")
+    add(
+        "--size", type=int, dest="own_size", metavar="PIXELS",
+        help="height and width (512; the bundled model's own)",
+    )
     add("--batch", type=int, default=1, help="pictures at once (%(default)s)")
-    add("--width", type=int, default=320, help="channels of the random U-Net's first level; 32 is quick (%(default)s)")
+    add(
+        "--width", type=int, default=320,
+        help="channels of the random U-Net's first level; 32 is quick (%(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     plain, args.size = (args.device, args.dtype) == ("cpu", "float32"), args.own_size or 512
     args.backend = args.backend or ("numpy" if plain else "torch")
     every = ["diffusers", "openvino" if args.device == "cpu" else "compiled"]
     several = {"all": every, "none": []}
-    args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in several.get(peer, [peer])))
-    args.part = list(dict.fromkeys(p for part in args.part or ["all"] for p in (PARTS if part == "all" else [part])))
+    args.peer = list(
+        dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in several.get(peer, [peer]))
+    )
+    args.part = list(
+        dict.fromkeys(
+            p for part in args.part or ["all"] for p in (PARTS if part == "all" else [part])
+        )
+    )
     for right, message in [
-            (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
-            (args.device == "cpu" or "openvino" not in args.peer, "--peer openvino computes on the CPU"),
-            (args.backend == "numpy" or "formulas" not in args.peer, "--peer formulas computes with NumPy"),
-            (min(args.rounds, args.batch, args.steps) >= 1, "--rounds, --batch and --steps are at least 1"),
-            (64 <= args.size <= 4096 and args.size % 64 == 0, f"--size {args.size} is not a multiple of 64 up to 4096"),
-            (32 <= args.width <= 320 and args.width % 32 == 0, f"--width {args.width} is not a multiple of 32 up to 320"),
-            (hasattr(os, "sched_setaffinity") or args.threads == cores(), "--threads: this system cannot restrict a process"),
-            (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
-            (not args.json or args.json.parent.is_dir(), f"there is no folder {args.json and args.json.parent} for --json")]:
+        (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
+        (
+            args.device == "cpu" or "openvino" not in args.peer,
+            "--peer openvino computes on the CPU",
+        ),
+        (
+            args.backend == "numpy" or "formulas" not in args.peer,
+            "--peer formulas computes with NumPy",
+        ),
+        (
+            min(args.rounds, args.batch, args.steps) >= 1,
+            "--rounds, --batch and --steps are at least 1",
+        ),
+        (
+            64 <= args.size <= 4096 and args.size % 64 == 0,
+            f"--size {args.size} is not a multiple of 64 up to 4096",
+        ),
+        (
+            32 <= args.width <= 320 and args.width % 32 == 0,
+            f"--width {args.width} is not a multiple of 32 up to 320",
+        ),
+        (
+            hasattr(os, "sched_setaffinity") or args.threads == cores(),
+            "--threads: this system cannot restrict a process",
+        ),
+        (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
+        (
+            not args.json or args.json.parent.is_dir(),
+            f"there is no folder {args.json and args.json.parent} for --json",
+        ),
+    ]:
         if not right:
             parser.error(message)
     return args
@@ -489,7 +713,9 @@ def run(args):
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
-        needed = ["torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else [])] * (peer != "formulas")
+        needed = [
+            "torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else []),
+        ] * (peer != "formulas")
         if missing := [library for library in needed if not importlib.util.find_spec(library)]:
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
@@ -497,8 +723,12 @@ def run(args):
         version = zlib.crc32(json.dumps(configs(args.width)).encode())
         random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}-{version:08x}")
         folder = ROOT / "weights" / "emoji" if part == "bundled" else random
-        if part != "bundled" and not folder.exists():       # in a process of its own, to leave no memory behind
-            writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder, args.width))
+        if (
+            part != "bundled" and not folder.exists()
+        ):  # in a process of its own, to leave no memory behind
+            writer = multiprocessing.get_context("spawn").Process(
+                target=write_model, args=(folder, args.width)
+            )
             writer.start()
             writer.join()
         if not folder.exists():
@@ -510,12 +740,19 @@ def run(args):
         results += compare(part, args, folder)
         print(f"\n{table([row for row in results if row['part'] == part])}\n", flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"machine": facts, "command": sys.argv[1:], "results": results}, indent=1))
+            args.json.write_text(
+                json.dumps(
+                    {"machine": facts, "command": sys.argv[1:], "results": results}, indent=1
+                )
+            )
 
 
 def main():
     args = parse_arguments()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "DIFFUSERS_VERBOSITY": "error"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
+        "DIFFUSERS_VERBOSITY": "error",
+    }
     if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:

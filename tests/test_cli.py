@@ -1,4 +1,7 @@
-"""The command line, on a random model that draws in milliseconds: what it writes, what it says, and how it refuses."""
+"""The command line, on a random model that draws in milliseconds.
+
+What it writes, what it says, and how it refuses.
+"""
 
 import json
 import os
@@ -66,7 +69,11 @@ def draw(run):
 
 @pytest.fixture
 def refuse(run):
-    """refuse(argument, ...) -> the one line that says why; there must be no other, and no new file"""
+    """refuse(argument, ...) -> the one line that says why.
+
+    There must be no other, and no new file
+    """
+
     def refuse(*argv):
         before = everything()
         status, out, err = run(*argv)
@@ -85,15 +92,20 @@ def pixels(picture):
 
 
 def parse(picture):
-    """Prompt, negative prompt and facts, by the rules by which other programs read the `parameters` of a PNG."""
+    """Prompt, negative prompt and facts, by the rules by which other programs read the `parameters`
+    of a PNG.
+    """
     above, line = picture.text["parameters"].rsplit("\n", 1)
     prompt, negative = above.split("\nNegative prompt: ")
     return prompt, negative, dict(re.findall(r"\s*(\w[\w -]+): ([^,]*)(?:,|$)", line))
 
 
-# ── What it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What it writes ────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("flags, size", [("", (16, 16)), ("-W 12", (12, 16)), ("-H 26", (16, 26)), ("-W 4 -H 34", (4, 34))])
+@pytest.mark.parametrize(
+    "flags, size",
+    [("", (16, 16)), ("-W 12", (12, 16)), ("-H 26", (16, 26)), ("-W 4 -H 34", (4, 34))],
+)
 def test_size(draw, flags, size):
     """Any multiples of the model's factor, here 2; by default the model's own size."""
     picture = draw("red apple", *flags.split())
@@ -102,10 +114,18 @@ def test_size(draw, flags, size):
 
 def test_parameters(draw):
     prompt, negative = "a lighthouse, (stormy:1.2), 灯台\nat night", "blur: none"
-    picture = draw(*"-s 42 --steps 3 --cfg-scale 4.5 --sampler dpm++2m --karras -W 12".split(), prompt, "-n", negative)
-    assert parse(picture) == (prompt, negative, {
-        "Steps": "3", "Sampler": "DPM++ 2M Karras", "CFG scale": "4.5", "Seed": "42", "Size": "12x16", "Model": "tiny",
-        "RNG": "CPU", "Version": f"tiny_sd {sd.__version__}"})
+    picture = draw(
+        *"-s 42 --steps 3 --cfg-scale 4.5 --sampler dpm++2m --karras -W 12".split(), prompt, "-n",
+        negative,
+    )
+    assert parse(picture) == (
+        prompt,
+        negative,
+        {
+            "Steps": "3", "Sampler": "DPM++ 2M Karras", "CFG scale": "4.5", "Seed": "42",
+            "Size": "12x16", "Model": "tiny", "RNG": "CPU", "Version": f"tiny_sd {sd.__version__}",
+        },
+    )
 
 
 def test_parameters_with_all_left_as_it_is(draw):
@@ -134,7 +154,9 @@ def test_an_existing_file_stays_and_the_next_free_name_is_printed(run):
     mine = ["out.png", "out-1.png", "out-001.png", "out-2.png.part"]
     for name in mine:
         Path(name).write_text("mine")
-    for argv, names in [("a", ["out-2.png"]), ("a", ["out-3.png"]), ("a -b 2", ["out-000.png", "out-001-1.png"])]:
+    for argv, names in [
+        ("a", ["out-2.png"]), ("a", ["out-3.png"]), ("a -b 2", ["out-000.png", "out-001-1.png"]),
+    ]:
         assert run(*argv.split())[1] == names
     assert {path.name for path in Path().iterdir() if path.read_bytes() == b"mine"} == set(mine)
     assert len(list(Path().iterdir())) == len(mine) + 4
@@ -153,20 +175,35 @@ def test_the_same_command_draws_the_same_file(run):
     assert Path("out.png").read_bytes() == Path("out-1.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags", ["-s 1", "-n apple", "--cfg-scale 2", "--guidance-scale 1", "--steps 3", "--karras",
-                                   *(f"--sampler {name}" for name in sd.SAMPLERS if name != "dpm++2m")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-s 1", "-n apple", "--cfg-scale 2", "--guidance-scale 1", "--steps 3", "--karras",
+        *(f"--sampler {name}" for name in sd.SAMPLERS if name != "dpm++2m"),
+    ],
+)
 def test_every_option_matters(draw, flags):
     flags = ["--steps", "4", *flags.split()]
     assert abs(pixels(draw("red", *flags)) - pixels(draw("red", *flags[:2]))).max() > 0
 
 
-@pytest.mark.parametrize("flags, tolerance", [("--backend torch", 1), ("--backend torch --dtype bfloat16", 60),
-                                              ("--backend torch --dtype float16", 12)])
+@pytest.mark.parametrize(
+    "flags, tolerance",
+    [
+        ("--backend torch", 1), ("--backend torch --dtype bfloat16", 60),
+        ("--backend torch --dtype float16", 12),
+    ],
+)
 def test_torch_draws_the_same_picture(draw, flags, tolerance):
-    assert abs(pixels(draw("red apple", *flags.split())) - pixels(draw("red apple"))).max() <= tolerance
+    assert (
+        abs(pixels(draw("red apple", *flags.split())) - pixels(draw("red apple"))).max()
+        <= tolerance
+    )
 
 
-def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(draw, model, here, monkeypatch):
+def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(
+    draw, model, here, monkeypatch
+):
     monkeypatch.setattr(sd, "HERE", here / "program")
     shutil.copytree(model, here / "program/weights/mine")
     assert parse(draw("a", "-m", "mine"))[2]["Model"] == "mine"
@@ -180,19 +217,23 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(run, argv):
     status, _, err = run(*argv)
     said = [line for line in err if line.startswith("tiny_sd: ")]
     assert status == 0 and len(said) == 1 and said[0].endswith("does not see: red apple")
+    assert "the prompt 'red apple red apple red apple" in said[0] and "10 tokens" in said[0]
 
 
 def test_what_is_cut_changes_nothing(draw):
     assert np.array_equal(pixels(draw("red apple " * 9)), pixels(draw("red apple " * 5)))
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>", "a" * 3000, "a " * 20000],
-                         ids=lambda prompt: ascii(prompt[:9]))
+@pytest.mark.parametrize(
+    "prompt",
+    ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>", "a" * 3000, "a " * 20000],
+    ids=lambda prompt: ascii(prompt[:9]),
+)
 def test_any_prompt_draws(draw, prompt):
     draw(f"--prompt={prompt}")
 
 
-# ── From a picture ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── From a picture ────────────────────────────────────────────────────────────────────────────────
 
 RNG = np.random.default_rng(0)
 PLAIN = Image.fromarray(RNG.integers(256, size=(16, 24, 3), dtype=np.uint8))
@@ -209,7 +250,9 @@ def around(colour, width, height):
 
 
 def on_white(picture, holes):
-    return Image.composite(Image.new("RGB", picture.size, "white"), picture.convert("RGB"), Image.fromarray(holes))
+    return Image.composite(
+        Image.new("RGB", picture.size, "white"), picture.convert("RGB"), Image.fromarray(holes)
+    )
 
 
 def with_alpha(picture, alpha):
@@ -218,17 +261,29 @@ def with_alpha(picture, alpha):
     return picture
 
 
-PICTURES = {    # the picture as it is saved, the file, settings, and the plain picture that it means
+PICTURES = {  # the picture as it is saved, the file, settings, and the plain picture that it means
     "RGBA": (PLAIN.convert("RGBA"), "in.png", {}, PLAIN),
-    "transparent": (with_alpha(PLAIN, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(PLAIN, HOLES)),
+    "transparent": (
+        with_alpha(PLAIN, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(PLAIN, HOLES),
+    ),
     "greyscale": (GREY, "in.png", {}, GREY.convert("RGB")),
-    "greyscale, transparent": (with_alpha(GREY, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(GREY, HOLES)),
-    "16 bits": (Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.png", {}, GREY.convert("RGB")),
-    "16 bits, TIFF": (Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.tiff", {}, GREY.convert("RGB")),
+    "greyscale, transparent": (
+        with_alpha(GREY, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(GREY, HOLES),
+    ),
+    "16 bits": (
+        Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.png", {},
+        GREY.convert("RGB"),
+    ),
+    "16 bits, TIFF": (
+        Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.tiff", {},
+        GREY.convert("RGB"),
+    ),
     "black and white": (PLAIN.convert("1"), "in.png", {}, PLAIN.convert("1").convert("RGB")),
     "palette": (PALETTE, "in.png", {}, PALETTE.convert("RGB")),
     "palette, GIF": (PALETTE, "in.gif", {}, PALETTE.convert("RGB")),
-    "palette, transparent": (PALETTE, "in.png", {"transparency": 3}, on_white(PALETTE, np.asarray(PALETTE) == 3)),
+    "palette, transparent": (
+        PALETTE, "in.png", {"transparency": 3}, on_white(PALETTE, np.asarray(PALETTE) == 3),
+    ),
     "CMYK": (PLAIN.convert("CMYK"), "in.tiff", {}, PLAIN),
     "turned": (PLAIN.transpose(Image.Transpose.ROTATE_90), "in.png", {"exif": TURNED}, PLAIN),
     "too wide": (around("red", 48, 16), "in.png", {}, PLAIN),
@@ -242,7 +297,9 @@ def test_from_any_picture(draw, name):
     picture, file, settings, plain = PICTURES[name]
     picture.save(file, **settings)
     plain.save("plain.png")
-    ours, reference = (draw(*"apple -W 24 -H 16 --strength 0.5 -i".split(), path) for path in (file, "plain.png"))
+    ours, reference = (
+        draw(*"apple -W 24 -H 16 --strength 0.5 -i".split(), path) for path in (file, "plain.png")
+    )
     assert ours.size == (24, 16) and np.array_equal(pixels(ours), pixels(reference))
 
 
@@ -256,37 +313,42 @@ def test_strength_leads_away_from_the_picture(run, monkeypatch):
     """Counted in steps; the fewer of them, the less noise the sampler starts from."""
     PLAIN.save("in.png")
     started = []
-    monkeypatch.setitem(sd.SAMPLERS, "ddim", lambda denoise, x, levels, noise: started.append(levels) or iter([x]))
+    monkeypatch.setitem(
+        sd.SAMPLERS, "ddim", lambda denoise, x, levels, noise: started.append(levels) or iter([x])
+    )
     for strength in ("0.1", "0.58", "1"):
         run(*f"apple -i in.png --steps 50 --sampler ddim --strength {strength}".split())
     assert [len(levels) for levels in started] == [5, 29, 50]
     assert started[0][0][1] > started[1][0][1] > started[2][0][1]
 
 
-# ── What it refuses ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What it refuses ───────────────────────────────────────────────────────────────────────────────
 
-ARGUMENTS = {   # the arguments, and what the line must name
-    "": "prompt", "one -p two": "prompt", "one two": "two", "a --frobnicate": "--frobnicate", "a --prom b": "--prom",
-    "a -s": "--seed", "a -s x": "'x'", "a -s 1.5": "1.5", "a -s -2": "--seed -2", f"a -s {2 ** 64}": f"{2 ** 64}",
-    "a --steps 0": "--steps 0", "a --steps -3": "--steps -3", "a --steps 5000": "5000", "a --steps x": "'x'",
-    "a --cfg-scale nan": "--cfg-scale nan", "a --cfg-scale -1": "-1", "a --cfg-scale inf": "inf", "a --cfg-scale x": "'x'",
-    "a -i in.png --strength 0": "--strength 0", "a -i in.png --strength -0.5": "-0.5", "a -i in.png --strength 1.01": "1.01",
+ARGUMENTS = {  # the arguments, and what the line must name
+    "": "prompt", "one -p two": "prompt", "one two": "two", "a --frobnicate": "--frobnicate",
+    "a --prom b": "--prom", "a -s": "--seed", "a -s x": "'x'", "a -s 1.5": "1.5",
+    "a -s -2": "--seed -2", f"a -s {2**64}": f"{2**64}", "a --steps 0": "--steps 0",
+    "a --steps -3": "--steps -3", "a --steps 5000": "5000", "a --steps x": "'x'",
+    "a --cfg-scale nan": "--cfg-scale nan", "a --cfg-scale -1": "-1", "a --cfg-scale inf": "inf",
+    "a --cfg-scale x": "'x'", "a -i in.png --strength 0": "--strength 0",
+    "a -i in.png --strength -0.5": "-0.5", "a -i in.png --strength 1.01": "1.01",
     "a -i in.png --strength nan": "--strength nan", "a -i in.png --strength inf": "--strength inf",
-    "a -i in.png --strength 0.4": "--strength 0.4",
-    "a --sampler heun": "'heun'", "a --mask in.png": "--init-img", "a --karras --sampler plms": "--karras",
-    "a --prompts in.png": "one prompt", "--prompts none.txt": "none.txt", "--like none.png": "none.png", "--like in.png": "in.png",
-    "a --preview x.jpg": "x.jpg", "a --karras --sampler ddim": "--karras",
-    "a -W 15": "--width 15", "a -H 17": "--height 17", "a -W -16": "--width -16", "a -W 0": "--width 0", "a -H 0": "--height 0",
-    "a -W 2": "--width 2", "a -H 4098": "--height 4098", "a -W 1e3": "1e3",
-    "a -b 0": "--batch-size 0", "a -b -1": "-1", "a -b 1001": "1001",
-    "a -o no/such.png": "no", "a -o out.gif": "out.gif", "a -o out": "out", "a -o .png": ".png", "a -o folder": "folder",
-    "a -o in.png/out.png": "in.png",
-    "a --backend jax": "'jax'", "a --device tpu": "'tpu'", "a --dtype int8": "'int8'", "a --dtype float16": "--dtype float16",
-    "a --backend numpy --device cuda": "--device cuda", "a --device mps": "mps",
-    "a -m none": "none", "a -m no/such/folder": "no/such/folder", "a -m none.safetensors": "none.safetensors",
-    "a -m folder": "folder", "a -m in.png": "in.png", "a -m sd-v1-4.ckpt": "sd-v1-4.safetensors", "a -m ''": "Stable Diffusion folder",
-    "a -i none.png": "none.png", "a -i folder": "folder", "a -i empty.png": "empty.png", "a -i text.png": "text.png",
-    "a -i cut.png": "cut.png", "a -i ''": "picture",
+    "a -i in.png --strength 0.4": "--strength 0.4", "a --sampler heun": "'heun'",
+    "a --mask in.png": "--init-img", "a --karras --sampler plms": "--karras",
+    "a --prompts in.png": "one prompt", "--prompts none.txt": "none.txt",
+    "--like none.png": "none.png", "--like in.png": "in.png", "a --preview x.jpg": "x.jpg",
+    "a --karras --sampler ddim": "--karras", "a -W 15": "--width 15", "a -H 17": "--height 17",
+    "a -W -16": "--width -16", "a -W 0": "--width 0", "a -H 0": "--height 0", "a -W 2": "--width 2",
+    "a -H 4098": "--height 4098", "a -W 1e3": "1e3", "a -b 0": "--batch-size 0", "a -b -1": "-1",
+    "a -b 1001": "1001", "a -o no/such.png": "no", "a -o out.gif": "out.gif", "a -o out": "out",
+    "a -o .png": ".png", "a -o folder": "folder", "a -o in.png/out.png": "in.png",
+    "a --backend jax": "'jax'", "a --device tpu": "'tpu'", "a --dtype int8": "'int8'",
+    "a --dtype float16": "--dtype float16", "a --backend numpy --device cuda": "--device cuda",
+    "a --device mps": "mps", "a -m none": "none", "a -m no/such/folder": "no/such/folder",
+    "a -m none.safetensors": "none.safetensors", "a -m folder": "folder", "a -m in.png": "in.png",
+    "a -m sd-v1-4.ckpt": "sd-v1-4.safetensors", "a -m ''": "Stable Diffusion folder",
+    "a -i none.png": "none.png", "a -i folder": "folder", "a -i empty.png": "empty.png",
+    "a -i text.png": "text.png", "a -i cut.png": "cut.png", "a -i ''": "picture",
 }
 
 
@@ -319,7 +381,10 @@ def change(name, **settings):
     """Sets keys of a config, or takes away those that are given as None."""
     def edit(folder):
         config = json.loads((folder / name).read_text()) | settings
-        (folder / name).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in config.items() if value is not None})
+        )
+
     return edit
 
 
@@ -336,11 +401,13 @@ def arrays(edit):
 
 
 def remove(name):
-    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    return lambda folder: (
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    )
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
-MODELS = {      # what was done to the folder, and what the line must name
+MODELS = {  # what was done to the folder, and what the line must name
     "weights, empty": (write(UNET, b""), UNET),
     "weights, cut in the header": (cut(slice(300)), UNET),
     "weights, cut at the end": (cut(slice(-1)), UNET),
@@ -348,30 +415,66 @@ MODELS = {      # what was done to the folder, and what the line must name
     "weights, a pickle": (write(UNET, pickle.dumps(Bomb())), UNET),
     "weights, header without end": (write(UNET, b"\xff" * 8 + b"{}"), UNET),
     "weights, none": (remove(UNET), UNET),
-    "an array too many": (arrays(lambda w: w.update({"conv_in.gain": np.ones(8, np.float32)})), "conv_in.gain is unknown"),
+    "an array too many": (
+        arrays(lambda w: w.update({"conv_in.gain": np.ones(8, np.float32)})),
+        "conv_in.gain is unknown",
+    ),
     "an array too few": (arrays(lambda w: w.pop("conv_in.bias")), "conv_in.bias is missing"),
-    "an array too short": (arrays(lambda w: w.update({"conv_in.bias": np.ones(7, np.float32)})), "conv_in.bias has shape (7,)"),
-    "an array of bytes": (arrays(lambda w: w.update({"conv_in.bias": np.ones(8, np.uint8)})), "conv_in.bias is U8"),
-    "an array named in two lines": (arrays(lambda w: w.update({"a\nb": np.ones(8, np.float32)})), "is unknown"),
+    "an array too short": (
+        arrays(lambda w: w.update({"conv_in.bias": np.ones(7, np.float32)})),
+        "conv_in.bias has shape (7,)",
+    ),
+    "an array of bytes": (
+        arrays(lambda w: w.update({"conv_in.bias": np.ones(8, np.uint8)})),
+        "conv_in.bias is U8",
+    ),
+    "an array named in two lines": (
+        arrays(lambda w: w.update({"a\nb": np.ones(8, np.float32)})),
+        "is unknown",
+    ),
     "config, none": (remove("vae/config.json"), "vae/config.json"),
     "config, no JSON": (write("vae/config.json", b"{'a': 1}"), "vae/config.json"),
     "config, no text": (write("vae/config.json", b"\xff\xfe"), "vae/config.json"),
     "config, a list": (write("vae/config.json", b"[]"), "vae"),
-    "config, a key too few": (change("unet/config.json", cross_attention_dim=None), "cross_attention_dim"),
+    "config, a key too few": (
+        change("unet/config.json", cross_attention_dim=None),
+        "cross_attention_dim",
+    ),
     "config, other widths": (change("unet/config.json", block_out_channels=[8, 24]), "unet"),
     "config, groups that do not divide": (change("vae/config.json", norm_num_groups=3), "vae"),
-    "config, heads that do not divide": (change("text_encoder/config.json", num_attention_heads=5), "text_encoder"),
-    "config, an unknown activation": (change("text_encoder/config.json", hidden_act="relu"), "relu"),
+    "config, heads that do not divide": (
+        change("text_encoder/config.json", num_attention_heads=5),
+        "text_encoder",
+    ),
+    "config, an unknown activation": (
+        change("text_encoder/config.json", hidden_act="relu"),
+        "relu",
+    ),
     "scheduler, none": (remove("scheduler"), "scheduler_config.json"),
     "scheduler, a list": (write("scheduler/scheduler_config.json", b"[]"), "scheduler"),
-    "scheduler, an unknown schedule": (change("scheduler/scheduler_config.json", beta_schedule="cosine"), "'cosine'"),
-    "scheduler, an unknown spacing": (change("scheduler/scheduler_config.json", timestep_spacing="wide"), "'wide'"),
-    "scheduler, an unknown prediction": (change("scheduler/scheduler_config.json", prediction_type="flow"), "'flow'"),
+    "scheduler, an unknown schedule": (
+        change("scheduler/scheduler_config.json", beta_schedule="cosine"),
+        "'cosine'",
+    ),
+    "scheduler, an unknown spacing": (
+        change("scheduler/scheduler_config.json", timestep_spacing="wide"),
+        "'wide'",
+    ),
+    "scheduler, an unknown prediction": (
+        change("scheduler/scheduler_config.json", prediction_type="flow"),
+        "'flow'",
+    ),
     "tokenizer, none": (remove("tokenizer"), "tokenizer"),
     "tokenizer, no text": (write("tokenizer/merges.txt", b"\xff\xfe"), "tokenizer"),
     "tokenizer, a list": (write("tokenizer/vocab.json", b'["a"]'), "tokenizer"),
-    "tokenizer, longer than the model": (change("tokenizer/tokenizer_config.json", model_max_length=20), "20"),
-    "tokenizer, an unknown pad token": (change("tokenizer/tokenizer_config.json", pad_token="nothing"), "nothing"),
+    "tokenizer, longer than the model": (
+        change("tokenizer/tokenizer_config.json", model_max_length=20),
+        "20",
+    ),
+    "tokenizer, an unknown pad token": (
+        change("tokenizer/tokenizer_config.json", pad_token="nothing"),
+        "nothing",
+    ),
     "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
     "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
     "scheduler, beta_end 1": (change(SCHEDULER, beta_end=1), "beta_end"),
@@ -383,17 +486,23 @@ MODELS = {      # what was done to the folder, and what the line must name
     "scheduler, 1000.0 timesteps": (change(SCHEDULER, num_train_timesteps=1000.0), "1000.0"),
     "scheduler, -5 timesteps": (change(SCHEDULER, num_train_timesteps=-5), "-5"),
     "scheduler, null timesteps": (write(SCHEDULER, b'{"num_train_timesteps": null}'), "timesteps"),
-    "scheduler, 10^7 timesteps": (change(SCHEDULER, num_train_timesteps=10 ** 7), "10000000"),
+    "scheduler, 10^7 timesteps": (change(SCHEDULER, num_train_timesteps=10**7), "10000000"),
     "scheduler, steps_offset null": (write(SCHEDULER, b'{"steps_offset": null}'), "steps_offset"),
     "scheduler, steps_offset a text": (change(SCHEDULER, steps_offset="1"), "steps_offset"),
     "scheduler, a class that is a list": (change(SCHEDULER, _class_name=[]), "_class_name"),
-    "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10 ** 400), "_guidance_scale"),
+    "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10**400), "_guidance_scale"),
     "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
     "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),
     "tokenizer, nested 100,000 deep": (write("tokenizer/vocab.json", b"[" * 100_000), "vocab"),
-    "config, 10^10 layers": (change("text_encoder/config.json", num_hidden_layers=10 ** 10), "10000000000"),
+    "config, 10^10 layers": (
+        change("text_encoder/config.json", num_hidden_layers=10**10),
+        "10000000000",
+    ),
     "config, too few heads": (change("unet/config.json", num_attention_heads=[2]), "heads"),
-    "config, words of another width": (change("unet/config.json", cross_attention_dim=16), "words of 16"),
+    "config, words of another width": (
+        change("unet/config.json", cross_attention_dim=16),
+        "words of 16",
+    ),
     "config, 3 channels given": (change("unet/config.json", out_channels=3), "gives 3 channels"),
     "config, 8 input channels": (change("unet/config.json", in_channels=8), "8 input channels"),
     "config, 5 input channels": (change("unet/config.json", in_channels=5), "5 input channels"),
@@ -402,13 +511,20 @@ MODELS = {      # what was done to the folder, and what the line must name
     "config, another norm": (change("unet/config.json", norm_eps=1e-6), "norm_eps"),
     "config, another activation": (change("unet/config.json", act_fn="mish"), "mish"),
     "config, sines first": (change("unet/config.json", flip_sin_to_cos=False), "flip_sin_to_cos"),
-    "config, shifted by the time": (change("unet/config.json", resnet_time_scale_shift="scale_shift"),
-                                    "resnet_time_scale_shift"),
+    "config, shifted by the time": (
+        change("unet/config.json", resnet_time_scale_shift="scale_shift"),
+        "resnet_time_scale_shift",
+    ),
     "config, words alone": (change("unet/config.json", only_cross_attention=True), "only_cross"),
-    "config, deep transformers": (change("unet/config.json", transformer_layers_per_block=[1, 2]),
-                                  "transformer_layers"),
+    "config, deep transformers": (
+        change("unet/config.json", transformer_layers_per_block=[1, 2]),
+        "transformer_layers",
+    ),
     "config, a VAE of another activation": (change("vae/config.json", act_fn="gelu"), "act_fn"),
-    "config, another layer norm": (change("text_encoder/config.json", layer_norm_eps=1e-6), "layer_norm"),
+    "config, another layer norm": (
+        change("text_encoder/config.json", layer_norm_eps=1e-6),
+        "layer_norm",
+    ),
 }
 
 
@@ -419,8 +535,14 @@ def test_bad_models(refuse, model, name):
     assert named in refuse("apple", "-m", "model")
 
 
-@pytest.mark.parametrize("name, content", [("a.safetensors", b""), ("b.safetensors", pickle.dumps(Bomb())), ("c.ckpt", pickle.dumps(Bomb())),
-                                           ("d.txt", b"hello"), ("e.safetensors", b"\2" + b"\0" * 7 + b"{}")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.safetensors", b""), ("b.safetensors", pickle.dumps(Bomb())),
+        ("c.ckpt", pickle.dumps(Bomb())), ("d.txt", b"hello"),
+        ("e.safetensors", b"\2" + b"\0" * 7 + b"{}"),
+    ],
+)
 def test_bad_single_files(refuse, name, content):
     Path(name).write_bytes(content)
     assert name in refuse("apple", "-m", name)
@@ -434,14 +556,20 @@ def test_weights_that_are_not_finite(run, model, value):
     assert status == 2 and out == [] and "not finite" in err[-1] and not list(Path().glob("out*"))
 
 
-# ── When it cannot go on ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── When it cannot go on ──────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("name", ["/proc/out.png", "a" * 300 + ".png", "a" * 249 + ".png"], ids=lambda name: name[:12])
+@pytest.mark.parametrize(
+    "name", ["/proc/out.png", "a" * 300 + ".png", "a" * 249 + ".png"], ids=lambda name: name[:12]
+)
 def test_an_output_that_cannot_be_written(run, name):
     """The last of these is a name that is allowed, but has no room for a suffix."""
     if Path(name).parent.is_dir():
         status, out, err = run("apple", "-o", name)
-        assert status in (0, 2) and len(out) == (status == 0) and (status == 0 or err[-1].startswith("tiny_sd: "))
+        assert (
+            status in (0, 2)
+            and len(out) == (status == 0)
+            and (status == 0 or err[-1].startswith("tiny_sd: "))
+        )
         assert len(list(Path().iterdir())) == len(out)
 
 
@@ -491,25 +619,38 @@ def test_a_file_system_without_links(run, monkeypatch):
     Path("out.png").write_text("mine")
     Path("out-1.png").symlink_to("nowhere")
     assert run("apple")[:2] == (0, ["out-2.png"]) and Image.open("out-2.png").size == (16, 16)
-    assert Path("out.png").read_text() == "mine" and Path("out-1.png").is_symlink() and len(list(Path().iterdir())) == 3
+    assert (
+        Path("out.png").read_text() == "mine"
+        and Path("out-1.png").is_symlink()
+        and len(list(Path().iterdir())) == 3
+    )
 
 
 def test_a_name_that_a_picture_cannot_have(run, refuse):
     if Path("/proc").is_dir():
-        assert run("apple", "-o", "/proc/out.png")[2][-1] == "tiny_sd: /proc/out.png cannot be written: No such file or directory"
-    assert refuse("apple", "--preview", "no/such.png") == "tiny_sd: there is no folder no to write to"
+        assert (
+            run("apple", "-o", "/proc/out.png")[2][-1]
+            == "tiny_sd: /proc/out.png cannot be written: No such file or directory"
+        )
+    assert (
+        refuse("apple", "--preview", "no/such.png") == "tiny_sd: there is no folder no to write to"
+    )
 
 
-# ── As a program ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── As a program ──────────────────────────────────────────────────────────────────────────────────
 
 def start(*argv, without=()):
     """The program in a process of its own, to which some packages are not installed."""
     for name in without:
         Path("lacking").mkdir(exist_ok=True)
-        Path("lacking", f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+        Path("lacking", f"{name}.py").write_text(
+            f"raise ModuleNotFoundError('No module named {name}')"
+        )
     return subprocess.Popen(
-        [sys.executable, ROOT / "tiny_sd.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": "lacking"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        [sys.executable, ROOT / "tiny_sd.py", *argv], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "lacking"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finish(process):
@@ -518,16 +659,20 @@ def finish(process):
 
 
 def test_numpy_is_enough(model):
-    """With torch, diffusers and transformers out of reach; a bar on stderr, and on stdout nothing but the path."""
-    status, out, err = finish(start("apple", "-m", model, "--steps", "2", without=["torch", "diffusers", "transformers"]))
+    """With torch, diffusers and transformers out of reach.
+
+    A bar on stderr, and on stdout nothing but the path.
+    """
+    status, out, err = finish(
+        start("apple", "-m", model, "--steps", "2", without=["torch", "diffusers", "transformers"])
+    )
     assert (status, out) == (0, "out.png\n") and "2/2" in err and err.count("\n") == 1
     assert Image.open("out.png").size == (16, 16)
 
 
 @pytest.mark.parametrize("argv, without, named", [
     (["apple", "--steps", "0"], [], "--steps 0"),
-    (["apple", "--backend", "torch"], ["torch"], "torch"),
-    (["apple"], ["tqdm"], "tqdm"),
+    (["apple", "--backend", "torch"], ["torch"], "torch"), (["apple"], ["tqdm"], "tqdm"),
 ])
 def test_one_line_and_no_traceback(model, argv, without, named):
     status, out, err = finish(start(*argv, "-m", model, without=without))
@@ -539,45 +684,72 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed --steps --cfg-scale --guidance-scale
-            --sampler --karras -W --width -H --height -b --batch-size -i --init-img --strength --backend --device --dtype --show --explain""".split():
+    for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed
+            --steps --cfg-scale --guidance-scale --sampler --karras -W --width -H --height -b
+            --batch-size -i --init-img --strength --backend --device --dtype --show --explain
+            """.split():
         assert re.search(rf"(?<![\w-]){flag}\b", text), flag
 
 
-# ── Files of prompts, pictures drawn again, previews ───────────────────────────────────────────────────────────────
+# ── Files of prompts, pictures drawn again, previews ──────────────────────────────────────────────
 
 def facts(path):
-    """A reader of its own for the text that programs leave in a picture: (prompt, negative, {key: value})."""
+    """A reader of its own for the text that programs leave in a picture.
+
+    (prompt, negative, {key: value}).
+    """
     lines = Image.open(path).text["parameters"].split("\n")
     last = dict(part.split(": ", 1) for part in lines[-1].split(", "))
     return "\n".join(lines[:-2]), lines[-2].removeprefix("Negative prompt: "), last
 
 
 def test_like_draws_the_picture_again(tmp_path):
-    first, again, other, model = tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png", str(write_model(tmp_path / "m"))
+    first, again, other, model = (
+        tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png",
+        str(write_model(tmp_path / "m")),
+    )
     prompt = "red, apple: Steps: 3\nNegative prompt: x"
-    how = ["-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale", "3.5", "-W", "20", "-H", "12"]
+    how = [
+        "-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale",
+        "3.5", "-W", "20", "-H", "12",
+    ]
     assert cli.main([prompt, "-m", model, "-o", str(first), *how]) == 0
     assert facts(first)[:2] == (prompt, "a, b: c") and facts(first)[2]["Seed"] == "7"
     assert cli.main(["--like", str(first), "-m", model, "-o", str(again)]) == 0
     assert again.read_bytes() == first.read_bytes()
     assert cli.main(["blue", "--like", str(first), "-m", model, "-o", str(other), "-s", "8"]) == 0
-    assert facts(other)[0] == "blue" and facts(other)[2]["Seed"] == "8" and facts(other)[2]["Sampler"] == "Euler Karras"
+    assert (
+        facts(other)[0] == "blue"
+        and facts(other)[2]["Seed"] == "8"
+        and facts(other)[2]["Sampler"] == "Euler Karras"
+    )
 
 
 def test_like_reads_what_other_programs_write(tmp_path):
     info = PngInfo()
-    info.add_text("parameters", "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, Schedule type: Karras, "
-                  "CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1")
+    info.add_text(
+        "parameters",
+        "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, "
+        "Schedule type: Karras, CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
+        "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1",
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
-    assert (args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale, args.seed, args.width, args.height) == (
-        "a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
+    assert (
+        args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale,
+        args.seed, args.width, args.height,
+    ) == ("a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
 
 
 def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
-    model, out, lines = str(write_model(tmp_path / "m")), tmp_path / "p.png", tmp_path / "prompts.txt"
-    lines.write_text("# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\nwell-known -b 2\n", encoding="utf-8")
+    model, out, lines = (
+        str(write_model(tmp_path / "m")), tmp_path / "p.png", tmp_path / "prompts.txt",
+    )
+    lines.write_text(
+        "# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\n"
+        "well-known -b 2\n",
+        encoding="utf-8",
+    )
     run = ["--prompts", str(lines), "-m", model, "-o", str(out), "--steps", "1"]
     assert cli.main(run) == 0
     names = ["p-0002.png", "p-0004.png", "p-0005-000.png", "p-0005-001.png"]
@@ -589,10 +761,18 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     assert cli.main(run) == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == names
     assert sum((tmp_path / name).stat().st_mtime_ns != before[name] for name in names) == 1
-    monkeypatch.setattr(formats, "load", None)       # no need to wait for a model if nothing is to be drawn
+    monkeypatch.setattr(
+        formats, "load", None
+    )  # no need to wait for a model if nothing is to be drawn
     capsys.readouterr()
-    assert cli.main(run) == 0 and capsys.readouterr() == ("", f"tiny_sd: {lines} has no prompt whose picture is not there yet\n")
-    for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"), ("red -m x", "model")):
+    assert cli.main(run) == 0 and capsys.readouterr() == (
+        "",
+        f"tiny_sd: {lines} has no prompt whose picture is not there yet\n",
+    )
+    for line, said in (
+        ("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"),
+        ("red -m x", "model"),
+    ):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2
         err = capsys.readouterr().err
@@ -602,18 +782,37 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
 def test_two_processes_share_the_prompts(tmp_path):
     model, lines = str(write_model(tmp_path / "m")), tmp_path / "prompts.txt"
     lines.write_text("red\napple\nred apple\n", encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "tiny_sd.py",
-                           "--prompts", lines, "-m", model, "-o", tmp_path / "p.png", "--steps", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            ROOT / "tiny_sd.py", "--prompts", lines, "-m", model, "-o", tmp_path / "p.png",
+            "--steps", "1",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["p-0001.png", "p-0002.png", "p-0003.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "p-0001.png", "p-0002.png", "p-0003.png",
+    ]
 
 
 def test_preview_is_close_to_the_picture(tmp_path):
     """The linear map of the last latents, beside the decoder's picture in small."""
     picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
-    assert cli.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview", str(preview), "--steps", "8"]) == 0
+    assert (
+        cli.main(
+            [
+                "red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview",
+                str(preview), "--steps", "8",
+            ]
+        )
+        == 0
+    )
     small = np.asarray(Image.open(preview)).astype(float)
-    large = np.asarray(Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)).astype(float)
+    large = np.asarray(
+        Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)
+    ).astype(float)
     assert small.shape == (16, 16, 3) and np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8
 
 
@@ -621,13 +820,16 @@ def test_preview_replaces_only_a_preview(run, refuse):
     PLAIN.save("mine.png")
     Path("text.png").write_text("mine")
     for name in ("mine.png", "text.png"):
-        assert refuse("apple", "--preview", name) == f"tiny_sd: --preview {name} is there already, and no preview: name another file"
+        assert (
+            refuse("apple", "--preview", name)
+            == f"tiny_sd: --preview {name} is there already, and no preview: name another file"
+        )
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
         assert Image.open("new.png").size == (8, 8)
 
 
-# ── Names that people know ───────────────────────────────────────────────────────────────────────
+# ── Names that people know ────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("name, sampler, karras", [
     ("DPM++ 2M Karras", "DPM++ 2M", True), ("dpm++ 2m", "DPM++ 2M", False),
@@ -657,7 +859,7 @@ def test_a_seed_drawn_at_random(draw):
                for path in Path().glob("*.png") if path.name != Path(again.filename).name)
 
 
-# ── Where it writes ──────────────────────────────────────────────────────────────────────────────
+# ── Where it writes ───────────────────────────────────────────────────────────────────────────────
 
 def test_into_a_folder(run, refuse):
     Path("sub").mkdir()
@@ -667,11 +869,16 @@ def test_into_a_folder(run, refuse):
     assert "there is no folder none" in refuse("apple", "-o", "none/")
 
 
-@pytest.mark.parametrize("flags, names", [
-    ("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
-    ("-o {prompt}.png", ["red-apple-on-a-b.png"]), ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
-    ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
-    ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"])])
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
+        ("-o {prompt}.png", ["red-apple-on-a-b.png"]),
+        ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
+        ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
+        ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"]),
+    ],
+)
 def test_names_filled_in(run, flags, names):
     assert run("red/apple, on a: ../b.", *flags.split())[:2] == (0, names)
     assert sorted(path.name for path in Path().iterdir()) == names
@@ -698,7 +905,9 @@ def test_other_formats_tell_how_they_were_made(run, name):
 
 def test_a_prompt_too_long_for_a_jpeg(run):
     status, out, err = run("x " * 30000, "-o", "out.jpg")
-    assert (status, out) == (0, ["out.jpg"]) and any("too long to be recorded" in line for line in err)
+    assert (status, out) == (0, ["out.jpg"]) and any(
+        "too long to be recorded" in line for line in err
+    )
     Image.open("out.jpg").load()
 
 
@@ -706,7 +915,7 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse):
     refuse("apple", "-o", "a" * 300 + ".png")
 
 
-# ── Pictures drawn again ─────────────────────────────────────────────────────────────────────────
+# ── Pictures drawn again ──────────────────────────────────────────────────────────────────────────
 
 def write_facts(name, text):
     info = PngInfo()
@@ -716,8 +925,11 @@ def write_facts(name, text):
 
 def test_like_says_what_it_does_not_take_up(run):
     PLAIN.save("in.png")
-    write_facts("a.png", "red\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
-                "Model: /etc/other, Clip skip: 2, Denoising strength: 0.5, Lora: some 0.8, RNG: CPU")
+    write_facts(
+        "a.png",
+        "red\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
+        "Model: /etc/other, Clip skip: 2, Denoising strength: 0.5, Lora: some 0.8, RNG: CPU",
+    )
     _, _, err = cli_lines(run, "--like", "a.png", model=False)
     assert err == [
         "--like a.png: Clip skip 2 is not taken up",
@@ -788,7 +1000,7 @@ def test_quoted_facts_of_other_programs():
     assert facts == {"Steps": "2", "Lora hashes": "a: 1  b: 2", "Seed": "3"}
 
 
-# ── Lists of prompts ─────────────────────────────────────────────────────────────────────────────
+# ── Lists of prompts ──────────────────────────────────────────────────────────────────────────────
 
 def test_a_batch_that_broke_off_goes_on(run):
     """All pictures of a line are looked for, not only the first."""
@@ -857,11 +1069,19 @@ def test_a_line_of_a_million_spaces(run):
 
 def test_a_line_like_another_picture(run):
     assert run("red", "-o", "a.png", "-s", "4")[0] == 0
-    Path("p.txt").write_text("apple --like a.png\n")
-    assert run("--prompts", "p.txt")[0] == 2       # --like brings a prompt of its own
+    Path("p.txt").write_text("apple --like a.png\nblue --like a.png -s 5\ngreen\n")
+    _, out, err = run("--prompts", "p.txt")
+    drawn = [parse(Image.open(name)) for name in out]
+    assert [(prompt, facts["Seed"]) for prompt, _, facts in drawn] == [
+        ("apple", "4"), ("blue", "5"), ("green", "0")]
+    Path("p.txt").write_text("apple\nblue\n")
+    write_facts("b.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Clip skip: 2")
+    _, out, err = run("--prompts", "p.txt", "--like", "b.png", "-o", "c.png")
+    assert [parse(Image.open(name))[2]["Seed"] for name in out] == ["3", "3"]
+    assert sum("Clip skip" in line for line in err) == 1
 
 
-# ── A sampler of one's own ───────────────────────────────────────────────────────────────────────
+# ── A sampler of one's own ────────────────────────────────────────────────────────────────────────
 
 def halves(denoise, x, steps, noise):
     """A sampler that is none of ours."""
@@ -894,10 +1114,12 @@ def test_a_sampler_says_its_spacing(registered, spacing, monkeypatch):
         assert [t for t, _, _ in steps] == expected
 
 
+@pytest.mark.parametrize("name", ["half-way", "Half way: mine, too"])
 def test_a_registered_sampler_goes_from_the_command_line_into_the_picture_and_back(
-        registered, run):
-    assert run("red", "--sampler", "half-way", "-o", "a.png")[0] == 0
-    assert parse(Image.open("a.png"))[2]["Sampler"] == "half-way"
+        name, monkeypatch, run):
+    monkeypatch.setitem(sd.SAMPLERS, name, halves)
+    assert run("red", "--sampler", name, "-o", "a.png")[0] == 0
+    assert parse(Image.open("a.png"))[2]["Sampler"] == re.sub("[:,]", " ", name)
     assert run("--like", "a.png", "-o", "b.png")[0] == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
@@ -909,7 +1131,7 @@ def test_karras_with_a_models_own_sampler_that_has_none(run, model):
     assert (status, out) == (2, []) and err[-1].endswith("--karras does not go with --sampler plms")
 
 
-# ── Models ───────────────────────────────────────────────────────────────────────────────────────
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("settings, said", [
     ({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler is not known here: dpm++2m"),
@@ -934,10 +1156,15 @@ def test_the_default_model_is_the_bundled_one(here):
 
 
 @pytest.mark.parametrize("name", ["/dev/null", "fifo"])
-def test_what_is_neither_a_folder_nor_a_file(refuse, name, here):
+def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has neither")
     os.mkfifo("fifo")
+    for file in (UNET, "vae/config.json", "tokenizer/vocab.json"):
+        copy = Path(shutil.copytree(model, f"m{len(list(here.iterdir()))}"))
+        (copy / file).unlink()
+        os.mkfifo(copy / file)
+        assert f"{file} is not a file" in refuse("red", "-m", str(copy))
     assert "neither a folder nor a file" in refuse("red", "-m", name)
     assert f"the LoRA {name} is no file" in refuse("red", "--lora", name)
 
@@ -947,7 +1174,9 @@ def test_names_that_are_no_text(model, here):
     """Of bytes that no encoding has; the picture's text has question marks for them."""
     name = os.fsdecode(b"m\xff")
     shutil.copytree(model, name)
-    status, out, err = finish(start("apple", "-m", name, "--steps", "1", "-o", os.fsdecode(b"o\xff.png")))
+    status, out, err = finish(
+        start("apple", "-m", name, "--steps", "1", "-o", os.fsdecode(b"o\xff.png"))
+    )
     assert status == 0 and "Traceback" not in err
     assert Image.open(os.fsdecode(b"o\xff.png")).text["parameters"].count("Model: m?") == 1
 
@@ -971,19 +1200,23 @@ def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
     path = Path(shutil.copytree(model, "model")) / UNET
     generate = sd.generate
 
-    def change_it(*args, **settings):
-        yield from generate(*args, **settings)
+    def write_it():
         path.write_bytes(path.read_bytes())
 
-    def replace_it(*args, **settings):
-        yield from generate(*args, **settings)
+    def replace_it():
         Path("new").write_bytes(path.read_bytes())
         os.replace("new", path)
 
-    monkeypatch.setattr(sd, "generate", change_it)
+    def then(change):
+        def walk(path):
+            yield from path
+            change()
+        return lambda *args, **settings: walk(generate(*args, **settings))
+
+    monkeypatch.setattr(sd, "generate", then(write_it))
     status, out, err = run("red", "-m", "model")
     assert (status, out) == (2, []) and "was changed while it was in use" in err[-1]
-    monkeypatch.setattr(sd, "generate", replace_it)
+    monkeypatch.setattr(sd, "generate", then(replace_it))
     assert run("red", "-m", "model")[:2] == (0, ["out.png"])
 
 
@@ -991,11 +1224,12 @@ def test_a_loaded_model_prints_as_one_line(model):
     assert repr(formats.load(model)) == "Model(name='tiny', digest='')"
 
 
-# ── Pictures of any depth ────────────────────────────────────────────────────────────────────────
+# ── Pictures of any depth ─────────────────────────────────────────────────────────────────────────
 
 RAMP = np.arange(16 * 24).reshape(16, 24) % 256
-DEEP = {    # the file, its numbers, and the 8 bits that they mean
-    "in.pgm": (RAMP.astype(np.uint16) * 257, RAMP), "in16.tiff": (RAMP.astype(np.uint16) * 257, RAMP),
+DEEP = {  # the file, its numbers, and the 8 bits that they mean
+    "in.pgm": (RAMP.astype(np.uint16) * 257, RAMP),
+    "in16.tiff": (RAMP.astype(np.uint16) * 257, RAMP),
     "in32.tiff": (RAMP.astype(np.int32) * 257, RAMP),
     "float.tiff": (RAMP.astype(np.float32) / 255, RAMP),
     "float255.tiff": (RAMP.astype(np.float32), RAMP),
@@ -1029,7 +1263,7 @@ def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
     assert refuse("red", "-i", "in.png") == "tiny_sd: there is not enough memory"
 
 
-# ── Nothing is lost ──────────────────────────────────────────────────────────────────────────────
+# ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
 
 def test_threads_that_save_under_one_name(here):
     """Each picture once, whole, under a name of its own."""
@@ -1066,9 +1300,13 @@ def test_file_systems_without_links_lose_nothing_either(here, monkeypatch):
     test_threads_that_save_under_one_name(here)
 
 
-@pytest.mark.parametrize("environment", [
-    {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"},
-    {"RANK": "0", "WORLD_SIZE": "1"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"},
+    ],
+)
 def test_half_of_what_torchrun_says(run, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

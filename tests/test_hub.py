@@ -1,4 +1,8 @@
-"""A model by name: from weights/, from the Hugging Face cache, or fetched; against a server that speaks the hub's protocol."""
+"""A model by name.
+
+From weights/, from the Hugging Face cache, or fetched; against a server that speaks the hub's
+protocol.
+"""
 
 import hashlib
 import json
@@ -20,15 +24,22 @@ from conftest import ROOT
 from extras import cli, formats
 from helpers import FILES, sd, write_model
 
-COMMIT, REPOSITORY, TOKEN = "0123456789abcdef0123456789abcdef01234567", "someone/small-model", "hf_secret"
+pytestmark = pytest.mark.slow
+
+COMMIT, REPOSITORY, TOKEN = (
+    "0123456789abcdef0123456789abcdef01234567", "someone/small-model", "hf_secret",
+)
 WEIGHTS = {f"{part}/{stem}.safetensors" for part, stem in FILES.items()}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LICENCE = "mit"
 
 
 class Hub:
-    """The endpoints of huggingface.co that its library asks for, in front of a folder. Weights are sent from another
-    address, to which the first redirects, as on the hub. `requests` lists (method, path, Range) of all that was asked."""
+    """The endpoints of huggingface.co that its library asks for, in front of a folder.
+
+    Weights are sent from another address, to which the first redirects, as on the hub. `requests`
+    lists (method, path, Range) of all that was asked.
+    """
 
     def __init__(self, folder, private=False):
         self.folder, self.private, self.requests, self.stop_after = folder, private, [], {}
@@ -56,38 +67,80 @@ class Hub:
         self.server.server_close()
 
     def files(self):
-        return {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)): path
+            for path in self.folder.rglob("*")
+            if path.is_file()
+        }
 
     def answer(self, request, path):
         api = re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/[^/]+)?(/tree/[^/]+)?", path)
-        file = re.fullmatch(rf"/(?:{REPOSITORY}/resolve/(?P<revision>[^/]+)|cdn)/(?P<file>.+)", path)
-        if self.private and not path.startswith("/cdn/") and request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.send(request, 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+        file = re.fullmatch(
+            rf"/(?:{REPOSITORY}/resolve/(?P<revision>[^/]+)|cdn)/(?P<file>.+)", path
+        )
+        if (
+            self.private
+            and not path.startswith("/cdn/")
+            and request.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
+            return self.send(
+                request,
+                401,
+                {
+                    "X-Error-Code": "RepoNotFound",
+                    "X-Error-Message": "Invalid username or password.",
+                },
+            )
         if api and api[2]:
             return self.send(request, 200, {}, json.dumps([
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": sha1(path)}
                 for name, path in self.files().items()]).encode())
         if api:
-            return self.send(request, 200, {}, json.dumps({
-                "id": REPOSITORY, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                "cardData": {"license": LICENCE}, "siblings": [{"rfilename": name, "size": path.stat().st_size}
-                                                             for name, path in self.files().items()]}).encode())
+            return self.send(
+                request, 200, {},
+                json.dumps(
+                    {
+                        "id": REPOSITORY, "sha": COMMIT, "private": False, "tags": [],
+                        "downloads": 0, "likes": 0, "cardData": {"license": LICENCE},
+                        "siblings": [
+                            {"rfilename": name, "size": path.stat().st_size}
+                            for name, path in self.files().items()
+                        ],
+                    }
+                ).encode(),
+            )
         if not file:
-            return self.send(request, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            return self.send(
+                request, 404,
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            )
         if file["revision"] not in (None, "main", COMMIT):
             return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
         if file["file"] not in self.files():
-            return self.send(request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self.send(
+                request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            )
         source = self.folder / file["file"]
         size, etag = source.stat().st_size, f'"{sha1(source)}"'
         if file["revision"] and source.suffix == ".safetensors":
-            return self.send(request, 302, {"Location": f"/cdn/{file['file']}", "X-Linked-Size": str(size),
-                                            "X-Linked-ETag": etag, "X-Repo-Commit": COMMIT})
-        self.send(request, 200, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, source.read_bytes(), file["file"])
+            return self.send(
+                request,
+                302,
+                {
+                    "Location": f"/cdn/{file['file']}", "X-Linked-Size": str(size),
+                    "X-Linked-ETag": etag, "X-Repo-Commit": COMMIT,
+                },
+            )
+        self.send(
+            request, 200, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"},
+            source.read_bytes(), file["file"],
+        )
 
     def send(self, request, status, headers, body=b"", name=None):
         size, begin = len(body), 0
-        if status == 200 and (match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")):
+        if status == 200 and (
+            match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")
+        ):
             status, begin = 206, int(match[1])
             headers = {**headers, "Content-Range": f"bytes {begin}-{size - 1}/{size}"}
         request.send_response(status)
@@ -114,8 +167,11 @@ def sha1(path):
 def model(tmp_path):
     """The random model as a repository might hold it, with files that are not needed."""
     folder = write_model(tmp_path / "repository")
-    for name in ("README.md", "model.ckpt", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
-                 "safety_checker/model.safetensors", "tokenizer/special_tokens_map.json"):
+    for name in (
+        "README.md", "model.ckpt", "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "safety_checker/model.safetensors",
+        "tokenizer/special_tokens_map.json",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not needed")
     return folder
@@ -136,27 +192,38 @@ def serve(model):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(hub or its address, argument, ...) -> the program in a process of its own, with a cache of its own"""
+    """start(hub or its address, argument, ...) -> the program in a process of its own, with a cache
+    of its own
+    """
     monkeypatch.chdir(tmp_path)
 
     def start(hub, *argv, **environment):
-        environment = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": getattr(hub, "url", hub), "HF_HUB_OFFLINE": "0",
-                       "HF_HUB_ETAG_TIMEOUT": "60", **environment}
+        environment = {
+            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": getattr(hub, "url", hub),
+            "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "60", **environment,
+        }
         return subprocess.Popen(
-            [sys.executable, ROOT / "tiny_sd.py", "apple", "--steps", "1", *argv], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            [sys.executable, ROOT / "tiny_sd.py", "apple", "--steps", "1", *argv],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
     return start
 
 
 @pytest.fixture
 def run(start):
-    """run(hub, argument, ...) -> (status, stdout, the program's own lines on stderr, all of stderr)"""
+    """run(hub, argument, ...) -> (status, stdout, this program's lines on stderr, all of stderr)"""
+
     def run(*argv, **environment):
         process = start(*argv, **environment)
         out, err = process.communicate(timeout=300)
         assert "Traceback" not in err
-        return process.returncode, out, [line for line in err.splitlines() if line.startswith("tiny_sd: ")], err
+        return (
+            process.returncode, out,
+            [line for line in err.splitlines() if line.startswith("tiny_sd: ")], err,
+        )
+
     return run
 
 
@@ -183,21 +250,31 @@ CONFIGS = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part i
 TOKENIZER = {"tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
 
 
-# ── Fetched once, then found ───────────────────────────────────────────────────────────────────────────────────────
+# ── Fetched once, then found ──────────────────────────────────────────────────────────────────────
 
 def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
-    """Nothing but what is needed; it says what comes, how much, whence and under which licence; the picture is that of the
-    folder itself, and names the model. The second time, nothing is asked, nor with the hub switched off."""
+    """Nothing but what is needed.
+
+    It says what comes, how much, whence and under which licence; the picture is that of the folder
+    itself, and names the model. The second time, nothing is asked, nor with the hub switched off.
+    """
     hub = serve()
     status, out, said, _ = run(hub, "-m", REPOSITORY)
-    assert (status, out) == (0, "out.png\n") and cached(tmp_path) == fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS
+    assert (status, out) == (0, "out.png\n") and cached(tmp_path) == fetched(
+        hub
+    ) == CONFIGS | TOKENIZER | WEIGHTS
     assert said == [f"tiny_sd: fetching {hub.url}/{REPOSITORY}, 0.0 GB, licence: mit"]
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:3] == (0, "out-1.png\n", []) and hub.requests == []
-    assert run("http://127.0.0.1:9", "-m", REPOSITORY, HF_HUB_OFFLINE="1")[:3] == (0, "out-2.png\n", [])
+    assert run("http://127.0.0.1:9", "-m", REPOSITORY, HF_HUB_OFFLINE="1")[:3] == (
+        0, "out-2.png\n", [],
+    )
     assert run(hub, "-m", str(model))[:2] == (0, "out-3.png\n")
     pictures = [Image.open(name) for name in ("out.png", "out-1.png", "out-2.png", "out-3.png")]
-    assert len({picture.tobytes() for picture in pictures}) == 1 and "Model: small-model," in pictures[0].text["parameters"]
+    assert (
+        len({picture.tobytes() for picture in pictures}) == 1
+        and "Model: small-model," in pictures[0].text["parameters"]
+    )
 
 
 @pytest.mark.parametrize("parts", [("unet",), tuple(FILES)])
@@ -205,7 +282,10 @@ def test_half_precision_where_there_is_one_and_never_both(parts, serve, run, mod
     half(model, *parts)
     hub = serve()
     assert run(hub, "-m", REPOSITORY)[0] == 0
-    expected = {re.sub(r"\.safetensors$", ".fp16.safetensors", name) if name.startswith(parts) else name for name in WEIGHTS}
+    expected = {
+        re.sub(r"\.safetensors$", ".fp16.safetensors", name) if name.startswith(parts) else name
+        for name in WEIGHTS
+    }
     assert fetched(hub) == cached(tmp_path) == CONFIGS | TOKENIZER | expected
 
 
@@ -213,9 +293,19 @@ def test_the_newer_form_of_the_tokenizer(serve, run, model):
     from tokenizers.models import BPE
     files = {name: model / "tokenizer" / name for name in ("vocab.json", "merges.txt")}
     merges = [line.split() for line in files["merges.txt"].read_text().splitlines()[1:]]
-    assert BPE(json.loads(files["vocab.json"].read_text()), [tuple(merge) for merge in merges])     # it is one
-    (model / "tokenizer/tokenizer.json").write_text(json.dumps(
-        {"model": {"type": "BPE", "vocab": json.loads(files["vocab.json"].read_text()), "merges": merges}}))
+    assert BPE(
+        json.loads(files["vocab.json"].read_text()), [tuple(merge) for merge in merges]
+    )  # it is one
+    (model / "tokenizer/tokenizer.json").write_text(
+        json.dumps(
+            {
+                "model": {
+                    "type": "BPE", "vocab": json.loads(files["vocab.json"].read_text()),
+                    "merges": merges,
+                }
+            }
+        )
+    )
     for path in files.values():
         path.unlink()
     hub = serve()
@@ -223,21 +313,32 @@ def test_the_newer_form_of_the_tokenizer(serve, run, model):
 
 
 def test_what_another_program_left_in_the_cache_is_used(serve, run, model, tmp_path):
-    """The full weights that diffusers would have fetched, though the repository now has others too."""
+    """The full weights that diffusers would have fetched, though there are others by now."""
     hub = serve()
-    script = f"from huggingface_hub import snapshot_download; snapshot_download({REPOSITORY!r}, ignore_patterns=['*.bin', '*.ckpt'])"
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=os.environ | {
-        "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"})
+    script = ("from huggingface_hub import snapshot_download; "
+              f"snapshot_download({REPOSITORY!r}, ignore_patterns=['*.bin', '*.ckpt'])")
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True,
+        env=os.environ
+        | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
+    )
     half(model, *FILES)
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:3] == (0, "out.png\n", []) and hub.requests == []
 
 
 def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
-    """An alias is a row of the table; a folder of that name in weights/, or where one stands, comes first."""
+    """An alias is a row of the table.
+
+    A folder of that name in weights/, or where one stands, comes first.
+    """
     assert {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny"} == formats.HUB.keys()
     for repository, revision, licence in formats.HUB.values():
-        assert re.fullmatch(r"[\w-]+/[\w.-]+", repository) and re.fullmatch("[0-9a-f]{40}|main", revision) and licence
+        assert (
+            re.fullmatch(r"[\w-]+/[\w.-]+", repository)
+            and re.fullmatch("[0-9a-f]{40}|main", revision)
+            and licence
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sd, "HERE", tmp_path / "program")
     shutil.copytree(model, tmp_path / "program/weights/sd15")
@@ -265,24 +366,38 @@ def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
     hub = serve()
     for asked in (True, False):
         script = "from extras import formats; print(formats.load('sd15').name)"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=program, env=os.environ | {
-            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"})
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=program,
+            env=os.environ
+            | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
+        )
         assert done.stdout == "sd15\n" and ("creativeml-openrail-m" in done.stderr) == asked
-        assert bool(hub.requests) == asked and all("main" not in path for _, path, _ in hub.requests)
+        assert bool(hub.requests) == asked and all(
+            "main" not in path for _, path, _ in hub.requests
+        )
         hub.requests.clear()
 
 
-# ── Interrupted ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Interrupted ───────────────────────────────────────────────────────────────────────────────────
 
 def ranges(hub, name):
-    return [wanted for method, path, wanted in hub.requests if method == "GET" and path == f"/cdn/{name}"]
+    return [
+        wanted
+        for method, path, wanted in hub.requests
+        if method == "GET" and path == f"/cdn/{name}"
+    ]
 
 
 def stretch(path, size):
-    """The same weights in a file of `size` more bytes: the library keeps a download in pieces of ten million."""
+    """The same weights in a file of `size` more bytes.
+
+    The library keeps a download in pieces of ten million.
+    """
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    path.write_bytes((end - 8 + size).to_bytes(8, "little") + data[8:end] + b" " * size + data[end:])
+    path.write_bytes(
+        (end - 8 + size).to_bytes(8, "little") + data[8:end] + b" " * size + data[end:]
+    )
 
 
 def test_a_connection_that_breaks_is_resumed(serve, run, model):
@@ -295,26 +410,37 @@ def test_a_connection_that_breaks_is_resumed(serve, run, model):
 
 
 def test_ctrl_c_in_a_download_and_on_from_there(serve, start, run):
-    """Status 130 at once, nothing drawn; the next run does not ask for what came whole before, and draws."""
+    """Status 130 at once, nothing drawn.
+
+    The next run does not ask for what came whole before, and draws.
+    """
     hub = serve()
     hub.stop_after[UNET] = "stall", 20000
     process = start(hub, "-m", REPOSITORY)
     assert hub.stalled.wait(120)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "") and err.endswith("tiny_sd: interrupted\n") and "Traceback" not in err
+    assert (
+        (process.returncode, out) == (130, "")
+        and err.endswith("tiny_sd: interrupted\n")
+        and "Traceback" not in err
+    )
     assert not list(Path().glob("*.png"))
     before = fetched(hub)
     hub.go.set()
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:2] == (0, "out.png\n")
-    assert before & fetched(hub) == {UNET} and before | fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS
+    assert (
+        before & fetched(hub) == {UNET} and before | fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS
+    )
 
 
-# ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Refused ───────────────────────────────────────────────────────────────────────────────────────
 
 def refused(result, *named):
-    """Status 2 and one line, which names the reason, and the files to put into a folder of weights/."""
+    """Status 2 and one line, which names the reason, and the files to put into a folder of
+    weights/.
+    """
     status, out, said, err = result
     assert (status, out) == (2, "") and len(said) == 1 and err.splitlines() == said
     for words in (*named, *WEIGHTS, *CONFIGS, *TOKENIZER):
@@ -338,7 +464,10 @@ def test_a_repository_that_lacks_a_file(serve, run, model):
 
 
 def test_no_server(run):
-    refused(run("http://127.0.0.1:9", "-m", "sd15"), "stable-diffusion-v1-5/stable-diffusion-v1-5", "weights/sd15")
+    refused(
+        run("http://127.0.0.1:9", "-m", "sd15"), "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "weights/sd15",
+    )
 
 
 def test_offline(serve, run):
@@ -357,8 +486,13 @@ def test_half_of_it_in_the_cache_is_not_taken_for_all(serve, run, model):
 
 def test_without_the_package(run, tmp_path):
     (tmp_path / "lacking").mkdir()
-    (tmp_path / "lacking/huggingface_hub.py").write_text("raise ModuleNotFoundError(\"No module named 'huggingface_hub'\")")
-    refused(run("http://127.0.0.1:9", "-m", "tiny", PYTHONPATH=str(tmp_path / "lacking")), "huggingface_hub", "nota-ai/bk-sdm-tiny")
+    (tmp_path / "lacking/huggingface_hub.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'huggingface_hub'\")"
+    )
+    refused(
+        run("http://127.0.0.1:9", "-m", "tiny", PYTHONPATH=str(tmp_path / "lacking")),
+        "huggingface_hub", "nota-ai/bk-sdm-tiny",
+    )
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such/folder", "../no", "folder/sd.safetensors"])

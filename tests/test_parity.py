@@ -1,4 +1,7 @@
-"""Equal to the reference libraries: every part of tiny_sd.py against diffusers, transformers and torch, on both backends."""
+"""Equal to the reference libraries.
+
+Every part of tiny_sd.py against diffusers, transformers and torch, on both backends.
+"""
 
 import dataclasses
 import random
@@ -13,15 +16,22 @@ import transformers
 from PIL import Image
 
 import tiny_sd
-from extras import checks, formats
 from conftest import ROOT, SCHEDULER, TEXT, UNET, VAE, make_unet, record, same
+from extras import checks, formats
 
-CLASSES = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler,
-           "euler_a": diffusers.EulerAncestralDiscreteScheduler, "dpm++2m": diffusers.DPMSolverMultistepScheduler,
-           "plms": diffusers.PNDMScheduler, "lcm": diffusers.LCMScheduler}
-OPTIONS = {("euler", True): {"use_karras_sigmas": True}, ("dpm++2m", True): {"use_karras_sigmas": True},
-           ("plms", False): {"skip_prk_steps": True}}
-SAMPLERS = [*((name, False) for name in CLASSES), ("euler", True), ("dpm++2m", True)]      # and whether Karras' spacing
+CLASSES = {
+    "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "dpm++2m": diffusers.DPMSolverMultistepScheduler, "plms": diffusers.PNDMScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
+OPTIONS = {
+    ("euler", True): {"use_karras_sigmas": True}, ("dpm++2m", True): {"use_karras_sigmas": True},
+    ("plms", False): {"skip_prk_steps": True},
+}
+SAMPLERS = [
+    *((name, False) for name in CLASSES), ("euler", True), ("dpm++2m", True),
+]  # and whether Karras' spacing
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +52,40 @@ def last(x):
 
 def arrays(backend, *xs):
     """float32 arrays of the backend."""
-    return [x.astype(np.float32) if backend == "numpy" else torch.from_numpy(x.astype(np.float32)) for x in xs]
+    return [
+        x.astype(np.float32) if backend == "numpy" else torch.from_numpy(x.astype(np.float32))
+        for x in xs
+    ]
 
 
-# ── Tokenizer ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tokenizer ─────────────────────────────────────────────────────────────────────────────────────
 
 TEXTS = [
-    "", " ", "hello world", "A Photo of a CAT", "it's they'LL 'S we've!!'s don''t", "x² ½ Ⅷ 12345 3.14", "ΟΔΟΣ ΣΊΣΥΦΟΣ",
-    "İstanbul ǅ ǆ", "ﬁ ﬀ ﷺ", "e\u0301 \u0344 \u0345a", "ß ẞ", "ᾳ ᾼ", "🍎🍎🏽 👨‍👩‍👧 🇫🇷", "日本語テキスト", "नमस्ते", "한국어", "𝐀𝐁", "_a_b__",
-    "a\x00b\x07c\ud7ff", "a\x1cb\x1db\x1fc\x85d\u180ee\u200bf", "\u3000x\u2028y\u00a0z", "\t a \r\n b ", "a" * 300,
-    "<|startoftext|><|endoftext|>", "a<|endoftext|>b", "<|endoftext|> a <|startoftext|>b", "!!<|endoftext|>!!",
-    "<|ENDOFTEXT|>", "<|endoftext", "|><|endoftext|><|"]
+    "", " ", "hello world", "A Photo of a CAT", "it's they'LL 'S we've!!'s don''t",
+    "x² ½ Ⅷ 12345 3.14", "ΟΔΟΣ ΣΊΣΥΦΟΣ", "İstanbul ǅ ǆ", "ﬁ ﬀ ﷺ", "e\u0301 \u0344 \u0345a", "ß ẞ",
+    "ᾳ ᾼ", "🍎🍎🏽 👨‍👩‍👧 🇫🇷", "日本語テキスト", "नमस्ते", "한국어", "𝐀𝐁", "_a_b__",
+    "a\x00b\x07c\ud7ff",
+    "a\x1cb\x1db\x1fc\x85d\u180ee\u200bf", "\u3000x\u2028y\u00a0z", "\t a \r\n b ", "a" * 300,
+    "<|startoftext|><|endoftext|>", "a<|endoftext|>b", "<|endoftext|> a <|startoftext|>b",
+    "!!<|endoftext|>!!", "<|ENDOFTEXT|>", "<|endoftext", "|><|endoftext|><|",
+]
 
 
 def assigned(low, high):
-    """The characters from low to high that this Python knows: of newer ones the reference may know; private use is dull."""
-    return [chr(c) for c in range(low, high) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
+    """The characters from low to high that this Python knows.
+
+    Of newer ones the reference may know; private use is dull.
+    """
+    return [
+        chr(c) for c in range(low, high) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")
+    ]
 
 
 def side_by_side(characters):
-    """Without the marks newer than Unicode 3.2: the reference does not know all of them by the order in which NFC puts them."""
+    """Without the marks newer than Unicode 3.2.
+
+    The reference does not know all of them by the order in which NFC puts them.
+    """
     return [c for c in characters if unicodedata.combining(c) == unicodedata.ucd_3_2_0.combining(c)]
 
 
@@ -78,8 +102,12 @@ def tokenizer():
 def test_vocabulary(tokenizer, reference):
     assert len(tokenizer.vocab) == 49408 == len(set(tokenizer.vocab.values()))
     assert tokenizer.vocab == reference.tokenizer.get_vocab()
-    assert tokenizer.tokens("a photo of a cat") == [320, 1125, 539, 320, 2368]     # as published with CLIP
-    assert (tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS], tokenizer.pad) == (49406, 49407, 49407)
+    assert tokenizer.tokens("a photo of a cat") == [
+        320, 1125, 539, 320, 2368,
+    ]  # as published with CLIP
+    assert (tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS], tokenizer.pad) == (
+        49406, 49407, 49407,
+    )
 
 
 def test_tokenizer_on_hard_texts(tokenizer, reference):
@@ -91,15 +119,28 @@ def test_tokenizer_on_every_character(tokenizer, reference):
     characters = assigned(0, 0x30000)
     assert len(characters) > 100_000
     rows = side_by_side(characters)
-    same_ids(tokenizer, reference.tokenizer, ["".join(rows[i:i + 100]) for i in range(0, len(rows), 100)])
-    alone = [f"a{c}b {c}1{c}" for c in characters if not "\u3400" <= c <= "\ud7a3" and c < "\U00020000"]
-    same_ids(tokenizer, reference.tokenizer, ["".join(alone[i:i + 20]) for i in range(0, len(alone), 20)])
+    same_ids(
+        tokenizer, reference.tokenizer,
+        ["".join(rows[i : i + 100]) for i in range(0, len(rows), 100)],
+    )
+    alone = [
+        f"a{c}b {c}1{c}" for c in characters if not "\u3400" <= c <= "\ud7a3" and c < "\U00020000"
+    ]
+    same_ids(
+        tokenizer, reference.tokenizer,
+        ["".join(alone[i : i + 20]) for i in range(0, len(alone), 20)],
+    )
 
 
 def test_tokenizer_on_random_texts(tokenizer, reference):
     chance = random.Random(0)
     ascii, other = assigned(32, 127), side_by_side(assigned(0, 0x20000))
-    pool = ascii * 20 + chance.choices(other, k=2000) + chance.choices(other[:10_000], k=2000) + [" ", "'"] * 200
+    pool = (
+        ascii * 20
+        + chance.choices(other, k=2000)
+        + chance.choices(other[:10_000], k=2000)
+        + [" ", "'"] * 200
+    )
     texts = ["".join(chance.choices(pool, k=chance.randrange(1, 40))) for _ in range(5000)]
     for i in range(0, 5000, 10):
         texts[i] += chance.choice(["<|endoftext|>", "<|startoftext|>"]) + texts[i - 1]
@@ -110,7 +151,10 @@ def test_tokenizer_on_random_texts(tokenizer, reference):
 def test_padding_and_truncation(pad, reference, tmp_path):
     """Stable Diffusion 1 pads with the end of text, 2 with "!"."""
     words = ["red", "12", "x²", "日本", "apple,"]
-    texts = [" ".join(words[i % 5] for i in range(n)) for n in (0, 1, 10, 30, 37, 38, 39, 40, 41, 42, 50, 200)]
+    texts = [
+        " ".join(words[i % 5] for i in range(n))
+        for n in (0, 1, 10, 30, 37, 38, 39, 40, 41, 42, 50, 200)
+    ]
     reference.tokenizer.save_pretrained(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path, pad_token=pad)
     ours = tiny_sd.Tokenizer(formats.clip_tokenizer().rank, pad=pad)
@@ -121,27 +165,37 @@ def test_padding_and_truncation(pad, reference, tmp_path):
         assert found.tolist() == ids
         cuts.append(cut)
         whole = theirs(text, add_special_tokens=False).input_ids
-        assert bool(cut) == (len(whole) > 75) and theirs(cut, add_special_tokens=False).input_ids == whole[75:]
+        assert (
+            bool(cut) == (len(whole) > 75)
+            and theirs(cut, add_special_tokens=False).input_ids == whole[75:]
+        )
     assert any(cuts) and not all(cuts)
 
 
-# ── Text encoder, VAE, U-Net ───────────────────────────────────────────────────────────────────────────────────────
+# ── Text encoder, VAE, U-Net ──────────────────────────────────────────────────────────────────────
 
 def test_text_encoder(model, reference):
     texts = ["a photo of a cat", "", "日本語 " * 50]
-    ids = reference.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = reference.tokenizer(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     expected = reference.text_encoder(ids)[0]
     same("text encoder", tiny_sd.to_numpy(tiny_sd.encode_prompts(model, texts)), expected, 1e-5)
 
 
 def test_text_encoder_of_other_sizes(folder_with, backend, reference):
     """As of Stable Diffusion 2: the exact GELU, and heads of another size."""
-    config = transformers.CLIPTextConfig(**{**TEXT, "hidden_act": "gelu", "num_attention_heads": 4, "num_hidden_layers": 2})
+    config = transformers.CLIPTextConfig(
+        **{**TEXT, "hidden_act": "gelu", "num_attention_heads": 4, "num_hidden_layers": 2}
+    )
     torch.manual_seed(0)
     encoder = transformers.CLIPTextModel(config).eval()
     ids = reference.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
     model = formats.load(folder_with(text_encoder=encoder), backend)
-    same("text encoder", tiny_sd.to_numpy(tiny_sd.encode_prompts(model, ["a cat"])), encoder(ids)[0], 1e-5)
+    same(
+        "text encoder", tiny_sd.to_numpy(tiny_sd.encode_prompts(model, ["a cat"])), encoder(ids)[0],
+        1e-5,
+    )
 
 
 def test_vae_encoder(model, backend, reference):
@@ -158,24 +212,36 @@ def test_vae_decoder(model, backend, reference):
     same("VAE decoder", tiny_sd.vae_decode(z, model.vae, 32), last(expected), 2e-5)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 8)}, {"in_channels": 9}, {"layers_per_block": 1}],
-    ids=["as Stable Diffusion 1", "as Stable Diffusion 2", "as for inpainting", "shallow"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 8)}, {"in_channels": 9},
+        {"layers_per_block": 1},
+    ],
+    ids=["as Stable Diffusion 1", "as Stable Diffusion 2", "as for inpainting", "shallow"],
+)
 @pytest.mark.parametrize("size", [(13, 9), (8, 16), (5, 3)])
 def test_unet(changes, size, folder_with, model, backend, reference):
-    """At odd sizes too, where the way up must return to the sizes of the way down; each picture at its own time."""
+    """At odd sizes too, where the way up must return to the sizes of the way down.
+
+    Each picture at its own time.
+    """
     network = make_unet(**changes) if changes else reference.unet
     model = formats.load(folder_with(unet=network), backend) if changes else model
     chance = np.random.default_rng(0)
-    x, t, context = arrays(backend, chance.normal(size=(3, *size, network.config.in_channels)), np.array([1, 500, 981]),
-                           chance.normal(size=(3, 77, 128)))
+    x, t, context = arrays(
+        backend, chance.normal(size=(3, *size, network.config.in_channels)),
+        np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)),
+    )
     expected = network(first(x), torch.as_tensor(t), torch.as_tensor(context)).sample
     heads = network.config.attention_head_dim
-    ours = tiny_sd.unet(x, t, context, heads if isinstance(heads, tuple) else [heads] * 4, 32, **model.unet)
+    ours = tiny_sd.unet(
+        x, t, context, heads if isinstance(heads, tuple) else [heads] * 4, 32, **model.unet
+    )
     same("U-Net", ours, last(expected), 2e-5)
 
 
-# ── Samplers ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Samplers ──────────────────────────────────────────────────────────────────────────────────────
 
 def network(x, t):
     """Stands for a U-Net: some smooth answer to x_t and t, the same on NumPy and torch."""
@@ -183,12 +249,18 @@ def network(x, t):
 
 
 def reference_trajectory(scheduler, x, steps, seed):
-    """Each (t, x_t) of a diffusers scheduler, in our scale, where a picture's and the noise's variance add up to one."""
+    """Each (t, x_t) of a diffusers scheduler, in our scale, where a picture's and the noise's
+    variance add up to one.
+    """
     scheduler.set_timesteps(steps)
     stream = torch.Generator().manual_seed(seed)
     takes = {"generator": stream} if "generator" in scheduler.step.__code__.co_varnames else {}
-    twice = isinstance(scheduler, diffusers.PNDMScheduler) and steps > 1     # its first step, whose first end is not yet x_t
-    divided = isinstance(scheduler, (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler))
+    twice = (
+        isinstance(scheduler, diffusers.PNDMScheduler) and steps > 1
+    )  # its first step, whose first end is not yet x_t
+    divided = isinstance(
+        scheduler, (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
+    )
     if divided:      # by √ᾱ
         x = x * (1 + scheduler.sigmas[0] ** 2) ** 0.5
     for i, t in enumerate(scheduler.timesteps):
@@ -196,36 +268,51 @@ def reference_trajectory(scheduler, x, steps, seed):
         x = scheduler.step(output, t, x, **takes).prev_sample
         if twice and i == 0:
             continue
-        yield float(scheduler.timesteps[0] if twice and i == 1 else t), last(x / (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if divided else x)
+        yield (
+            float(scheduler.timesteps[0] if twice and i == 1 else t),
+            last(x / (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if divided else x),
+        )
 
 
-@pytest.mark.parametrize("sampler, karras, spacing", [
-    (*sampler, spacing) for sampler in SAMPLERS for spacing in ("leading", "trailing", "linspace")
-    if (sampler[0], spacing) not in (("ddim", "linspace"), ("plms", "linspace"))])   # they step to levels where no step begins
+@pytest.mark.parametrize(
+    "sampler, karras, spacing",
+    [
+        (*sampler, spacing)
+        for sampler in SAMPLERS
+        for spacing in ("leading", "trailing", "linspace")
+        if (sampler[0], spacing) not in (("ddim", "linspace"), ("plms", "linspace"))
+    ],
+)  # they step to levels where no step begins
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_trajectory(sampler, karras, spacing, kind):
     """Each x_t of the whole way, the stream of noise included."""
     if (sampler, kind) == ("plms", "v_prediction"):
-        pytest.skip("PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts")
+        pytest.skip(
+            "PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts"
+        )
     bars = tiny_sd.alpha_bars()
     for steps in (1, 2, 20, 50, *((7, 30) if spacing == "leading" else ())):
         for alpha_to_one, offset in ((False, 1), (True, 0)):
-            config = {**SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing, "steps_offset": offset,
-                      "set_alpha_to_one": alpha_to_one}
+            config = {
+                **SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing,
+                "steps_offset": offset, "set_alpha_to_one": alpha_to_one,
+            }
             scheduler = CLASSES[sampler].from_config(config, **OPTIONS.get((sampler, karras), {}))
             ours = tiny_sd.read_config("scheduler", config)
             levels = tiny_sd.sampling_steps(sampler, steps, ours, bars, karras)
             stream = tiny_sd.Noise(7)
             x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(np.float32)
             path = tiny_sd.SAMPLERS[sampler](
-                lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels, lambda: stream(6, 5, 4)[None])
+                lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels,
+                lambda stream=stream: stream(6, 5, 4)[None],
+            )
             expected = reference_trajectory(scheduler, first(x), steps, 7)
             for (t, _, _), ours, (their_t, theirs) in zip(levels, path, expected, strict=True):
                 assert abs(t - their_t) < 2e-3
                 same(f"x_t of {sampler}{' Karras' * karras}", ours, theirs, 2e-5)
 
 
-# ── Seeds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Seeds ─────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2 ** 31, 2 ** 32 - 1, 2 ** 32 + 5, 2 ** 63 + 9])
 def test_noise(seed):
@@ -235,44 +322,76 @@ def test_noise(seed):
         same("noise", ours(h, w, 4), last(torch.randn(1, 4, h, w, generator=stream))[0], 5e-7)
 
 
-# ── Names and sizes of the true Stable Diffusion 1.5 ───────────────────────────────────────────────────────────────
+# ── Names and sizes of the true Stable Diffusion 1.5 ──────────────────────────────────────────────
 
 TRUE = {
-    "text_encoder": ({**TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                      "num_attention_heads": 12}, 123_060_480),
-    "vae": ({**VAE, "block_out_channels": (128, 256, 512, 512), "in_channels": 3, "out_channels": 3}, 83_653_863),
-    "unet": ({**UNET, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "in_channels": 4,
-              "out_channels": 4}, 859_520_964)}
+    "text_encoder": (
+        {
+            **TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        },
+        123_060_480,
+    ),
+    "vae": (
+        {**VAE, "block_out_channels": (128, 256, 512, 512), "in_channels": 3, "out_channels": 3},
+        83_653_863,
+    ),
+    "unet": (
+        {
+            **UNET, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
+            "in_channels": 4, "out_channels": 4,
+        },
+        859_520_964,
+    ),
+}
 
 
 @pytest.mark.parametrize("part", TRUE)
 def test_parameters_of_stable_diffusion(part):
     config, count = TRUE[part]
     with torch.device("meta"):
-        network = {"text_encoder": lambda **c: transformers.CLIPTextModel(transformers.CLIPTextConfig(**c)),
-                   "vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}[part](**config)
-    theirs = {name.removeprefix("text_model."): tuple(p.shape) for name, p in network.named_parameters()}
+        network = {
+            "text_encoder": lambda **c: transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(**c)
+            ),
+            "vae": diffusers.AutoencoderKL,
+            "unet": diffusers.UNet2DConditionModel,
+        }[part](**config)
+    theirs = {
+        name.removeprefix("text_model."): tuple(p.shape) for name, p in network.named_parameters()
+    }
     ours = tiny_sd.flatten(checks.SHAPES[part](tiny_sd.read_config(part, config)))
     assert ours == theirs
     assert sum(map(np.prod, ours.values())) == count
 
 
-# ── Whole pictures ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Whole pictures ────────────────────────────────────────────────────────────────────────────────
 
-PICTURE = {"prompt": "a photo of a cat", "negative": "a dog", "seeds": (5,), "steps": 6, "guidance": 7.5, "sampler": "ddim",
-           "karras": False, "width": 72, "height": 104, "init": None, "strength": 0.5, "kind": "epsilon"}
-CHANGES = [*({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS),
-           {"width": None, "height": None}, {"width": 128, "height": 64, "steps": 1}, {"guidance": 1.0}, {"seeds": (8, 2 ** 40)},
-           {"seeds": (8, 3), "sampler": "euler_a"}, {"prompt": "ein Bär, ½ 日本 " * 30, "negative": ""}, {"kind": "v_prediction"}]
-FROM_PICTURES = [*({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS if sampler != "plms"),
-                 {"strength": 1.0, "sampler": "euler"}, {"seeds": (8, 3), "sampler": "ddpm"}, {"width": 128, "height": 64}]
+PICTURE = {
+    "prompt": "a photo of a cat", "negative": "a dog", "seeds": (5,), "steps": 6, "guidance": 7.5,
+    "sampler": "ddim", "karras": False, "width": 72, "height": 104, "init": None, "strength": 0.5,
+    "kind": "epsilon",
+}
+CHANGES = [
+    *({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS),
+    {"width": None, "height": None}, {"width": 128, "height": 64, "steps": 1}, {"guidance": 1.0},
+    {"seeds": (8, 2**40)}, {"seeds": (8, 3), "sampler": "euler_a"},
+    {"prompt": "ein Bär, ½ 日本 " * 30, "negative": ""}, {"kind": "v_prediction"},
+]
+FROM_PICTURES = [
+    *({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS if sampler != "plms"),
+    {"strength": 1.0, "sampler": "euler"}, {"seeds": (8, 3), "sampler": "ddpm"},
+    {"width": 128, "height": 64},
+]
 FROM_PICTURES = [{"init": 1, "steps": 8, **change} for change in FROM_PICTURES]
 
 
 def some_picture(seed, width, height):
     """Colours that change slowly, and noise: (height, width, 3) uint8."""
     chance = np.random.default_rng(seed)
-    slow = Image.fromarray(chance.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    slow = Image.fromarray(chance.integers(0, 256, (4, 4, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     return (np.asarray(slow) * 0.8 + chance.integers(0, 51, (height, width, 3))).astype(np.uint8)
 
 
@@ -289,9 +408,14 @@ def reference_pictures(reference):
     return draw
 
 
-def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength, kind):
-    scheduler = CLASSES[sampler].from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False,
-                                             prediction_type=kind, **OPTIONS.get((sampler, karras), {}))
+def draw_with(
+    pipe, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength,
+    kind,
+):
+    scheduler = CLASSES[sampler].from_config(
+        pipe.scheduler.config, timestep_spacing="leading", clip_sample=False, prediction_type=kind,
+        **OPTIONS.get((sampler, karras), {}),
+    )
     takes = {"width": width, "height": height}
     cls = diffusers.StableDiffusionPipeline
     if init:
@@ -300,17 +424,29 @@ def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, w
     pipe = cls(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return np.stack([np.asarray(image) for image in pipe(
-        prompt, negative_prompt=negative, num_images_per_prompt=len(seeds), generator=generators, num_inference_steps=steps,
-        guidance_scale=guidance, **takes).images])
+    return np.stack(
+        [
+            np.asarray(image)
+            for image in pipe(
+                prompt, negative_prompt=negative, num_images_per_prompt=len(seeds),
+                generator=generators, num_inference_steps=steps, guidance_scale=guidance, **takes,
+            ).images
+        ]
+    )
 
 
-def draw(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength, kind):
+def draw(
+    model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength,
+    kind,
+):
     scheduler = SimpleNamespace(**vars(model.config.scheduler) | {"prediction_type": kind})
     config = SimpleNamespace(**vars(model.config) | {"scheduler": scheduler})
     model = dataclasses.replace(model, config=config)
     init = some_picture(init, width, height) if init else None
-    *_, x = tiny_sd.generate(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength)
+    *_, x = tiny_sd.generate(
+        model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
+        strength,
+    )
     return tiny_sd.decode(model, x)
 
 
@@ -327,19 +463,32 @@ def label(changes):
     return " ".join(f"{key} {str(value)[:20]}" for key, value in changes.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CHANGES, ids=label)
 def test_text_to_image(changes, model, reference_pictures):
-    same_pictures("pictures from text", draw(model, **PICTURE | changes), reference_pictures(**changes))
+    same_pictures(
+        "pictures from text", draw(model, **PICTURE | changes), reference_pictures(**changes)
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", FROM_PICTURES, ids=label)
 def test_image_to_image(changes, model, reference_pictures):
-    same_pictures("pictures from pictures", draw(model, **PICTURE | changes), reference_pictures(**changes))
+    same_pictures(
+        "pictures from pictures", draw(model, **PICTURE | changes), reference_pictures(**changes)
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    {"prompt": "a photo of a car"}, {"negative": "a tree"}, {"seeds": (6,)}, {"steps": 7}, {"guidance": 1.0}, {"kind": "v_prediction"},
-    {"sampler": "ddpm"}, {"init": 1}, {"init": 2}, {"init": 1, "strength": 0.9}], ids=label)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "a photo of a car"}, {"negative": "a tree"}, {"seeds": (6,)}, {"steps": 7},
+        {"guidance": 1.0}, {"kind": "v_prediction"}, {"sampler": "ddpm"}, {"init": 1}, {"init": 2},
+        {"init": 1, "strength": 0.9},
+    ],
+    ids=label,
+)
 def test_the_reference_answers(changes, reference_pictures):
     """Whatever is asked for changes the picture: else equal pictures would show nothing."""
     like = {"init": 1} if "strength" in changes else {"init": 1} if changes.get("init") == 2 else {}
@@ -347,7 +496,7 @@ def test_the_reference_answers(changes, reference_pictures):
     assert np.abs(one.astype(int) - other).mean() > 2
 
 
-# ── The model that comes with the file ─────────────────────────────────────────────────────────────────────────────
+# ── The model that comes with the file ────────────────────────────────────────────────────────────
 
 EMOJI = ROOT / "weights" / "emoji"
 PROMPTS = ["red apple", "red apple on a blue background", "smiling face", "a dog, 3 cats & ünïcode"]
@@ -360,12 +509,21 @@ def bundled_reference():
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_bundled_model(prompt, backend, bundled_reference):
-    """diffusers loads the folder as it stands, and draws the same picture with the folder's own sampler."""
-    sampler = next(name for name, cls in CLASSES.items() if isinstance(bundled_reference.scheduler, cls))
-    expected = np.asarray(bundled_reference(prompt, negative_prompt="blue", num_inference_steps=10, guidance_scale=5.0,
-                                            generator=torch.Generator().manual_seed(3)).images[0])
+    """diffusers loads the folder as it stands, and draws the same picture with the folder's own
+    sampler.
+    """
+    sampler = next(
+        name for name, cls in CLASSES.items() if isinstance(bundled_reference.scheduler, cls)
+    )
+    expected = np.asarray(
+        bundled_reference(
+            prompt, negative_prompt="blue", num_inference_steps=10, guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
+    )
     model = formats.load(EMOJI, backend)
     *_, x = tiny_sd.generate(model, prompt, "blue", (3,), 10, 5.0, sampler)
     same_pictures("pictures of weights/emoji", tiny_sd.decode(model, x), expected[None])

@@ -1,4 +1,6 @@
-"""show.py: that listening changes nothing, that what it hears is what it says, and the page that it writes."""
+"""show.py: that listening changes nothing, that what it hears is what it says, and the page that it
+writes.
+"""
 
 import html
 import html.parser
@@ -15,12 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from conftest import ROOT
 from extras import checks, cli, fast, formats, show
-from helpers import CONFIG, TOKENIZER, sd, write_model
+from helpers import CONFIG, TOKENIZER, random_arrays, sd, shapes_of, write_model
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 PRIMITIVES = {name: value for name, value in vars(sd).items() if hasattr(value, "formula")}
 
 
@@ -51,9 +57,11 @@ def filmed(model, *args, **settings):
     return film.steps, x
 
 
-# ── What is heard ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is heard ─────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("settings", [{}, {"guidance": 1}, {"sampler": "euler_a"}, {"width": 10, "height": 18}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance": 1}, {"sampler": "euler_a"}, {"width": 10, "height": 18}]
+)
 def test_watching_changes_nothing(kind, model, settings):
     settings = {"seeds": (0, 7), "steps": 3, **settings}
     *_, plain = sd.generate(model, "red apple", "app", **settings)
@@ -75,9 +83,14 @@ def test_guesses_and_the_push_of_guidance(kind, model):
 
 
 def test_attention_is_the_prompts(model):
-    """Shares that add to 1, and those of the prompt without any other beside it, for each picture of a batch."""
+    """Shares that add to 1, and those of the prompt without any other beside it, for each picture
+    of a batch.
+    """
     guided = filmed(model, "red apple", "app", seeds=(0, 7), steps=1)[0][0].attention
-    assert {size: m.shape for size, m in guided.items()} == {(8, 8): (2, 12, 8, 8), (4, 4): (2, 12, 4, 4)}
+    assert {size: m.shape for size, m in guided.items()} == {
+        (8, 8): (2, 12, 8, 8),
+        (4, 4): (2, 12, 4, 4),
+    }
     for k, seed in enumerate((0, 7)):
         alone = filmed(model, "red apple", seeds=(seed,), steps=1, guidance=1)[0][0].attention
         for size, m in guided.items():
@@ -98,7 +111,7 @@ def test_probabilities():
 def test_watchers_leave_when_something_fails():
     with pytest.raises(ZeroDivisionError), show.watching(linear=print, conv2d=print):
         assert sd.linear is not PRIMITIVES["linear"] and "map_rows" not in sd.FAST
-        1 / 0
+        raise ZeroDivisionError
     assert nothing_is_watched()
 
 
@@ -106,12 +119,20 @@ def test_places_of_words():
     """Of the start, of each word that fits, and of the rest: every place once."""
     tokenizer = sd.Tokenizer([("a", "p")], length=8)
     assert show.places_of_words(tokenizer, "red Ap") == [
-        ("(start)", slice(0, 1)), ("red", slice(1, 4)), ("ap", slice(4, 6)), ("(end and padding)", slice(6, 8))]
+        ("(start)", slice(0, 1)),
+        ("red", slice(1, 4)),
+        ("ap", slice(4, 6)),
+        ("(end and padding)", slice(6, 8)),
+    ]
     assert show.places_of_words(tokenizer, "red <|endoftext|> apple pie")[1:] == [
-        ("red", slice(1, 4)), ("<|endoftext|>", slice(4, 5)), ("apple", slice(5, 7)), ("(end and padding)", slice(7, 8))]
+        ("red", slice(1, 4)),
+        ("<|endoftext|>", slice(4, 5)),
+        ("apple", slice(5, 7)),
+        ("(end and padding)", slice(7, 8)),
+    ]
 
 
-# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page ──────────────────────────────────────────────────────────────────────────────────────
 
 class Parsed(html.parser.HTMLParser):
     """The pictures and tags of a page; fails if tags do not nest."""
@@ -145,23 +166,45 @@ def run(tiny, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         status = cli.main(["--model", str(tiny), "--steps", "2", *argv])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
+        return (
+            status,
+            out.splitlines(),
+            [line for line in err.splitlines() if line.startswith("tiny_sd: ")],
+        )
+
     return run
 
 
-@pytest.mark.parametrize("flags, pictures, steps, guided", [
-    ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False), ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True)])
+@pytest.mark.parametrize(
+    "flags, pictures, steps, guided",
+    [
+        ("", 1, 2, True),
+        ("-b 2", 2, 2, True),
+        ("--cfg-scale 1", 1, 2, False),
+        ("-i in.png --backend torch", 1, 1, True),
+        ("-W 10 -H 18 --steps 4", 1, 4, True),
+    ],
+)
 def test_the_page(run, flags, pictures, steps, guided):
-    """Of every picture: the result, the film whole and step by step, a map of each word over all, at two resolutions and in
-    up to three parts of the way, guidance as a curve and at each step, and four channels."""
+    """Of every picture.
+
+    The result, the film whole and step by step, a map of each word over all, at two resolutions and
+    in up to three parts of the way, guidance as a curve and at each step, and four channels.
+    """
     Image.new("RGB", (9, 9), "red").save("in.png")
     status, out, err = run('<red> & "apple"', "--show", "seen", *flags.split())
     assert status == 0 and err == [] and Path(out[-1]) == Path("seen/index.html").resolve()
     text = Path("seen/index.html").read_text(encoding="utf-8")
     page, words = Parsed(text), len(["(start)", "<", "red", ">", "&", '"', "apple", '"', "(rest)"])
-    assert "script" not in page.tags and "://" not in text and "&lt;red&gt; &amp; &quot;apple&quot;" in text
+    assert (
+        "script" not in page.tags
+        and "://" not in text
+        and "&lt;red&gt; &amp; &quot;apple&quot;" in text
+    )
     assert sorted(page.images) == sorted(path.name for path in Path("seen").glob("*.png"))
-    assert len(page.images) == pictures * (1 + 1 + 2 * steps + words * (3 + min(3, steps)) + (1 + steps) * guided + 4)
+    assert len(page.images) == pictures * (
+        1 + 1 + 2 * steps + words * (3 + min(3, steps)) + (1 + steps) * guided + 4
+    )
     for name in page.images:
         Image.open(f"seen/{name}").load()
     assert all(path.name[0] != "." for path in Path().iterdir())
@@ -169,18 +212,31 @@ def test_the_page(run, flags, pictures, steps, guided):
 
 def test_the_film_shows_each_step(run):
     assert run("apple", "--show", "seen", "--steps", "3")[0] == 0
-    film, frame = Image.open("seen/film.png"), lambda name: np.asarray(Image.open(f"seen/{name}.png").resize((128, 128), 0))
+    film, frame = (
+        Image.open("seen/film.png"),
+        lambda name: np.asarray(Image.open(f"seen/{name}.png").resize((128, 128), 0)),
+    )
     assert film.n_frames == 4
     for i in range(4):
         film.seek(i)
-        left, right = (f"film-{i + 1:03d}-x", f"film-{i + 1:03d}-x0") if i < 3 else ("picture", "picture")
+        left, right = (
+            (f"film-{i + 1:03d}-x", f"film-{i + 1:03d}-x0") if i < 3 else ("picture", "picture")
+        )
         both = np.asarray(film.convert("RGB"))
-        assert np.array_equal(both[:, :128], frame(left)) and np.array_equal(both[:, -128:], frame(right))
+        assert np.array_equal(both[:, :128], frame(left)) and np.array_equal(
+            both[:, -128:], frame(right)
+        )
 
 
 def test_the_picture_is_the_same_as_without(run):
-    assert run("apple", "-o", "plain.png")[0] == run("apple", "-o", "shown.png", "--show", "seen")[0] == 0
-    plain, *shown = (np.asarray(Image.open(path)) for path in ("plain.png", "shown.png", "seen/picture.png"))
+    assert (
+        run("apple", "-o", "plain.png")[0]
+        == run("apple", "-o", "shown.png", "--show", "seen")[0]
+        == 0
+    )
+    plain, *shown = (
+        np.asarray(Image.open(path)) for path in ("plain.png", "shown.png", "seen/picture.png")
+    )
     assert all(np.array_equal(plain, other) for other in shown)
 
 
@@ -199,30 +255,126 @@ def test_an_empty_folder_is_filled(run):
     assert run("apple", "--show", "empty")[0] == 0 and Path("empty/index.html").exists()
 
 
-@pytest.mark.parametrize("error, status", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("folder", [".", "link", "mount"])
+def test_empty_folders_on_which_nothing_can_be_put(run, tmp_path, monkeypatch, folder):
+    """The current one, a link to one, and one where a disk is mounted: their pages lie in them."""
+    place = tmp_path / "place"
+    place.mkdir()
+    if folder == ".":
+        monkeypatch.chdir(place)
+    elif folder == "link":
+        Path("link").symlink_to("place")
+    else:
+        place = tmp_path / "mount"
+        place.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode:
+            pytest.skip("to mount a file system needs the administrator's rights")
+    try:
+        status, out, err = run("apple", "--show", folder, "-o", str(tmp_path / "out.png"))
+        assert (status, err) == (0, []) and Path(out[-1]).samefile(place / "index.html")
+        images = Parsed((place / "index.html").read_text(encoding="utf-8")).images
+        assert sorted([*images, "index.html"]) == sorted(path.name for path in place.iterdir())
+    finally:
+        if folder == "mount":
+            subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("flags", ["--show sub -o sub/out.png", "--show sub --preview sub/p.png",
+                                   "--show out.png -o out.png", "--show . -o out.png",
+                                   "--show sub -o sub/deep/out.png", "--show link -o sub/out.png"])
+def test_a_page_needs_a_folder_of_its_own(run, flags):
+    """Said before anything is drawn."""
+    Path("sub/deep").mkdir(parents=True)
+    Path("link").symlink_to("sub")
+    before = sorted(Path().rglob("*"))
+    status, out, err = run("apple", *flags.split())
+    assert (status, out) == (2, []) and len(err) == 1 and "a folder of its own" in err[0]
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_filled_in_the_meantime(run, monkeypatch, exists):
+    """What others put there stays, and the page is not lost."""
+    if exists:
+        Path("seen").mkdir()
+    section = show.latents_section
+
+    def disturb(*args):
+        Path("seen").mkdir(exist_ok=True)
+        Path("seen/mine.txt").write_text("mine")
+        section(*args)
+    monkeypatch.setattr(show, "latents_section", disturb)
+    status, out, err = run("apple", "--show", "seen")
+    assert (status, err) == (0, []) and Path("seen/mine.txt").read_text() == "mine"
+    assert Path(out[-1]).parent.resolve() == Path("seen/page" if exists else "seen-1").resolve()
+    assert len(list(Path(out[-1]).parent.iterdir())) > 10
+
+
+def test_a_unet_without_attention(run, tmp_path):
+    """Has a page too, without the words."""
+    plain = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+             "mid_block_type": None}
+    config = CONFIG["unet"] | plain
+    folder = write_model(tmp_path / "plain")
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    save_file(random_arrays(shapes_of("unet", config)),
+              folder / "unet/diffusion_pytorch_model.safetensors")
+    status, out, err = run("apple", "-m", str(folder), "--show", "seen")
+    assert (status, err) == (0, []) and "listens" not in Path(out[-1]).read_text(encoding="utf-8")
+    assert run("apple", "-m", str(folder), "--explain")[0] == 0
+
+
+def test_a_large_file_is_not_read_to_see_that_it_is_no_preview(run):
+    with open("large.png", "wb") as file:
+        file.truncate(200_000_000_000)
+    status, out, err = run("apple", "--preview", "large.png")
+    assert (status, out) == (2, []) and "no preview" in err[0]
+
+
+@pytest.mark.parametrize(
+    "error, status", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+)
 def test_a_page_half_written_is_taken_away(run, monkeypatch, error, status):
     def fail(*args):
         raise error
     monkeypatch.setattr(show, "latents_section", fail)
     result, out, err = run("apple", "--show", "seen")
-    assert (result, out, len(err)) == (status, ["out.png"], 1) and [path.name for path in Path().iterdir()] == ["out.png"]
+    assert (result, out, len(err)) == (status, ["out.png"], 1) and [
+        path.name for path in Path().iterdir()
+    ] == ["out.png"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_the_page_in_a_browser(run):
-    """Each picture has pixels on the screen, in one column or in many, and nothing is asked for from elsewhere. The question
-    is put by a script in a copy of the page."""
+    """Each picture has pixels on the screen, in one column or in many, and nothing is asked for
+    from elsewhere. The question is put by a script in a copy of the page.
+    """
     assert run("red apple", "--show", "seen")[0] == 0
     text = Path("seen/index.html").read_text(encoding="utf-8")
     question = """<script>addEventListener("load", () => { document.title = JSON.stringify({
-        images: [...document.images].map(i => [i.getAttribute("src"), i.complete && i.naturalWidth, i.width]),
+        images: [...document.images].map(
+            i => [i.getAttribute("src"), i.complete && i.naturalWidth, i.width]),
         width: document.documentElement.scrollWidth, window: innerWidth,
         asked: performance.getEntriesByType("resource").map(e => e.name)})})</script>"""
-    Path("seen/asked.html").write_text(text.replace("</body>", question + "</body>"), encoding="utf-8")
+    Path("seen/asked.html").write_text(
+        text.replace("</body>", question + "</body>"), encoding="utf-8"
+    )
     for width in (1280, 500):
-        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={Path('profile').resolve()}",
-                               f"--window-size={width},900", "--dump-dom", Path("seen/asked.html").resolve().as_uri()],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={Path('profile').resolve()}",
+                f"--window-size={width},900",
+                "--dump-dom",
+                Path("seen/asked.html").resolve().as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         answer = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.S)[1]))
         assert [name for name, _, _ in answer["images"]] == Parsed(text).images
         assert all(natural > 0 and shown > 0 for _, natural, shown in answer["images"])
@@ -230,19 +382,31 @@ def test_the_page_in_a_browser(run):
         assert all(name.startswith("file:") for name in answer["asked"])
 
 
-# ── The prompt and the parts ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The prompt and the parts ──────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("word", ["emoji", "internationalization", "aaaaaaa", "é🍎", "x"])
 def test_merges_step_by_step(word):
-    """One pair at a time, those learnt first before others, from single bytes to what the tokenizer makes of the word."""
+    """One pair at a time, those learnt first before others, from single bytes to what the tokenizer
+    makes of the word.
+    """
     clip = formats.clip_tokenizer()
     steps = list(show.merging(clip, word))
     assert len(steps[0]) == len(word.encode()) and steps[-1] == clip.merge(word)
     ranks = []
     for before, after in zip(steps, steps[1:]):
         assert "".join(before) == "".join(after)
-        new = next(symbol for symbol in after if symbol not in before or after.count(symbol) > before.count(symbol))
-        ranks.append(min(rank for pair, rank in clip.rank.items() if "".join(pair) == new and pair[0] in before and pair[1] in before))
+        new = next(
+            symbol
+            for symbol in after
+            if symbol not in before or after.count(symbol) > before.count(symbol)
+        )
+        ranks.append(
+            min(
+                rank
+                for pair, rank in clip.rank.items()
+                if "".join(pair) == new and pair[0] in before and pair[1] in before
+            )
+        )
     assert ranks == sorted(ranks)
 
 
@@ -250,7 +414,11 @@ def test_explain(run):
     status, out, err = run("Red apple " * 6, "--explain")
     text = "\n".join(out)
     assert status == 0 and not list(Path().glob("*.png"))
-    assert "  red: bytes 72 65 64\n      r e d</w>\n    → re d</w>\n    → red</w>\n      513\n  apple: " in text
+    assert (
+        "  red: bytes 72 65 64\n      r e d</w>\n    → re d</w>\n    → red</w>\n      513\n"
+        "  apple: "
+        in text
+    )
     assert "Cut off, because it does not fit: red apple\n" in text and "nothing" not in text.lower()
     ids = TOKENIZER.encode("red apple " * 6)[0]
     assert " ".join(map(str, ids)) + "\n" in text
@@ -273,19 +441,44 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
     for name, row in show.sizes(formats.load(tiny, backend), "red apple", width, height).items():
         ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
     context = sd.encode_prompts(model, ["red apple"])
-    works = {"text_encoder": lambda: sd.encode_prompts(model, ["red apple"]), "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
-             "vae": lambda: (sd.encode(model, np.zeros((height, width, 3), np.uint8), x), sd.decode(model, x))}
+    works = {
+        "text_encoder": lambda: sd.encode_prompts(model, ["red apple"]),
+        "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
+        "vae": lambda: (
+            sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
+            sd.decode(model, x),
+        ),
+    }
     for name, work in works.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # attention as plain products
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):  # attention as plain products
             work()
         assert ours[name] == counter.get_total_flops() > 0
 
 
 def test_letters_that_the_terminal_has_not(tiny):
     """A token of two bytes of an apple is no letter of any code page of Windows."""
-    done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
-    assert done.returncode == 0 and "Traceback" not in done.stderr and "\\" in done.stdout and "æ" in done.stdout
+    done = subprocess.run(
+        [sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        encoding="cp1252",
+    )
+    assert (
+        done.returncode == 0
+        and "Traceback" not in done.stderr
+        and "\\" in done.stdout
+        and "æ" in done.stdout
+    )
+
+
+def test_nothing_that_controls_a_terminal_is_printed(run):
+    status, out, err = run("red \x1b[31m\x07\x9b apple " * 6, "--explain")
+    text = "\n".join(out + err)
+    assert status == 0 and all(c.isprintable() or c == "\n" for c in text)
 
 
 def test_explain_or_show(run):
@@ -296,19 +489,33 @@ def test_explain_or_show(run):
 def test_as_a_program(tiny, tmp_path):
     """Which imports itself as a library, once."""
     for flags in (["--show", "seen"], ["--explain"]):
-        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--steps", "2", *flags],
-                              capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        done = subprocess.run(
+            [sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--steps", "2", *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
-    full = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--show", "seen"],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert full.returncode == 2 and re.fullmatch("tiny_sd: --show seen .*\n", full.stderr), full.stderr
+    full = subprocess.run(
+        [sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--show", "seen"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert full.returncode == 2 and re.fullmatch("tiny_sd: --show seen .*\n", full.stderr), (
+        full.stderr
+    )
 
 
-# ── The pictures of NOTES.md ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The pictures of NOTES.md ──────────────────────────────────────────────────────────────────────
 
 def test_the_notes_show_every_picture():
     """Each of those that show.py draws, once, and all of them small."""
-    shown = re.findall(r"!\[.+?\]\(extras/pictures/(\w+)\.png\)", (ROOT / "NOTES.md").read_text(encoding="utf-8"))
+    shown = re.findall(
+        r"!\[.+?\]\(extras/pictures/(\w+)\.png\)", (ROOT / "NOTES.md").read_text(encoding="utf-8")
+    )
     files = sorted(ROOT.glob("extras/pictures/*"))
     assert sorted(shown) == sorted(show.PICTURES) == [path.stem for path in files]
     assert sum(path.stat().st_size for path in files) < 1.5e6
@@ -317,6 +524,15 @@ def test_the_notes_show_every_picture():
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     """All of them, from the bundled model, with fewer steps."""
     generate = sd.generate
-    monkeypatch.setattr(sd, "generate", lambda *args, **settings: generate(*args, **{**settings, "steps": 20 if "init" in settings else 5}))
+    monkeypatch.setattr(
+        sd,
+        "generate",
+        lambda *args, **settings: generate(
+            *args, **{**settings, "steps": 20 if "init" in settings else 5}
+        ),
+    )
     show.notes(tmp_path / "pictures")
-    assert all(np.ptp(np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))) > 100 for name in show.PICTURES)
+    assert all(
+        np.ptp(np.asarray(Image.open(tmp_path / "pictures" / f"{name}.png"))) > 100
+        for name in show.PICTURES
+    )

@@ -1,5 +1,8 @@
-"""A run that is stopped, by Ctrl-C, by a full disk or for want of memory: in every phase of the real program, with the
-bundled model, it says so in one line, leaves nothing half done behind, and harms nothing that was there."""
+"""A run that is stopped, by Ctrl-C, by a full disk or for want of memory.
+
+In every phase of the real program, with the bundled model, it says so in one line, leaves nothing
+half done behind, and harms nothing that was there.
+"""
 
 import json
 import math
@@ -10,16 +13,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import pytest
 from PIL import Image
 
-import benchmark
 from conftest import ROOT
 from extras import cli, formats
 from helpers import FILES, sd, shapes_of
 
-# Python runs a file of this name, found on its path, before the program. As soon as function FUNCTION of a file FILE is
-# called for the COUNTth time, the process gets what Ctrl-C sends.
+pytestmark = pytest.mark.slow
+
+# Python runs a file sitecustomize.py, found on its path, before the program. As soon as function
+# FUNCTION of a file FILE is called for the COUNTth time, the process gets what Ctrl-C sends.
 INTERRUPT = """
 import os, signal, sys
 file, function, count = os.environ["INTERRUPT"].split(":")
@@ -27,7 +32,8 @@ left = iter(range(int(count) - 1))
 
 def watch(frame, event, arg):
     code = frame.f_code
-    if event == "call" and code.co_name == function and code.co_filename.endswith(file) and next(left, None) is None:
+    here = event == "call" and code.co_name == function and code.co_filename.endswith(file)
+    if here and next(left, None) is None:
         sys.setprofile(None)
         os.kill(os.getpid(), signal.SIGINT)
 sys.setprofile(watch)
@@ -45,9 +51,16 @@ def here(tmp_path, monkeypatch):
 
 def program(*argv, under=(), **environment):
     """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
-    done = subprocess.run([*under, sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True, timeout=100,
-                          env=os.environ | environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    lines = [line for line in re.split("[\r\n]+", done.stderr) if line and not re.search(r"\d+/\d+ \[", line)]
+    done = subprocess.run(
+        [*under, sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True,
+        timeout=100, env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    lines = [
+        line
+        for line in re.split("[\r\n]+", done.stderr)
+        if line and not re.search(r"\d+/\d+ \[", line)
+    ]
     return done.returncode, done.stdout, lines
 
 
@@ -56,9 +69,9 @@ def contents():
     return {str(path): path.read_bytes() if path in files else None for path in Path().rglob("*")}
 
 
-# ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────
 
-PHASES = {      # the arguments, where it is interrupted, and what is there already by then
+PHASES = {  # the arguments, where it is interrupted, and what is there already by then
     "reading the weights": ("", "tiny_sd.py:to_backend:100", []),
     "reading a prompt": ("", "tiny_sd.py:merge:2", []),
     "encoding the prompt": ("", "tiny_sd.py:text_layer:3", []),
@@ -70,7 +83,9 @@ PHASES = {      # the arguments, where it is interrupted, and what is there alre
     "writing the second picture": ("-b 2", "files.py:save_picture:2", ["out-000.png"]),
     "writing the page": ("--show seen", "PngImagePlugin.py:putchunk:12", ["out-1.png"]),
     "between two prompts": ("--prompts prompts.txt", "tiny_sd.py:generate:2", ["out-0001.png"]),
-    "writing the second prompt's": ("--prompts prompts.txt", "PngImagePlugin.py:putchunk:8", ["out-0001.png"]),
+    "writing the second prompt's": (
+        "--prompts prompts.txt", "PngImagePlugin.py:putchunk:8", ["out-0001.png"],
+    ),
 }
 
 
@@ -78,35 +93,117 @@ PHASES = {      # the arguments, where it is interrupted, and what is there alre
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c(here, phase):
     flags, where, there = PHASES[phase]
-    argv = [*flags.split(), *([] if "--prompts" in flags else ["red apple"]), *"-W 32 -H 32 --steps 2".split()]
+    argv = [
+        *flags.split(), *([] if "--prompts" in flags else ["red apple"]),
+        *"-W 32 -H 32 --steps 2".split(),
+    ]
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(INTERRUPT)
     Path("prompts.txt").write_text("red apple\ngreen apple\nblue apple\n")
     Image.new("RGB", (32, 32), "red").save("in.png")
     before = contents()
-    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where)
+    status, out, err = program(
+        *argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where
+    )
     after = contents()
-    assert (status, err, out.split()) == (130, ["tiny_sd: interrupted"], [name for name in there if name != "preview.png"])
+    assert (status, err, out.split()) == (
+        130, ["tiny_sd: interrupted"], [name for name in there if name != "preview.png"],
+    )
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
         Image.open(name).load()
-    if "--prompts" in flags:    # the same command goes on where it was stopped
-        assert program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n") and contents().items() >= after.items()
+    if "--prompts" in flags:  # the same command goes on where it was stopped
+        assert (
+            program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n")
+            and contents().items() >= after.items()
+        )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
-@pytest.mark.parametrize("where", [f"{file}.py:<module>:1" for file in ("numpy/__init__", "PIL/Image", "tqdm/std")])
+@pytest.mark.parametrize(
+    "where", [f"{file}.py:<module>:1" for file in ("numpy/__init__", "PIL/Image", "tqdm/std")]
+)
 def test_ctrl_c_while_libraries_are_imported(here, where):
     """Before main() is there to say so, Python ends itself by the same signal."""
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(INTERRUPT)
     before = contents()
     argv = "apple -W 32 -H 32 --steps 1".split()
-    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where)
-    assert (status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])] and contents() == before
+    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+                               INTERRUPT=where)
+    assert (status, out, err) in [
+        (130, "", ["tiny_sd: interrupted"]),
+        (-signal.SIGINT, "", []),
+    ] and contents() == before
 
 
-# ── A full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("phase", ["sampling", "writing the picture", "writing the page"])
+def test_other_signals_leave_nothing_unfinished(here, name, phase):
+    flags, where, there = PHASES[phase]
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(INTERRUPT.replace("signal.SIGINT", f"signal.{name}"))
+    before = contents()
+    status, out, err = program(
+        *flags.split(), *"apple -W 32 -H 32 --steps 2".split(), INTERRUPT=where,
+        PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+    )
+    after = contents()
+    assert (status, err, out.split()) == (128 + getattr(signal, name), [], there)
+    assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_nohup_is_heeded(here):
+    """What is ignored already stays ignored."""
+    done = subprocess.run([sys.executable, "-c", NOHUP, ROOT / "tiny_sd.py"], capture_output=True,
+                          text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+NOHUP = """
+import signal, sys
+sys.path.insert(0, sys.argv[1].removesuffix("tiny_sd.py"))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from extras import start
+start.set_up_signals()
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams(here, closed):
+    """The picture is drawn all the same, and no word of a library gets into it."""
+    command = f"exec {sys.executable} {ROOT / 'tiny_sd.py'} apple -W 32 -H 32 --steps 2 {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "out-1.png\n")
+    Image.open("out-1.png").load()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "prompt, status", [("apple", 0), ("apple " * 200, 0), ("apple --steps 0", 2)]
+)
+def test_a_full_stderr(prompt, status):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [
+                sys.executable, ROOT / "tiny_sd.py", *"-W 32 -H 32 --steps 2".split(),
+                *prompt.split(" --")[:1],
+                *["--" + f.split()[0] + "=0" for f in prompt.split(" --")[1:]],
+            ],
+            stdout=subprocess.PIPE, stderr=full, text=True,
+        )
+    assert done.returncode == status
+    assert done.stdout == ("" if status else "out-1.png\n") and Path("out-1.png").exists() != bool(
+        status
+    )
+
+
+# ── A full disk ───────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
 def disk(here):
@@ -126,11 +223,14 @@ def disk(here):
 
 
 # A picture has 4 to 8 kB, a preview less than one, a page some 50; a disk gives out 4 at once.
-FULL = [("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
-        ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]),
-        ("--show disk/seen", 0, "disk/seen", ["out-1.png"]), ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
-        ("--preview disk/preview.png", 0, "disk/preview.png", []),
-        ("--preview disk/preview.png", 4, "disk/preview.png", ["disk/preview.png"])]
+FULL = [
+    ("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
+    ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]),
+    ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
+    ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
+    ("--preview disk/preview.png", 0, "disk/preview.png", []),
+    ("--preview disk/preview.png", 4, "disk/preview.png", ["disk/preview.png"]),
+]
 
 
 @pytest.mark.parametrize("flags, room, named, there", FULL)
@@ -139,7 +239,11 @@ def test_a_full_disk(here, disk, flags, room, named, there):
     before = contents()
     status, out, err = program("red apple", *flags.split(), "--steps", "2")
     assert (status, len(err)) == (2, 1)
-    assert err[0].replace(f"{here}/", "") == f"tiny_sd: {named} cannot be written: No space left on device"
+    assert out.split() == [name for name in there if "preview" not in name]  # told, though piped
+    assert (
+        err[0].replace(f"{here}/", "")
+        == f"tiny_sd: {named} cannot be written: No space left on device"
+    )
     after = contents()
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
@@ -151,25 +255,38 @@ def test_a_full_disk(here, disk, flags, room, named, there):
 def test_a_full_stdout(flags):
     """The last of these has drawn its picture, which stays."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red", *flags.split()], stdout=full, stderr=subprocess.PIPE,
-                              text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
-    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device"
+        done = subprocess.run(
+            [sys.executable, ROOT / "tiny_sd.py", "red", *flags.split()], stdout=full,
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+    assert (
+        done.returncode == 2
+        and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device"
+    )
     assert Path("out-1.png").exists() == (flags[-1] == "1")
 
 
-# ── Too little memory ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Too little memory ─────────────────────────────────────────────────────────────────────────────
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells how much memory there is")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux tells how much memory there is"
+)
 
 
 @pytest.fixture
 def large(here):
-    """A folder of Stable Diffusion 1.5, whose files are holes of the right size: they take up nothing on the disk."""
+    """A folder of Stable Diffusion 1.5, whose files are holes of the right size.
+
+    They take up nothing on the disk.
+    """
     folder, config = here / "large", benchmark.configs()
     for part, stem in FILES.items():
         header, end = {}, 0
         for name, shape in shapes_of(part, config[part]).items():
-            header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+            header[name] = {
+                "dtype": "F16", "shape": shape,
+                "data_offsets": [end, end := end + 2 * math.prod(shape)],
+            }
         text = json.dumps(header).encode()
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]))
@@ -177,20 +294,33 @@ def large(here):
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
     tokenizer = formats.clip_tokenizer()
-    for name, content in {"scheduler/scheduler_config": config["scheduler"], "tokenizer/vocab": tokenizer.vocab,
-                          "tokenizer/tokenizer_config": {"model_max_length": 77}}.items():
+    for name, content in {
+        "scheduler/scheduler_config": config["scheduler"], "tokenizer/vocab": tokenizer.vocab,
+        "tokenizer/tokenizer_config": {"model_max_length": 77},
+    }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(content))
-    (folder / "tokenizer/merges.txt").write_text("\n".join(map(" ".join, tokenizer.rank)), encoding="utf-8")
+    (folder / "tokenizer/merges.txt").write_text(
+        "\n".join(map(" ".join, tokenizer.rank)), encoding="utf-8"
+    )
     return folder
 
 
 def limited(limit, how):
-    """What begins the command of a program that may have `limit` bytes: addresses, or memory in a control group, as in a
-    container, of which here only the file that says so is real."""
-    inside = {"addresses": f"ulimit -v {limit // 1024}",
-              "container": f"mount -t tmpfs tmpfs /sys/fs/cgroup && echo {limit} > /sys/fs/cgroup/memory.max"}[how]
-    command = [*(["unshare", "-rm"] if how == "container" else []), "sh", "-c", f'{inside} && exec "$@"', "sh"]
+    """What begins the command of a program that may have `limit` bytes.
+
+    Addresses, or memory in a control group, as in a container, of which here only the file that
+    says so is real.
+    """
+    inside = {
+        "addresses": f"ulimit -v {limit // 1024}",
+        "container": "mount -t tmpfs tmpfs /sys/fs/cgroup && "
+                     f"echo {limit} > /sys/fs/cgroup/memory.max",
+    }[how]
+    command = [
+        *(["unshare", "-rm"] if how == "container" else []), "sh", "-c", f'{inside} && exec "$@"',
+        "sh",
+    ]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a test set such a limit")
     return command
@@ -201,23 +331,63 @@ def swap():
 
 
 @linux
-@pytest.mark.parametrize("flags, what, need, room, how", [
-    ("-m large", "the model large", 3.4, 3.2, "addresses"), ("-m large", "the model large", 3.4, 3.3, "container"),
-    ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
-    ("-W 4096 -H 4096", "--width 4096 --height 4096", 12.9, 12.8, "container"),
-    ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 6.3, 6.2, "container")])
+@pytest.mark.parametrize(
+    "flags, what, need, room, how",
+    [
+        ("-m large", "the model large", 3.4, 3.2, "addresses"),
+        ("-m large", "the model large", 3.4, 3.3, "container"),
+        ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
+        ("-W 4096 -H 4096", "--width 4096 --height 4096", 12.9, 12.8, "container"),
+        ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 6.3, 6.2, "container"),
+    ],
+)
 def test_too_little_memory(large, flags, what, need, room, how):
     if swap() > need - room:
         pytest.skip("with so much swap it would fit")
     before = contents()
     status, out, err = program("red apple", *flags.split(), under=limited(int(room * 1e9), how))
-    said = re.fullmatch(r"tiny_sd: (.*) needs at least ([\d.]+) GB of memory, and there are ([\d.]+) GB: close .*", err[-1])
+    said = re.fullmatch(
+        r"tiny_sd: (.*) needs at least ([\d.]+) GB of memory, and there are ([\d.]+) GB: close .*",
+        err[-1],
+    )
     assert (status, out, len(err)) == (2, "", 1) and said, err
-    assert (said[1], float(said[2])) == (what, need) and float(said[3]) <= room + swap() + 0.06 and contents() == before
+    assert (
+        (said[1], float(said[2])) == (what, need)
+        and float(said[3]) <= room + swap() + 0.06
+        and contents() == before
+    )
 
 
 @linux
-@pytest.mark.parametrize("argv, what", [("-m medium -W 32 -H 32", "the model medium"), ("-W 256 -H 256", "--width 256 --height 256")])
+def test_half_precision_is_not_widened_before_it_is_refused(large):
+    """bfloat16, of which NumPy knows nothing, is twice as large in float32."""
+    for part, stem in FILES.items():
+        path = large / part / f"{stem}.safetensors"
+        with open(path, "r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size).replace(b'"F16"', b'"BF16"')
+            file.seek(0)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(path.stat().st_size + len(text) - size)
+    limit = limited(int(3.2e9), "addresses")
+    status, out, err = program("red apple", "-m", "large", under=limit)
+    assert (status, out, len(err)) == (2, "", 1) and "the model large needs at least 3.4 GB" in err[
+        0
+    ]
+
+
+@linux
+def test_a_picture_too_large_to_start_from(here):
+    Image.new("RGB", (9000, 9000)).save("in.png")
+    status, out, err = program("apple", "-i", "in.png", under=limited(int(0.7e9), "addresses"))
+    assert (status, out, len(err)) == (2, "", 1) and len(err[0]) > 20, err
+
+
+@linux
+@pytest.mark.parametrize(
+    "argv, what",
+    [("-m medium -W 32 -H 32", "the model medium"), ("-W 256 -H 256", "--width 256 --height 256")],
+)
 def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     """What is said to be needed is less than what the run comes to, but not by far."""
     if "medium" in argv:

@@ -1,8 +1,13 @@
-"""Every layout in which Stable Diffusion 1.x lies about gives the same weights, and a wrong file is refused by name."""
+"""Every layout in which Stable Diffusion 1.x lies about gives the same weights, and a wrong file is
+refused by name.
+"""
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +17,17 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
-from extras import formats
 from conftest import compvis_name, write_tokenizer
+from extras import formats
 
 PARTS = ("text_encoder", "vae", "unet")
 
 
 def rewrite(path, change):
-    """Lets change() edit the arrays of a file; the old file, perhaps linked to by others, stays as it is."""
+    """Lets change() edit the arrays of a file.
+
+    The old file, perhaps linked to by others, stays as it is.
+    """
     arrays = load_file(path)
     path.unlink()
     arrays = change(arrays) or arrays
@@ -58,9 +66,11 @@ def weights_file(folder, part):
     return next((folder / part).glob("*.safetensors"))
 
 
-# ── Layouts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Layouts ───────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+)
 def test_single_file_equals_folder(kind, dtype, single_file, plain):
     """Bit for bit, after rounding to the file's type."""
     same_weights(formats.load(single_file(kind)), plain, lambda array: array.to(dtype).float())
@@ -70,17 +80,24 @@ def test_single_file_draws_the_folders_picture(single_file, folder, backend):
     pictures = []
     for path in (folder, single_file("F32")):
         model = formats.load(path, backend)
-        *_, x = tiny_sd.generate(model, "a photo of a cat", "a dog", seeds=(3,), steps=3, sampler="ddim", width=72, height=64)
+        *_, x = tiny_sd.generate(
+            model, "a photo of a cat", "a dog", seeds=(3,), steps=3, sampler="ddim", width=72,
+            height=64,
+        )
         pictures.append(tiny_sd.decode(model, x))
     assert np.array_equal(*pictures) and pictures[0].std() > 20
 
 
 def test_diffusers_reads_the_single_file(single_file, folder, reference):
     """So its names are those of CompVis, as diffusers knows them."""
-    pipe = StableDiffusionPipeline.from_single_file(single_file("F32"), config=str(folder), local_files_only=True)
+    pipe = StableDiffusionPipeline.from_single_file(
+        single_file("F32"), config=str(folder), local_files_only=True
+    )
     for part in PARTS:
         theirs, ours = (getattr(p, part).state_dict() for p in (reference, pipe))
-        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+        assert theirs.keys() == ours.keys() and all(
+            torch.equal(theirs[name], ours[name]) for name in theirs
+        )
 
 
 def test_single_file_without_text_model(single_file, plain, tmp_path):
@@ -110,18 +127,35 @@ def positions(arrays):
     arrays["text_model.embeddings.position_ids"] = torch.arange(77)[None]
 
 
-OLD_VAE = rename((r"0\.to_q", "0.query"), (r"0\.to_k", "0.key"), (r"0\.to_v", "0.value"), (r"0\.to_out\.0", "0.proj_attn"))
+OLD_VAE = rename(
+    (r"0\.to_q", "0.query"), (r"0\.to_k", "0.key"), (r"0\.to_v", "0.value"),
+    (r"0\.to_out\.0", "0.proj_attn"),
+)
 
 
-@pytest.mark.parametrize("part, changes", {
-    "text_model. before each name": ("text_encoder", [rename((r"^(text_model\.)?", "text_model."))]),
-    "position_ids": ("text_encoder", [rename((r"^(text_model\.)?", "text_model.")), positions]),
-    "VAE with query, key, value, proj_attn": ("vae", [OLD_VAE]),
-    "VAE whose attention is 1x1 convolutions": ("vae", [convolutions]),
-    "both": ("vae", [OLD_VAE, convolutions]),
-    "U-Net whose 1x1 convolutions are linear": ("unet", [lambda arrays: {
-        name: array.flatten(1) if array.shape[2:] == (1, 1) else array for name, array in arrays.items()}])}.items(),
-    ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "part, changes",
+    {
+        "text_model. before each name": (
+            "text_encoder",
+            [rename((r"^(text_model\.)?", "text_model."))],
+        ),
+        "position_ids": ("text_encoder", [rename((r"^(text_model\.)?", "text_model.")), positions]),
+        "VAE with query, key, value, proj_attn": ("vae", [OLD_VAE]),
+        "VAE whose attention is 1x1 convolutions": ("vae", [convolutions]),
+        "both": ("vae", [OLD_VAE, convolutions]),
+        "U-Net whose 1x1 convolutions are linear": (
+            "unet",
+            [
+                lambda arrays: {
+                    name: array.flatten(1) if array.shape[2:] == (1, 1) else array
+                    for name, array in arrays.items()
+                }
+            ],
+        ),
+    }.items(),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_older_folders(part, changes, folder_with, plain):
     folder = folder_with()
     for change in changes[1]:
@@ -132,7 +166,9 @@ def test_older_folders(part, changes, folder_with, plain):
 def test_both_forms_of_tokenizer(folder_with):
     """tokenizer.json as written today, vocab.json and merges.txt as written before."""
     new, = folder_with(),
-    assert (new / "tokenizer/tokenizer.json").exists() and not (new / "tokenizer/merges.txt").exists()
+    assert (new / "tokenizer/tokenizer.json").exists() and not (
+        new / "tokenizer/merges.txt"
+    ).exists()
     one = formats.load(new).tokenizer
     (new / "tokenizer/tokenizer.json").unlink()
     write_tokenizer(new / "tokenizer")
@@ -140,7 +176,7 @@ def test_both_forms_of_tokenizer(folder_with):
     assert vars(one) == vars(other) == vars(formats.clip_tokenizer())
 
 
-# ── Errors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
 
 def spoil(arrays):
     del arrays["conv_in.bias"]
@@ -154,13 +190,19 @@ def test_wrong_weights_are_named(folder_with):
     rewrite(weights_file(folder, "unet"), spoil)
     with pytest.raises(tiny_sd.UserError) as error:
         formats.load(folder)
-    for line in ("unet", "conv_in.bias is missing", "conv_in.scale is unknown", "conv_out.bias has shape (5,) instead of (4,)",
-                 "down_blocks.0.resnets.0.conv1.weight has shape (32, 32, 1, 1) instead of (32, 32, 3, 3)"):
+    for line in (
+        "unet", "conv_in.bias is missing", "conv_in.scale is unknown",
+        "conv_out.bias has shape (5,) instead of (4,)",
+        "down_blocks.0.resnets.0.conv1.weight has shape (32, 32, 1, 1) instead of (32, 32, 3, 3)",
+    ):
         assert line in str(error.value)
 
 
 def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch):
-    """Of a single file too, from which the sizes must be read off: one array of many is left out in turn."""
+    """Of a single file too, from which the sizes must be read off.
+
+    One array of many is left out in turn.
+    """
     empty = SimpleNamespace(vocab={}, length=77)        # quicker, as is a small vocabulary
     monkeypatch.setattr(formats, "clip_tokenizer", lambda *pad: empty)
     arrays = load_file(single_file("BF16"))
@@ -169,7 +211,11 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
     path = tmp_path / "missing.safetensors"
     for part in PARTS:
         names = list(tiny_sd.flatten(getattr(plain, part)))
-        sizes = [name for name in names if re.search(r"resnets\.0\.conv1|conv_in|embedding|fc1|quant|samplers|0\.attn2", name)]
+        sizes = [
+            name
+            for name in names
+            if re.search(r"resnets\.0\.conv1|conv_in|embedding|fc1|quant|samplers|0\.attn2", name)
+        ]
         for name in {*sizes, *names[::40]}:
             old = compvis_name(part, name)
             save_file({other: array for other, array in arrays.items() if other != old}, path)
@@ -180,31 +226,47 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
 
 def test_unknown_arrays_of_a_single_file_are_named(single_file, tmp_path):
     path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
-    extra = ["lora_te.alpha", "first_stage_model.loss.logvar", "model.diffusion_model.label_emb.0.0.weight"]
+    extra = [
+        "lora_te.alpha", "first_stage_model.loss.logvar",
+        "model.diffusion_model.label_emb.0.0.weight",
+    ]
     rewrite(path, lambda arrays: arrays.update(dict.fromkeys(extra[:1], torch.zeros(1))))
     with pytest.raises(tiny_sd.UserError, match=r"lora_te\.alpha is unknown"):
         formats.load(path)
     for name in extra[1:]:
         path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
-        rewrite(path, lambda arrays: arrays.update({name: torch.zeros(1)}))
-        with pytest.raises(tiny_sd.UserError, match=re.escape(name.split("model.", 1)[1].split(".", 1)[1])):
+        rewrite(path, lambda arrays, name=name: arrays.update({name: torch.zeros(1)}))
+        with pytest.raises(
+            tiny_sd.UserError, match=re.escape(name.split("model.", 1)[1].split(".", 1)[1])
+        ):
             formats.load(path)
 
 
 def test_training_state_is_ignored(single_file, plain, tmp_path):
     """As in v1-5-pruned.safetensors: the moving averages and the schedule, of whatever type."""
     path = shutil.copy(single_file("F32"), tmp_path / "pruned.safetensors")
-    rewrite(path, lambda arrays: arrays.update({
-        "model_ema.num_updates": torch.tensor(5, dtype=torch.int32), "model_ema.diffusion_modelconv_inbias": torch.zeros(4),
-        "alphas_cumprod_prev": torch.zeros(9), "sqrt_alphas_cumprod": torch.zeros(9), "posterior_variance": torch.zeros(9),
-        "log_one_minus_alphas_cumprod": torch.zeros(9), "logvar": torch.zeros(9)}))
+    rewrite(
+        path,
+        lambda arrays: arrays.update(
+            {
+                "model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
+                "model_ema.diffusion_modelconv_inbias": torch.zeros(4),
+                "alphas_cumprod_prev": torch.zeros(9), "sqrt_alphas_cumprod": torch.zeros(9),
+                "posterior_variance": torch.zeros(9),
+                "log_one_minus_alphas_cumprod": torch.zeros(9), "logvar": torch.zeros(9),
+            }
+        ),
+    )
     same_weights(formats.load(path), plain)
 
 
 @pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt", "sd.pth", "pytorch_model.bin"])
 def test_pickles_are_refused(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(tiny_sd.UserError, match=re.escape(name) + ".* pickle.* " + name.split(".")[0] + r"\.safetensors"):
+    with pytest.raises(
+        tiny_sd.UserError,
+        match=re.escape(name) + ".* pickle.* " + name.split(".")[0] + r"\.safetensors",
+    ):
         formats.load(tmp_path / name)
 
 
@@ -220,8 +282,13 @@ def test_truncated_files_are_refused(keep, single_file, folder_with, tmp_path):
             formats.load(path)
 
 
-@pytest.mark.parametrize("name", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
-                                  "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "scheduler/scheduler_config.json", "tokenizer/tokenizer.json",
+    ],
+)
 def test_missing_files_are_named(name, folder_with):
     folder = folder_with()
     (folder / name).unlink()
@@ -231,12 +298,25 @@ def test_missing_files_are_named(name, folder_with):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_configs_are_checked(part, folder_with):
-    """JSON that is none, and a config without one of the sizes: one line that names the file or the size, no traceback."""
+    """JSON that is none, and a config without one of the sizes.
+
+    One line that names the file or the size, no traceback.
+    """
     folder = folder_with()
     path = folder / part / "config.json"
     config = json.loads(path.read_text())
-    for text, expected in [("{", f"{part}/config.json"), *((json.dumps({k: v for k, v in config.items() if k != key}), key) for key in (
-            {"text_encoder": ["hidden_size"], "vae": ["latent_channels"], "unet": ["block_out_channels"]}[part]))]:
+    for text, expected in [
+        ("{", f"{part}/config.json"),
+        *(
+            (json.dumps({k: v for k, v in config.items() if k != key}), key)
+            for key in (
+                {
+                    "text_encoder": ["hidden_size"], "vae": ["latent_channels"],
+                    "unet": ["block_out_channels"],
+                }[part]
+            )
+        ),
+    ]:
         path.unlink()
         path.write_text(text)
         with pytest.raises(tiny_sd.UserError, match=expected):
@@ -246,3 +326,57 @@ def test_configs_are_checked(part, folder_with):
 def test_no_model(tmp_path):
     with pytest.raises(tiny_sd.UserError, match="nothing"):
         formats.load(tmp_path / "nothing")
+
+
+# ── As a library ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bundled_model_from_another_folder(tmp_path, monkeypatch):
+    """By the name that the README has."""
+    monkeypatch.chdir(tmp_path)
+    assert formats.load("weights/emoji").name == formats.load("emoji").name == "emoji"
+    with pytest.raises(tiny_sd.UserError, match="weights/none: no such file or folder"):
+        formats.load("weights/none")
+
+
+@pytest.mark.parametrize("load", [formats.load, tiny_sd.load])
+def test_a_type_that_numpy_does_not_compute_in_means_torch(load, folder):
+    """As on the command line; and a device too."""
+    assert load(folder, dtype="bfloat16").unet["conv_in"]["weight"].dtype == torch.bfloat16
+    assert isinstance(load(folder).unet["conv_in"]["weight"], np.ndarray)
+    with pytest.raises(tiny_sd.UserError, match="need --backend torch"):
+        load(folder, "numpy", dtype="float16")
+    if not torch.cuda.is_available():
+        with pytest.raises(tiny_sd.UserError, match="no cuda"):
+            load(folder, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"seeds": 0}, "seeds"), ({"seeds": ()}, "seeds"),
+        ({"sampler": "x"}, "no sampler x, but ddpm"), ({"steps": 0}, "--steps 0"),
+        ({"steps": 2.0}, "--steps 2.0"), ({"width": 65}, "--width 65"),
+        ({"height": 8}, "--height 8"), ({"sampler": "ddim", "karras": True}, "--karras"),
+    ],
+)
+def test_one_clear_error(plain, settings, named):
+    with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
+        tiny_sd.generate(plain, "a cat", **settings)
+
+
+def test_latents_of_one_picture_alone(plain):
+    with pytest.raises(tiny_sd.UserError, match="four axes"):
+        tiny_sd.decode(plain, np.zeros((8, 8, 4), np.float32))
+
+
+@pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt"])
+def test_how_to_convert_a_pickle(name, tmp_path, single_file, plain):
+    """By the command that the refusal names."""
+    torch.save({"state_dict": load_file(single_file("F32")), "epoch": 3}, tmp_path / name)
+    with pytest.raises(tiny_sd.UserError) as error:
+        formats.load(tmp_path / name)
+    command = str(error.value).partition("convert it: python ")[2].replace("FILE", name)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path)
+    assert done.returncode == 0
+    same_weights(formats.load(tmp_path / "sd.safetensors"), plain)

@@ -1,0 +1,49 @@
+"""What a small model knows how to draw, where its folder says so: things.json."""
+
+import json
+import re
+import textwrap
+
+from tiny_sd import UserError
+
+KEYS = ("things", "styles", "backgrounds", "places")
+
+
+def known_things(folder):
+    """Return a folder's things.json, or None if it has none that can be used."""
+    try:
+        known = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+        known["things"] = [[str(name) for name in names] for names in known["things"]]
+        return {key: known[key] for key in KEYS}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def normal(text):
+    """Return a text in lower case, its words with a space around each."""
+    return " " + " ".join(re.findall(r"[\w']+", text.lower())) + " "
+
+
+def unknown_prompt(known, prompt):
+    """Return a line if a prompt names none of the known things, else None."""
+    words = normal(prompt)
+    if words.strip() and not any(normal(name) in words for names in known["things"]
+                                 for name in names):
+        return (f"the model knows nothing in \"{prompt[:100]}\": --things lists the "
+                f"{len(known['things'])} things that it can draw")
+    return None
+
+
+def describe_things(known):
+    """Return what a model knows as text: things with their aliases, then the rest."""
+    if known is None:
+        raise UserError("this model does not say what it knows: it has no things.json")
+    names = sorted(known["things"], key=lambda names: names[0].lower())
+    things = [first + (f" ({', '.join(others)})" if others else "") for first, *others in names]
+    parts = [(f"{len(things)} things, other names in brackets", "; ".join(things)),
+             ('styles, as in "a cat in the blob style"', ", ".join(known["styles"])),
+             ('backgrounds, as in "a cat on a light blue background"',
+              ", ".join(known["backgrounds"])),
+             ('places, as in "a small cat in the top left corner"', ", ".join(known["places"]))]
+    return "\n\n".join(f"{title}:\n{textwrap.fill(text, 96, initial_indent='  ', subsequent_indent='  ')}"
+                       for title, text in parts)
