@@ -22,15 +22,14 @@ The same steps in Python:
 Three conventions carry the whole file.
 
 1. A layer is a function of arrays.
-2. Its weights are a nested mapping whose keys are the names in the checkpoint, and those names are
-   the function's arguments: in `resnet(x, temb, groups, eps, **weights)` a name that is misspelt
-   or does not belong there is a TypeError.
+2. Its weights are a nested mapping with the checkpoint's names as keys, passed as keyword
+   arguments: `resnet(x, temb, groups, eps, **weights)`. An unknown name is a TypeError.
 3. Images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
    convolution and the projections of attention are one operation, `x @ w.T`.
 
-Shapes beside the code are those of Stable Diffusion 1.5 drawing 512x512 pixels. A number such as
-(6.2) is an equation in NOTES.md, which has the mathematics, section by section in this file's
-order. extras/ holds what the lesson can do without: all options, speed, other file formats.
+Shapes beside the code are those of Stable Diffusion 1.5 drawing 512x512 pixels. (6.2) is an
+equation in NOTES.md, whose sections follow this file's. extras/ holds what the lesson can do
+without: all options, speed, other file formats.
 """
 
 import argparse
@@ -47,9 +46,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-if __name__ == "__main__" and (HERE / "extras").is_dir():
-    # `python tiny_sd.py` continues in extras/, which has all options, and ends there. In a folder
-    # without extras/, main() at the end of this file draws.
+if __name__ == "__main__" and (HERE / "extras/start.py").exists():
+    # The full command line runs here and does not return. Without extras/ beside this file, the
+    # small program at its end draws.
     sys.path.insert(0, str(HERE))
     from extras.start import program
     program()
@@ -61,14 +60,14 @@ __version__ = "0.2.0"
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# Each operation is defined by its formula in NumPy. Torch tensors go to torch's own operation of
-# the same name instead, so that the networks below are written once and run on both.
+# Each operation is defined by its formula in NumPy. Given torch tensors, it calls torch's operation
+# of the same name, so that the networks below are written once and run on both.
 
 FAST = {}   # {name: quicker form of that primitive on NumPy arrays}; extras/fast.py fills it
 
 
 def primitive(formula):
-    """Make a formula an operation: on NumPy arrays it runs itself, on tensors torch's operation."""
+    """Decorate a NumPy formula: called with torch tensors, it runs torch's operation instead."""
     name = formula.__name__
 
     @functools.wraps(formula)
@@ -198,7 +197,7 @@ def concat(*xs):
 def map_rows(x, function):
     """Apply a function to the rows x[0:1], x[1:2], ... and join the results.
 
-    The function must treat rows independently: torch passes all of x in one call.
+    Rows must be independent: torch gets them all in one call.
     """
     return np.concatenate([function(x[i:i + 1]) for i in range(len(x))])
 
@@ -219,30 +218,27 @@ def to_numpy(x):
 def torch_operations():
     """Return {name: torch's operation}: all that this file knows of torch.
 
-    torch.nn.functional takes images channels first, so they are permuted there and back.
+    torch.nn.functional takes images channels first; movedim shows it ours so, without a copy.
     """
     import torch
     import torch.nn.functional as F
-
-    def channels_first(x):
-        return x.permute(0, 3, 1, 2)
-
-    def channels_last(x):
-        return x.permute(0, 2, 3, 1)
 
     def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
         before, after = padding
         if before != after:     # F.conv2d pads both sides alike
             x, before = F.pad(x, (0, 0, before, after, before, after)), 0
-        y = F.conv2d(channels_first(x), channels_first(weight), bias, stride, before)
-        return channels_last(y)
+        x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
+        return F.conv2d(x, weight, bias, stride, before).movedim(1, -1)
 
     def group_norm(x, groups, eps, weight, bias):
-        return channels_last(F.group_norm(channels_first(x), groups, weight, bias, eps))
+        return F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps).movedim(1, -1)
 
     def upsample(x, height, width):
-        y = channels_last(F.interpolate(channels_first(x), scale_factor=2.0))
+        y = F.interpolate(x.movedim(-1, 1), scale_factor=2.0).movedim(1, -1)
         return y[:, :height, :width]
+
+    def attention(q, k, v, causal=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     def from_numpy(array, device, dtype):
         found = device == "cpu" or getattr(torch, device).is_available()
@@ -255,12 +251,9 @@ def torch_operations():
         "group_norm": group_norm,
         "layer_norm": lambda x, weight, bias, eps=1e-5: F.layer_norm(
             x, x.shape[-1:], weight, bias, eps),
-        "sigmoid": torch.sigmoid,
-        "silu": F.silu,
-        "gelu": F.gelu,
+        "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
         "softmax": lambda x: F.softmax(x, -1),
-        "dot_product_attention": lambda q, k, v, causal=False: F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal),
+        "dot_product_attention": attention,
         "upsample": upsample,
         "concat": lambda *xs: torch.cat(xs, -1),
         "map_rows": lambda x, function: function(x),
@@ -276,7 +269,7 @@ def torch_operations():
 def byte_symbols():
     """Return {byte: character} in the vocabulary's order. Radford et al., 2019.
 
-    Bytes that print nothing, such as the space, borrow characters from 256 up.
+    Bytes with no printable character, such as the space, get one from 256 up.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -307,10 +300,11 @@ class Tokenizer:
     def words(self, text):
         """Lower-case, then split into runs of letters, single digits and runs of symbols.
 
-        White space only separates. Python's re has no class of letters of all scripts, so the
-        pattern lists the letters and digits that occur in this text.
+        White space only separates. Python's re has no class for the letters of every script, so
+        the pattern lists those in this text.
         """
-        text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(c.lower() for c in text)     # text.lower() would make a final Σ a ς
         kinds = {c: unicodedata.category(c)[0] for c in set(text)}
         letters = "a-z" + "".join(re.escape(c) for c in kinds if kinds[c] == "L")
         digits = "0-9" + "".join(re.escape(c) for c in kinds if kinds[c] == "N")
@@ -318,7 +312,7 @@ class Tokenizer:
                           rf"|[^{self.SPACE}{letters}{digits}]+", text)
 
     def merge(self, word):
-        """Return the word's symbols, merging the pair of lowest rank until no pair has one."""
+        """Return the word's symbols, merging the pair of lowest rank until no pair has a rank."""
         *head, last = (self.bytes[b] for b in word.encode(errors="replace"))
         symbols = [*head, last + "</w>"]
 
@@ -326,21 +320,19 @@ class Tokenizer:
             best = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            merged, i = [], 0
-            while i < len(symbols):
-                if tuple(symbols[i:i + 2]) == best:
-                    merged.append(symbols[i] + symbols[i + 1])
-                    i += 2
+            merged = []
+            for symbol in symbols:
+                if merged and (merged[-1], symbol) == best:
+                    merged[-1] += symbol
                 else:
-                    merged.append(symbols[i])
-                    i += 1
+                    merged.append(symbol)
             symbols = merged
         return symbols
 
     def tokens(self, text):
         """Return the ids of a text of any length, without BOS and EOS around it.
 
-        Special tokens written out in the text are recognised, as CLIP's tokenizer does.
+        Special tokens written out in the text become their ids, as in CLIP.
         """
         symbols = []
         for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
@@ -351,10 +343,9 @@ class Tokenizer:
         return [self.vocab.get(symbol, self.vocab[self.EOS]) for symbol in symbols]
 
     def encode(self, text):
-        """Return the model's ids (length,), and the end of the text that did not fit."""
-        letter = rf"[{self.SPACE}]*[^{self.SPACE}]"     # merging takes the square of a word's
-        most = 40 * self.length                         # length: stop where no text can fit
-        start = re.match(rf"(?:{letter}){{0,{most}}}[{self.SPACE}]*", text)[0]
+        """Return the model's ids (length,), and the text that did not fit."""
+        text = re.sub(rf"[{self.SPACE}]+", " ", text)
+        start = text[:40 * self.length]     # more never fits, and long words take long to merge
         room = self.length - 2
         ids = self.tokens(start)
 
@@ -363,7 +354,7 @@ class Tokenizer:
         return np.array(used + padding), self.decode(ids[room:]) + text[len(start):]
 
     def decode(self, ids):
-        """Return the text of some ids: in lower case, with a space between any two words."""
+        """Return the text of some ids: lower case, words separated by spaces."""
         byte = {symbol: b for b, symbol in self.bytes.items()}
         symbols = "".join(self.symbol[i] for i in ids).replace("</w>", " ")
         return bytes(byte.get(c, 32) for c in symbols).decode(errors="replace").strip()
@@ -384,14 +375,24 @@ def merge_heads(x):
     return x.swapaxes(1, 2).reshape(B, T, n_head * d)
 
 
+def attention(x, context, n_head, to_q, to_k, to_v, to_out, causal=False):
+    """Multi-head attention: queries from x, keys and values from context (3.3), (5.4).
+
+    x: (batch, queries, channels); context: (batch, keys, width). Returns the shape of x.
+    Self-attention is attention(x, x, ...).
+    """
+    q = split_heads(linear(x, **to_q), n_head)                  # (batch, n_head, queries, d)
+    k = split_heads(linear(context, **to_k), n_head)            # (batch, n_head, keys, d)
+    v = split_heads(linear(context, **to_v), n_head)
+    h = merge_heads(dot_product_attention(q, k, v, causal))     # (batch, queries, n_head d)
+    return linear(h, **to_out[0])                               # to_out[1] was dropout
+
+
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     """A Transformer layer: causal self-attention, then an MLP, each added to its input (3.2)."""
     h = layer_norm(x, **layer_norm1)                            # (batch, 77, 768)
-    q = split_heads(linear(h, **self_attn["q_proj"]), n_head)   # (batch, 12, 77, 64)
-    k = split_heads(linear(h, **self_attn["k_proj"]), n_head)
-    v = split_heads(linear(h, **self_attn["v_proj"]), n_head)
-    h = merge_heads(dot_product_attention(q, k, v, causal=True))
-    x = x + linear(h, **self_attn["out_proj"])                  # (batch, 77, 768)
+    q, k, v, out = (self_attn[f"{name}_proj"] for name in ("q", "k", "v", "out"))
+    x = x + attention(h, h, n_head, q, k, v, [out], causal=True)
 
     h = layer_norm(x, **layer_norm2)
     h = activation(linear(h, **mlp["fc1"]))                     # (batch, 77, 3072)
@@ -417,27 +418,14 @@ def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2,
            time_emb_proj=None, conv_shortcut=None):
     """A ResNet block: x plus two rounds of GroupNorm, SiLU, 3x3 convolution (4.5).
 
-    He et al., 2015. x: (batch, height, width, in). Returns (batch, height, width, out). In the
-    U-Net temb (batch, 1280), the time embedding, tells the noise level; in the VAE it is None.
+    He et al., 2015. x: (batch, height, width, in). Returns (batch, height, width, out). temb: the
+    time embedding (batch, 1280), which tells the U-Net the noise level; None in the VAE.
     """
     h = conv2d(silu(group_norm(x, groups, eps, **norm1)), **conv1)      # in -> out channels
     if time_emb_proj:
         h = h + linear(silu(temb), **time_emb_proj)[:, None, None]      # (batch, 1, 1, out)
     h = conv2d(silu(group_norm(h, groups, eps, **norm2)), **conv2)
     return h + (linear(x, **conv_shortcut) if conv_shortcut else x)
-
-
-def attention(x, context, n_head, to_q, to_k, to_v, to_out):
-    """Multi-head attention: queries from x, keys and values from context (3.3), (5.4).
-
-    x: (batch, queries, channels); context: (batch, keys, width). Returns the shape of x.
-    Self-attention is attention(x, x, ...).
-    """
-    q = split_heads(linear(x, **to_q), n_head)                  # (batch, n_head, queries, d)
-    k = split_heads(linear(context, **to_k), n_head)            # (batch, n_head, keys, d)
-    v = split_heads(linear(context, **to_v), n_head)
-    h = merge_heads(dot_product_attention(q, k, v))             # (batch, queries, n_head d)
-    return linear(h, **to_out[0])                               # to_out[1] was dropout
 
 
 def vae_attention(x, groups, **weights):
@@ -488,11 +476,11 @@ def vae_encode(picture, vae, groups):
     h = vae_encoder(picture, groups, **vae["encoder"])
     moments = linear(h, **vae["quant_conv"])                    # (batch, h, w, 8)
     n = moments.shape[-1] // 2
-    return moments[..., :n], moments[..., n:].clip(-30, 20)     # e^20 is as wide as it may get
+    return moments[..., :n], moments[..., n:].clip(-30, 20)     # keeps e^logvar finite
 
 
 def vae_decode(z, vae, groups):
-    """Turn latents z (batch, h, w, 4), divided by the scaling factor, into pictures in [-1, 1]."""
+    """Turn unscaled latents z (batch, h, w, 4) into pictures (batch, 8 h, 8 w, 3) in [-1, 1]."""
     return vae_decoder(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
 
 
@@ -512,7 +500,7 @@ def timestep_embedding(t, dim):
 def time_mlp(x, t, linear_1, linear_2, cond_proj=None, condition=None):
     """Return the time embedding that every ResNet block gets, (batch, 1280) (5.2).
 
-    Some distilled models are also told a condition (batch, n), which cond_proj takes in.
+    Some distilled models also embed a condition (batch, n), through cond_proj.
     """
     temb = array_like(x, timestep_embedding(t, linear_1["weight"].shape[1]))    # (batch, 320)
     if cond_proj:
@@ -581,7 +569,7 @@ def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=
 
 def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up_blocks,
          conv_norm_out, conv_out, mid_block=None, condition=None):
-    """Predict the noise in x_t, or what else the model was trained to predict.
+    """Predict the noise in x_t (or x_0, or v: see split_prediction).
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); t: (batch,), times in
     0..999; context: (batch, tokens, width); n_head: a number for each level, from the top;
@@ -658,7 +646,7 @@ def split_prediction(prediction_type, output, x_t, alpha_bar):
 def guide(uncond, cond, scale):
     """Classifier-free guidance: go `scale` times the way from uncond to cond (6.17).
 
-    Ho and Salimans, 2022. At 1 this is the prompt alone; above, it goes beyond.
+    Ho and Salimans, 2022. Scale 1 is cond itself; larger scales overshoot it.
     """
     return uncond + scale * (cond - uncond)
 
@@ -666,17 +654,18 @@ def guide(uncond, cond, scale):
 def evenly_spaced_steps(n, alpha_bars):
     """Return n steps from the noisiest level to the clean picture, evenly spaced in t.
 
-    A step is a triple (t, ᾱ_t, ᾱ of the next level); the last step's next level is 1. n < 1000.
+    A step is a triple (t, ᾱ_t, ᾱ of the next level); the last step's next level is 1.
+    n: 1 to 999.
     """
     t = np.linspace(len(alpha_bars) - 1, 0, n + 1).round().astype(int)[:-1]
     levels = alpha_bars[t].tolist()
     return list(zip(t.tolist(), levels, [*levels[1:], 1.0]))
 
 
-# A sampler walks from noise to a picture. It is given denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), the first
-# x_t, the steps, and noise(), which returns a fresh ε. It yields each x_t that it reaches, and
-# callers may change that array in place (inpainting does). There are two families: ddim and euler
-# are one method in two coordinates, and so are ddpm and euler_ancestral.
+# A sampler walks from noise to a picture. Its arguments: denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); the
+# first x_t; the steps; and noise(), which returns a fresh ε. It yields each x_t that it reaches
+# and goes on from the array that it yielded: callers may write into that. ddim and euler are the
+# same method in different coordinates; so are ddpm and euler_ancestral.
 
 
 def ddpm(denoise, x, steps, noise):
@@ -694,7 +683,7 @@ def ddpm(denoise, x, steps, noise):
 
 
 def ddim(denoise, x, steps, noise=None):
-    """Noise x̂_0 again with the same ε̂, to the next, lower level (6.20). Song et al., 2021."""
+    """Take x̂_0 to the next level with the same ε̂ (6.20). Song et al., 2021."""
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, eps = denoise(x, t, alpha_bar)
         x = add_noise(x_0, alpha_bar_next, eps)
@@ -720,7 +709,7 @@ def euler(denoise, x, steps, noise=None):
 
 
 def euler_ancestral(denoise, x, steps, noise):
-    """Step below the next level, then back up to it with fresh noise (6.23): ddpm likewise."""
+    """Step below the next level, then back up to it with fresh noise (6.23)."""
     for t, alpha_bar, alpha_bar_next in steps:
         _, eps = denoise(x, t, alpha_bar)
         sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
@@ -733,26 +722,25 @@ def euler_ancestral(denoise, x, steps, noise):
 
 
 def dpm_pp_2m(denoise, x, steps, noise=None):
-    """DPM-Solver++ (2M): the linear part exactly, x̂_0 extrapolated from two steps (6.26), (6.28).
+    """DPM-Solver++ (2M): a step in λ = -log σ that extrapolates x̂_0 from the last two (6.28).
 
-    Lu et al., 2022, algorithm 2, in λ = log(√ᾱ / √(1 - ᾱ)). The first step, which has no history,
-    and the last, to λ = ∞, are of first order.
+    Lu et al., 2022, algorithm 2. The linear part of the ODE is solved exactly (6.26). The first
+    step, which has no history, and the last, to σ = 0, are of first order.
     """
     previous = None
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
-        lam = -math.log(sigma_of(alpha_bar))
-        exp_minus_h = sigma_of(alpha_bar_next) / sigma_of(alpha_bar)    # h = λ_next - λ
+        sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
 
         direction = x_0
-        if previous and exp_minus_h > 0:
-            previous_x_0, previous_lam = previous
-            r = (lam - previous_lam) / -math.log(exp_minus_h)
+        if previous and sigma_next > 0:
+            previous_x_0, previous_sigma = previous
+            r = math.log(previous_sigma / sigma) / math.log(sigma / sigma_next)
             direction = x_0 + (x_0 - previous_x_0) / (2 * r)
-        previous = x_0, lam
+        previous = x_0, sigma
 
         shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
-        x = shrink * x + alpha_bar_next ** 0.5 * (1 - exp_minus_h) * direction
+        x = shrink * x + alpha_bar_next ** 0.5 * (1 - sigma_next / sigma) * direction
         yield x
 
 
@@ -763,13 +751,13 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_ancestr
 # ── 7. Training ──────────────────────────────────────────────────────────────────── NOTES §7 ──
 #
 # Three networks are trained one after the other: first the VAE, on pictures; then the text
-# encoder, beside an image encoder that is needed no more afterwards, on pictures with captions;
-# then the U-Net, on the latents of the one and the contexts of the other. Autograd works through
-# the functions above unchanged. weights/train.py is a complete recipe.
+# encoder, on pictures with captions, together with an image encoder that is discarded afterwards;
+# then the U-Net, on the VAE's latents and the text encoder's contexts. Autograd works through the
+# functions above unchanged. weights/train.py is a complete recipe.
 
 
 def l1_loss(picture, reference):
-    """Return the mean absolute difference."""
+    """Return the mean of |picture - reference|."""
     return (picture - reference).abs().mean()
 
 
@@ -777,7 +765,7 @@ def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
     """Return the error of a picture reconstructed from sampled latents, plus a small KL (7.1).
 
     picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). Stable
-    Diffusion's own VAE was trained with LPIPS and a discriminator beside the absolute error.
+    Diffusion's own VAE was trained with LPIPS and a discriminator in addition.
     """
     mean, logvar = vae_encode(picture, vae, groups)             # (batch, h, w, 4) each
     z = mean + (logvar / 2).exp() * eps
@@ -788,8 +776,8 @@ def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
 def clip_loss(text, image, logit_scale):
     """Contrastive loss: each caption finds its picture, and each picture its caption (3.4).
 
-    text, image: (batch, width), rows of length 1, in the same order; logit_scale: the log of what
-    their scalar products are multiplied by, which is learnt too. Radford et al., 2021.
+    text, image: (batch, width), rows of length 1, in the same order; logit_scale: the log of the
+    learnt factor on their scores. Radford et al., 2021.
     """
     scores = logit_scale.exp() * text @ image.T         # (captions, pictures)
     own = scores.diagonal()
@@ -802,13 +790,8 @@ def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
     predict: a function of x_t. x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1).
     """
     x_t = add_noise(x_0, alpha_bar, eps)
-    if prediction_type == "epsilon":
-        target = eps
-    elif prediction_type == "v_prediction":
-        target = velocity(x_0, alpha_bar, eps)
-    else:
-        target = x_0
-    return ((predict(x_t) - target) ** 2).mean((1, 2, 3))
+    targets = {"epsilon": eps, "v_prediction": velocity(x_0, alpha_bar, eps), "sample": x_0}
+    return ((predict(x_t) - targets[prediction_type]) ** 2).mean((1, 2, 3))
 
 
 def drop_captions(captions, rng, rate=0.1):
@@ -822,14 +805,15 @@ def parameters(*networks):
 
 
 def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
-    """Train the U-Net in place, and yield the loss of each step.
+    """Train the U-Net, whose weights change in place; yield the loss of each step.
 
     latents: (n, h, w, 4), scaled, of n pictures with n captions. optimizer: of torch.optim, over
     parameters(model.unet), as Stable Diffusion did it, or over parameters(model.unet,
     model.text_encoder), as weights/train.py does.
     """
-    rng = np.random.default_rng(seed)
-    config = model.config.unet
+    rng, config = np.random.default_rng(seed), model.config
+    network = functools.partial(unet, n_head=config.unet.n_head,
+                                groups=config.unet.norm_num_groups, **model.unet)
     for _ in range(steps):
         chosen = rng.integers(len(latents), size=batch_size)
         x_0 = latents[chosen]
@@ -838,10 +822,8 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
         alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))
 
-        predict = functools.partial(unet, t=t, context=context, n_head=config.n_head,
-                                    groups=config.norm_num_groups, **model.unet)
-        prediction_type = model.config.scheduler.prediction_type
-        loss = diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps).mean()
+        predict = functools.partial(network, t=t, context=context)
+        loss = diffusion_loss(predict, config.scheduler.prediction_type, x_0, alpha_bar, eps).mean()
 
         optimizer.zero_grad()
         loss.backward()
@@ -871,8 +853,13 @@ class Model:
 
     @property
     def factor(self):
-        """How many pixels there are to a latent, along height or width: 8."""
+        """Pixels per latent along each axis: 8."""
         return 2 ** (len(self.config.vae.block_out_channels) - 1)
+
+    @property
+    def inpaints(self):
+        """Does the U-Net see a mask and the rest of a picture beside x_t?"""
+        return self.config.unet.in_channels > self.config.vae.latent_channels
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
@@ -881,7 +868,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 def encode_prompts(model, texts):
     """Return the context (len(texts), tokens, width) of some texts.
 
-    Says on stderr which part of a text did not fit.
+    Warns on stderr about text that did not fit.
     """
     rows = []
     for text in texts:
@@ -904,26 +891,22 @@ def denoiser(model, context, guidance, extra_channels=None):
     x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy arrays whatever the model's library.
     """
     config = model.config.unet
-    prediction_type = model.config.scheduler.prediction_type
+    condition = guidance_condition(config, guidance)
 
     def denoise(x_t, t, alpha_bar):
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
-        B = len(x_t)
 
-        def predict(rows):      # for each row of the context, all B pictures
-            n = len(rows) * B
+        def predict(rows):      # for each row of the context, all pictures
             xs = array_like(context, np.concatenate([x] * len(rows)))
-            words = rows[np.repeat(np.arange(len(rows)), B)]            # (n, tokens, width)
-            condition = guidance_condition(config, guidance, n)
-            output = unet(xs, np.full(n, t), words, config.n_head, config.norm_num_groups,
-                          condition=condition, **model.unet)
-            return to_numpy(output)                                     # (n, h, w, 4)
+            words = rows[np.arange(len(xs)) // len(x)]          # (rows * batch, tokens, width)
+            return to_numpy(unet(xs, np.full(len(xs), t), words, config.n_head,
+                                 config.norm_num_groups, condition=condition, **model.unet))
 
-        output = map_rows(context, predict)
+        output = map_rows(context, predict)                     # (rows * batch, h, w, 4)
         if len(context) == 2:
-            uncond, cond = output[:B], output[B:]
+            uncond, cond = np.split(output, 2)
             output = guide(uncond, cond, guidance)
-        return split_prediction(prediction_type, output, x_t, alpha_bar)
+        return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
 
     return denoise
 
@@ -941,54 +924,43 @@ def generate(model, prompt, negative="", seeds=(0,), steps=None, guidance=None, 
     """
     plan = like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask)
     context = encode_prompts(model, [negative, prompt] if plan.guided else [prompt])
+    make_denoiser = functools.partial(denoiser, model, context, plan.guidance)
     if mask is not None:
-        make_denoiser = functools.partial(denoiser, model, context, plan.guidance)
         return inpaint(model, init, mask, strength, make_denoiser, plan)
 
-    denoise = denoiser(model, context, plan.guidance)
+    steps = plan.steps
     if init is None:                            # text to image: from noise
-        x_T = plan.initial_scale * plan.noise()
-        return plan.sampler(denoise, x_T, plan.steps, plan.noise)
-
-    steps = last_steps(plan.steps, strength)    # image to image: from the noised picture
-    x_0 = encode(model, init, plan.noise())
-    x_t = add_noise(x_0, steps[0][1], plan.noise())
-    return plan.sampler(denoise, x_t, steps, plan.noise)
+        x = plan.initial_scale * plan.noise()
+    else:                                       # image to image: from the noised picture
+        steps = last_steps(steps, strength)
+        x_0 = encode(model, init, plan.noise())
+        x = add_noise(x_0, steps[0][1], plan.noise())
+    return plan.sampler(make_denoiser(), x, steps, plan.noise)
 
 
 def inpaint(model, init, mask, strength, make_denoiser, plan):
     """Replace the masked part of a picture; strength 1 ignores what was there.
 
-    A model for inpainting sees the rest of the picture beside x_t; with any other, the rest is put
-    back after each step.
+    A model for inpainting sees the mask and the rest of the picture beside x_t. With any other,
+    the rest is put back after each step.
     """
-    sees_mask = model.config.unet.in_channels > model.config.vae.latent_channels
-    x_0 = None if strength == 1 and sees_mask else encode(model, init, plan.noise())
+    steps = last_steps(plan.steps, strength)
+    x_0 = None if strength == 1 and model.inpaints else encode(model, init, plan.noise())
     eps = plan.noise()
-    if strength == 1:
-        steps, x = plan.steps, plan.initial_scale * eps
-    else:
-        steps = last_steps(plan.steps, strength)
-        x = add_noise(x_0, steps[0][1], eps)
+    x = plan.initial_scale * eps if strength == 1 else add_noise(x_0, steps[0][1], eps)
 
     mask_eps = plan.noise()     # drawn in either case, as diffusers does
-    if sees_mask:
-        denoise = make_denoiser(masked_picture(model, init, mask, mask_eps))
-        return plan.sampler(denoise, x, steps, plan.noise)
-    known = ~mask[::model.factor, ::model.factor, None]         # (h, w, 1)
+    hole = np.broadcast_to(mask[::model.factor, ::model.factor, None], (*x.shape[:3], 1))
+    if model.inpaints:
+        rest = encode(model, np.where(mask[..., None], 127.5, init), mask_eps)
+        seen = np.concatenate([hole, rest], axis=-1, dtype=np.float32)      # (batch, h, w, 5)
+        return plan.sampler(make_denoiser(seen), x, steps, plan.noise)
     path = plan.sampler(make_denoiser(), x, steps, plan.noise)
-    return blend_known(path, steps, known, x_0, eps)
-
-
-def masked_picture(model, picture, mask, eps):
-    """Return what an inpainting model sees beside x_t: the mask, and the latents of the rest."""
-    rest = encode(model, np.where(mask[..., None], 127.5, picture), eps)
-    hole = np.broadcast_to(mask[::model.factor, ::model.factor, None], (*rest.shape[:3], 1))
-    return np.concatenate([hole, rest], axis=-1, dtype=np.float32)      # (batch, h, w, 5)
+    return blend_known(path, steps, ~hole, x_0, eps)
 
 
 def blend_known(path, steps, known, x_0, eps):
-    """Inpaint with an ordinary model: after each step, reset the known part to x_0, noised."""
+    """After each step, reset the known part to x_0, noised to the level reached."""
     levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]       # at last x_0 itself
     for x, alpha_bar in zip(path, levels):
         np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
@@ -998,7 +970,8 @@ def blend_known(path, steps, known, x_0, eps):
 def last_steps(steps, strength):
     """Return the last `strength` of the steps, those that image-to-image takes (8.2)."""
     n = min(len(steps), int(round(len(steps) * strength, 9)))   # 50 * 0.58 is 28.999999999999996
-    require(0 < strength <= 1 and n > 0, f"--strength {strength} of {len(steps)} steps leaves none")
+    require(0 < strength <= 1, f"--strength {strength} is not above 0 and up to 1")
+    require(n > 0, f"--strength {strength} of {len(steps)} steps leaves no step")
     return steps[-n:]
 
 
@@ -1025,14 +998,14 @@ def decode(model, x):
     pictures = [to_numpy(vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
                 for i in range(len(z))]     # one by one: the VAE needs the most memory
     pixels = np.concatenate(pictures)
-    require(np.isfinite(pixels).all(), "the picture is not finite: the weights are not, "
-                                       "or --dtype float32 is needed")
+    require(np.isfinite(pixels).all(), "the picture is not finite: the weights are broken, or "
+                                       "float16 overflowed (--dtype float32)")
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
-# The lesson ends here. What follows makes the same picture as other programs do, reads weights,
-# and is a small command line for a folder that holds this file alone.
+# The lesson ends here. What follows matches diffusers, reads weights, and is a small command line
+# for a folder that holds this file alone.
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1047,7 +1020,7 @@ def require(condition, message):
 
 
 def tell(message):
-    """Print one line on stderr; text from outside cannot bring control characters into it."""
+    """Print one line on stderr, with control characters removed."""
     letters = "".join(c if c.isprintable() else " " for c in message)
     print("tiny_sd:", " ".join(letters.split())[:2000], file=sys.stderr)
 
@@ -1059,8 +1032,8 @@ def shorten(text, length=200):
 
 # ── 9. As other programs do it ───────────────────────────────────────────────────── NOTES §9 ──
 #
-# The same prompt, seed and settings give the same picture here and in diffusers. That takes its
-# choice of timesteps, in which its schedulers differ, and torch's random numbers.
+# The same prompt, seed and settings give the same picture here and in diffusers. This needs its
+# timesteps, which depend on the scheduler, and torch's random numbers.
 
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
@@ -1080,20 +1053,30 @@ def defaults(model):
 
 
 def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
-    """Return what generate() needs for its arguments, as a record: sampler, steps, guidance, ..."""
+    """Return what generate() works with, as diffusers would choose it; UserError if it cannot."""
     own_sampler, own_steps, own_guidance = defaults(model)
-    sampler = own_sampler if sampler is None else sampler
-    guidance = own_guidance if guidance is None else guidance
-    n = own_steps if steps is None else steps
-    check_request(model, seeds, n, sampler, init, mask)
+    n, guidance = (own if given is None else given
+                   for given, own in ((steps, own_steps), (guidance, own_guidance)))
+    names = [name for name, function in SAMPLERS.items() if function is sampler]
+    sampler = own_sampler if sampler is None else (names or [sampler])[0]
+    require(callable(sampler) or sampler in SAMPLERS,
+            f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")
+    require(np.ndim(seeds) == 1 and len(seeds) > 0, f"seeds must be a list, not {seeds}")
+    require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
+            "which needs a picture and a mask (--init-img, --mask)")
+    require(mask is None or init is not None and mask.shape == init.shape[:2],
+            "a mask needs a picture of its size to start from (--init-img)")
     if init is not None:
         height, width = init.shape[:2]
-    steps = sampling_steps(sampler, n, model.config.scheduler, model.alpha_bars, karras)
+
+    scheduler = model.config.scheduler
+    steps = sampling_steps(sampler, n, scheduler, model.alpha_bars, karras)
+    exact = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
     return SimpleNamespace(
         sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
         guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,
         noise=torch_noise(seeds, image_size(model, width, height)),
-        initial_scale=initial_scale(model, sampler, steps))
+        initial_scale=(1 - steps[0][1]) ** 0.5 if exact else 1.0)   # x_T's standard deviation
 
 
 def image_size(model, width, height):
@@ -1106,21 +1089,8 @@ def image_size(model, width, height):
     return h, w, config.vae.latent_channels
 
 
-def check_request(model, seeds, steps, sampler, init, mask):
-    """Raise UserError unless generate() can do what it is asked for."""
-    require(isinstance(seeds, (list, tuple, range)) and seeds, f"seeds must be a list: {seeds}")
-    require(type(steps) is int and 1 <= steps <= 999, f"--steps {steps} is not from 1 to 999")
-    require(callable(sampler) or sampler in SAMPLERS,
-            f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")
-    inpaints = model.config.unet.in_channels > model.config.vae.latent_channels
-    require(mask is not None or not inpaints, f"{model.name} is a model for inpainting, which "
-                                              "needs a picture and a mask (--init-img, --mask)")
-    require(mask is None or init is not None and mask.shape == init.shape[:2],
-            "a mask needs a picture of its size to start from (--init-img)")
-
-
 def timestep_spacing(sampler, scheduler):
-    """Return how the timesteps are spaced: as the config says, else as this sampler's are."""
+    """Return how the timesteps are spaced: the sampler's own way, the config's, or the usual."""
     usual = "linspace" if sampler in KARRAS else "leading"
     own = getattr(SAMPLERS.get(sampler, sampler), "spacing", None)
     return own or scheduler.timestep_spacing or usual
@@ -1144,8 +1114,9 @@ def timesteps(sampler, n, scheduler):
 def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
     """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config."""
     T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
-    t = timesteps(sampler, n, scheduler) if n <= T else [T]
-    require(t[0] <= T - 1, f"{n} steps are more than this sampler can take")
+    require(1 <= n < min(T, 1000), f"--steps {n} is not from 1 to {min(T, 1000) - 1}")
+    t = timesteps(sampler, n, scheduler)
+    require(t[0] < T, f"{n} steps are more than this sampler can take")
     require(not karras or sampler in KARRAS, f"--karras does not go with --sampler {sampler}")
     if sampler not in ("euler", "euler_a"):
         t = np.round(t)
@@ -1155,15 +1126,14 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
         sigma, t = karras_levels(sampler, sigma, sigmas)
     levels = (1 / (1 + sigma ** 2)).tolist()
 
-    ends_at_picture = scheduler.set_alpha_to_one
-    if sampler not in ("ddim", "plms") or ends_at_picture is None and sampler == "ddim":
-        ends_at_picture = True
-    last = 1.0 if ends_at_picture else float(alpha_bars[0])
-    return list(zip(t.tolist(), levels, [*levels[1:], last]))
+    clean = scheduler.set_alpha_to_one if sampler in ("ddim", "plms") else True
+    if clean is None:
+        clean = sampler == "ddim"
+    return list(zip(t.tolist(), levels, [*levels[1:], 1.0 if clean else float(alpha_bars[0])]))
 
 
 def karras_levels(sampler, sigma, sigmas):
-    """Return levels evenly spaced in σ^(1/7), and the times t at which a model meets them (9.2).
+    """Return levels evenly spaced in σ^(1/7), and the times t with those levels (9.2).
 
     Karras et al., 2022, eq. 5. sigma: the levels chosen so far; sigmas: all of the model's.
     """
@@ -1175,57 +1145,40 @@ def karras_levels(sampler, sigma, sigmas):
     return sigma, t.round() if whole_range else t
 
 
-def initial_scale(model, sampler, steps):
-    """Return the standard deviation of the first x_t: 1, or for Euler's spacings √(1 - ᾱ)."""
-    exact = sampler in ("euler", "euler_a") and \
-        timestep_spacing(sampler, model.config.scheduler) != "leading"
-    return (1 - steps[0][1]) ** 0.5 if exact else 1.0
-
-
-def guidance_condition(config, guidance, batch):
-    """Return what a distilled model is told of its scale of guidance, (batch, n), else None (9.5).
+def guidance_condition(config, guidance):
+    """Return the scale of guidance as a distilled model is told it, (1, n), else None (9.5).
 
     Meng et al., 2023: a timestep embedding, sines first, whose last frequency is 1/10000.
     """
     dim = config.time_cond_proj_dim
     if not dim:
         return None
-    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2 - 1))
-    angles = np.full((batch, 1), 1000 * (guidance - 1)) * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    angles = 1000 * (guidance - 1) * 10000 ** -np.linspace(0, 1, dim // 2)
+    return np.concatenate([np.sin(angles), np.cos(angles)])[None]
 
 
 class Noise:
-    """The stream of torch.randn on a CPU generator with this seed (9.3), (9.4).
-
-    MT19937; the low 24 bits of each word make a uniform number; Box and Muller's method in blocks
-    of 16: of u, the first 8 give radii, the last 8 angles.
-    """
+    """torch.randn on a CPU generator with this seed: MT19937, then Box and Muller (9.3), (9.4)."""
 
     def __init__(self, seed):
-        self.words = np.random.RandomState(seed & 0xffffffff)
+        self.words = np.random.RandomState(int(seed) & 0xffffffff)
 
     def uniform(self, n):
-        """Return n numbers in [0, 1)."""
+        """Return n numbers in [0, 1), from the low 24 bits of each word."""
         words = np.frombuffer(self.words.bytes(4 * n), "<u4")
         return (words & 0xffffff).astype(np.float32) * np.float32(2 ** -24)
 
-    def normal(self, n):
-        """Return n standard normal numbers; n is at least 16."""
-        u = self.uniform(n)
-        z = box_muller(u[:n // 16 * 16])
-        if n % 16:      # torch then draws the last 16 again
-            z = np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
-        return z
-
     def __call__(self, height, width, channels):
         """Return standard normal numbers (height, width, channels), drawn channels first."""
-        z = self.normal(height * width * channels)
+        n = height * width * channels                   # at least 16
+        z = box_muller(self.uniform(n)[:n // 16 * 16])
+        if n % 16:                                      # torch draws the last 16 anew
+            z = np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
         return z.reshape(channels, height, width).transpose(1, 2, 0)
 
 
 def box_muller(u):
-    """Turn uniform numbers (16 n,) into standard normal ones (9.4)."""
+    """Turn uniform numbers (16 n,) into normal ones: of each 16, 8 radii and 8 angles (9.4)."""
     u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
     radius, angle = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
@@ -1247,7 +1200,7 @@ CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows wh
     "scheduler": {"_class_name": "", "num_train_timesteps": 1000, "beta_start": 0.00085,
                   "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
                   "prediction_type": "epsilon", "timestep_spacing": None, "set_alpha_to_one": None,
-                  "use_karras_sigmas": None, "_guidance_scale": 7.5},   # the last is of our own
+                  "use_karras_sigmas": None, "_guidance_scale": 7.5},   # the last is tiny_sd's own
 }
 
 
@@ -1255,9 +1208,11 @@ def read_config(part, settings):
     """Return the config.json of a part as a record, with the defaults filled in."""
     config = SimpleNamespace(**CONFIG_DEFAULTS[part] | settings)
     if part == "scheduler":
-        require(config.beta_schedule == "scaled_linear",
-                f"the scheduler's beta_schedule {config.beta_schedule!r} is not computed here")
-    if part == "unet":      # a number for all levels, or one for each, under either of two names
+        for name, known in ("beta_schedule", ("scaled_linear",)), (
+                "prediction_type", ("epsilon", "v_prediction", "sample")):
+            value = getattr(config, name)
+            require(value in known, f"the scheduler's {name} cannot be {shorten(repr(value))}")
+    if part == "unet":      # one number of heads, or one for each level, under either name
         heads = config.num_attention_heads or config.attention_head_dim
         levels = len(config.block_out_channels)
         config.n_head = heads if isinstance(heads, list) else [heads] * levels
@@ -1277,18 +1232,14 @@ def flatten(tree, prefix=""):
 
 def nest(flat):
     """Undo flatten; numbered keys become lists."""
-    if not isinstance(flat, dict):
-        return flat
-    tree = {}
+    groups = {}
     for name, leaf in flat.items():
         key, _, rest = name.partition(".")
-        if rest:
-            tree.setdefault(key, {})[rest] = leaf
-        else:
-            tree[key] = leaf
-    if all(key.isdigit() for key in tree):
-        return [nest(tree.get(str(i))) for i in range(1 + max(map(int, tree)))]
-    return {key: nest(value) for key, value in tree.items()}
+        groups.setdefault(key, {})[rest] = leaf
+    tree = {key: group[""] if "" in group else nest(group) for key, group in groups.items()}
+    if all(map(str.isdigit, tree)):
+        return [tree.get(str(i)) for i in range(1 + max(map(int, tree)))]
+    return tree
 
 
 def read_safetensors(path):
@@ -1383,8 +1334,8 @@ def to_backend(array, backend, device="cpu", dtype="float32"):
     array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
     if backend == "torch":
         return torch_operations()["from_numpy"](np.array(array, order="C"), device, dtype)
-    if array.ndim == 4 and array.shape[1] > 1:
-        return array                                    # stays in the file, and is read when used
+    if array.ndim == 4 and array.shape[1] > 1 and array.dtype != np.float64:
+        return array                                    # still mapped from the file
     return np.asfortranarray(array, np.float32)         # x @ Wᵀ reads W by columns
 
 
@@ -1396,7 +1347,7 @@ def assemble(name, settings, arrays, tokenizer, backend=None, device="cpu", dtyp
             f"--device {device} --dtype {dtype} need --backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
     limit = config["text_encoder"].max_position_embeddings
-    tokenizer.length = min(tokenizer.length, limit)     # some say 1e30
+    tokenizer.length = min(tokenizer.length, limit)     # 1e30: no limit
     types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}    # VAEs overflow in float16
     networks = {part: nest({key: to_backend(array, backend, device, types[part])
                             for key, array in arrays[part].items()}) for part in types}
@@ -1473,13 +1424,14 @@ def draw(args):
     from tqdm import tqdm
     prompt = args.words if args.prompt is None else args.prompt
     require(prompt is not None, "give one prompt (--help lists the options)")
+    require(args.output.suffix == ".png", f"{args.output} does not end in .png")
     require(not args.output.exists(), f"{args.output} is there already")
 
     folder, init = args.model or HERE / "weights" / "emoji", None
     model = load(folder, args.backend, args.device, args.dtype)
     if args.init_img:
         h, w, _ = image_size(model, args.width, args.height)
-        picture = Image.open(args.init_img).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(args.init_img)).convert("RGB")
         size = w * model.factor, h * model.factor
         init = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
     walk = generate(model, prompt, args.negative_prompt, [args.seed], args.steps, args.cfg_scale,

@@ -151,8 +151,7 @@ def half_the_heads():
 
 
 def no_mask():
-    changed = change(("dot_product_attention(q, k, v, causal=True)",
-                      "dot_product_attention(q, k, v)"))
+    changed = change(("q, k, v, [out], causal=True)", "q, k, v, [out])"))
     spread = []
     for program in (plain(), changed):
         one, other = program.encode_prompts(bundled(), ["red apple", "blue cat"])[:, 0]

@@ -119,15 +119,11 @@ def test_places_of_words():
     """Of the start, of each word that fits, and of the rest: every place once."""
     tokenizer = sd.Tokenizer([("a", "p")], length=8)
     assert show.places_of_words(tokenizer, "red Ap") == [
-        ("(start)", slice(0, 1)),
-        ("red", slice(1, 4)),
-        ("ap", slice(4, 6)),
+        ("(start)", slice(0, 1)), ("red", slice(1, 4)), ("ap", slice(4, 6)),
         ("(end and padding)", slice(6, 8)),
     ]
     assert show.places_of_words(tokenizer, "red <|endoftext|> apple pie")[1:] == [
-        ("red", slice(1, 4)),
-        ("<|endoftext|>", slice(4, 5)),
-        ("apple", slice(5, 7)),
+        ("red", slice(1, 4)), ("<|endoftext|>", slice(4, 5)), ("apple", slice(5, 7)),
         ("(end and padding)", slice(7, 8)),
     ]
 
@@ -167,8 +163,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
         status = cli.main(["--model", str(tiny), "--steps", "2", *argv])
         out, err = capsys.readouterr()
         return (
-            status,
-            out.splitlines(),
+            status, out.splitlines(),
             [line for line in err.splitlines() if line.startswith("tiny_sd: ")],
         )
 
@@ -178,11 +173,8 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, pictures, steps, guided",
     [
-        ("", 1, 2, True),
-        ("-b 2", 2, 2, True),
-        ("--cfg-scale 1", 1, 2, False),
-        ("-i in.png --backend torch", 1, 1, True),
-        ("-W 10 -H 18 --steps 4", 1, 4, True),
+        ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False),
+        ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True),
     ],
 )
 def test_the_page(run, flags, pictures, steps, guided):
@@ -362,18 +354,11 @@ def test_the_page_in_a_browser(run):
     for width in (1280, 500):
         done = subprocess.run(
             [
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                f"--user-data-dir={Path('profile').resolve()}",
-                f"--window-size={width},900",
-                "--dump-dom",
-                Path("seen/asked.html").resolve().as_uri(),
+                BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+                f"--user-data-dir={Path('profile').resolve()}", f"--window-size={width},900",
+                "--dump-dom", Path("seen/asked.html").resolve().as_uri(),
             ],
-            capture_output=True,
-            text=True,
-            timeout=120,
+            capture_output=True, text=True, timeout=120,
         )
         answer = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.S)[1]))
         assert [name for name, _, _ in answer["images"]] == Parsed(text).images
@@ -461,11 +446,8 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
 def test_letters_that_the_terminal_has_not(tiny):
     """A token of two bytes of an apple is no letter of any code page of Windows."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
-        encoding="cp1252",
+        [sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"], capture_output=True,
+        text=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252",
     )
     assert (
         done.returncode == 0
@@ -491,18 +473,12 @@ def test_as_a_program(tiny, tmp_path):
     for flags in (["--show", "seen"], ["--explain"]):
         done = subprocess.run(
             [sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--steps", "2", *flags],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=300,
+            capture_output=True, text=True, cwd=tmp_path, timeout=300,
         )
         assert done.returncode == 0, done.stderr
     full = subprocess.run(
         [sys.executable, ROOT / "tiny_sd.py", "red apple", "-m", tiny, "--show", "seen"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
     )
     assert full.returncode == 2 and re.fullmatch("tiny_sd: --show seen .*\n", full.stderr), (
         full.stderr

@@ -1,0 +1,55 @@
+"""What a model says it knows: --things, and the line on a prompt that names nothing of it."""
+
+import json
+
+import pytest
+from helpers import write_model
+
+from extras import cli, things
+
+KNOWN = {"things": [["cat", "kitty"], ["hot dog"], ["rocket"]], "styles": ["blob", "flat"],
+         "backgrounds": ["red", "light blue"], "places": ["on the left"]}
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = write_model(tmp_path / "m")
+    (folder / "things.json").write_text(json.dumps(KNOWN), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("prompt, known", [
+    ("a cat", True), ("Kitty in the blob style", True), ("two HOT  dogs? a hot dog!", True),
+    ("rocket", True), ("", True), ("hot", False), ("astronaut riding a horse", False),
+    ("a category", False)])
+def test_a_prompt_is_known_if_it_names_a_thing(prompt, known):
+    line = things.unknown_prompt(KNOWN, prompt)
+    assert (line is None) == known and (known or "--things" in line and "3 things" in line)
+
+
+def test_things_are_listed(model, capsys):
+    assert cli.main(["--things", "-m", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "3 things" in out and "cat (kitty); hot dog; rocket" in out
+    for word in ("blob", "light blue", "on the left"):
+        assert word in out
+
+
+def test_a_prompt_without_known_things_is_drawn_with_a_line(model, capsys, tmp_path):
+    draw = ["-m", str(model), "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert cli.main(["astronaut", *draw]) == 0
+    assert "--things" in capsys.readouterr().err and (tmp_path / "a.png").exists()
+    assert cli.main(["a cat", *draw]) == 0
+    assert "--things" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", '{"things": 3}', "[" * 100000])
+def test_a_model_that_does_not_say(tmp_path, capsys, text):
+    folder = write_model(tmp_path / "m")
+    if text is not None:
+        (folder / "things.json").write_text(text)
+    assert cli.main(["--things", "-m", str(folder)]) == 2
+    assert "things.json" in capsys.readouterr().err
+    output = str(tmp_path / "a.png")
+    assert cli.main(["anything", "-m", str(folder), "--steps", "1", "-o", output]) == 0
+    assert "--things" not in capsys.readouterr().err
