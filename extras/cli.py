@@ -19,7 +19,7 @@ from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats
+from extras import files, formats, things
 from extras.checks import check_memory, nearest
 from extras.samplers import sampler_named
 from tiny_sd import KARRAS, OPTIONS, SAMPLERS, UserError, require, tell
@@ -75,6 +75,8 @@ def option_parser(**settings):
     what("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of "
                                            "its own; # begins a comment")
     what("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+    model("--things", action="store_true",
+          help="draw nothing: list what the model can draw, where it says so")
     model("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
           help="a LoRA to add; repeatable")
     sampling("--prediction", choices=("epsilon", "v", "sample"),
@@ -112,7 +114,7 @@ def parse_arguments(argv, **settings):
     parser = option_parser(**settings)
     args, notes = parse_known(parser, argv), []
     given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
-    if given > 1 or not given and not args.like:
+    if given > 1 or not given and not (args.like or args.things):
         parser.error("give one prompt, in quotes")
     if args.like:
         recorded, left = files.recorded(args.like)
@@ -288,6 +290,9 @@ def output_names(args):
 def run(argv):
     """Do what the command line asks for."""
     args = parse_arguments(argv)
+    known = things.known_things(args.model)
+    if args.things:
+        return print(things.describe_things(known))
     if args.formulas:
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
@@ -309,6 +314,8 @@ def run(argv):
 
     start, notes = time.monotonic(), set()
     for number, job in enumerate(jobs):
+        if known and (line := things.unknown_prompt(known, job.prompt)):
+            job.notes.append(line)
         job.notes = [note for note in job.notes if note not in notes]
         notes |= set(job.notes)
         title = queue_title(number, len(jobs), time.monotonic() - start)

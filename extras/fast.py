@@ -393,7 +393,7 @@ def blocked_attention(q, k, v, causal=False):
     bound = np.sqrt((q * q).sum(-1).max(-1) * (k * k).sum(-1).max(-1))      # |q·k| <= |q| |k|
 
     def block(at):
-        head, rows = at[:2], at[2]
+        head = at[:2]
         powers = plain_powers if bound[head] <= 100 else guarded_powers
         total, weight = powers(q[at], k[head], v[head])
         np.divide(total, weight[:, None], out=out[at])

@@ -3,20 +3,23 @@
 import json
 import re
 import textwrap
+from pathlib import Path
 
-from tiny_sd import UserError
+from tiny_sd import HERE, UserError
 
 KEYS = ("things", "styles", "backgrounds", "places")
 
 
-def known_things(folder):
-    """Return a folder's things.json, or None if it has none that can be used."""
-    try:
-        known = json.loads((folder / "things.json").read_text(encoding="utf-8"))
-        known["things"] = [[str(name) for name in names] for names in known["things"]]
-        return {key: known[key] for key in KEYS}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+def known_things(model):
+    """Return the things.json of a folder, or of one of this name in weights/, None without it."""
+    for folder in Path(model), HERE / "weights" / model:
+        try:
+            known = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+            known["things"] = [[str(name) for name in names] for names in known["things"]]
+            return {key: known[key] for key in KEYS}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return None
 
 
 def normal(text):
@@ -45,5 +48,5 @@ def describe_things(known):
              ('backgrounds, as in "a cat on a light blue background"',
               ", ".join(known["backgrounds"])),
              ('places, as in "a small cat in the top left corner"', ", ".join(known["places"]))]
-    return "\n\n".join(f"{title}:\n{textwrap.fill(text, 96, initial_indent='  ', subsequent_indent='  ')}"
-                       for title, text in parts)
+    fill = textwrap.TextWrapper(96, initial_indent="  ", subsequent_indent="  ").fill
+    return "\n\n".join(f"{title}:\n{fill(text)}" for title, text in parts)

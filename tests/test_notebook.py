@@ -1,8 +1,9 @@
-"""tiny_sd.ipynb: made of NOTES.md and tiny_sd.py as they stand, and it runs from first to last cell."""
+"""tiny_sd.ipynb is made of NOTES.md and tiny_sd.py, and runs from first to last cell."""
 
 import os
 
 import pytest
+
 from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat")

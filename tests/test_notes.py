@@ -18,10 +18,10 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from helpers import scheduler, shapes_of
 
 import tiny_sd as sd
 from extras import fast, formats, samplers
+from helpers import scheduler, shapes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("checks", "cli", "fast", "files", "formats", "samplers", "show")

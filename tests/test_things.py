@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from helpers import write_model
 
 from extras import cli, things
+from helpers import write_model
 
 KNOWN = {"things": [["cat", "kitty"], ["hot dog"], ["rocket"]], "styles": ["blob", "flat"],
          "backgrounds": ["red", "light blue"], "places": ["on the left"]}

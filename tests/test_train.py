@@ -11,10 +11,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 
 import tiny_sd
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))
 import measure  # noqa: E402

@@ -40,7 +40,7 @@ def read(path):
 
 @contextlib.contextmanager
 def write_atomically(path):
-    """Yield a temporary name to write to, then rename it to path: nobody sees a half-written file."""
+    """Yield a temporary name to write to, then rename it: nobody sees a half-written file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
