@@ -1114,7 +1114,8 @@ def timesteps(sampler, n, scheduler):
 def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
     """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config."""
     T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
-    require(1 <= n < min(T, 1000), f"--steps {n} is not from 1 to {min(T, 1000) - 1}")
+    most = min(T, 1000) - 1
+    require(hasattr(n, "__index__") and 1 <= n <= most, f"--steps {n} is not from 1 to {most}")
     t = timesteps(sampler, n, scheduler)
     require(t[0] < T, f"{n} steps are more than this sampler can take")
     require(not karras or sampler in KARRAS, f"--karras does not go with --sampler {sampler}")

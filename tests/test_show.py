@@ -497,6 +497,7 @@ def test_the_notes_show_every_picture():
     assert sum(path.stat().st_size for path in files) < 1.5e6
 
 
+@pytest.mark.slow
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     """All of them, from the bundled model, with fewer steps."""
     generate = sd.generate

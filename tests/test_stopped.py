@@ -49,12 +49,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def all_signals_end_it():
+    """Undo what the tests' own parent may have set, such as nohup, which ignores SIGHUP."""
+    for name in ("SIGINT", "SIGHUP", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def program(*argv, under=(), **environment):
     """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
     done = subprocess.run(
         [*under, sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True,
         timeout=100, env=os.environ | environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=all_signals_end_it,
     )
     lines = [
         line

@@ -21,6 +21,8 @@ import measure  # noqa: E402
 import scenes  # noqa: E402
 import train as train_py  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
 SHORT = ["--batch", "8", "--bank", "64", "--draw-steps", "2", "--threads", "1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

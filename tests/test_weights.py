@@ -198,6 +198,7 @@ def test_wrong_weights_are_named(folder_with):
         assert line in str(error.value)
 
 
+@pytest.mark.slow
 def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch):
     """Of a single file too, from which the sizes must be read off.
 
