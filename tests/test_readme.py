@@ -1,0 +1,62 @@
+"""README.md's Python runs as it stands, and what it says of files and options is there."""
+
+import re
+
+import numpy as np
+import pytest
+
+import tiny_sd
+from conftest import ROOT
+from extras import cli
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """The names that the examples leave, run one after the other."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1:]:
+        exec(block, names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_library_example(ran):
+    assert ran["pictures"].shape == (2, 64, 64, 3) and ran["pictures"].dtype == np.uint8
+    assert len(ran["guesses"]) == 20
+
+
+@pytest.mark.slow
+def test_heun_is_of_second_order(ran):
+    """In the world of NOTES §6, twice the steps leave about a quarter of the error."""
+    def denoise(x, t, alpha_bar):
+        x_0 = np.tanh(x * alpha_bar ** 0.5 / (1 - alpha_bar))
+        return x_0, (x - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+
+    def walk(n):
+        levels = (1 / (1 + np.geomspace(5, 0.5, n + 1) ** 2)).tolist()
+        steps = [(0, *pair) for pair in zip(levels, levels[1:])]
+        *_, x = ran["heun"](denoise, np.array([0.3, 1.2]), steps)
+        return x
+
+    exact = walk(2048)
+    coarse, fine = abs(walk(32) - exact).max(), abs(walk(64) - exact).max()
+    assert 3 < coarse / fine < 5
+
+
+def test_the_layer_shown_is_the_layer():
+    shown = re.search(r"```python\n(def resnet.*?)```", TEXT, re.DOTALL)[1]
+    source = (ROOT / "tiny_sd.py").read_text(encoding="utf-8")
+    for line in shown.strip().split("\n"):
+        assert line in source
+    assert "resnet" in vars(tiny_sd)
+
+
+def test_links_and_options_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    known = cli.option_parser()._option_string_actions
+    commands = [line for line in TEXT.split("\n") if "python tiny_sd.py" in line]
+    for flag in set(re.findall(r" (--[a-z-]+|-[a-zA-Z])\b", "\n".join(commands))):
+        assert flag in known, flag
