@@ -41,6 +41,7 @@ from scenes import (  # noqa: E402
 )
 
 import tiny_sd  # noqa: E402
+from extras.show import sheet as labelled  # noqa: E402
 
 WHITE = COLOURS["white"]
 
@@ -486,7 +487,8 @@ def sheet(model, prompts, seeds, columns, **how):
 def write_sheet(out, things, steps, device):
     """OUT.png: 60 prompts of all kinds, unchosen, each from four seeds, three prompts a row.
 
-    OUT-guesses.png: the guesses without guidance. OUT-strength.png: a cat on its way to a dog.
+    OUT-overview.png: see write_overview. OUT-guesses.png: the guesses without guidance.
+    OUT-strength.png: a cat on its way to a dog.
     """
     rng, model = np.random.default_rng(0), tiny_sd.load(out, "torch", device)
     drawings = drawings_by_style(things, True, rng, 12)
@@ -498,6 +500,7 @@ def write_sheet(out, things, steps, device):
     for i in range(0, len(prompts), 3):
         print(f"{i // 3 + 1:2}  " + " | ".join(prompts[i:i + 3]))
 
+    write_overview(out, model, steps)
     names = [names[0] for names in things.names]
     guesses = guessing(model, [names[i] for i in rng.permutation(len(names))[:12]], steps)
     guesses = guesses[np.linspace(0, len(guesses) - 1, 8).round().astype(int)]
@@ -505,6 +508,29 @@ def write_sheet(out, things, steps, device):
                  out.with_name(out.name + "-guesses.png"))
     strengths = strength_sheet(model, things, names, max(steps, 10))
     save_picture(strengths, out.with_name(out.name + "-strength.png"))
+
+
+OVERVIEW = [    # (title, six prompts, the seed of each); the last two rows hold nothing ever shown
+    ("six styles", [f"a frog in the {style} style" for style in STYLES], [0] * 6),
+    ("six styles", [f"a hot dog in the {style} style" for style in STYLES], [0] * 6),
+    ("six seeds", ["a frog"] * 6, range(6)),
+    ("six seeds", ["a rocket"] * 6, range(6)),
+    ("new backgrounds", ["a cat on a yellow background", "a dog on a pink background",
+                         "a rocket on a turquoise background", "a fox on a blue background",
+                         "a sunflower on a light blue background",
+                         "a crab on a dark blue background"], [0] * 6),
+    ("new pairs", ["a cat and a pizza", "a penguin and an umbrella", "a rocket above a tractor",
+                   "a frog next to a tree", "a house and a balloon", "an octopus and an owl"],
+     [0] * 6)]
+
+
+def write_overview(out, model, steps):
+    """OUT-overview.png: one thing in six styles, from six seeds, and what training never showed."""
+    rows = []
+    for _, prompts, seeds in OVERVIEW:
+        rows.append([Image.fromarray(p) for p in draw(model, prompts, [*seeds], steps=steps)])
+    picture = labelled(rows, down=[title for title, *_ in OVERVIEW], size=96)
+    save_picture(np.asarray(picture), out.with_name(out.name + "-overview.png"))
 
 
 def strength_sheet(model, things, names, steps):
