@@ -645,7 +645,7 @@ def metric(n):
 
 # ── The pictures of NOTES.md ──────────────────────────────────────────────────────────────────────
 
-PROMPT = "a cat on a light blue background"
+PROMPT = "a fox on a light blue background"
 SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
              "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
 
@@ -736,7 +736,7 @@ def push_picture(model, film, x):
 def guidance_picture(model, film, x):
     """Four seeds without guidance, and with more and more of it."""
     scales = [1, 2, 4, 8, 16]
-    rows = [[last(model, "a cat", guidance=scale, seeds=[seed]) for scale in scales]
+    rows = [[last(model, "a hot dog", guidance=scale, seeds=[seed]) for scale in scales]
             for seed in range(4)]
     return sheet(rows, [f"{scale:g}" for scale in scales], [f"seed {i}" for i in range(4)], 96)
 
@@ -772,13 +772,13 @@ def flow_picture(model, film, x):
 
 
 def strength_picture(model, film, x):
-    """Image to image, from a cat towards a dog."""
-    picture, strengths = np.asarray(last(model, "a cat")), [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]
-    drawn = [last(model, "a dog", init=picture, strength=strength) for strength in strengths]
-    same = [last(model, "a cat", init=picture, strength=strength) for strength in strengths]
+    """Image to image, from a fox towards a fox and towards a frog."""
+    picture, strengths = np.asarray(last(model, "a fox")), [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]
+    same, drawn = ([last(model, prompt, init=picture, strength=strength, seeds=[1])
+                    for strength in strengths] for prompt in ("a fox", "a frog"))
     titles = ["start", *(f"{strength:g}" for strength in strengths)]
     start = Image.fromarray(picture)
-    return sheet([[start, *same], [start, *drawn]], titles, ["a cat", "a dog"], 96)
+    return sheet([[start, *same], [start, *drawn]], titles, ["a fox", "a frog"], 96)
 
 
 def with_axes(picture, x_name, y_range):
