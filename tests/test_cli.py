@@ -927,7 +927,7 @@ def test_like_says_what_it_does_not_take_up(run):
     PLAIN.save("in.png")
     write_facts(
         "a.png",
-        "red\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
+        "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
         "Model: /etc/other, Clip skip: 2, Denoising strength: 0.5, Lora: some 0.8, RNG: CPU",
     )
     _, _, err = cli_lines(run, "--like", "a.png", model=False)
