@@ -2,6 +2,7 @@
 
     import extras.fast                  from here on tiny_sd computes with these forms
     tiny_sd.FAST.clear()                from here on by its own formulas again
+    importlib.reload(tiny_sd)           likewise, until this file is reloaded too
 
 Importing this file changes the process: OpenBLAS and Accelerate compute on one thread, since the
 threads here would fight with theirs, on AMD's Zen 3 and 4 without AVX-512, which those compute in
