@@ -1134,7 +1134,7 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
 
 
 def karras_levels(sampler, sigma, sigmas):
-    """Return levels evenly spaced in σ^(1/7), and the times t with those levels (9.2).
+    """Return levels evenly spaced in σ^(1/7), and the times t that have those levels (9.2).
 
     Karras et al., 2022, eq. 5. sigma: the levels chosen so far; sigmas: all of the model's.
     """
@@ -1173,7 +1173,7 @@ class Noise:
         """Return standard normal numbers (height, width, channels), drawn channels first."""
         n = height * width * channels                   # at least 16
         z = box_muller(self.uniform(n)[:n // 16 * 16])
-        if n % 16:                                      # torch draws the last 16 anew
+        if n % 16:                                      # torch draws the last 16 again
             z = np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
         return z.reshape(channels, height, width).transpose(1, 2, 0)
 
@@ -1265,7 +1265,7 @@ def read_safetensors(path):
 
 
 def widen(array):
-    """Turn bfloat16, kept as uint16, into float32, of which it is the upper 16 bits (10.1)."""
+    """Turn bfloat16, kept as uint16, into float32: it is the upper 16 bits of one (10.1)."""
     if array.dtype != np.uint16:
         return array
     return (array.astype("<u4") << 16).view("<f4")

@@ -338,7 +338,7 @@ def first_five(problems):
 
 
 def numbers_in(file, pattern=r"(\d+)"):
-    """Return what a pattern finds in a system's file, nothing if there is none."""
+    """Return all matches of a pattern in a file of the system; none if there is no such file."""
     with contextlib.suppress(OSError):
         return re.findall(pattern, Path(file).read_text())
     return []

@@ -82,7 +82,7 @@ def option_parser(**settings):
     sampling("--prediction", choices=("epsilon", "v", "sample"),
              help="what the U-Net predicts (as the model's config says)")
     sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
-    start("--mask", metavar="FILE", help="a picture, white where the first is to be drawn anew")
+    start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
     files_out("--preview", type=Path, metavar="PNG",
               help="a new file, or a preview, to show in small what each step expects")
     files_out("--show", type=Path, metavar="DIR",
@@ -131,7 +131,7 @@ def parse_arguments(argv, **settings):
 
 
 def not_taken_up(args, left):
-    """Return a line for each recorded fact that neither --like nor a flag beside it takes up."""
+    """Return a line for each recorded fact that neither --like nor another flag uses."""
     flags = {"Model": ("--model", args.model), "Lora": ("--lora", args.lora),
              "Denoising strength": ("--init-img", args.init_img)}
     lines = []
@@ -247,7 +247,7 @@ def line_arguments(args, argv):
 
 
 def is_drawn(job):
-    """Are all pictures of a line there, by its prompts and seeds, so far as pictures say?"""
+    """Is each picture of a line there already, with its prompts and seed recorded in it?"""
     words = files.words_text(job.prompt, job.negative_prompt)
     for seed, path in zip(seeds_of(job), output_names(job)):
         for name in files.free_names(path):
@@ -430,7 +430,7 @@ def main(argv=None):
         return 2
     except (UserError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise       # but torch has no other error for want of memory
+            raise       # torch reports a lack of memory this way
         tell(str(error))
         return 2
     except KeyboardInterrupt:

@@ -149,7 +149,7 @@ HUB = {     # alias: repository on the hub, revision, licence
              "creativeml-openrail-m"),
 }
 
-FOLDER = [      # the files of a model; of each line the first that there is
+FOLDER = [      # the files of a model; from each line, the first that exists
     ["scheduler/scheduler_config.json"],
     *([f"{part}/config.json"] for part in WEIGHT_FILES),
     *([f"{part}/{stem}{end}.safetensors" for end in (".fp16", "")]
@@ -290,7 +290,7 @@ def read_single_file(path):
 
 
 def clip_tokenizer(pad=Tokenizer.EOS):
-    """Return CLIP's own tokenizer, of OpenAI's table of merges, of which it uses 48,894."""
+    """Return CLIP's own tokenizer: the first 48,894 merges of OpenAI's table."""
     import gzip
     table = tiny_sd.HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz"
     with gzip.open(table, "rt", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
     python tiny_sd.py "red apple" --show DIR        the picture, and a page about it: DIR/index.html
     python tiny_sd.py "red apple" --explain         how the prompt is read, what each part costs
-    python -m extras.show notes                     the pictures of NOTES.md, drawn anew
+    python -m extras.show notes                     draws the pictures of NOTES.md again
 
 An example of tiny_sd as a library: generate() is given a denoiser that asks tiny_sd's and writes
 down the answers, and while it does, the functions it watches are wrapped.
@@ -827,7 +827,7 @@ PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().it
 
 
 def notes(folder=None):
-    """Draw the pictures of NOTES.md anew, from one seed and the bundled model."""
+    """Draw the pictures of NOTES.md again, from one seed and the bundled model."""
     folder = folder or Path(__file__).resolve().parent / "pictures"
     model, film = tiny_sd.load(tiny_sd.HERE / "weights" / "emoji"), Film()
     *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)

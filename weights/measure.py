@@ -37,7 +37,7 @@ from scenes import (  # noqa: E402
     held_out_style,
     in_style,
     paint,
-    write_atomically,
+    replace_atomically,
 )
 
 import tiny_sd  # noqa: E402
@@ -438,7 +438,7 @@ def evaluate(out, things, limit, steps, device):
 
 
 def write_report(out, report):
-    with write_atomically(out.with_suffix(".json")) as temporary:
+    with replace_atomically(out.with_suffix(".json")) as temporary:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
 
@@ -466,7 +466,7 @@ PROMPTS = ["cat", "a cat in the noto style", "a cat in the blob style", "a cat i
 
 
 def save_picture(picture, path):
-    with write_atomically(path) as temporary:
+    with replace_atomically(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
 
 

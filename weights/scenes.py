@@ -39,7 +39,7 @@ def read(path):
 
 
 @contextlib.contextmanager
-def write_atomically(path):
+def replace_atomically(path):
     """Yield a temporary name to write to, then rename it: nobody sees a half-written file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def render(data, packages):
                   json.loads(read(folders[0] / "metadata.json"))["categories"].items()
                   for name in names}
     things = choose_things(icons, categories)
-    with write_atomically(data) as path, zipfile.ZipFile(path, "w") as archive:
+    with replace_atomically(data) as path, zipfile.ZipFile(path, "w") as archive:
         for i, (_, drawn) in enumerate(tqdm(things, "render")):
             for style, name in drawn.items():
                 png = io.BytesIO()

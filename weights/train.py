@@ -55,12 +55,20 @@ from scenes import (  # noqa: E402
     paint,
     read,
     render,
-    write_atomically,
+    replace_atomically,
 )
 
 import tiny_sd  # noqa: E402
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
-from tiny_sd import UserError, clip_loss, diffusion_loss, flatten, nest, read_config, vae_loss  # noqa: E402
+from tiny_sd import (  # noqa: E402
+    UserError,
+    clip_loss,
+    diffusion_loss,
+    flatten,
+    nest,
+    read_config,
+    vae_loss,
+)
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 
@@ -181,7 +189,7 @@ class State:
         return torch.load(self.path(stage), map_location=self.device, weights_only=True)
 
     def save(self, stage, checkpoint):
-        with write_atomically(self.path(stage)) as temporary:
+        with replace_atomically(self.path(stage)) as temporary:
             torch.save(checkpoint, temporary)
 
     def trained(self, stage):
@@ -201,7 +209,7 @@ class State:
         path = self.folder / "merges.txt"
         if not path.exists():
             merges = train_tokenizer(names)
-            with write_atomically(path) as temporary:
+            with replace_atomically(path) as temporary:
                 lines = ["#version: 0.2", *map(" ".join, merges), ""]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
         merges = [tuple(line.split()) for line in read(path).split("\n")[1:-1]]
@@ -213,7 +221,7 @@ class State:
         """What latents are multiplied by to have variance 1: from these, once, then kept."""
         path = self.folder / "scaling_factor.json"
         if not path.exists() and latents is not None:
-            with write_atomically(path) as temporary:
+            with replace_atomically(path) as temporary:
                 temporary.write_text(json.dumps(1 / latents.std().item()))
         return json.loads(read(path))
 
@@ -230,7 +238,7 @@ class State:
         for name, text in (("merges.txt", read(folder / "tokenizer/merges.txt")),
                            ("scaling_factor.json", json.dumps(factor))):
             if not (self.folder / name).exists():
-                with write_atomically(self.folder / name) as temporary:
+                with replace_atomically(self.folder / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
 
 
