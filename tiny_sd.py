@@ -194,12 +194,13 @@ def concat(*xs):
 
 
 @primitive
-def map_rows(x, function):
-    """Apply a function to the rows x[0:1], x[1:2], ... and join the results.
+def map_rows(x, function, *others):
+    """Apply a function to x[0:1], x[1:2], ..., and the others' rows with them; join the results.
 
     Rows must be independent: torch gets them all in one call.
     """
-    return np.concatenate([function(x[i:i + 1]) for i in range(len(x))])
+    rows = [[array[i:i + 1] for array in (x, *others)] for i in range(len(x))]
+    return np.concatenate([function(*row) for row in rows])
 
 
 @primitive
@@ -256,7 +257,7 @@ def torch_operations():
         "dot_product_attention": attention,
         "upsample": upsample,
         "concat": lambda *xs: torch.cat(xs, -1),
-        "map_rows": lambda x, function: function(x),
+        "map_rows": lambda x, function, *others: function(x, *others),
         "array_like": lambda x, values: torch.as_tensor(values).to(x),
         "to_numpy": lambda x: x.detach().float().cpu().numpy(),
         "from_numpy": from_numpy,
@@ -399,16 +400,16 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     return x + linear(h, **mlp["fc2"])
 
 
-def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm):
+def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm=None):
     """Turn token ids (batch, tokens) into the context (batch, tokens, width) for the U-Net.
 
-    CLIP's text encoder: Radford et al., 2021.
+    CLIP's text encoder: Radford et al., 2021. Some models do without the final norm.
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
     for layer in encoder["layers"]:
         x = text_layer(x, n_head, activation, **layer)
-    return layer_norm(x, **final_layer_norm)
+    return layer_norm(x, **final_layer_norm) if final_layer_norm else x
 
 
 # ── 4. VAE ───────────────────────────────────────────────────────────────────────── NOTES §4 ──
@@ -568,13 +569,14 @@ def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=
 
 
 def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up_blocks,
-         conv_norm_out, conv_out, mid_block=None, condition=None):
+         conv_norm_out, conv_out, mid_block=None, add_embedding=None, condition=None):
     """Predict the noise in x_t (or x_0, or v: see split_prediction).
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); t: (batch,), times in
     0..999; context: (batch, tokens, width); n_head: a number for each level, from the top;
-    groups: of every GroupNorm; condition: see time_mlp. Returns (batch, h, w, 4). Pruned models
-    have no middle. One pass of Stable Diffusion 1.5 (height, width, channels):
+    groups: of every GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle; some models
+    add a condition (batch, n) to the time embedding, by add_embedding or as time_mlp does. One
+    pass of Stable Diffusion 1.5 (height, width, channels):
 
         level    on the way down                        on the way up
           0      (64, 64,  320) -> (32, 32,  320)       -> (64, 64,  320)
@@ -583,6 +585,9 @@ def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up
           3      ( 8,  8, 1280)                         ( 8,  8, 1280) -> (16, 16, 1280)
     """
     temb = time_mlp(x, t, condition=condition, **time_embedding)        # (batch, 1280)
+    if add_embedding:
+        h = silu(linear(array_like(x, condition), **add_embedding["linear_1"]))
+        temb = temb + linear(h, **add_embedding["linear_2"])
     x = conv2d(x, **conv_in)                                            # (batch, 64, 64, 320)
 
     skips = [x]
@@ -843,6 +848,7 @@ class Model:
     text_encoder: dict = field(repr=False)
     vae: dict = field(repr=False)
     unet: dict = field(repr=False)
+    second: SimpleNamespace = field(default=None, repr=False)       # text encoder: see §9
     digest: str = ""                                # of a single file: the first of its SHA-256
 
     @property
@@ -866,43 +872,50 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def encode_prompts(model, texts):
-    """Return the context (len(texts), tokens, width) of some texts.
+    """Return the context (len(texts), tokens, width) of some texts."""
+    return embed_prompts(model, texts)[0]
 
-    Warns on stderr about text that did not fit.
+
+def embed_prompts(model, texts):
+    """Return the context of some texts, and what a second text encoder adds to it, or None.
+
+    Warns on stderr about text that did not fit. A text of None is empty.
     """
     rows = []
     for text in texts:
-        ids, cut = model.tokenizer.encode(text)
+        ids, cut = model.tokenizer.encode(text or "")
         if cut:
             tell(f"the prompt {shorten(repr(text), 30)} has more than {len(ids) - 2} tokens; "
                  f"the model does not see: {shorten(cut)}")
         rows.append(ids)
     config = model.config.text_encoder
     activation = ACTIVATIONS[config.hidden_act]
-    return text_encoder(np.stack(rows), config.num_attention_heads, activation,
-                        **model.text_encoder)
+    context = text_encoder(np.stack(rows), config.num_attention_heads, activation,
+                           **model.text_encoder)
+    return add_second_encoder(model, texts, context) if model.second else (context, None)
 
 
-def denoiser(model, context, guidance, extra_channels=None):
+def denoiser(model, context, guidance, pooled=None, extra_channels=None):
     """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
 
     context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
-    prompt and the prompt. extra_channels: (batch, h, w, n) that an inpainting model sees beside
-    x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy arrays whatever the model's library.
+    prompt and the prompt; pooled: their pooled vectors, if any. extra_channels: (batch, h, w, n)
+    that an inpainting model sees beside x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy
+    arrays whatever the model's library.
     """
     config = model.config.unet
-    condition = guidance_condition(config, guidance)
 
     def denoise(x_t, t, alpha_bar):
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
+        conditions = unet_conditions(model, len(context), guidance, pooled, x.shape)
 
-        def predict(rows):      # for each row of the context, all pictures
-            xs = array_like(context, np.concatenate([x] * len(rows)))
-            words = rows[np.arange(len(xs)) // len(x)]          # (rows * batch, tokens, width)
-            return to_numpy(unet(xs, np.full(len(xs), t), words, config.n_head,
-                                 config.norm_num_groups, condition=condition, **model.unet))
+        def predict(words, condition):      # for each row of the context, all pictures
+            xs = array_like(context, np.concatenate([x] * len(words)))
+            row = np.arange(len(xs)) // len(x)
+            return to_numpy(unet(xs, np.full(len(xs), t), words[row], config.n_head,
+                                 config.norm_num_groups, condition=condition[row], **model.unet))
 
-        output = map_rows(context, predict)                     # (rows * batch, h, w, 4)
+        output = map_rows(context, predict, conditions)         # (rows * batch, h, w, 4)
         if len(context) == 2:
             uncond, cond = np.split(output, 2)
             output = guide(uncond, cond, guidance)
@@ -911,20 +924,21 @@ def denoiser(model, context, guidance, extra_channels=None):
     return denoise
 
 
-def generate(model, prompt, negative="", seeds=(0,), steps=None, guidance=None, sampler=None,
+def generate(model, prompt, negative=None, seeds=(0,), steps=None, guidance=None, sampler=None,
              karras=False, width=None, height=None, init=None, strength=0.75, mask=None,
-             denoiser=denoiser):
+             denoiser=denoiser, embed_prompts=embed_prompts):
     """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step.
 
     decode() turns any of them into pictures. Where steps, guidance, sampler, width or height are
     None, the model's own are taken. sampler: a name in SAMPLERS, or a function like those.
     guidance <= 1 turns guidance off. init: a picture (height, width, 3) of uint8 to start from,
     noised to `strength` of the way. mask: (height, width) of bool, true where init is to be
-    replaced. denoiser: a function like the one above. Raises UserError for values out of range.
+    replaced. denoiser, embed_prompts: functions to use instead of the ones above. Raises UserError
+    for values out of range.
     """
     plan = like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask)
-    context = encode_prompts(model, [negative, prompt] if plan.guided else [prompt])
-    make_denoiser = functools.partial(denoiser, model, context, plan.guidance)
+    context, pooled = embed_prompts(model, [negative, prompt] if plan.guided else [prompt])
+    make_denoiser = functools.partial(denoiser, model, context, plan.guidance, pooled)
     if mask is not None:
         return inpaint(model, init, mask, strength, make_denoiser, plan)
 
@@ -1047,7 +1061,7 @@ def defaults(model):
     sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
     if scheduler._class_name == "LCMScheduler":
         return sampler, 4, 8.5
-    if sampler == "euler" and scheduler.timestep_spacing == "trailing":     # Turbo
+    if sampler in ("euler", "euler_a") and scheduler.timestep_spacing == "trailing":    # Turbo
         return sampler, 1, 1.0
     return sampler, 20, scheduler._guidance_scale
 
@@ -1146,14 +1160,45 @@ def karras_levels(sampler, sigma, sigmas):
     return sigma, t.round() if whole_range else t
 
 
-def guidance_condition(config, guidance):
-    """Return the scale of guidance as a distilled model is told it, (1, n), else None (9.5).
+def add_second_encoder(model, texts, context):
+    """Put a second text encoder's context beside the first's; return it and the pooled vectors.
+
+    Podell et al., 2023 (9.8). The vectors (len(texts), n) are what CLIP itself makes of a text: the
+    last layer's output where it ends, projected. Of a text that is None, all is zero.
+    """
+    second, config = model.second, model.config.text_encoder_2
+    heads, activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
+    ids = np.stack([second.tokenizer.encode(text or "")[0] for text in texts])
+    x = text_encoder(ids, heads, activation, **second.text_encoder)     # before the last layer
+
+    h = layer_norm(text_layer(x, heads, activation, **second.last_layer), **second.final_layer_norm)
+    ends = (ids == second.tokenizer.vocab[Tokenizer.EOS]).argmax(1)
+    pooled = linear(h[np.arange(len(h)), ends], **second.text_projection)
+    given = array_like(x, [[text is not None] for text in texts])
+    return concat(context, x) * given[..., None], pooled * given
+
+
+def unet_conditions(model, n, guidance, pooled, shape):
+    """Return what the U-Net is told beside words and time, (n, width): to most models nothing.
+
+    Pooled text comes with the picture's height and width, the corner at which it was cut out, and
+    the height and width wanted (9.9). shape: of the latents.
+    """
+    if model.config.unet.time_cond_proj_dim:
+        return guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
+    if pooled is None:
+        return np.zeros((n, 0), np.float32)
+    height, width = (model.factor * length for length in shape[1:3])
+    sizes = timestep_embedding([height, width, 0, 0, height, width],
+                               model.config.unet.addition_time_embed_dim)       # (6, 256)
+    return np.concatenate([to_numpy(pooled), np.tile(sizes.reshape(1, -1), (n, 1))], axis=1)
+
+
+def guidance_condition(dim, guidance):
+    """Return the scale of guidance as a distilled model is told it, (1, dim) (9.5).
 
     Meng et al., 2023: a timestep embedding, sines first, whose last frequency is 1/10000.
     """
-    dim = config.time_cond_proj_dim
-    if not dim:
-        return None
     angles = 1000 * (guidance - 1) * 10000 ** -np.linspace(0, 1, dim // 2)
     return np.concatenate([np.sin(angles), np.cos(angles)])[None]
 
@@ -1195,9 +1240,11 @@ def torch_noise(seeds, shape):
 
 CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows what each may say
     "text_encoder": {},
+    "text_encoder_2": {},
     "vae": {"norm_num_groups": 32, "scaling_factor": 0.18215},
     "unet": {"norm_num_groups": 32, "attention_head_dim": 8, "num_attention_heads": None,
-             "time_cond_proj_dim": None, "mid_block_type": "UNetMidBlock2DCrossAttn"},
+             "time_cond_proj_dim": None, "mid_block_type": "UNetMidBlock2DCrossAttn",
+             "addition_time_embed_dim": None, "transformer_layers_per_block": 1},
     "scheduler": {"_class_name": "", "num_train_timesteps": 1000, "beta_start": 0.00085,
                   "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
                   "prediction_type": "epsilon", "timestep_spacing": None, "set_alpha_to_one": None,
@@ -1276,7 +1323,7 @@ WEIGHT_FILES = {"text_encoder": "model", "vae": "diffusion_pytorch_model",
 
 
 def read_folder(folder):
-    """Return what a folder holds: {part: its config.json}, {part: {name: array}}, tokenizer."""
+    """Return what a folder holds: {part: its config.json}, {part: {name: array}}, tokenizers."""
     def read(name, parse):
         try:
             return parse((folder / name).read_text(encoding="utf-8"))
@@ -1288,7 +1335,8 @@ def read_folder(folder):
         return read(name, lambda text: {**json.loads(text)})
 
     settings, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
-    for part, stem in WEIGHT_FILES.items():
+    second = {"text_encoder_2": "model"} if (folder / "text_encoder_2").exists() else {}
+    for part, stem in {**WEIGHT_FILES, **second}.items():
         settings[part] = read_json(f"{part}/config.json")
         names = [f"{part}/{stem}{end}.safetensors" for end in ("", ".fp16")]
         found = [name for name in names if (folder / name).exists()]
@@ -1303,8 +1351,9 @@ def read_folder(folder):
     else:
         model = read("tokenizer/tokenizer.json", lambda text: {**json.loads(text)["model"]})
         vocab, merges = model.get("vocab"), model.get("merges")
-    tokenizer = read_tokenizer(read_json("tokenizer/tokenizer_config.json"), vocab, merges)
-    return settings, arrays, tokenizer
+    tokenizers = [read_tokenizer(read_json(f"tokenizer{end}/tokenizer_config.json"), vocab, merges)
+                  for end in ("", *("_2" for _ in second))]     # they differ in padding alone
+    return settings, arrays, tokenizers
 
 
 def read_tokenizer(settings, vocab, merges):
@@ -1340,19 +1389,37 @@ def to_backend(array, backend, device="cpu", dtype="float32"):
     return np.asfortranarray(array, np.float32)         # x @ Wᵀ reads W by columns
 
 
-def assemble(name, settings, arrays, tokenizer, backend=None, device="cpu", dtype="float32"):
+def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32"):
     """Return the Model of what read_folder returns; see load."""
     plain = (device, dtype) == ("cpu", "float32")
     backend = backend or ("numpy" if plain else "torch")
     require(plain or backend == "torch", "NumPy computes in float32 on the CPU: "
             f"--device {device} --dtype {dtype} need --backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
-    limit = config["text_encoder"].max_position_embeddings
-    tokenizer.length = min(tokenizer.length, limit)     # 1e30: no limit
-    types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}    # VAEs overflow in float16
-    networks = {part: nest({key: to_backend(array, backend, device, types[part])
-                            for key, array in arrays[part].items()}) for part in types}
-    return Model(name, SimpleNamespace(**config), tokenizer, **networks)
+    for tokenizer in tokenizers:
+        limit = config["text_encoder"].max_position_embeddings
+        tokenizer.length = min(tokenizer.length, limit)     # 1e30: no limit
+
+    networks = {}
+    for part in arrays:
+        kind = "float32" if part == "vae" else dtype        # VAEs overflow in float16
+        networks[part] = nest({key: to_backend(array, backend, device, kind)
+                               for key, array in arrays[part].items()})
+    if "text_encoder_2" in networks:
+        networks["second"] = second_encoder(networks, tokenizers[1])
+    return Model(name, SimpleNamespace(**config), tokenizers[0], **networks)
+
+
+def second_encoder(networks, tokenizer):
+    """Take the second text encoder out of the networks, and both last layers out of the way.
+
+    The context of a model with two is what goes into their last layers (9.8).
+    """
+    first, weights = networks["text_encoder"], networks.pop("text_encoder_2")
+    del first["final_layer_norm"], first["encoder"]["layers"][-1]
+    tail = {name: weights.pop(name) for name in ("final_layer_norm", "text_projection")}
+    return SimpleNamespace(tokenizer=tokenizer, last_layer=weights["encoder"]["layers"].pop(),
+                           text_encoder=weights, **tail)
 
 
 def load(path, backend=None, device="cpu", dtype="float32"):

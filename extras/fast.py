@@ -52,7 +52,7 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
 FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
     "conv2d": "ca01228e", "dot_product_attention": "8056ed04", "gelu": "ab9e3eba",
     "group_norm": "345ae5cf", "layer_norm": "a82d26ba", "linear": "d6a3e2f9",
-    "map_rows": "232d63b2", "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
+    "map_rows": "063971eb", "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
 
 
 def fingerprint(formula):
@@ -218,9 +218,10 @@ def gelu_by_tanh(x):
 
 
 @faster("map_rows")
-def threaded_map_rows(x, function):
+def threaded_map_rows(x, function, *others):
     """Use a core for each row, where there are as many."""
-    return np.concatenate(parallel(function, [x[i:i + 1] for i in range(len(x))]))
+    rows = [[array[i:i + 1] for array in (x, *others)] for i in range(len(x))]
+    return np.concatenate(parallel(lambda row: function(*row), rows))
 
 
 @faster("linear")

@@ -52,8 +52,8 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
     if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
         places.append(tiny_sd.HERE / name)
     path = next(filter(Path.exists, places), None) or fetch(name)
-    settings, arrays, tokenizer, digest = read(path)
-    config = check_configs(settings, tokenizer)
+    settings, arrays, tokenizers, digest = read(path)
+    config = check_configs(settings, tokenizers[0])
     backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
     check_size(arrays, device, dtype, name)
     for part in arrays:
@@ -62,7 +62,7 @@ def load(path, backend=None, device="cpu", dtype="float32", loras=()):
         add_loras(arrays, loras)
 
     stem = path.stem if path.is_file() else name.resolve().name
-    model = tiny_sd.assemble(stem, settings, arrays, tokenizer, backend, device, dtype)
+    model = tiny_sd.assemble(stem, settings, arrays, tokenizers, backend, device, dtype)
     model.digest = digest
     model.files = mapped_files(model)
     for line in replaced_settings(settings):
@@ -77,7 +77,7 @@ CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1
 
 
 def read(path):
-    """Return configs, arrays, tokenizer and digest of a folder or a file."""
+    """Return configs, arrays, tokenizers and digest of a folder or a file."""
     require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
     for name in sum(FOLDER, []) if path.is_dir() else []:
         file = path / name      # of a pipe, reading would wait for ever
@@ -256,7 +256,7 @@ IGNORED = (r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lo
 
 
 def read_single_file(path):
-    """Return configs, arrays, tokenizer and digest of a checkpoint in the original layout.
+    """Return configs, arrays, tokenizers and digest of a checkpoint in the original layout.
 
     Names are translated, sizes read off the arrays; the rest is that of Stable Diffusion 1 or 2.
     """
@@ -286,7 +286,7 @@ def read_single_file(path):
                         "or misshapen") from None
     with open(path, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
-    return settings, arrays, clip_tokenizer("!" if second else Tokenizer.EOS), digest
+    return settings, arrays, [clip_tokenizer("!" if second else Tokenizer.EOS)], digest
 
 
 def clip_tokenizer(pad=Tokenizer.EOS):

@@ -91,7 +91,7 @@ class Film:
         def watched(x, t, a):
             outputs, maps, calls, n = [], [], itertools.count(), len(x)
 
-            def see_output(y, rows, work):
+            def see_output(y, *_):
                 outputs.append(y)
 
             def see_attention(y, q, k, v, causal=False):

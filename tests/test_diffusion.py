@@ -426,7 +426,7 @@ def test_training_from_nothing():
                 "unet": {**CONFIG["unet"], "block_out_channels": [16, 16]}}
     arrays = {part: random_arrays(shapes_of(part, settings[part]), seed)
               for seed, part in enumerate(FILES)}
-    model = sd.assemble("small", settings, arrays, TOKENIZER, backend="torch")
+    model = sd.assemble("small", settings, arrays, [TOKENIZER], backend="torch")
     pictures, captions = three_pictures(), ["red", "apple", "re"]
     before = [array.clone() for array in sd.flatten(model.vae).values()]
 

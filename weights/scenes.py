@@ -351,7 +351,7 @@ def article(name):
 
 def in_style(text, style):
     """The text, with its style where it has one."""
-    return f"{text} in the {style} style" if style else text
+    return f"{text} in the {style} style".strip() if style else text
 
 
 def describe(text, place="", colour="white", small=False):
@@ -383,7 +383,8 @@ class Scene(NamedTuple):
 
 
 KINDS = {"plain": 0.44, "colour": 0.20, "placed": 0.13, "pair": 0.23}
-STYLED = 0.75       # how often a caption names its drawing's style
+STYLED = 0.6        # how often a caption names its drawing's style,
+STYLE_ALONE = 0.15  # and how often such a caption names nothing else
 
 
 def draw_scene(things, rng):
@@ -401,7 +402,10 @@ def draw_single(things, rng, colour, kind):
     if held_out_background(things.names[thing][0], colour):
         return None
     style = draw_style(things, rng, thing)
-    text = in_style(say(things.names[thing], rng), STYLES[style] if rng.random() < STYLED else "")
+    text = say(things.names[thing], rng)
+    if rng.random() < STYLED:
+        alone = kind != "placed" and rng.random() < STYLE_ALONE
+        text = in_style("" if alone else text, STYLES[style])
     picture = int(things.drawings[thing, style])
     if kind != "placed":
         return Scene([Part(picture, 2, .5, .5)], COLOURS[colour], describe(text, "", colour))
@@ -419,7 +423,7 @@ def draw_pair(things, rng, colour, kind):
         return None
     how = str(rng.choice([*PAIRS]))
     said = [say(options, rng) for options in names]
-    if rng.random() < 0.5:      # both in one style, named once at the end
+    if rng.random() < 0.4:      # both in one style, named once at the end
         common = [s for s in styles_to_train(things, one) if s in styles_to_train(things, other)]
         if not common:
             return None
