@@ -996,7 +996,7 @@ def encode(model, picture, eps):
     """
     config = model.config.vae
     pixels = picture[None].astype(np.float32) / 127.5 - 1
-    pixels = array_like(model.vae["quant_conv"]["weight"], pixels)
+    pixels = array_like(model.vae["quant_conv"]["bias"], pixels)
     mean, logvar = map(to_numpy, vae_encode(pixels, model.vae, config.norm_num_groups))
     return (mean + np.exp(0.5 * logvar) * eps) * config.scaling_factor
 
@@ -1008,7 +1008,7 @@ def decode(model, x):
     """
     config = model.config.vae
     require(x.ndim == 4, f"latents have four axes, (batch, h, w, channels), not {x.ndim}")
-    z = array_like(model.vae["quant_conv"]["weight"], x / config.scaling_factor)
+    z = array_like(model.vae["quant_conv"]["bias"], x / config.scaling_factor)
     pictures = [to_numpy(vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
                 for i in range(len(z))]     # one by one: the VAE needs the most memory
     pixels = np.concatenate(pictures)
@@ -1294,7 +1294,8 @@ def read_safetensors(path):
     """Return {name: array} of a .safetensors file, mapped into memory; bfloat16 stays uint16."""
     from safetensors import SafetensorError, safe_open
     try:
-        safe_open(path, "np")       # the library checks the header
+        open(path, "rb").close()    # says why it cannot be read
+        safe_open(path, "np")       # checks the header
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     data = np.memmap(path, np.uint8, "r")
@@ -1327,7 +1328,7 @@ def read_folder(folder):
     def read(name, parse):
         try:
             return parse((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder} is not a whole Stable Diffusion folder: "
                             f"{name}: {shorten(str(error))}") from None
 
@@ -1389,7 +1390,8 @@ def to_backend(array, backend, device="cpu", dtype="float32"):
     return np.asfortranarray(array, np.float32)         # x @ Wᵀ reads W by columns
 
 
-def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32"):
+def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
+             to_backend=to_backend):
     """Return the Model of what read_folder returns; see load."""
     plain = (device, dtype) == ("cpu", "float32")
     backend = backend or ("numpy" if plain else "torch")
@@ -1494,6 +1496,7 @@ def draw(args):
     require(prompt is not None, "give one prompt (--help lists the options)")
     require(args.output.suffix == ".png", f"{args.output} does not end in .png")
     require(not args.output.exists(), f"{args.output} is there already")
+    require(args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to")
 
     folder, init = args.model or HERE / "weights" / "emoji", None
     model = load(folder, args.backend, args.device, args.dtype)

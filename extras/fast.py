@@ -40,6 +40,7 @@ with contextlib.suppress(OSError):
 import numpy as np  # noqa: E402
 
 import tiny_sd  # noqa: E402
+from extras.narrow import Narrow, wide  # noqa: E402
 from tiny_sd import FAST, dot_product_attention, tell  # noqa: E402
 
 for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
@@ -90,7 +91,17 @@ def faster(*names):
 # side.
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
+
+
+def start_pool():
+    """Make a pool of threads; a child made by fork needs its own, since threads stay behind."""
+    global pool, idle
+    pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
+
+
+start_pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=start_pool)
 
 
 def parallel(work, items):
@@ -148,22 +159,61 @@ def shares(length, multiplications):
     return blocks(length, -(-length // (cores if multiplications > 2 ** 22 else 1)))
 
 
-def remembered(prepare):
-    """Compute prepare(weight, ...) once for as long as the weight lives.
+class Preparation:
+    """An array that is filled block by block, by every thread that needs it."""
 
-    So replace a weight rather than change it in place.
+    def __init__(self, array, fill, items):
+        self.array, self.fill, self.left = array, fill, len(items)
+        self.queue, self.lock, self.done = iter(items), threading.Lock(), threading.Event()
+
+    def drain(self, _):
+        """Fill what no other thread has begun."""
+        try:
+            for item in self.queue:
+                self.fill(item)
+                with self.lock:
+                    self.left -= 1
+        except BaseException:
+            self.done.set()     # no other thread waits for what will not come
+            raise
+        if not self.left:
+            self.done.set()
+
+    def result(self):
+        """Help to fill the array; return it when it is full."""
+        if not self.done.is_set():
+            parallel(self.drain, range(cores))
+            self.done.wait()
+        if self.left:
+            raise MemoryError("a weight could not be prepared")
+        return self.array
+
+
+def remembered(prepare):
+    """Prepare each weight once for as long as it lives, or each time if it is fleeting.
+
+    prepare(weight, ...) returns what a Preparation takes. The two halves of guidance come to a
+    weight at the same time: instead of waiting for the first, the second helps it. So replace a
+    weight rather than change it in place.
     """
     known, lock = {}, threading.Lock()
 
     @functools.wraps(prepare)
     def prepared(weight, *args):
+        if getattr(weight, "fleeting", False):
+            return Preparation(*prepare(weight, *args)).result()
         key = id(weight), *args
         with lock:
-            if key not in known:
-                known[key] = prepare(weight, *args)
+            new = key not in known
+            if new:
+                known[key] = Preparation(*prepare(weight, *args))
                 weakref.finalize(weight, known.pop, key)
-                forget_pages(weight)
-            return known[key]
+            preparation = known[key]
+        array = preparation.result()
+        if new:
+            preparation.fill = None         # lets go of the weight
+            forget_pages(weight)
+        return array
     prepared.known = known
     return prepared
 
@@ -224,10 +274,26 @@ def threaded_map_rows(x, function, *others):
     return np.concatenate(parallel(lambda row: function(*row), rows))
 
 
+def columns(weight):
+    """Return a linear layer's weight as (in, out), in which products read it fastest."""
+    return transposed(weight) if isinstance(weight, Narrow) else weight.reshape(len(weight), -1).T
+
+
+@remembered
+def transposed(weight):
+    """Prepare a linear layer's weight as (in, out), in float32."""
+    rows = weight.reshape(len(weight), -1)
+    w = np.empty(rows.shape[::-1], np.float32)
+
+    def fill(s):
+        w[:, s] = wide(rows[s]).T
+    return w, fill, blocks(len(rows), 64)
+
+
 @faster("linear")
 def blocked_linear(x, weight, bias=None):
     """Give each core a part of the rows, or of the columns if there are more of them."""
-    w, rows = weight.reshape(len(weight), -1).T, x.reshape(-1, x.shape[-1])
+    w, rows = columns(weight), x.reshape(-1, x.shape[-1])
     out = np.empty((len(rows), len(weight)), x.dtype)
 
     def block(s):
@@ -298,15 +364,23 @@ def windows(x, size, stride, padding):
 
 
 @remembered
-def matrix(weight):
-    """Return a convolution's weight (out, kh, kw, in) as (kh kw in, out), in float32."""
-    return np.ascontiguousarray(weight.reshape(len(weight), -1).T, np.float32)
+def filters(weight, m=None):
+    """Prepare a convolution's filters g as (kh kw, in, out), or as G g Gᵀ: ((m + 2)², in, out)."""
+    out, kh, kw, c = weight.shape
+    G = both_ways(m)[1] if m else np.eye(kh * kw, dtype=np.float32)
+    U = np.empty((len(G), c * out), np.float32)
+
+    def fill(s):
+        g = wide(weight[..., s].transpose(3, 0, 1, 2).copy()).reshape(-1, kh * kw)
+        np.matmul(G, g.T.astype(np.float32, copy=False), out=U[:, s.start * out:s.stop * out])
+    return U.reshape(len(G), c, out), fill, blocks(c, 2 ** 14 // out)
 
 
 def im2col(x, weight, bias, stride, padding):
     """Make each window a row of one matrix product, a few rows of the image at a time."""
     out, kh, kw, c = weight.shape
-    view, w = windows(x, (kh, kw), stride, (padding, padding)), matrix(weight)
+    view = windows(x, (kh, kw), stride, (padding, padding))
+    w = filters(weight).reshape(-1, out)                        # (kh kw in, out)
     B, H, W = view.shape[:3]
     y = np.empty((B, H, W, out), x.dtype)
 
@@ -337,19 +411,6 @@ def both_ways(m):
     return [np.kron(matrix, matrix).astype(np.float32) for matrix in toom_cook(m)]
 
 
-@remembered
-def spectrum(weight, m):
-    """Return each filter as G g Gᵀ: ((m + 2)², in, out)."""
-    out, _, _, c = weight.shape
-    U = np.empty(((m + 2) ** 2, c, out), np.float32)
-
-    def block(s):
-        g = np.asarray(weight[..., s].transpose(1, 2, 3, 0), np.float32)
-        U[:, s] = (both_ways(m)[1] @ g.reshape(9, -1)).reshape(len(U), -1, out)
-    parallel(block, blocks(c, 2 ** 15 // out))
-    return U
-
-
 def winograd(x, weight, bias, m):
     """A 3x3 convolution with ((m + 2) / 3m)² of the multiplications: a quarter for m = 4 (12.3).
 
@@ -357,7 +418,7 @@ def winograd(x, weight, bias, m):
     tile; then pixel p of all tiles meets pixel p of all filters in a product over the channels;
     and one matrix more turns the sums into the m² pixels of the result.
     """
-    (A, _, B), U, (n, H, W, C), out = both_ways(m), spectrum(weight, m), x.shape, len(weight)
+    (A, _, B), U, (n, H, W, C), out = both_ways(m), filters(weight, m), x.shape, len(weight)
     down, across = -(-H // m), -(-W // m)
     tiles = windows(x, (m + 2, m + 2), m, ((1, down * m + 1 - H), (1, across * m + 1 - W)))
     y = np.empty((n, down, m, across, m, out), x.dtype)

@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -177,17 +179,38 @@ def test_map_rows():
 
 
 def test_a_prepared_weight_dies_with_its_weight():
-    kept = {"count": 0}
+    filled = []
 
     @fast.remembered
     def prepare(weight):
-        kept["count"] += 1
-        return weight * 2
+        return weight * 2, filled.append, [0, 1]
     weight = np.ones(3)
-    assert prepare(weight) is prepare(weight) and kept["count"] == 1
+    assert prepare(weight) is prepare(weight) and sorted(filled) == [0, 1]
     assert len(prepare.known) == 1
     del weight
     assert not prepare.known
+
+
+def test_two_threads_prepare_a_weight_together():
+    meet = threading.Barrier(2, timeout=20)     # broken unless both threads fill a block
+
+    @fast.remembered
+    def prepare(weight):
+        return weight * 2, lambda block: meet.wait(), [0, 1]
+    weight = np.ones(3)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(prepare, [weight, weight])
+    assert one is other
+
+
+def test_a_failed_preparation_fails_for_both():
+    @fast.remembered
+    def prepare(weight):
+        return weight, [].remove, [0, 1]
+    weight = np.ones(3)
+    for error in ValueError, MemoryError:
+        with pytest.raises(error):
+            prepare(weight)
 
 
 def test_a_weight_in_a_file_is_read_again_after_its_pages_went(tmp_path):
@@ -223,6 +246,22 @@ def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
                     getattr(thread, step)()
         print("done")""")
     assert run.stdout == "done\n", run.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_child_made_by_fork_has_threads_of_its_own():
+    """Those of its parent do not run in it: it would wait for them for ever."""
+    run = python("""if True:
+        import os, signal, extras.fast as fast
+        fast.cores = 3
+        fast.start_pool()
+        print(fast.parallel(abs, range(99)) == list(range(99)))
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(fast.parallel(abs, range(99)) != list(range(99)))
+        print(os.waitpid(child, 0)[1])""")
+    assert run.stdout == "True\n0\n", (run.stdout, run.stderr)
 
 
 # ── Formulas that win ───────────────────────────────────────────────────────────────────────────

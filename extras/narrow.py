@@ -1,0 +1,43 @@
+"""Weights that stay in their file, in the type that they have there, until they are used.
+
+The arrays decide this, and no layer knows. extras/fast.py prepares each at its first use, on all
+cores, and keeps what it made; with --low-memory it makes it anew each time, and the system can
+drop the file's pages and read them again.
+"""
+
+import numpy as np
+
+import tiny_sd
+from tiny_sd import widen
+
+
+class Narrow(np.ndarray):
+    """An array of a file, also of float16, or of bfloat16 kept as uint16, that computes as float32.
+
+    fleeting: whether nothing that is prepared from it is to be kept.
+    """
+    fleeting = False
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        return getattr(ufunc, method)(*map(wide, inputs), **kwargs)
+
+    def __array_function__(self, function, types, inputs, kwargs):
+        return function(*map(wide, inputs), **kwargs)
+
+
+class Fleeting(Narrow):
+    """A Narrow array for --low-memory."""
+    fleeting = True
+
+
+def wide(x):
+    """Return x, widened to float32 if it is Narrow."""
+    return np.asarray(widen(x.view(np.ndarray)), np.float32) if isinstance(x, Narrow) else x
+
+
+def to_backend(array, backend, device="cpu", dtype="float32", kind=Narrow):
+    """Do what tiny_sd.to_backend does, but leave NumPy's matrices as they are in the file."""
+    if backend == "torch" or array.ndim < 2 or array.dtype.itemsize > 4:
+        return tiny_sd.to_backend(array, backend, device, dtype)
+    array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+    return array.view(kind)

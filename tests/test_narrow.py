@@ -1,0 +1,64 @@
+"""Weights that stay in their file, in the type that they have there: --low-memory."""
+
+import numpy as np
+import pytest
+
+import tiny_sd
+from extras import cli, fast, formats, narrow
+
+
+def bfloat16(array):
+    """Return float32 numbers as bfloat16, kept as uint16, cut rather than rounded."""
+    return (np.ascontiguousarray(array, "<f4").view("<u4") >> 16).astype("<u2")
+
+
+def narrowed(array, kind):
+    """Return an array as a file holds it, Narrow, and the float32 numbers that it stands for."""
+    stored = bfloat16(array) if kind == "bfloat16" else array.astype(kind)
+    return stored.view(narrow.Narrow), tiny_sd.widen(stored).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("form", ["formula", "fast"])
+def test_a_narrow_weight_computes_as_a_wide_one(kind, form):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 17, 19, 32), np.float32)
+    for name, shape in ("linear", (40, 32)), ("conv2d", (40, 3, 3, 32)):
+        weight, wide = narrowed(rng.standard_normal(shape, np.float32), kind)
+        operation = tiny_sd.FAST[name] if form == "fast" else getattr(tiny_sd, name).formula
+        y = operation(x, weight)
+        assert type(y) is np.ndarray and y.dtype == np.float32
+        np.testing.assert_array_equal(y, operation(x, wide))
+
+
+def test_what_is_prepared_is_kept_unless_the_weight_is_fleeting_and_no_longer_than_it():
+    def prepared():
+        return len(fast.filters.known) + len(fast.transposed.known)
+
+    known, x = prepared(), np.ones((1, 32, 32, 32), np.float32)
+    for kind, more in (narrow.Fleeting, 0), (narrow.Narrow, 3):
+        weight = np.ones((32, 3, 3, 32), np.float16).view(kind)
+        matrix = np.ones((40, 32), np.float16).view(kind)
+        fast.fast_conv2d(x, weight)
+        fast.fast_conv2d(x, weight, stride=2)
+        fast.blocked_linear(x, matrix)
+        assert prepared() == known + more
+    del weight, matrix
+    assert prepared() == known
+
+
+def test_the_same_picture_from_weights_that_stay_in_their_file():
+    pictures = []
+    for low_memory in False, True:
+        model = formats.load("emoji", low_memory=low_memory)
+        *_, x = tiny_sd.generate(model, "a cat", steps=3)
+        pictures.append(tiny_sd.decode(model, x).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    leaves = tiny_sd.flatten(model.unet).values()
+    assert all(isinstance(leaf, narrow.Fleeting) for leaf in leaves if leaf.ndim > 1)
+    assert len(model.files) == 3
+
+
+def test_low_memory_is_for_numpy():
+    with pytest.raises(tiny_sd.UserError, match="--low-memory"):
+        cli.parse_arguments(["a cat", "--low-memory", "--backend", "torch"])
