@@ -40,6 +40,7 @@ import math
 import re
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -242,7 +243,8 @@ def torch_operations():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     def from_numpy(array, device, dtype):
-        found = device == "cpu" or getattr(torch, device).is_available()
+        library = getattr(torch, device.partition(":")[0], None)        # torch.cuda of cuda:1
+        found = device == "cpu" or hasattr(library, "is_available") and library.is_available()
         require(found, f"torch finds no {device} device here")
         return torch.from_numpy(array).to(device, getattr(torch, dtype))
 
@@ -850,6 +852,8 @@ class Model:
     unet: dict = field(repr=False)
     second: SimpleNamespace = field(default=None, repr=False)       # text encoder: see §9
     digest: str = ""                                # of a single file: the first of its SHA-256
+    vae_encode: object = field(default=vae_encode, repr=False)      # or another kind of VAE's
+    vae_decode: object = field(default=vae_decode, repr=False)
 
     @property
     def alpha_bars(self):
@@ -871,7 +875,7 @@ class Model:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-def encode_prompts(model, texts):
+def encode_prompts(model: Model, texts: list[str | None]):
     """Return the context (len(texts), tokens, width) of some texts."""
     return embed_prompts(model, texts)[0]
 
@@ -895,7 +899,7 @@ def embed_prompts(model, texts):
     return add_second_encoder(model, texts, context) if model.second else (context, None)
 
 
-def denoiser(model, context, guidance, pooled=None, extra_channels=None):
+def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels=None) -> Callable:
     """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
 
     context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
@@ -924,9 +928,12 @@ def denoiser(model, context, guidance, pooled=None, extra_channels=None):
     return denoise
 
 
-def generate(model, prompt, negative=None, seeds=(0,), steps=None, guidance=None, sampler=None,
-             karras=False, width=None, height=None, init=None, strength=0.75, mask=None,
-             denoiser=denoiser, embed_prompts=embed_prompts):
+def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequence[int] = (0,),
+             steps: int | None = None, guidance: float | None = None,
+             sampler: str | Callable | None = None, karras=False, width: int | None = None,
+             height: int | None = None, init: np.ndarray | None = None, strength=0.75,
+             mask: np.ndarray | None = None, denoiser=denoiser,
+             embed_prompts=embed_prompts) -> Iterator[np.ndarray]:
     """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step.
 
     decode() turns any of them into pictures. Where steps, guidance, sampler, width or height are
@@ -989,7 +996,7 @@ def last_steps(steps, strength):
     return steps[-n:]
 
 
-def encode(model, picture, eps):
+def encode(model: Model, picture: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """Draw scaled latents from q(z | picture) (4.4).
 
     picture: (height, width, 3) in 0..255; eps: standard normal (batch, h, w, 4).
@@ -997,11 +1004,11 @@ def encode(model, picture, eps):
     config = model.config.vae
     pixels = picture[None].astype(np.float32) / 127.5 - 1
     pixels = array_like(model.vae["quant_conv"]["bias"], pixels)
-    mean, logvar = map(to_numpy, vae_encode(pixels, model.vae, config.norm_num_groups))
+    mean, logvar = map(to_numpy, model.vae_encode(pixels, model.vae, config.norm_num_groups))
     return (mean + np.exp(0.5 * logvar) * eps) * config.scaling_factor
 
 
-def decode(model, x):
+def decode(model: Model, x: np.ndarray) -> np.ndarray:
     """Turn scaled latents (batch, h, w, 4) into pictures (batch, height, width, 3) of uint8 (8.1).
 
     Raises UserError if a pixel is not a number, as after an overflow in float16.
@@ -1009,7 +1016,7 @@ def decode(model, x):
     config = model.config.vae
     require(x.ndim == 4, f"latents have four axes, (batch, h, w, channels), not {x.ndim}")
     z = array_like(model.vae["quant_conv"]["bias"], x / config.scaling_factor)
-    pictures = [to_numpy(vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
+    pictures = [to_numpy(model.vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
                 for i in range(len(z))]     # one by one: the VAE needs the most memory
     pixels = np.concatenate(pictures)
     require(np.isfinite(pixels).all(), "the picture is not finite: the weights are broken, or "
@@ -1081,6 +1088,8 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     require(mask is None or init is not None and mask.shape == init.shape[:2],
             "a mask needs a picture of its size to start from (--init-img)")
     if init is not None:
+        require(init.ndim == 3 and init.shape[2] == 3,
+                f"a picture to start from is (height, width, 3), not {init.shape}")
         height, width = init.shape[:2]
 
     scheduler = model.config.scheduler
@@ -1185,7 +1194,8 @@ def unet_conditions(model, n, guidance, pooled, shape):
     the height and width wanted (9.9). shape: of the latents.
     """
     if model.config.unet.time_cond_proj_dim:
-        return guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
+        row = guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
+        return np.tile(row, (n, 1))
     if pooled is None:
         return np.zeros((n, 0), np.float32)
     height, width = (model.factor * length for length in shape[1:3])
@@ -1395,6 +1405,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     """Return the Model of what read_folder returns; see load."""
     plain = (device, dtype) == ("cpu", "float32")
     backend = backend or ("numpy" if plain else "torch")
+    require(backend in ("numpy", "torch"), f"there is no backend {backend}, but numpy, torch")
     require(plain or backend == "torch", "NumPy computes in float32 on the CPU: "
             f"--device {device} --dtype {dtype} need --backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
@@ -1424,7 +1435,7 @@ def second_encoder(networks, tokenizer):
                            text_encoder=weights, **tail)
 
 
-def load(path, backend=None, device="cpu", dtype="float32"):
+def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model:
     """Return the Model in a diffusers folder, at this path or of this name in weights/.
 
     backend: "numpy", which computes in float32, or "torch", on any device, in float32, float16 or
@@ -1449,7 +1460,7 @@ def load(path, backend=None, device="cpu", dtype="float32"):
 OPTIONS = [     # (heading, flags, type or choices, default, help); extras/cli.py has more
     ("what to draw", "words", str, None, "the prompt"),
     ("what to draw", "-p --prompt", str, None, "the same, as an option"),
-    ("what to draw", "-n --negative-prompt", str, "", "what to avoid"),
+    ("what to draw", "-n --negative-prompt", str, None, "what to avoid"),
     ("what to draw", "-s --seed", int, 0, "(%(default)s)"),
     ("model", "-m --model", str, None, "a folder, or a name in weights/ (emoji)"),
     ("sampling", "--steps", int, None, "(20, fewer for distilled models)"),

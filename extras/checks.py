@@ -42,7 +42,10 @@ CONFIG_FIELDS = {
         "down_block_types": [{"DownBlock2D", "CrossAttnDownBlock2D"}],
         "up_block_types": [{"UpBlock2D", "CrossAttnUpBlock2D"}],
         "mid_block_type": {"UNetMidBlock2DCrossAttn", None},
-        "time_cond_proj_dim": {None, *range(4, 2049)}},
+        "time_cond_proj_dim": {None, *range(4, 2049)},
+        "transformer_layers_per_block": [COUNT], "addition_embed_type": {None, "text_time"},
+        "addition_time_embed_dim": {None, *range(2, 2049, 2)},
+        "projection_class_embeddings_input_dim": {None, *range(1, 2 ** 15)}},
     "scheduler": {
         "_class_name": str, "num_train_timesteps": range(2, 10 ** 5), "beta_start": (1e-9, 0.999),
         "beta_end": (1e-9, 0.999), "beta_schedule": {"scaled_linear"},
@@ -50,6 +53,10 @@ CONFIG_FIELDS = {
         "timestep_spacing": {None, "leading", "trailing", "linspace"}, "steps_offset": range(1000),
         "set_alpha_to_one": {None, True, False}, "use_karras_sigmas": {None, True, False},
         "_guidance_scale": (0, 100)}}
+CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": WIDTH}
+MAY_LACK = {    # what a config may leave out beside tiny_sd.CONFIG_DEFAULTS
+    "vae": {"in_channels": 3, "out_channels": 3},
+    "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}}
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
     "text_encoder": {"layer_norm_eps": 1e-5},
@@ -59,14 +66,15 @@ FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one 
     "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
              "resnet_time_scale_shift": "default", "only_cross_attention": False,
              "center_input_sample": False, "dual_cross_attention": False, "class_embed_type": None,
-             "addition_embed_type": None, "encoder_hid_dim": None, "conv_in_kernel": 3,
-             "conv_out_kernel": 3, "downsample_padding": 1, "mid_block_scale_factor": 1,
-             "transformer_layers_per_block": 1, "time_embedding_type": "positional"},
+             "encoder_hid_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+             "downsample_padding": 1, "mid_block_scale_factor": 1,
+             "reverse_transformer_layers_per_block": None, "time_embedding_type": "positional"},
     "scheduler": {"rescale_betas_zero_snr": False, "trained_betas": None, "thresholding": False,
                   "clip_sample": False, "algorithm_type": "dpmsolver++", "solver_order": 2,
                   "solver_type": "midpoint", "final_sigmas_type": "zero",
                   "interpolation_type": "linear", "use_exponential_sigmas": False,
                   "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False}}
+FIXED["text_encoder_2"] = FIXED["text_encoder"]
 
 
 def allows(allowed, value):
@@ -86,8 +94,7 @@ def allows(allowed, value):
 
 def checked_config(part, settings):
     """Return the record of a part's config, with every field's type and range checked."""
-    settings = {"in_channels": 3, "out_channels": 3} | settings if part == "vae" else settings
-    settings = CONFIG_DEFAULTS[part] | settings
+    settings = CONFIG_DEFAULTS[part] | MAY_LACK.get(part, {}) | settings
     if settings.get("_class_name") is None and part == "scheduler":
         settings["_class_name"] = ""
     for name, value in FIXED[part].items():
@@ -100,6 +107,8 @@ def checked_config(part, settings):
         require(allows([WIDTH], levels),
                 f"the {part}'s block_out_channels cannot be {shorten(repr(levels))}")
     config = read_config(part, settings)
+    if part == "unet":
+        config.transformer_layers_per_block = depths(config)
     for name, allowed in CONFIG_FIELDS[part].items():
         require(hasattr(config, name), f"the {part}'s config has no {name}")
         value = getattr(config, name)
@@ -122,15 +131,15 @@ def replaced_settings(settings):
 
 def nearest(word, known):
     """Return "; did you mean ...?" if one of the known words is like this one."""
-    found = difflib.get_close_matches(word[:60].lower(), list(known), 1)
+    found = [other for other in known if other.strip("-") == word.strip("-")]       # --W: -W
+    found = found or difflib.get_close_matches(word[:60].lower(), list(known), 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def check_configs(settings, tokenizer):
+def check_configs(settings, tokenizers):
     """Check each part's config, and that the parts fit each other."""
-    config = {part: checked_config(part, settings[part]) for part in CONFIG_FIELDS}
-    text, vae, unet, scheduler = (config[part] for part in
-                                  ("text_encoder", "vae", "unet", "scheduler"))
+    config = {part: checked_config(part, settings[part]) for part in settings}
+    vae, unet, scheduler = (config[part] for part in ("vae", "unet", "scheduler"))
 
     def divides(widths, parts):
         return len(widths) == len(parts) and all(w % n == 0 for w, n in zip(widths, parts))
@@ -141,14 +150,9 @@ def check_configs(settings, tokenizer):
                 f"the {name}'s channels do not divide into its norm_num_groups")
     require(divides(unet.block_out_channels, unet.n_head),
             "the unet's channels do not divide into its heads")
-    require(text.hidden_size % text.num_attention_heads == 0,
-            "the text_encoder's hidden_size does not divide into its num_attention_heads")
-    for side in (unet.down_block_types, unet.up_block_types):
-        require(len(side) == len(unet.block_out_channels), "the unet's block types are not as many "
-                                                           "as its block_out_channels")
-    require(unet.cross_attention_dim == text.hidden_size,
-            f"the unet attends to words of {unet.cross_attention_dim} numbers "
-            f"(cross_attention_dim), and the text_encoder's have {text.hidden_size}")
+    for side in (unet.down_block_types, unet.up_block_types, unet.transformer_layers_per_block):
+        require(len(side) == len(unet.block_out_channels), "the unet's block types, or its "
+                "transformer_layers_per_block, are not as many as its block_out_channels")
     z = vae.latent_channels
     require(unet.out_channels == z,
             f"the unet gives {unet.out_channels} channels, the vae takes {z}")
@@ -159,12 +163,47 @@ def check_configs(settings, tokenizer):
     levels = alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
     require(levels[-1] > 1e-8, "the scheduler's betas leave nothing of a picture: beta_end "
                                f"{scheduler.beta_end} is too large")
-    require(all(allows(range(text.vocab_size), i) for i in tokenizer.vocab.values()), "the "
-            "tokenizer's vocabulary is not one of numbers below the text_encoder's vocab_size")
-    limit, length = text.max_position_embeddings, tokenizer.length
-    require(allows(range(3, limit + 1), length) or allows((10 ** 6, math.inf), length),
-            f"the text_encoder has no room for the tokenizer's {shorten(repr(length))} tokens")
+    check_text_encoders(config, tokenizers)
     return config
+
+
+def check_text_encoders(config, tokenizers):
+    """Check that the text encoders, one or two, fit their tokenizers and the U-Net."""
+    texts = {part: config[part] for part in config if part.startswith("text_encoder")}
+    for (part, text), tokenizer in zip(texts.items(), tokenizers, strict=True):
+        require(text.hidden_size % text.num_attention_heads == 0,
+                f"the {part}'s hidden_size does not divide into its num_attention_heads")
+        require(all(allows(range(text.vocab_size), i) for i in tokenizer.vocab.values()), "the "
+                f"tokenizer's vocabulary is not one of numbers below the {part}'s vocab_size")
+        limit, length = text.max_position_embeddings, tokenizer.length
+        require(allows(range(3, limit + 1), length) or allows((10 ** 6, math.inf), length),
+                f"the {part} has no room for the tokenizer's {shorten(repr(length))} tokens")
+        require((limit, length) == (texts["text_encoder"].max_position_embeddings,
+                                    tokenizers[0].length), "the text encoders do not take equally "
+                                                           "many tokens")
+
+    unet, widths = config["unet"], [text.hidden_size for text in texts.values()]
+    given = " + ".join(map(str, widths))
+    require(unet.cross_attention_dim == sum(widths),
+            f"the unet attends to words of {unet.cross_attention_dim} numbers "
+            f"(cross_attention_dim), and those of the {' and '.join(texts)} have {given}")
+    check_added_conditions(unet, config.get("text_encoder_2"))
+
+
+def check_added_conditions(unet, second):
+    """Check that the U-Net is told pooled text and sizes if there is a second text encoder."""
+    size = unet.addition_time_embed_dim
+    told = unet.addition_embed_type, bool(size), unet.projection_class_embeddings_input_dim
+    if second is None:
+        require(told == (None, False, None), "the unet is told more than words and time "
+                "(addition_embed_type), and there is no text_encoder_2 to tell it")
+        return
+    width = second.projection_dim + 6 * (size or 0)
+    require(told == ("text_time", True, width), "the unet is not told the text_encoder_2's "
+            f"{second.projection_dim} numbers and six sizes (addition_embed_type \"text_time\", "
+            f"projection_class_embeddings_input_dim {width})")
+    require(not unet.time_cond_proj_dim, "a unet that is told both pooled text and the scale of "
+                                         "guidance (time_cond_proj_dim) is not computed here")
 
 
 # ── Shapes ──────────────────────────────────────────────────────────────────────────────────────
@@ -210,15 +249,18 @@ def attention_shapes(width, context, project=bare_shapes):
             "to_v": project(context, width), "to_out": [linear_shapes(width, width)]}
 
 
-def transformer_shapes(width, context):
-    """Return the shapes of a transformer of `width` channels and words of `context` numbers."""
+def transformer_shapes(width, context, depth=1):
+    """Return the shapes of a transformer of `width` channels and words of `context` numbers.
+
+    depth: how many blocks it has.
+    """
     feed_forward = [{"proj": linear_shapes(width, 8 * width)}, None,
                     linear_shapes(4 * width, width)]
     block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
              "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
              "norm3": norm_shapes(width), "ff": {"net": feed_forward}}
     return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1),
-            "transformer_blocks": [block], "proj_out": conv_shapes(width, width, 1)}
+            "transformer_blocks": [block] * depth, "proj_out": conv_shapes(width, width, 1)}
 
 
 def text_shapes(config):
@@ -232,6 +274,12 @@ def text_shapes(config):
                   "position_embedding": bare_shapes(width, config.max_position_embeddings)}
     return {"embeddings": embeddings, "encoder": {"layers": [layer] * config.num_hidden_layers},
             "final_layer_norm": norm_shapes(width)}
+
+
+def projected_text_shapes(config):
+    """Return the shapes of a second text encoder, which has a projection at its end."""
+    projection = bare_shapes(config.hidden_size, config.projection_dim)
+    return text_shapes(config) | {"text_projection": projection}
 
 
 def vae_shapes(config):
@@ -261,6 +309,12 @@ def vae_shapes(config):
                         "conv_out": conv_shapes(widths[0], 3)}}
 
 
+def depths(config):
+    """Return how many blocks the transformers of each level of a U-Net have, from the top."""
+    depth = config.transformer_layers_per_block
+    return [depth] * len(config.block_out_channels) if isinstance(depth, int) else depth
+
+
 def unet_shapes(config):
     """Return the shapes of the U-Net with this config.
 
@@ -271,18 +325,18 @@ def unet_shapes(config):
     three times, the next one's 1280 + 1280, 1280 + 1280 and 1280 + 640, and so on.
     """
     widths, n = config.block_out_channels, config.layers_per_block
-    first, top, temb = widths[0], widths[-1], 4 * widths[0]
+    first, top, temb, depth = widths[0], widths[-1], 4 * widths[0], depths(config)
 
-    def level(inputs, width, kind):
+    def level(inputs, width, kind, depth):
         block = {"resnets": [resnet_shapes(i, width, temb) for i in inputs]}
         if "Attn" in kind:
-            block["attentions"] = [transformer_shapes(width, config.cross_attention_dim)] * len(
-                inputs)
+            transformer = transformer_shapes(width, config.cross_attention_dim, depth)
+            block["attentions"] = [transformer] * len(inputs)
         return block
 
     down, skips, x = [], [first], first
     for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
-        down.append(level([x] + [width] * (n - 1), width, kind))
+        down.append(level([x] + [width] * (n - 1), width, kind, depth[i]))
         skips += [width] * n
         if i < len(widths) - 1:
             down[-1]["downsamplers"] = [{"conv": conv_shapes(width, width)}]
@@ -293,7 +347,7 @@ def unet_shapes(config):
     for i, (width, kind) in enumerate(zip(reversed(widths), config.up_block_types)):
         skips, used = skips[:-n - 1], skips[-n - 1:][::-1]
         inputs = [before + skip for before, skip in zip([x] + [width] * n, used)]
-        up.append(level(inputs, width, kind))
+        up.append(level(inputs, width, kind, depth[-1 - i]))
         if i < len(widths) - 1:
             up[-1]["upsamplers"] = [{"conv": conv_shapes(width, width)}]
         x = width
@@ -305,27 +359,39 @@ def unet_shapes(config):
               "conv_out": conv_shapes(first, config.out_channels)}
     if config.time_cond_proj_dim:
         shapes["time_embedding"]["cond_proj"] = bare_shapes(config.time_cond_proj_dim, first)
+    if config.addition_time_embed_dim:
+        shapes["add_embedding"] = {
+            "linear_1": linear_shapes(config.projection_class_embeddings_input_dim, temb),
+            "linear_2": linear_shapes(temb, temb)}
     if config.mid_block_type:
         shapes["mid_block"] = {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [
-            transformer_shapes(top, config.cross_attention_dim)]}
+            transformer_shapes(top, config.cross_attention_dim, depth[-1])]}
     return shapes
 
 
-SHAPES = {"text_encoder": text_shapes, "vae": vae_shapes, "unet": unet_shapes}
+SHAPES = {"text_encoder": text_shapes, "text_encoder_2": projected_text_shapes, "vae": vae_shapes,
+          "unet": unet_shapes}
 
 
 def check_weights(part, arrays, config):
-    """Raise UserError, which names all that are missing, unknown or misshapen."""
+    """Raise UserError unless the weights of a part are those that its config describes."""
+    check_shapes(f"the {part}", arrays, flatten(SHAPES[part](config)))
+
+
+def check_shapes(what, arrays, expected):
+    """Raise UserError, which names all that are missing, unknown or misshapen.
+
+    expected: {name: shape}.
+    """
     def core(shape):    # files differ on whether a 1x1 convolution (o, i, 1, 1) is a linear layer
         return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
-    expected = flatten(SHAPES[part](config))
     wrong = [f"{name} is missing" for name in expected.keys() - arrays.keys()]
     wrong += [f"{name} is unknown" for name in arrays.keys() - expected.keys()]
     wrong += [f"{name} has shape {arrays[name].shape} instead of {expected[name]}"
               for name in expected.keys() & arrays.keys()
               if core(arrays[name].shape) != core(expected[name])]
-    require(not wrong, f"the weights of the {part} do not fit its config: {first_five(wrong)}")
+    require(not wrong, f"the weights of {what} do not fit its config: {first_five(wrong)}")
 
 
 def first_five(problems):
@@ -361,8 +427,8 @@ def free_memory():
     return min([free + held if free else math.inf, *map(int, limits)]) + swap
 
 
-def check_memory(need, what):
+def check_memory(need, what, instead="take a smaller picture"):
     """Raise UserError if there are not `need` bytes, a lower bound of what a run comes to."""
     room = free_memory()
     require(need <= room, f"{what} needs at least {need / 1e9:.1f} GB of memory, and there are "
-            f"{room / 1e9:.1f} GB: close other programs, or take a smaller model or picture")
+            f"{room / 1e9:.1f} GB: close other programs, or {instead}")

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats, things
+from extras import files, formats, prompts, things, tiny_vae
 from extras.checks import check_memory, nearest
 from extras.samplers import sampler_named
 from tiny_sd import KARRAS, OPTIONS, SAMPLERS, UserError, require, tell
@@ -53,9 +54,20 @@ def output(text):
 
 
 CHANGED = {     # what these options take here beside what they take in tiny_sd.py
-    "-s --seed": (int, 0, "-1 draws one at random (%(default)s)"),
-    "-m --model": (str, None, "a folder, a .safetensors file, a name in weights/, OWNER/NAME on "
-                   f"the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
+    "-W --width": (int, None, "in pixels (the model's own)"),
+    "-H --height": (int, None, "in pixels (the model's own)"),
+    "--cfg-scale --guidance-scale": (
+        float, None, "guidance: how much to stress the prompt (7.5, or the model's own)"),
+    "--strength": (float, None, "how much to change it, 0 to 1 (0.75, or 1 with --mask)"),
+    "--device": (("cpu", "cuda", "mps"), "cpu", "where to compute (%(default)s)"),
+    "--dtype": (("float32", "float16", "bfloat16"), "float32", "the numbers to compute with "
+                "(%(default)s); the VAE's are float32"),
+    "-s --seed": (int, 0, "the number that the noise is made from; -1 draws one at random "
+                  "(%(default)s)"),
+    "--steps": (int, None, "how many, from noise to the picture (20, fewer for distilled models)"),
+    "--backend": (("numpy", "torch"), None, "what computes (numpy, unless a GPU is asked for)"),
+    "-m --model": (str, None, "a folder, a .safetensors or .ckpt file, a name in weights/, "
+                   f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
     "--sampler": (sampler, None, f"{', '.join(SAMPLERS)}, by these names or those of other "
                                  "programs (the model's own)"),
     "-o --output": (output, Path("out.png"), "the .png, .jpg or .webp to write, or a folder/; "
@@ -63,22 +75,55 @@ CHANGED = {     # what these options take here beside what they take in tiny_sd.
 }
 
 
+METAVARS = {"negative_prompt": "PROMPT", "seed": "N", "steps": "N", "cfg_scale": "X",
+            "sampler": "NAME", "width": "N", "height": "N", "init_img": "FILE", "strength": "X",
+            "output": "FILE"}
+EXAMPLES = """examples:
+  python tiny_sd.py "a cat on a light blue background" -s 7 -o cat.png
+  python tiny_sd.py "lion" -n yellow --sampler euler_a -b 4         four pictures, seeds 0 to 3
+  python tiny_sd.py "tiger face" -i cat.png --strength 0.4          from a picture
+  python tiny_sd.py "crown" -i cat.png --mask mask.png              where the mask is white
+  python tiny_sd.py "a (red:1.3) lighthouse, [fog]" -m sd15         words with more and less weight
+  python tiny_sd.py "a boat <lora:ink:0.8>" -m model.safetensors    with loras/ink.safetensors
+  python tiny_sd.py --like cat.png -s 8                             again, but for the seed
+  python tiny_sd.py --prompts prompts.txt -o pictures/a.png         a picture for each line
+"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A page of help that is 100 columns wide."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+
 def option_parser(**settings):
     """Return the parser of all options: those of tiny_sd.py, and these."""
     table = [(heading, flags, *CHANGED.get(flags, rest)) for heading, flags, *rest in OPTIONS]
-    parser = tiny_sd.option_parser(table, **settings)
+    parser = tiny_sd.option_parser(table, usage="python tiny_sd.py PROMPT [option ...]",
+                                   epilog=EXAMPLES, formatter_class=Help, **settings)
+    for action in parser._actions:
+        action.metavar = METAVARS.get(action.dest, action.metavar)
     what, model, sampling, start, files_out, hardware = (
         parser.sections[heading].add_argument for heading in
         ("what to draw", "model", "sampling", "from a picture", "output", "hardware"))
     what("-b", "--batch-size", type=int, default=1, metavar="N",
-         help="pictures, with the seeds seed, seed + 1, ... (%(default)s)")
+         help="pictures, out-000.png and so on, with the seeds seed, seed + 1, ... (%(default)s)")
     what("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of "
                                            "its own; # begins a comment")
     what("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+    what("--plain-prompt", action="store_true",
+         help="take brackets, BREAK and <lora:...> in prompts for words")
     model("--things", action="store_true",
           help="draw nothing: list what the model can draw, where it says so")
     model("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
           help="a LoRA to add; repeatable")
+    model("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
+                                        f"{' or '.join(tiny_vae.HUB)}, tiny ones (the model's own)")
+    model("--embedding", action="append", default=[], metavar="FILE",
+          help="a textual inversion, a word for prompts that is called like the file; repeatable")
+    model("--clip-skip", type=int, metavar="N",
+          help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
     sampling("--prediction", choices=("epsilon", "v", "sample"),
              help="what the U-Net predicts (as the model's config says)")
     sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
@@ -89,6 +134,8 @@ def option_parser(**settings):
               help="a new folder for pictures of what is computed on the way")
     files_out("--explain", action="store_true",
               help="draw nothing: print the prompt's tokens and the model's parts")
+    hardware("--low-memory", action="store_true", help="keep the weights in their file, widening "
+             "each as it is used: 2 GB do for Stable Diffusion 1.5, up to twice as slowly")
     hardware("--formulas", action="store_true",
              help="compute by tiny_sd.py's formulas alone, slowly")
     return parser
@@ -112,42 +159,89 @@ def parse_arguments(argv, **settings):
     Its notes are lines to print as soon as drawing begins.
     """
     parser = option_parser(**settings)
-    args, notes = parse_known(parser, argv), []
+    args, facts, notes = parse_known(parser, argv), {}, []
     given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
     if given > 1 or not given and not (args.like or args.things):
         parser.error("give one prompt, in quotes")
     if args.like:
-        recorded, left = files.recorded(args.like)
-        notes = not_taken_up(args, left)
-        if args.sampler and args.sampler not in KARRAS:
-            recorded.pop("karras", None)
-        flags = [f"--{key}" if value is None else f"--{key}={value}"
-                 for key, value in recorded.items()]
+        flags, facts, notes = flags_like(args)
         args = parse_known(parser, flags + argv)
-    args.notes = notes
+    args.notes, args.facts = notes, facts
     complete(args)
     check_arguments(args)
     return args
 
 
+def flags_like(args):
+    """Return the flags that draw the picture of --like again, its facts, and lines on the rest."""
+    options, facts = files.recorded(args.like)
+    if args.sampler and args.sampler not in KARRAS:
+        options.pop("karras", None)
+    left = files.facts_left(facts)
+    model = args.model or files.known_model(facts.get("Model", ""))
+    if model:
+        options["model"] = model
+    elif "Model" in facts:
+        left["Model"] = facts["Model"]
+    given = {"lora": [Path(file).stem for file, _ in args.lora], "vae": [Path(args.vae or "").stem],
+             "embedding": [Path(file).stem for file in args.embedding]}
+    found, missing = files.recorded_files(facts, model or "emoji", given)
+    flags = [f"--{key}" if value is None else f"--{key}={value}" for key, value in options.items()]
+    flags += [f"--{key}={value}" for key, values in found.items() for value in values]
+    return flags, facts, not_taken_up(args, left | missing)
+
+
+HINTS = {   # the beginning of a fact's name: what to do about it, or what it was
+    "Model": "give it with --model", "Lora": "give it with --lora", "VAE": "give it with --vae",
+    "Embedding": "give it with --embedding",
+    "Denoising strength": "give the picture it began from with --init-img",
+    "RNG": "the noise came from a graphics card, and is other noise here",
+    "Hires": "the picture was enlarged and drawn over (Hires fix)",
+    "ENSD": "what a sampler adds on the way came from another seed",
+    "Face restoration": "another program mended the faces",
+    "Token merging": "tokens were merged for speed",
+    "Variation seed": "the noise was mixed from two seeds",
+    "Refiner": "a second model drew the last steps", "ControlNet": "another picture led the way",
+    "Pad conds": "the shorter prompt was filled up", "Emphasis": "weights worked in another way"}
+
+
 def not_taken_up(args, left):
-    """Return a line for each recorded fact that neither --like nor another flag uses."""
-    flags = {"Model": ("--model", args.model), "Lora": ("--lora", args.lora),
-             "Denoising strength": ("--init-img", args.init_img)}
-    lines = []
+    """Return a line for each recorded fact that neither --like nor another flag uses.
+
+    Facts that have a hint in common have one line.
+    """
+    given = {"Model": args.model, "Lora": args.lora, "Embedding": args.embedding, "VAE": args.vae,
+             "Denoising strength": args.init_img}
+    lines = {}
     for fact, value in left.items():
-        flag, given = flags.get(fact, (None, None))
-        if not given:
-            hint = f": give it with {flag}" if flag else ""
-            lines.append(f"--like {args.like}: {fact} {value} is not taken up{hint}")
-    return lines[:10]
+        key = next((key for key in HINTS if fact.startswith(key)), fact)
+        hint = f": {HINTS[key]}" if key in HINTS else ""
+        if not given.get(key):
+            lines.setdefault(key, f"--like {args.like}: {fact} {value} is not taken up{hint}")
+    return list(lines.values())[:10]
+
+
+def take_up_loras(args):
+    """Add to args.lora what the prompt names as <lora:name:weight>.
+
+    UserError for what cannot be found, or, with --like, a note.
+    """
+    if args.plain_prompt:
+        return
+    found, wrong = prompts.tagged_loras(args.prompt, args.model, args.lora)
+    for tag, reason in wrong:
+        tag = tiny_sd.shorten(tag, 60)
+        require(args.like, f"{tag} in the prompt: {reason}")
+        args.notes.append(f"--like {args.like}: {tag} is not taken up: {reason}")
+    args.lora = [*args.lora, *found]
 
 
 def complete(args):
     """Fill in what is not given."""
     prompt = (args.prompt or "") if args.words is None else args.words
     args.prompt, args.negative_prompt = (
-        files.printable("--" if text == [] else text) for text in (prompt, args.negative_prompt))
+        text if text is None else files.printable("--" if text == [] else text)
+        for text in (prompt, args.negative_prompt))
     if args.sampler:
         args.karras = args.karras or args.sampler.endswith(" Karras")
         args.sampler = args.sampler.removesuffix(" Karras")
@@ -168,7 +262,9 @@ def check_arguments(args):
     require(args.backend == "torch" or plain,
             f"NumPy computes in float32 on the CPU: --device {args.device} "
             f"--dtype {args.dtype} need --backend torch")
-    for option, low, high in ("steps", 1, 999), ("cfg_scale", 0, 100), ("batch_size", 1, 1000):
+    require(args.backend == "numpy" or not args.low_memory, "--low-memory goes with NumPy alone")
+    for option, low, high in ("steps", 1, 999), ("cfg_scale", 0, 100), ("batch_size", 1, 1000), (
+            "clip_skip", 1, 100):
         value = getattr(args, option)
         require(value is None or low <= value <= high,
                 f"--{option.replace('_', '-')} {value} is not from {low} to {high}")
@@ -195,11 +291,13 @@ def check_outputs(args):
     require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
     require(args.preview is None or args.preview.suffix.lower() == ".png",
             f"--preview {args.preview} does not end in .png")
-    for path in filter(None, (args.output, args.preview)):
+    require(args.preview != args.output, f"--preview and --output are both {args.output}")
+    for path in filter(None, (*output_names(args), args.preview)):
         require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
         require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
+        free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
-            path.lstat()        # fails where a name is too long
+            free.lstat()        # fails where a name is too long
         page = args.show and args.show.resolve()
         require(page not in (path.resolve(), *path.resolve().parents),
                 f"--show {args.show} needs a folder of its own, without {path}")
@@ -225,9 +323,12 @@ def read_prompts(args, argv):
         try:
             job = line_arguments(args, [*argv, f"--prompts={args.prompts}",
                                         *shlex.split("".join(flags)), f"--output={target}"])
+            job.prompt = files.printable(prompt)
+            take_up_loras(job)
+            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
+                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
         except ValueError as error:
             raise UserError(f"{args.prompts}, line {number}: {error}") from None
-        job.prompt = files.printable(prompt)
         if mark and comment[:1].strip():
             job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a "
                              "comment")
@@ -240,7 +341,8 @@ def line_arguments(args, argv):
     job = parse_arguments(argv, add_help=False)
     for file in filter(None, (job.init_img, job.mask)):
         require(Path(file).exists(), f"{file} is not there")
-    fixed = ("model", "lora", "backend", "device", "dtype", "prediction", "preview", "formulas")
+    fixed = ("model", "lora", "vae", "embedding", "backend", "device", "dtype", "prediction",
+             "preview", "formulas", "low_memory")
     require(all(getattr(job, name) == getattr(args, name) for name in fixed),
             "the model and --preview are the same for all lines")
     return job
@@ -255,6 +357,7 @@ def is_drawn(job):
                 return False
             text = recorded_text(name)
             same_seed = job.any_seed or f", Seed: {seed}," in text
+            same_seed &= ("Empty negative: " in text) == (job.negative_prompt == "")
             if not text or text.startswith(f"{words}Steps: ") and same_seed:
                 break
     return True
@@ -299,32 +402,54 @@ def run(argv):
     jobs = [args]
     if args.prompts:    # shared out first: what is drawn already changes while others start
         jobs = [job for job in read_prompts(args, argv)[rank::ranks] if not is_drawn(job)]
+        args.lora = jobs[0].lora if jobs else []
+    else:
+        take_up_loras(args)
     if not jobs and ranks == 1:
         return tell(f"{args.prompts} has no prompt whose picture is not there yet")
 
     film, denoiser = watchers(args)
-    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora)
+    vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
+    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora,
+                         args.low_memory, vae)
+    if args.embedding:
+        model = prompts.with_embeddings(model, args.embedding)
     if args.prediction:
         kind = args.prediction + "_prediction" * (args.prediction == "v")
         model.config.scheduler.prediction_type = kind
     if args.explain:
         from extras import show
         h, w, _ = tiny_sd.image_size(model, args.width, args.height)
-        return show.explain(model, args.prompt, w * model.factor, h * model.factor)
+        return show.explain(model, words_of(args), w * model.factor, h * model.factor,
+                            prompts.reads_weights(model) and not args.plain_prompt)
 
     start, notes = time.monotonic(), set()
     for number, job in enumerate(jobs):
-        if known and (line := things.unknown_prompt(known, job.prompt)):
-            job.notes.append(line)
-        job.notes = [note for note in job.notes if note not in notes]
+        job.notes = [note for note in [*job.notes, *remarks(model, job, known)]
+                     if note not in notes]
         notes |= set(job.notes)
         title = queue_title(number, len(jobs), time.monotonic() - start)
         x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
     if film:
+        if prompts.reads_weights(model) and not args.plain_prompt:
+            film.chunks = prompts.chunks_of(model.tokenizer, words_of(args))
         print(film.save(x, args.prompt, seeds_of(args)))
     if args.prompts and ranks > 1:
         wait_for_other_ranks()
     return None
+
+
+def remarks(model, args, known):
+    """Yield lines on what is asked for and this model, or this program, does not do.
+
+    known: see things.known_things.
+    """
+    if known and (line := things.unknown_prompt(known, args.prompt)):
+        yield line
+    for name in files.other_files(args.facts, args, model):
+        yield f"--like {args.like}: the {name} is another file than the picture was made with"
+    yield from prompts.remarks(model, [words_of(args), args.negative_prompt or ""],
+                               args.plain_prompt)
 
 
 def watchers(args):
@@ -350,9 +475,9 @@ def queue_title(number, total, seconds):
 def torchrun_rank():
     """Return (rank, number of processes) as torchrun tells them."""
     rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    if not (rank.isdecimal() and ranks.isdecimal()):
+    if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
         return 0, 1
-    return int(rank), max(1, int(ranks))
+    return int(rank), int(ranks)
 
 
 def wait_for_other_ranks():
@@ -360,9 +485,16 @@ def wait_for_other_ranks():
     if "MASTER_ADDR" not in os.environ:     # it was not torchrun
         return
     import torch.distributed as dist
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    dist.barrier()
-    dist.destroy_process_group()
+
+    def meet():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
+        dist.destroy_process_group()
+    tell("this process has drawn its share, and waits for the others")
+    try:
+        ThreadPoolExecutor(1).submit(meet).result()     # torch's own waiting hears no Ctrl-C
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
 def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
@@ -376,22 +508,35 @@ def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
     fill_in(model, args)
     check_picture_memory(model, args, width, height)
     formats.check_unchanged(model)
+    texts = [files.parameters_text(args, model, seed, width, height) for seed in seeds_of(args)]
     walk = start_walk(model, args, width, height, denoiser)
     for note in args.notes:
         tell(note)
 
     total = args.steps if args.init_img is None else int(round(args.steps * args.strength, 9))
     if last:
-        model.text_encoder = None
+        model.text_encoder = model.second = None
     for x in tqdm(walk, desc=title, total=total, unit="step"):      # noqa: B007
         pass
     if last:
         model.unet = None
     formats.check_unchanged(model)
-    for seed, path, pixels in zip(seeds_of(args), output_names(args), tiny_sd.decode(model, x)):
-        text = files.parameters_text(args, model, seed, width, height)
-        print(files.save_picture(pixels, path, text), flush=True)
+    save_pictures(model, x, output_names(args), texts)
     return x
+
+
+def save_pictures(model, x, paths, texts):
+    """Decode, save and name the pictures, one after the other, so that none waits for the last."""
+    unheard = None
+    for latents, path, text in zip(x, paths, texts):
+        pixels, = tiny_sd.decode(model, latents[None])
+        name = files.save_picture(pixels, path, text)
+        try:
+            print(name, flush=True)
+        except OSError as error:        # stdout is full or closed, which is no picture's fault
+            unheard = error
+    if unheard:
+        raise unheard
 
 
 def start_walk(model, args, width, height, denoiser):
@@ -400,9 +545,21 @@ def start_walk(model, args, width, height, denoiser):
                   for file in (args.init_img, args.mask))
     if mask is not None:
         mask = mask.mean(axis=-1) > 127.5
-    return tiny_sd.generate(model, args.prompt, args.negative_prompt, seeds_of(args), args.steps,
+    return tiny_sd.generate(model, words_of(args), args.negative_prompt, seeds_of(args), args.steps,
                             args.cfg_scale, args.sampler, args.karras, width, height, init,
-                            args.strength, mask, denoiser)
+                            args.strength, mask, denoiser, embedder(model, args))
+
+
+def words_of(args):
+    """Return the prompt without <lora:...>."""
+    return args.prompt if args.plain_prompt else prompts.without_tags(args.prompt)
+
+
+def embedder(model, args):
+    """Return the function that makes contexts of the prompts, as args want them read."""
+    weighted = prompts.reads_weights(model) and not args.plain_prompt
+    embed = prompts.embed_prompts if weighted else tiny_sd.embed_prompts
+    return prompts.skipping(embed, args.clip_skip) if args.clip_skip else embed
 
 
 def fill_in(model, args):

@@ -5,6 +5,7 @@ Read any picture; write one whole or not at all, and never over another; record 
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import secrets
@@ -19,7 +20,9 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import tiny_sd
+from extras.prompts import file_hash, find_file, lora_hashes
 from extras.samplers import TITLES, sampler_named
+from extras.tiny_vae import HUB as VAES
 from tiny_sd import UserError, require, tell
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -38,6 +41,8 @@ def opened(path):
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
+                if picture.format == "EPS":     # for which Pillow starts Ghostscript
+                    raise ValueError("PostScript is a program, which need not come to an end")
                 yield picture
     except NOT_A_PICTURE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -150,20 +155,36 @@ def parameters_text(args, model, seed, width, height):
     def plain(text):        # no comma or colon inside a value
         return re.sub("[,:]", " ", printable(text))
 
+    def hashes(files, hash_of):     # but in quotes: "name: hash, name: hash"
+        pairs = [f"{plain(Path(file).stem)}: {hash_of(file)}".replace('"', "'") for file in files]
+        return pairs and json.dumps(", ".join(pairs), ensure_ascii=False)
+
     sampler = plain(TITLES.get(args.sampler, args.sampler)) + (" Karras" if args.karras else "")
     loras = " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)
+    empty = args.negative_prompt == ""      # which some models tell from none
     facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg_scale, "Seed": seed,
              "Size": f"{width}x{height}", "Model hash": model.digest, "Model": plain(model.name),
-             "Denoising strength": args.strength if args.init_img else "", "Lora": plain(loras),
+             "Denoising strength": args.strength if args.init_img else "",
+             "Clip skip": args.clip_skip or "", "Plain prompt": args.plain_prompt or "",
+             "Empty negative": "encoded" if empty else "",
+             "VAE hash": vae_hash(args.vae), "VAE": plain(Path(args.vae or "").name),
+             "Lora": plain(loras),
+             "Lora hashes": hashes([file for file, _ in args.lora], lambda f: lora_hashes(f)[0]),
+             "TI hashes": hashes(args.embedding, file_hash),
              "Prediction": args.prediction or "", "RNG": "CPU",
              "Version": f"tiny_sd {tiny_sd.__version__}"}
-    line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value != "")
+    line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value not in ("", []))
     return f"{words_text(args.prompt, args.negative_prompt)}{line}"
+
+
+def vae_hash(name):
+    """Return the first 10 digits of the SHA-256 of a VAE's file, none of other VAEs."""
+    return file_hash(name)[:10] if name and Path(name).is_file() else ""
 
 
 def words_text(prompt, negative):
     """Return the first lines of a picture's text, in which only the last mark is one."""
-    negative = negative.replace("\nNegative prompt:", " Negative prompt:")
+    negative = (negative or "").replace("\nNegative prompt:", " Negative prompt:")
     return f"{prompt}\nNegative prompt: {negative}\n"
 
 
@@ -177,20 +198,28 @@ def recorded_text(path):
     return text if isinstance(text, str) else ""
 
 
+FACT = re.compile(r'([^:,"]{1,60}):\s*("(?:\\.|[^"\\])*"|\{[^{}]*\}|[^,]*)(?:,|$)')
+
+
 def recorded_facts(line):
     """Return {key: value} of a line "Steps: 20, Sampler: ...", where quotes protect commas."""
-    pieces = line[:10000].split('"')
-    pieces[1::2] = [piece.replace(",", " ") for piece in pieces[1::2]]
-    pairs = [part.partition(":") for part in " ".join(pieces).split(",")]
-    return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+    facts = {}
+    for key, value in FACT.findall(line[:10000]):
+        if value.startswith('"'):
+            with contextlib.suppress(ValueError):
+                value = str(json.loads(value))
+        facts[key.strip()] = value.strip()
+    return facts
 
 
 READ_OTHERWISE = {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Schedule type", "Prediction",
-                  "Denoising strength", "Model", "Model hash", "Version"}
+                  "Model", "Model hash", "Version", "User", "Hashes", "Batch size", "Batch pos",
+                  "Clip skip", "Plain prompt", "Empty negative", "VAE", "VAE hash", "Lora hashes",
+                  "Lora", "TI hashes", "RNG"}
 
 
 def recorded(path):
-    """Return {option: value} that draw a picture again, and {fact: value} without an option."""
+    """Return a picture's {option: value or values} and {fact: value}, which made it."""
     words, _, line = recorded_text(path).rpartition("Steps: ")
     prompt, mark, negative = f"\n{words}".rpartition("\nNegative prompt:")
     facts = recorded_facts(f"Steps: {line}")
@@ -201,32 +230,88 @@ def recorded(path):
 
     width, _, height = facts["Size"].partition("x")
     options = {"prompt": prompt[1:] if mark else words.removesuffix("\n"),
-               "negative-prompt": negative.removeprefix(" ").removesuffix("\n") if mark else "",
                "steps": facts["Steps"], "seed": facts["Seed"], "width": width, "height": height,
                "sampler": sampler, "cfg-scale": facts.get("CFG scale", "7.5")}
-    for fact, option in ("Denoising strength", "strength"), ("Prediction", "prediction"):
+    negative = negative.removeprefix(" ").removesuffix("\n") if mark else ""
+    if negative or "Empty negative" in facts:       # else none was given
+        options["negative-prompt"] = negative
+    for fact, option in (("Denoising strength", "strength"), ("Prediction", "prediction"),
+                         ("Clip skip", "clip-skip")):
         if fact in facts:
             options[option] = facts[fact]
-    if folder := known_model(facts.get("Model", "")):
-        options["model"] = folder
     if karras or facts.get("Schedule type") == "Karras":
         options["karras"] = None
-    return options, facts_left(facts, "model" in options)
+    if facts.get("Plain prompt"):
+        options["plain-prompt"] = None
+    if "ComfyUI" in facts.get("Version", "") and "(" in re.sub(r"\\.", "", words):
+        facts["Emphasis"] = "ComfyUI's"
+    return options, facts
+
+
+def recorded_files(facts, model, given):
+    """Return {option: files} of the files that a picture names, and {fact: names} of the missing.
+
+    given: {option: names that need not be looked for}.
+    """
+    loras = re.findall(r"(\S.*?) (-?\d+(?:\.\d+)?)(?!\S)", facts.get("Lora", ""))
+    wanted = [("lora", "Lora", name, f":{weight}") for name, weight in loras]
+    wanted += [("embedding", "Embedding", name, "") for name in named_hashes(facts, "TI hashes")]
+    wanted += [("vae", "VAE", facts["VAE"], "")] if "VAE" in facts else []
+
+    options, missing = {}, {}
+    for option, fact, name, weight in wanted:
+        named = option == "vae" and name in VAES
+        path = name if named else find_file(option, name, model)
+        if path and Path(name).stem not in given[option]:
+            options.setdefault(option, []).append(f"{path}{weight}")
+        elif not path:
+            missing.setdefault(fact, []).append(name + weight.replace(":", " "))
+    return options, {fact: " ".join(names) for fact, names in missing.items()}
+
+
+def named_hashes(facts, fact):
+    """Return {name: hash} of a fact like "Lora hashes"."""
+    pairs = [pair.rpartition(":") for pair in facts.get(fact, "").split(",")]
+    return {name.strip(): digest.strip() for name, colon, digest in pairs if colon}
 
 
 def known_model(name):
-    """Return the path of a model of this name in weights/; never a path that a picture names."""
-    folder = tiny_sd.HERE / "weights" / name
-    return str(folder) if re.fullmatch(r"\w[\w .-]*", name) and folder.is_dir() else None
+    """Return the path of a model of this name in weights/, or of a file of this name here.
+
+    It is never a path that a picture names.
+    """
+    folder = tiny_sd.HERE / "weights"
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        return None
+    files = [place / f"{name}{suffix}" for place in (folder, Path())
+             for suffix in (".safetensors", ".ckpt")]
+    found = [folder / name] * (folder / name).is_dir() + [file for file in files if file.is_file()]
+    return str(found[0]) if found else None
 
 
-def facts_left(facts, model_found):
-    """Return the recorded facts that recorded() makes no option of, as {fact: value}."""
+def facts_left(facts):
+    """Return the recorded facts that --like makes no use of, as {fact: value}."""
     left = {key: value for key, value in facts.items() if key not in READ_OTHERWISE}
-    if left.get("RNG") == "CPU":
-        del left["RNG"]
-    if "Model" in facts and not model_found:
-        left["Model"] = facts["Model"]
+    web_ui = re.match(r"[vf]?\d|$", facts.get("Version", ""))       # whose noise is a GPU's, unless
+    noise = facts.get("RNG", "GPU" if web_ui else "CPU")            # it says something else
+    if noise != "CPU":
+        left["RNG"] = noise
     if facts.get("Schedule type", "Karras") not in ("Karras", "Automatic"):
         left["Schedule type"] = facts["Schedule type"]
     return left
+
+
+def other_files(facts, args, model):
+    """Yield the names of the files in use that are not those which a picture was made with."""
+    model_hash, ours = facts.get("Model hash", ""), vae_hash(args.vae)
+    if model.digest and len(model_hash) >= 10 and model_hash[:10] != model.digest:
+        yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
+    if ours and facts.get("VAE hash", ours)[:10] != ours:
+        yield f"VAE {Path(args.vae).stem}"
+    for kind, files, hashes_of in (("Lora", [file for file, _ in args.lora], lora_hashes),
+                                   ("TI", args.embedding, lambda file: [file_hash(file)])):
+        known = named_hashes(facts, f"{kind} hashes")
+        for file in files:
+            name = Path(file).stem
+            if known.get(name) and known[name] not in hashes_of(file):
+                yield f"{'LoRA' if kind == 'Lora' else 'embedding'} {name}"

@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import tiny_sd
-from extras import samplers  # noqa: F401  (registers plms and lcm)
+from extras import narrow, samplers  # noqa: F401  (samplers registers plms and lcm)
 from extras.checks import (
     check_configs,
     check_memory,
@@ -23,68 +24,67 @@ from extras.checks import (
     nearest,
     replaced_settings,
 )
+from extras.pickles import read_tensors
 from tiny_sd import (
     WEIGHT_FILES,
     Tokenizer,
     UserError,
     flatten,
-    read_safetensors,
     require,
     shorten,
     tell,
     widen,
 )
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
-
-def load(path, backend=None, device="cpu", dtype="float32", loras=()):
+def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=(),
+         low_memory=False, vae=None) -> tiny_sd.Model:
     """Return the Model at this path, as tiny_sd.load does, checked before it is used.
 
-    path: a folder as diffusers writes it, a single .safetensors file in the original layout, a
-    name in weights/, or a repository of the Hugging Face hub or its alias in HUB, fetched if need
-    be. loras: pairs (file, weight) to add.
+    path: a folder as diffusers writes it, a single .safetensors or .ckpt file in the original
+    layout, a name in weights/, or a repository of the Hugging Face hub or its alias in HUB,
+    fetched if need be. loras: pairs (file, weight) to add. low_memory: see extras/narrow.py.
+    vae: what extras.tiny_vae.read_vae returns, to use instead of the model's own.
     """
     name = Path(path)
-    require(name.suffix not in PICKLES, f"{name.name} is a pickle, which can run any code: get "
-            f"{name.stem}.safetensors instead, or convert it: {CONVERT}")
     places = [name, tiny_sd.HERE / "weights" / name]
     if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
         places.append(tiny_sd.HERE / name)
     path = next(filter(Path.exists, places), None) or fetch(name)
-    settings, arrays, tokenizers, digest = read(path)
-    config = check_configs(settings, tokenizers[0])
+    settings, arrays, tokenizers, digest, notes = read(path)
+    config = check_configs(settings, tokenizers)
     backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
-    check_size(arrays, device, dtype, name)
+    if not low_memory:
+        check_size(arrays, device, dtype, name)
     for part in arrays:
         check_weights(part, arrays[part], config[part])
     if loras:
         add_loras(arrays, loras)
+    if vae:
+        settings["vae"], arrays["vae"] = vae.in_place_of(config["vae"]), vae.arrays
 
     stem = path.stem if path.is_file() else name.resolve().name
-    model = tiny_sd.assemble(stem, settings, arrays, tokenizers, backend, device, dtype)
+    kind = narrow.Fleeting if low_memory else narrow.Narrow
+    model = tiny_sd.assemble(stem, settings, arrays, tokenizers, backend, device, dtype,
+                             functools.partial(narrow.to_backend, kind=kind))
     model.digest = digest
+    if vae:
+        model.vae_encode, model.vae_decode = vae.encode, vae.decode
     model.files = mapped_files(model)
-    for line in replaced_settings(settings):
+    for line in [*notes, *replaced_settings(settings)]:
         tell(line)
     return model
 
 
-CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
-           "a = torch.load(f, \"cpu\", weights_only=True); a = a.get(\"state_dict\", a); "
-           "s.save_file({k: v.contiguous() for k, v in a.items() if hasattr(v, \"shape\")}, "
-           "f.rsplit(\".\", 1)[0] + \".safetensors\")' FILE")
-
-
 def read(path):
-    """Return configs, arrays, tokenizers and digest of a folder or a file."""
+    """Return configs, arrays, tokenizers, digest and lines for the user of a folder or a file."""
     require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
-    for name in sum(FOLDER, []) if path.is_dir() else []:
+    for name in sum(FOLDER + SECOND, []) if path.is_dir() else []:
         file = path / name      # of a pipe, reading would wait for ever
         require(file.is_file() or not file.exists(), f"{file} is not a file")
     try:
         if path.is_dir():
-            return *tiny_sd.read_folder(path), ""
+            return *tiny_sd.read_folder(path), "", []
         return read_single_file(path)
     except UserError:
         raise
@@ -94,9 +94,9 @@ def read(path):
 
 def mapped_files(model):
     """Return {path: stamp} of the files that a model still reads."""
-    files = {}
-    for part in WEIGHT_FILES:
-        for array in flatten(getattr(model, part)).values():
+    files, networks = {}, [getattr(model, part) for part in WEIGHT_FILES]
+    for network in networks + ([vars(model.second)] if model.second else []):
+        for array in flatten(network).values():
             while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
                 array = array.base
             if isinstance(array, np.memmap):
@@ -125,10 +125,10 @@ def check_unchanged(model):
 
 def check_size(arrays, device, dtype, name):
     """UserError if the largest network would not fit into this machine's memory."""
-    types = {"text_encoder": dtype, "vae": "float32", "unet": dtype}
     largest = max(sum(array.size for array in arrays[part].values())
-                  * (2 if types[part].endswith("16") else 4) for part in arrays)
-    check_memory(largest * (device == "cpu"), f"the model {name}")
+                  * (2 if dtype.endswith("16") and part != "vae" else 4) for part in arrays)
+    check_memory(largest * (device == "cpu"), f"the model {name}",
+                 "take --low-memory, which NumPy has")
 
 
 # ── Models of the Hugging Face hub ──────────────────────────────────────────────────────────────
@@ -147,6 +147,10 @@ HUB = {     # alias: repository on the hub, revision, licence
     "lcm": ("SimianLuo/LCM_Dreamshaper_v7", "a85df6a8bd976cdd08b4fd8f3b73f229c9e54df5", "mit"),
     "tiny": ("nota-ai/bk-sdm-tiny", "0364108e53b7f7f4d2585e817a0b7a83dc261cfa",
              "creativeml-openrail-m"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",
+             "462165984030d82259a11f4367a4eed129e94a7b", "openrail++"),
+    "sdxl-turbo": ("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304",
+                   "sai-nc-community"),
 }
 
 FOLDER = [      # the files of a model; from each line, the first that exists
@@ -158,43 +162,63 @@ FOLDER = [      # the files of a model; from each line, the first that exists
     ["tokenizer/vocab.json", "tokenizer/tokenizer.json"],
     ["tokenizer/merges.txt", "tokenizer/tokenizer.json"],
 ]
+SECOND = [      # the first of these tells that a model has the others, for a second text encoder
+    ["text_encoder_2/config.json"], ["tokenizer_2/tokenizer_config.json"],
+    ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/model.safetensors"],
+]
+
+
+def first_of(lines, has):
+    """Return of each line the first file that has(file) is true of, else the last."""
+    return [next(filter(has, line), line[-1]) for line in lines]
 
 
 def files_of(has):
     """Return the files to take where has(file) tells which there are."""
-    return [next(filter(has, line), line[-1]) for line in FOLDER]
+    return first_of(SECOND + FOLDER if has(SECOND[0][0]) else FOLDER, has)
 
 
 def fetch(name):
     """Return the folder of a repository of the hub, downloaded if the cache does not hold it."""
     repository, pin, licence = HUB.get(str(name), (str(name), "main", None))
-    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repository),
+    known = [*HUB, *(unet.parent.name for unet in (tiny_sd.HERE / "weights").glob("*/unet"))]
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)", repository),
             f"there is no model {name}: no such file or folder, and no "
-            f"{tiny_sd.HERE / 'weights' / name}{nearest(str(name), HUB)}")
+            f"{tiny_sd.HERE / 'weights' / name}{nearest(str(name), known)}")
     try:
-        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-        for revision in (pin, "main"):
-            cached = functools.partial(try_to_load_from_cache, repository, revision=revision)
-            found = [cached(file) for file in files_of(lambda f, c=cached: isinstance(c(f), str))]
-            if all(isinstance(file, str) for file in found):
-                return Path(found[0]).parents[1]
-
-        hub = HfApi()
-        info = hub.model_info(repository, revision=pin, files_metadata=True)
-        sizes = {file.rfilename: file.size for file in info.siblings}
-        files = files_of(sizes.__contains__)
-        if missing := [file for file in files if file not in sizes]:
-            raise FileNotFoundError(f"it has no {missing[0]}")
-        licence = licence or (info.card_data or {}).get("license")
-        tell(f"fetching {hub.endpoint}/{repository}, {sum(map(sizes.get, files)) / 1e9:.1f} GB, "
-             f"licence: {licence}")
-        fetched = [hf_hub_download(repository, file, revision=pin) for file in files]
-        return Path(fetched[0]).parents[1]
+        return download(repository, pin, licence, files_of)
     except Exception as error:      # of whatever kind the HTTP library below raises
-        files = " ".join(files_of(lambda file: ".fp16" not in file))
+        files, more = (" ".join(first_of(lines, lambda file: ".fp16" not in file))
+                       for lines in (FOLDER, SECOND))
         raise UserError(f"there is no model {name}: no such file or folder; put {files} of "
-                        f"{repository} into {tiny_sd.HERE / 'weights' / name}; they could not be "
-                        f"fetched: {error}") from None
+                        f"{repository} into {tiny_sd.HERE / 'weights' / name} (of an SDXL also "
+                        f"{more}); they could not be fetched: {error}") from None
+
+
+def download(repository, pin, licence, files_of):
+    """Return the folder of a repository of the hub, downloaded if the cache does not hold it.
+
+    pin: the revision; files_of(has): the files to take, where has(file) tells which there are.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    for revision in (pin, "main"):
+        cached = functools.partial(try_to_load_from_cache, repository, revision=revision)
+        files = files_of(lambda f, c=cached: isinstance(c(f), str))
+        found = [cached(file) for file in files]
+        if all(isinstance(file, str) for file in found):
+            return Path(found[0]).parents[files[0].count("/")]
+
+    hub = HfApi()
+    info = hub.model_info(repository, revision=pin, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings}
+    files = files_of(sizes.__contains__)
+    if missing := [file for file in files if file not in sizes]:
+        raise FileNotFoundError(f"it has no {missing[0]}")
+    licence = licence or (info.card_data or {}).get("license")
+    tell(f"fetching {hub.endpoint}/{repository}, {sum(map(sizes.get, files)) / 1e9:.1f} GB, "
+         f"licence: {licence}")
+    fetched = [hf_hub_download(repository, file, revision=pin) for file in files]
+    return Path(fetched[0]).parents[files[0].count("/")]
 
 
 # ── Checkpoints in a single file ────────────────────────────────────────────────────────────────
@@ -215,7 +239,9 @@ VAE_NAMES = [
     (r"\.norm_out", ".conv_norm_out")]
 UNET_NAMES = [
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
-    (r"^time_embed\.cond_proj", "time_embedding.cond_proj"), (r"^input_blocks\.0\.0", "conv_in"),
+    (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
+    (r"^label_emb\.0\.0", "add_embedding.linear_1"),
+    (r"^label_emb\.0\.2", "add_embedding.linear_2"), (r"^input_blocks\.0\.0", "conv_in"),
     (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"), (r"in_layers\.0", "norm1"),
     (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"),
     (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
@@ -228,13 +254,13 @@ def current_name(part, name, levels, n):
 
     levels: of the VAE; n: ResBlocks a level of the U-Net's way up.
     """
-    for old, new in {"text_encoder": TEXT_NAMES, "vae": VAE_NAMES, "unet": UNET_NAMES}[part]:
+    for old, new in {"vae": VAE_NAMES, "unet": UNET_NAMES}.get(part, TEXT_NAMES):
         name = re.sub(old, new, name)
     numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(?:(op|conv)(?=\.))?", name)
     if part == "vae":       # whose decoder counts its levels from below
         return re.sub(r"^decoder\.up_blocks\.(\d{1,3})",
                       lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
-    if part == "text_encoder" or not numbers:
+    if part != "unet" or not numbers:
         return name
 
     side, index, slot = numbers[1], int(numbers[2]), int(numbers[3])
@@ -251,42 +277,91 @@ def current_name(part, name, levels, n):
     return name
 
 
-IGNORED = (r"model_ema\.|betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|logvar|"
-           r".*position_ids|cond_stage_model\.model\.(logit_scale|text_projection)")
+@dataclass(frozen=True)
+class Family:
+    """What the arrays of a single file do not say.
+
+    text: {part: how the names of this text encoder begin}; those of OpenCLIP end in ".model.".
+    head_size: channels a head of the U-Net's attention; None for 8 heads.
+    """
+    text: dict
+    sample_size: int
+    head_size: int | None
+    scaling_factor: float
+    scheduler: dict
+
+
+PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False}
+FAMILIES = [    # Stable Diffusion 1, 2 and XL
+    Family({"text_encoder": "cond_stage_model.transformer."}, 64, None, 0.18215, PNDM),
+    Family({"text_encoder": "cond_stage_model.model."}, 96, 64, 0.18215,
+           PNDM | {"prediction_type": "v_prediction"}),
+    Family({"text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model."}, 128, 64, 0.13025,
+           {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False,
+            "timestep_spacing": "leading"})]
+TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
+INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
+    "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
+    "vae": r"(encoder|decoder|quant_conv|post_quant_conv)\.", "unet": ""}
+USUAL = re.compile(     # what published files hold beside their networks
+    r"(betas|.*alphas_cumprod\w*|posterior_\w+|logvar|model_ema\.(decay|num_updates)|"
+    r".*position_ids|cond\w+(\.embedders\.1)?\.model\.(logit_scale|text_projection))$")
 
 
 def read_single_file(path):
-    """Return configs, arrays, tokenizers and digest of a checkpoint in the original layout.
+    """Return what read() does, of a checkpoint in the original layout.
 
-    Names are translated, sizes read off the arrays; the rest is that of Stable Diffusion 1 or 2.
+    Names are translated, sizes read off the arrays; the rest is that of the family. What belongs
+    to none of the networks is left out, with a line that names it.
     """
-    file = {name: array for name, array in read_safetensors(path).items()
-            if not re.match(IGNORED, name)}
-    second = any(name.startswith("cond_stage_model.model.") for name in file)   # OpenCLIP
-    prefixes = {"text_encoder": f"cond_stage_model.{'model' if second else 'transformer'}.",
-                "vae": "first_stage_model.", "unet": "model.diffusion_model."}
-    old = {part: {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
-           for part, prefix in prefixes.items()}
-    wrong = [f"{name} is unknown" for name in file
-             if not name.startswith(tuple(prefixes.values()))]
-    wrong += [f"{prefixes[part]}* is missing" for part in old if not old[part]]
-    require(not wrong, f"{path} is not a Stable Diffusion 1 or 2: {first_five(wrong)}")
+    file = {re.sub(r"^(state_dict\.)+", "", name): array
+            for name, array in read_tensors(path).items()}
+    family = max(FAMILIES, key=lambda family: sum(
+        name.startswith(tuple(family.text.values())) for name in file))
+    arrays, others = sort_out(file, family)
+    missing = [part for part in arrays if not arrays[part]]
+    require(not missing, f"{path} is not a Stable Diffusion 1, 2 or XL: it has no "
+            f"{', no '.join(missing)}")
+    notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
 
-    levels = len({name.split(".")[2] for name in old["vae"] if name.startswith("decoder.up.")})
-    downsamplers = [re.match(r"input_blocks\.(\d{1,3})\.0\.op\.", name) for name in old["unet"]]
-    n = min((int(match[1]) for match in downsamplers if match), default=3)
-    arrays = {part: {current_name(part, name, levels, max(1, n)): array
-                     for name, array in old[part].items()} for part in old}
-    if second:
-        arrays["text_encoder"] = from_open_clip(arrays["text_encoder"])
+    open_clip = [part for part in family.text if family.text[part].endswith(".model.")]
+    for part in open_clip:
+        arrays[part] = from_open_clip(arrays[part])
+    if open_clip == list(family.text):
+        arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
     try:
-        settings = read_off(second, **arrays)
+        settings = read_off(family, open_clip, arrays)
     except (KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a Stable Diffusion 1 or 2: {error.args[0]} is missing "
+        raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {error.args[0]} is missing "
                         "or misshapen") from None
     with open(path, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
-    return settings, arrays, [clip_tokenizer("!" if second else Tokenizer.EOS)], digest
+    tokenizers = [clip_tokenizer("!" if part in open_clip else Tokenizer.EOS)
+                  for part in family.text]
+    return settings, arrays, tokenizers, digest, notes * bool(others)
+
+
+def sort_out(file, family):
+    """Return {part: {name today: array}} of a single file, and the names of what is in no part.
+
+    Of these, the usual ones are not worth a line.
+    """
+    prefixes = {**family.text, "vae": "first_stage_model.", "unet": "model.diffusion_model."}
+    ups = map(re.compile(r"first_stage_model\.decoder\.up\.(\d{1,3})\.").match, file)
+    downs = map(re.compile(r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.0\.op\.").match, file)
+    levels = len({match[1] for match in ups if match})
+    n = max(1, min((int(match[1]) for match in downs if match), default=3))
+
+    arrays, others = {part: {} for part in prefixes}, []
+    for name, array in file.items():
+        part = next((part for part in prefixes if name.startswith(prefixes[part])), None)
+        new = part and current_name(part, name.removeprefix(prefixes[part]), levels, n)
+        if part and re.match(INSIDE[part], new):
+            arrays[part][new] = array
+        elif not USUAL.match(name):
+            others.append(name)
+    return arrays, others
 
 
 def clip_tokenizer(pad=Tokenizer.EOS):
@@ -299,70 +374,100 @@ def clip_tokenizer(pad=Tokenizer.EOS):
 
 
 def from_open_clip(arrays):
-    """Return Stable Diffusion 2's text encoder: q, k and v apart, without the last layer.
+    """Return OpenCLIP's text encoder as transformers has it.
 
-    They lie in one array; and the last layer is one that the model does not use.
+    There q, k and v lie in one array, and the projection is multiplied from the other side.
     """
-    found = map(re.compile(r"encoder\.layers\.(\d{1,3})\.").match, arrays)
-    last = f"encoder.layers.{max((int(match[1]) for match in found if match), default=0)}."
     split = {}
     for name, array in arrays.items():
-        if name.startswith(last):
-            continue
-        if "in_proj_" not in name:
+        if name == "text_projection":
+            split["text_projection.weight"] = array.T
+        elif "in_proj_" in name:
+            require(array.ndim and len(array) % 3 == 0, f"{name} does not hold q, k and v")
+            for letter, third in zip("qkv", np.split(array, 3)):
+                split[name.replace("in_proj_", f"{letter}_proj.")] = third
+        else:
             split[name] = array
-            continue
-        require(array.ndim and len(array) % 3 == 0, f"{name} does not hold q, k and v")
-        for letter, third in zip("qkv", np.split(array, 3)):
-            split[name.replace("in_proj_", f"{letter}_proj.")] = third
     return split
 
 
-def read_off(second, text_encoder, vae, unet):
-    """Return the configs of a Stable Diffusion 1, or the second, that its arrays imply.
+def without_last_layer(arrays):
+    """Return Stable Diffusion 2's text encoder without the layer that it does not use."""
+    last = f"encoder.layers.{max(0, count(arrays, 'encoder.layers') - 1)}."
+    return {name: array for name, array in arrays.items() if not name.startswith(last)}
 
-    A KeyError names an array that is missing.
+
+def count(arrays, numbered):
+    """Return how many different numbers follow the text `numbered` in the arrays' names."""
+    found = map(re.compile(rf"{re.escape(numbered)}\.(\d{{1,3}})\.").match, arrays)
+    return len({match[1] for match in found if match})
+
+
+def widths(arrays, side):
+    """Return the channels of the levels of one side of a VAE or U-Net."""
+    return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
+
+
+def read_off(family, open_clip, arrays):
+    """Return the configs that the arrays of a single file imply; KeyError if one is missing.
+
+    open_clip: the text encoders that are OpenCLIP's.
     """
-    def count(arrays, numbered):
-        found = map(re.compile(numbered + r"\.(\d{1,3})\.").match, arrays)
-        return len({match[1] for match in found if match})
+    unet = arrays["unet"]
+    settings = {part: read_off_text(arrays[part], part in open_clip) for part in family.text}
+    settings["vae"] = read_off_vae(arrays["vae"]) | {"scaling_factor": family.scaling_factor}
+    settings["unet"], settings["scheduler"] = read_off_unet(family, unet), family.scheduler
+    if "time_embedding.cond_proj.weight" in unet:
+        settings["scheduler"] = family.scheduler | {"_class_name": "LCMScheduler"}
+        settings["unet"]["time_cond_proj_dim"] = unet["time_embedding.cond_proj.weight"].shape[1]
+    if "text_encoder_2" in settings:
+        told = unet["add_embedding.linear_1.weight"].shape[1]
+        pooled = len(arrays["text_encoder_2"]["text_projection.weight"])
+        settings["text_encoder_2"]["projection_dim"] = pooled
+        settings["unet"] |= {
+            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": told,
+            "addition_time_embed_dim": (told - pooled) // 6}
+    return settings
 
-    def widths(arrays, side):
-        return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"])
-                for i in range(count(arrays, side))]
 
-    tokens = text_encoder["embeddings.token_embedding.weight"].shape
-    words = unet["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    down = widths(unet, "down_blocks")
-    attends = [any(name.startswith(f"down_blocks.{i}.attentions.") for name in unet)
-               for i in range(len(down))]
-    middle = any(name.startswith("mid_block.") for name in unet)
-    condition = unet.get("time_embedding.cond_proj.weight")
+def read_off_vae(arrays):
+    """Return the config of a VAE, but for the scale of its latents."""
     return {
-        "text_encoder": {
-            "vocab_size": tokens[0], "hidden_size": tokens[1],
-            "max_position_embeddings": len(text_encoder["embeddings.position_embedding.weight"]),
-            "num_hidden_layers": count(text_encoder, "encoder.layers"),
-            "hidden_act": "gelu" if second else "quick_gelu",
-            "num_attention_heads": max(1, tokens[1] // 64),
-            "intermediate_size": len(text_encoder["encoder.layers.0.mlp.fc1.weight"])},
-        "vae": {
-            "block_out_channels": widths(vae, "encoder.down_blocks"),
-            "layers_per_block": count(vae, "encoder.down_blocks.0.resnets"),
-            "latent_channels": len(vae["post_quant_conv.weight"])},
-        "unet": {
-            "block_out_channels": down, "sample_size": 96 if second else 64,
-            "layers_per_block": count(unet, "down_blocks.0.resnets"),
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
-            "attention_head_dim": [max(1, width // 64) for width in down] if second else 8,
-            "cross_attention_dim": words, "in_channels": unet["conv_in.weight"].shape[1],
-            "out_channels": len(unet["conv_out.weight"]),
-            "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else None,
-            "time_cond_proj_dim": None if condition is None else condition.shape[1]},
-        "scheduler": {
-            "_class_name": "PNDMScheduler" if condition is None else "LCMScheduler",
-            "prediction_type": "v_prediction" if second else "epsilon", "set_alpha_to_one": False}}
+        "block_out_channels": widths(arrays, "encoder.down_blocks"),
+        "layers_per_block": count(arrays, "encoder.down_blocks.0.resnets"),
+        "latent_channels": len(arrays["post_quant_conv.weight"])}
+
+
+def read_off_text(arrays, open_clip):
+    """Return the config of a text encoder."""
+    tokens = arrays["embeddings.token_embedding.weight"].shape
+    return {
+        "vocab_size": tokens[0], "hidden_size": tokens[1],
+        "max_position_embeddings": len(arrays["embeddings.position_embedding.weight"]),
+        "num_hidden_layers": count(arrays, "encoder.layers"),
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "num_attention_heads": max(1, tokens[1] // 64),
+        "intermediate_size": len(arrays["encoder.layers.0.mlp.fc1.weight"])}
+
+
+def read_off_unet(family, arrays):
+    """Return the config of a U-Net, but for what it is told beside words and time."""
+    down = widths(arrays, "down_blocks")
+    depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
+             for i in range(len(down))]
+    words = next(filter(re.compile(r".*\.attn2\.to_k\.weight").match, arrays), "attn2.to_k.weight")
+    size, middle = family.head_size, any(name.startswith("mid_block.") for name in arrays)
+    return {
+        "block_out_channels": down, "sample_size": family.sample_size,
+        "layers_per_block": count(arrays, "down_blocks.0.resnets"),
+        "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depth],
+        "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in depth[::-1]],
+        "transformer_layers_per_block": [max(1, n) for n in depth],
+        "attention_head_dim": [max(1, width // size) for width in down] if size else 8,
+        "cross_attention_dim": arrays[words].shape[1],
+        "in_channels": arrays["conv_in.weight"].shape[1],
+        "out_channels": len(arrays["conv_out.weight"]),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else None}
 
 
 # ── LoRAs ───────────────────────────────────────────────────────────────────────────────────────
@@ -374,14 +479,23 @@ def read_off(second, text_encoder, vae, unet):
 #     kohya             lora_unet_W_lora_down.weight        lora_te_text_model_W.alpha
 #     peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
 #     older diffusers   unet.W.processor.to_q_lora.up.weight, text_encoder.W.lora_linear_layer.up...
+#
+# Those for SDXL have te1 and te2, or text_encoder and text_encoder_2; W may be the U-Net's name for
+# it in the original layout.
 
 ENDINGS = re.compile(r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|alpha)"
                      r"(?:_default\w*)?(?:_weight)?")
-TEXT_PREFIXES, UNET_PREFIXES = ("te_", "text_encoder_"), ("unet_", "")
+PREFIXES = {    # the first that fits counts
+    "te1_": "text_encoder", "te2_": "text_encoder_2", "te_": "text_encoder",
+    "text_encoder_2_": "text_encoder_2", "text_encoder_": "text_encoder", "unet_": "unet",
+    "": "unet"}
 
 
-def lora_target(name):
-    """Return ((part, W's name with underscores), "down", "up" or "alpha"), or None."""
+def lora_target(name, n):
+    """Return ((part, W's name with underscores), "down", "up" or "alpha"), or None.
+
+    n: ResBlocks a level of the U-Net's way up.
+    """
     name = name.replace(".", "_")
     ending = next((m for m in ENDINGS.finditer(name) if m.end() == len(name)), None)
     if not ending:
@@ -389,27 +503,29 @@ def lora_target(name):
     name = name[:ending.start()]
     for prefix in ("base_model_model_", "lora_"):
         name = name.removeprefix(prefix)
-    part, prefixes = "unet", UNET_PREFIXES
-    if name.startswith(TEXT_PREFIXES):
-        part, prefixes = "text_encoder", TEXT_PREFIXES
-    prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+    prefix = next(filter(name.startswith, PREFIXES))
     name = name[len(prefix):].removeprefix("text_model_")
     name = re.sub("_lora$", "", name.replace("_processor", ""))
     name = re.sub("_to_out$", "_to_out_0", name)
-    return (part, name), {"A": "down", "B": "up"}.get(ending[1], ending[1])
+    if PREFIXES[prefix] == "unet":
+        dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
+        name = current_name("unet", f"{dotted}.weight", 0, n).removesuffix(".weight")
+    target = PREFIXES[prefix], name.replace(".", "_")
+    return target, {"A": "down", "B": "up"}.get(ending[1], ending[1])
 
 
 def add_loras(arrays, loras):
     """Add to each weight what the LoRAs, pairs (file, weight), hold for it."""
     known = {(part, name.removesuffix(".weight").replace(".", "_")): name
-             for part in ("unet", "text_encoder") for name in arrays[part]
+             for part in arrays.keys() - {"vae"} for name in arrays[part]
              if name.endswith(".weight")}
+    n = max(1, count(arrays["unet"], "up_blocks.0.resnets"))
     for path, weight in loras:
         require(Path(path).exists(), f"there is no LoRA {path}")
         require(Path(path).is_file(), f"the LoRA {path} is no file")
         pairs, wrong = {}, []
-        for name, array in read_safetensors(path).items():
-            target, kind = lora_target(name) or (None, None)
+        for name, array in read_tensors(path).items():
+            target, kind = lora_target(name, n) or (None, None)
             if target in known:
                 pairs.setdefault(target, {})[kind] = widen(array)
             else:
@@ -428,10 +544,12 @@ def add_loras(arrays, loras):
 
 def lora_alphas(path):
     """Return the settings that peft leaves in a file's metadata."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     try:
         settings = json.loads((safe_open(path, "np").metadata() or {})
                               .get("lora_adapter_metadata", "{}"))
+    except SafetensorError:     # torch's own files have none
+        return {}
     except (ValueError, RecursionError):
         raise UserError(f"{path}: its lora_adapter_metadata is no JSON") from None
     return settings if isinstance(settings, dict) else {}

@@ -2,7 +2,6 @@
 
     python tiny_sd.py "red apple" --show DIR        the picture, and a page about it: DIR/index.html
     python tiny_sd.py "red apple" --explain         how the prompt is read, what each part costs
-    python -m extras.show notes                     draws the pictures of NOTES.md again
 
 An example of tiny_sd as a library: generate() is given a denoiser that asks tiny_sd's and writes
 down the answers, and while it does, the functions it watches are wrapped.
@@ -16,7 +15,7 @@ import itertools
 import math
 import os
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import tiny_sd
+from extras import prompts
 from extras.files import free_names, write_atomically
 from tiny_sd import require
 
@@ -79,6 +79,7 @@ class Film:
 
     def __init__(self, folder=None):
         self.folder, self.steps = folder and Path(os.path.abspath(folder)), []
+        self.chunks = None      # of extras.prompts, where the prompt is read with weights
         if folder:
             check_folder(folder, self.folder)
 
@@ -127,10 +128,19 @@ class Film:
                 for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".html"):
                     file.rename(self.folder / file.name)
                 return self.folder / "index.html"
-            names = free_names(self.folder / "page" if fill else self.folder)
-            target = next(name for name in names if not os.path.lexists(name))
-            unfinished.rename(target)
+            target = put_folder(unfinished, self.folder / "page" if fill else self.folder)
         return target / "index.html"
+
+
+def put_folder(folder, path):
+    """Rename a folder to the first free name of path, path-1, path-2, ...; return that."""
+    for target in free_names(path):
+        try:
+            if not os.path.lexists(target):
+                return folder.rename(target)
+        except OSError:     # unless the name was taken just now
+            if not os.path.lexists(target):
+                raise
 
 
 def check_folder(folder, path):
@@ -162,31 +172,36 @@ def attention_maps(maps, height, width):
     return attention
 
 
-def previewer(path, inside=tiny_sd.denoiser):
+def previewer(path: Path, inside=tiny_sd.denoiser) -> Callable:
     """Return a denoiser that writes x̂_0 to a small PNG at each step.
 
-    By the linear map from latents to colours that fits 64 colours best. UserError if there is
-    such a file already, unless it is a preview too.
+    UserError if there is such a file already, or comes to be, unless it is a preview too.
     """
     mark = PngInfo()
     mark.add_text("Software", "tiny_sd preview")
-    require(not path.exists() or is_preview(path),
-            f"--preview {path} is there already, and no preview: name another file")
+    check_preview(path)
 
     def make(model, *args):
-        fit = colour_map(model)
+        small = quick_decoder(model)
         denoise = inside(model, *args)
 
         def watched(x, t, a):
             x_0, eps = denoise(x, t, a)
-            pixels = np.concatenate(x_0 @ fit[:-1] + fit[-1], axis=1)
+            pixels = np.concatenate(small(x_0), axis=1)
             with write_atomically(path) as unfinished:
                 picture = Image.fromarray(np.nan_to_num(pixels).clip(0, 255).astype(np.uint8))
                 picture.save(unfinished, "PNG", pnginfo=mark)
+                check_preview(path)
                 os.replace(unfinished, path)
             return x_0, eps
         return watched
     return make
+
+
+def check_preview(path):
+    """UserError if there is a file that --preview must not replace."""
+    require(not os.path.lexists(path) or is_preview(path),
+            f"--preview {path} is there already, and no preview: name another file")
 
 
 def is_preview(path):
@@ -195,6 +210,17 @@ def is_preview(path):
         return False
     with open(path, "rb") as file:
         return b"tiny_sd preview" in file.read(99)
+
+
+def quick_decoder(model):
+    """Return a function from latents to pixels: that of a tiny VAE, or a map of single latents.
+
+    The map is the linear one that fits 64 colours best.
+    """
+    if model.vae_decode is not tiny_sd.vae_decode:
+        return functools.partial(tiny_sd.decode, model)
+    fit = colour_map(model)
+    return lambda x: x @ fit[:-1] + fit[-1]
 
 
 def colour_map(model):
@@ -361,6 +387,32 @@ def places_of_words(tokenizer, prompt):
     return [*found, ("(end and padding)", slice(end, tokenizer.length))]
 
 
+def places_in_chunks(tokenizer, chunks, n):
+    """Return [(word, its places)] of extras.prompts' chunks in a context of n tokens.
+
+    It holds the chunks one or more times. A word has its weight beside it.
+    """
+    length, words, used = tokenizer.length, [], []
+    for start, chunk in zip(range(0, n, length), chunks):
+        ended = True
+        for place, (i, weight) in enumerate(chunk, start + 1):
+            symbol = tokenizer.symbol[i]
+            if ended and symbol:        # all but the first vector of a learnt word have none
+                words.append(([], [], weight))
+            words[-1][0].append(i)
+            words[-1][1].append(place)
+            ended = not symbol or symbol.endswith("</w>")
+        used += [start, *range(start + 1, start + 1 + len(chunk))]
+
+    whole = length * len(chunks)
+    found = [("(start)", range(0, whole, length))]
+    found += [(tokenizer.decode(ids) + f" × {weight:.3g}" * (weight != 1), places)
+              for ids, places, weight in words]
+    found.append(("(end and padding)", sorted({*range(whole)} - {*used})))
+    return [(word, np.add.outer(range(0, n, whole), [*places]).reshape(-1).astype(int))
+            for word, places in found]
+
+
 def write_page(film, x, prompt, seeds, folder):
     """index.html and its pictures, for each seed a part."""
     page, final = Page(folder), tiny_sd.decode(film.model, x)
@@ -443,7 +495,10 @@ def words_section(page, film, k, picture, prompt):
         *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds),
         "</tr>",
     )
-    for n, (word, places) in enumerate(places_of_words(film.model.tokenizer, prompt)):
+    tokens = film.steps[0].attention[sizes[0]].shape[1]
+    words = (places_in_chunks(film.model.tokenizer, film.chunks, tokens) if film.chunks
+             else places_of_words(film.model.tokenizer, prompt))
+    for n, (word, places) in enumerate(words):
         maps = {size: np.array([s.attention[size][k, places].sum(0) for s in film.steps])
                 for size in sizes}
         whole = np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
@@ -513,11 +568,13 @@ def merging(tokenizer, word):
             learner.rank[pair] = tokenizer.rank[pair]
 
 
-def tokens_text(tokenizer, prompt):
+def tokens_text(tokenizer, prompt, weighted=False):
     """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
-    ids, cut = tokenizer.encode(prompt)
+    words = prompt
+    if weighted:
+        words = " ".join(text for text, weight in prompts.weighted_parts(prompt) if weight != -1)
     lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
-    for word, symbols in pieces(tokenizer, prompt):
+    for word, symbols in pieces(tokenizer, words):
         special = word in (tokenizer.BOS, tokenizer.EOS)
         data = word.encode(errors="replace").hex(" ")
         lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
@@ -525,14 +582,32 @@ def tokens_text(tokenizer, prompt):
         lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
         lines.append("      " + " ".join(str(tokenizer.vocab.get(s, unknown)) for s in symbols))
 
-    used = 2 + sum(len(symbols) for _, symbols in pieces(tokenizer, prompt))
-    filled, end = max(0, len(ids) - used), ids[min(used, len(ids)) - 1]
+    places = chunks_lines if weighted else places_lines
     return "\n".join(map(visible, [
         "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
-        "then the ids.", *lines, "",
-        f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and {filled} "
-        f"are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
-        f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]))
+        "then the ids.", *lines, "", *places(tokenizer, prompt)]))
+
+
+def places_lines(tokenizer, prompt):
+    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
+    ids, cut = tokenizer.encode(prompt)
+    used = 2 + sum(len(symbols) for _, symbols in pieces(tokenizer, prompt))
+    filled, end = max(0, len(ids) - used), ids[min(used, len(ids)) - 1]
+    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and {filled} "
+            f"are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
+            f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
+
+
+def chunks_lines(tokenizer, prompt):
+    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
+    chunks = prompts.chunks_of(tokenizer, prompt)
+    lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
+             f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
+    for chunk in chunks:
+        words = places_in_chunks(tokenizer, [chunk], tokenizer.length)[1:-1]
+        lines += ["  " + ", ".join(word for word, _ in words),
+                  "    " + " ".join(str(i) for i, _ in chunk)]
+    return lines
 
 
 def part_of(network, name):
@@ -549,7 +624,7 @@ def part_of(network, name):
     )
 
 
-def sizes(model, prompt, width, height):
+def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
 
     What each part gives out, holds and computes in one pass of one picture through each network,
@@ -557,8 +632,12 @@ def sizes(model, prompt, width, height):
     which are next to everything.
     """
     owner, table, order = {}, {}, []
-    for network in ("text_encoder", "unet", "vae"):
-        for name, array in tiny_sd.flatten(getattr(model, network)).items():
+    networks = {"text_encoder": model.text_encoder}
+    if model.second:
+        tail = {name: part for name, part in vars(model.second).items() if isinstance(part, dict)}
+        networks["text_encoder_2"] = tail.pop("text_encoder") | tail
+    for network, weights in (networks | {"unet": model.unet, "vae": model.vae}).items():
+        for name, array in tiny_sd.flatten(weights).items():
             owner[id(array)] = part_of(network, name)
             row = table.setdefault(
                 part_of(network, name), SimpleNamespace(shape=(), parameters=0, flops=0)
@@ -589,8 +668,13 @@ def sizes(model, prompt, width, height):
         (1, height // model.factor, width // model.factor, model.config.vae.latent_channels),
         np.float32,
     )
+
+    def step():
+        context, pooled = tiny_sd.embed_prompts(model, [prompt])
+        tiny_sd.denoiser(model, context, 1, pooled)(x, 500, 0.5)
+
     runs = [
-        lambda: tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, [prompt]), 1)(x, 500, 0.5),
+        step,
         lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
         lambda: tiny_sd.decode(model, x),
     ]
@@ -603,13 +687,17 @@ def sizes(model, prompt, width, height):
     ):
         for work in tqdm(runs, desc="counting", unit="part", leave=False):
             work()
-    return {name: table[name] for name in [*(table.keys() - set(order)), *dict.fromkeys(order)]}
+    names = [*(table.keys() - set(order)), *dict.fromkeys(order)]
+    return {name: table[name] for name in sorted(names, key=lambda name: name.split()[0])}
 
 
-def explain(model, prompt, width, height):
-    """Prints how the prompt is read, and what each part of the model gives out, holds and costs."""
-    print(tokens_text(model.tokenizer, prompt))
-    table = sizes(model, prompt, width, height)
+def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False):
+    """Prints how the prompt is read, and what each part of the model gives out, holds and costs.
+
+    weighted: whether that is by extras.prompts.
+    """
+    print(tokens_text(model.tokenizer, prompt, weighted))
+    table = sizes(model, "" if weighted else prompt, width, height)
     print(
         f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
         "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
@@ -641,202 +729,3 @@ def metric(n):
     while n >= 1000:
         n, power = n / 1000, power + 1
     return f"{n:.3g} {' kMGTP'[power]}" if n else ""
-
-
-# ── The pictures of NOTES.md ──────────────────────────────────────────────────────────────────────
-
-PROMPT = "a fox on a light blue background"
-SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
-             "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
-
-
-def last(model, prompt=PROMPT, **settings):
-    """Return the one picture that generate() ends with."""
-    *_, x = tiny_sd.generate(model, prompt, **settings)
-    return decoded(model, x)
-
-
-def decoded(model, x):
-    """Return latents as a picture."""
-    return Image.fromarray(tiny_sd.decode(model, x)[0])
-
-
-def text_picture(model, film, x):
-    """How alike the text encoder finds some sentences.
-
-    The cosine of their rows at the end mark, less what all have in common.
-    """
-    ends = [len(model.tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
-    rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
-    rows = rows - rows.mean(0)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    cells = [[heat(np.array([[max(0, a @ b)]]), 1) for b in rows] for a in rows]
-    return sheet(cells, down=SENTENCES, size=40, gap=2)
-
-
-def latents_picture(model, film, x):
-    """A picture, its latent channels, and what the decoder makes of them."""
-    picture = decoded(model, x)
-    z = tiny_sd.encode(model, np.asarray(picture), np.zeros_like(x))
-    channels = [grey(channel, 3).resize(picture.size, Image.Resampling.NEAREST)
-                for channel in np.moveaxis(z[0], -1, 0)]
-    titles = ["picture", *(f"channel {i}" for i in range(len(channels))), "decoded"]
-    return sheet([[picture, *channels, decoded(model, z)]], titles, size=128)
-
-
-def time_picture(model, film, x):
-    """The embedding of every second time, a column each: the cosines above, the sines below."""
-    waves = tiny_sd.timestep_embedding(np.arange(0, 1000, 2.0), 64).T
-    picture = grey(waves, 1).resize((500, 192), Image.Resampling.NEAREST)
-    return sheet([[picture]], ["t from 0, left, to 1000"], size=500)
-
-
-def words_picture(model, film, x):
-    """The attention to each word of the prompt, over all steps, at the finest resolution."""
-    size = max(film.steps[0].attention)
-    maps = np.mean([s.attention[size][0] for s in film.steps], axis=0)
-    words = places_of_words(model.tokenizer, PROMPT)[1:-1]
-    picture = tiny_sd.decode(model, x)[0]
-    cells = [over(picture, maps[places].sum(0)) for _, places in words]
-    return sheet([cells], [word for word, _ in words], size=128)
-
-
-def alpha_bar_picture(model, film, x):
-    """The schedule: ᾱ, and the amplitudes of picture and noise, over t."""
-    alpha_bar = model.alpha_bars
-    lines = {"alpha_bar, the fraction of variance that is signal": alpha_bar,
-             "its root, the amplitude of the picture": alpha_bar ** 0.5,
-             "the amplitude of the noise": (1 - alpha_bar) ** 0.5}
-    return plot(lines, "t", (0, 1000), (0, 1), marks={354: "as much noise as picture"})
-
-
-def noising_picture(model, film, x):
-    """Ever more noise on one picture, by the closed form."""
-    noise, times = tiny_sd.Noise(1)(*x[0].shape)[None], [0, 100, 200, 350, 500, 700, 999]
-    noisy = [tiny_sd.add_noise(x, model.alpha_bars[t], noise) for t in times]
-    return sheet([[decoded(model, x_t) for x_t in noisy]], [f"t = {t}" for t in times], size=128)
-
-
-def film_picture(model, film, x):
-    """What a sampler holds and what the network guesses, without prompt and guidance."""
-    film = Film()
-    *_, x = tiny_sd.generate(model, "", seeds=[3], guidance=1, denoiser=film)
-    steps = film.steps[::3]
-    rows = [[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]]
-    return sheet(rows, [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
-
-
-def push_picture(model, film, x):
-    """The length of the difference that guidance exaggerates."""
-    lengths = [float(np.sqrt(np.square(s.push[0]).sum())) for s in film.steps]
-    return curve(lengths, [f"t = {s.t:.0f}" for s in film.steps],
-                 "length of the difference between the two guesses of the noise")
-
-
-def guidance_picture(model, film, x):
-    """Four seeds without guidance, and with more and more of it."""
-    scales = [1, 2, 4, 8, 16]
-    rows = [[last(model, "a hot dog", guidance=scale, seeds=[seed]) for scale in scales]
-            for seed in range(4)]
-    return sheet(rows, [f"{scale:g}" for scale in scales], [f"seed {i}" for i in range(4)], 96)
-
-
-def samplers_picture(model, film, x):
-    """What three samplers draw in few steps and in many."""
-    counts, names = [2, 3, 5, 8, 12, 20], ("ddim", "dpm++2m", "euler_a")
-    rows = [[last(model, steps=n, sampler=name) for n in counts] for name in names]
-    return sheet(rows, [f"{n} steps" for n in counts], names, 96)
-
-
-def flow_picture(model, film, x):
-    """Where pictures are the numbers 1 and -1: the density of x_t, and paths of ddim through it."""
-    alpha_bar = 1 / (1 + np.geomspace(14.6, 0.03, 400) ** 2)
-    height, top = 240, 2.5
-    values = np.linspace(top, -top, height)[:, None]
-    variance = 1 - alpha_bar
-    density = sum(np.exp(-(values - sign * np.sqrt(alpha_bar)) ** 2 / (2 * variance))
-                  for sign in (1, -1)) / np.sqrt(variance)
-    page = heat(density ** 0.5, 1.6).resize((800, 480), Image.Resampling.BICUBIC)
-
-    def denoise(x, t, alpha_bar):
-        x_0 = np.tanh(x * math.sqrt(alpha_bar) / (1 - alpha_bar))
-        return x_0, (x - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
-
-    starts = np.linspace(-2.1, 2.1, 16)
-    steps = [(0, *pair) for pair in itertools.pairwise(alpha_bar.tolist())]
-    paths = np.array([starts, *tiny_sd.ddim(denoise, starts, steps)])
-    draw = ImageDraw.Draw(page)
-    for path in paths.T:
-        draw.line([(2 * i, (top - y) / (2 * top) * 480) for i, y in enumerate(path)], "#7fd0ff", 2)
-    return with_axes(page, "noise per signal, from sigma = 14.6 to 0.03", (-top, top))
-
-
-def strength_picture(model, film, x):
-    """Image to image, from a fox towards a fox and towards a frog."""
-    picture, strengths = np.asarray(last(model, "a fox")), [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]
-    same, drawn = ([last(model, prompt, init=picture, strength=strength, seeds=[1])
-                    for strength in strengths] for prompt in ("a fox", "a frog"))
-    titles = ["start", *(f"{strength:g}" for strength in strengths)]
-    start = Image.fromarray(picture)
-    return sheet([[start, *same], [start, *drawn]], titles, ["a fox", "a frog"], 96)
-
-
-def with_axes(picture, x_name, y_range):
-    """Return a picture with the range of its vertical axis, and a name under the horizontal one."""
-    left, bottom, write = 48, 28, font(13)
-    page = Image.new("RGB", (picture.width + left, picture.height + bottom), "white")
-    page.paste(picture, (left, 0))
-    draw = ImageDraw.Draw(page)
-    low, high = y_range
-    for y in np.arange(math.ceil(low), math.floor(high) + 1):
-        at = (high - y) / (high - low) * picture.height
-        draw.text((left - 8, at), f"{y:g}", "black", write, "rm")
-        draw.line((left - 5, at, left, at), "black")
-    draw.text((left + picture.width / 2, picture.height + bottom / 2), x_name, "black", write, "mm")
-    return page
-
-
-def plot(lines, x_name, x_range, y_range, marks=()):
-    """Draw lines {name: values over the x range} with their names, and marks {x: name}."""
-    (w, h), write, colours = (640, 300), font(13), ("#b3262e", "#1f5fa8", "#2f7d32")
-    page = Image.new("RGB", (w, h), "white")
-    draw = ImageDraw.Draw(page)
-    (x0, x1), (y0, y1) = x_range, y_range
-
-    def at(x, y):
-        return 50 + (x - x0) / (x1 - x0) * (w - 80), h - 45 - (y - y0) / (y1 - y0) * (h - 75)
-
-    for y in np.linspace(y0, y1, 5):
-        draw.line((*at(x0, y), *at(x1, y)), "#ddd")
-        draw.text((42, at(x0, y)[1]), f"{y:.3g}", "black", write, "rm")
-    for x in np.linspace(x0, x1, 6):
-        draw.text((at(x, y0)[0], h - 35), f"{x:.4g}", "black", write, "mm")
-    draw.text((w / 2, h - 14), x_name, "black", write, "mm")
-    for x in marks:
-        draw.line((*at(x, y0), *at(x, y1)), "#999")
-        draw.text((at(x, y1)[0] + 6, at(x, y1)[1] + 8), f"{x}: {marks[x]}", "#555", write, "lm")
-    for i, (name, values) in enumerate(lines.items()):
-        xs = np.linspace(x0, x1, len(values))
-        draw.line([at(x, y) for x, y in zip(xs, values)], colours[i], 3)
-        draw.text((w - 40, 105 + 18 * i), name, colours[i], write, "rm")
-    return page
-
-
-PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().items())
-            if name.endswith("_picture")}
-
-
-def notes(folder=None):
-    """Draw the pictures of NOTES.md again, from one seed and the bundled model."""
-    folder = folder or Path(__file__).resolve().parent / "pictures"
-    model, film = tiny_sd.load(tiny_sd.HERE / "weights" / "emoji"), Film()
-    *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)
-    folder.mkdir(exist_ok=True)
-    for name, draw in tqdm(PICTURES.items(), unit="picture"):
-        draw(model, film, x).save(folder / f"{name}.png", optimize=True)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["notes"]:
-        sys.exit(__doc__)
-    notes()

@@ -1,9 +1,11 @@
 """Start the program: python tiny_sd.py hands over to this before NumPy is loaded."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
+import time
 
 
 class Unfailing:
@@ -36,13 +38,22 @@ def set_up_streams():
 
 
 def set_up_signals():
-    """Let SIGTERM and SIGHUP end the program by an exception, which removes unfinished files."""
-    def stop(number, frame):
-        raise SystemExit(128 + number)
+    """Let Ctrl-C, SIGTERM and SIGHUP end the program by an exception: unfinished files are removed.
 
-    for name in "SIGTERM", "SIGHUP":
+    For a second, no other signal disturbs that; from then on, another one ends the program at once.
+    """
+    stopped = []
+
+    def stop(number, frame):
+        if not stopped:
+            stopped.append(time.monotonic())
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if time.monotonic() - stopped[0] > 1:
+            os._exit(128 + number)
+
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:
+        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
 
 
@@ -52,14 +63,17 @@ def quiet_interrupt(kind, *error):
         sys.__excepthook__(kind, *error)
 
 
-def program():
-    """Run the command line and end the process with its status."""
+def program(name="extras.cli"):
+    """Run the main() of this module and end the process with its status."""
     sys.excepthook = quiet_interrupt
     set_up_streams()
     set_up_signals()
+    if sys.version_info < (3, 11):
+        print("tiny_sd: this needs Python 3.11 or later, and is", sys.version.split()[0],
+              file=sys.stderr)
+        sys.exit(2)
     try:
-        from extras import cli
-        status = cli.main()
+        status = importlib.import_module(name).main()
     except SystemExit as end:       # after --help, or a signal
         status = end.code
     except ImportError as error:    # one of the four packages

@@ -13,13 +13,19 @@ KEYS = ("things", "styles", "backgrounds", "places")
 def known_things(model):
     """Return the things.json of a folder, or of one of this name in weights/, None without it."""
     for folder in Path(model), HERE / "weights" / model:
+        file = folder / "things.json"
         try:
-            known = json.loads((folder / "things.json").read_text(encoding="utf-8"))
-            known["things"] = [[str(name) for name in names] for names in known["things"]]
-            return {key: known[key] for key in KEYS}
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            things = [names for names in map(texts, known["things"]) if names]
+            return {key: texts(known[key]) for key in KEYS} | {"things": things}
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue
     return None
+
+
+def texts(values):
+    """Return the values of a list as texts without what controls a terminal."""
+    return ["".join(c if c.isprintable() else " " for c in str(value)) for value in values]
 
 
 def normal(text):

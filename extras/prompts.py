@@ -1,0 +1,470 @@
+r"""Prompts as people write them: with weights, of any length, with LoRAs and learnt words by name.
+
+What they mean here is what they mean in AUTOMATIC1111's web UI:
+
+    (word)   (word:1.3)   [word]    1.1, 1.3 and 1 / 1.1 times the weight; nested, they multiply
+    \(   \)   \[   \]   \\          the character itself
+    BREAK                           what follows begins a chunk of its own
+    <lora:name:0.8>                 adds the LoRA in the file of that name
+
+embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed_prompts=...).
+"""
+
+import copy
+import functools
+import hashlib
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from safetensors import safe_open
+
+import tiny_sd
+from extras import pickles
+from extras.narrow import wide
+from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, widen
+
+# ── Weights ─────────────────────────────────────────────────────────────────────────────────────
+
+MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:([+-]?[.\d]+)\)|[^\\()\[\]:]+|:")
+PAUSE = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = ("BREAK", -1)
+LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes for ever
+
+
+def weighted_parts(text):
+    """Return [(text, weight), ...] of a prompt, with (BREAK, -1) between chunks.
+
+    A bracket that is never closed reaches to the end; one that was never opened is text. As in the
+    web UI, a BREAK inside brackets is weighted like a word, and so is one.
+    """
+    parts, opened = [], {"(": [], "[": []}
+
+    def close(bracket, factor):
+        for part in parts[opened[bracket].pop():]:
+            part[1] *= factor
+
+    for mark in MARK.finditer(text):
+        piece, weight = mark.group(0, 1)
+        if piece[0] == "\\":
+            parts.append([piece[1:], 1.0])
+        elif piece in opened:
+            opened[piece].append(len(parts))
+            require(len(opened[piece]) < DEEPEST, f"the prompt opens {DEEPEST} brackets in one "
+                                                  "another")
+        elif weight and opened["("]:
+            close("(", number(weight))
+        elif piece == ")" and opened["("]:
+            close("(", 1.1)
+        elif piece == "]" and opened["["]:
+            close("[", 1 / 1.1)
+        else:
+            first, *others = PAUSE.split(piece)
+            parts.append([first, 1.0])
+            for other in others:
+                parts += [[*BREAK], [other, 1.0]]
+    for bracket, factor in ("(", 1.1), ("[", 1 / 1.1):
+        while opened[bracket]:
+            close(bracket, factor)
+    return merged(parts)
+
+
+def number(text):
+    """Return a weight written in a prompt as a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"the prompt's weight {shorten(text, 30)} is no number (--plain-prompt "
+                        "takes a prompt as it is)") from None
+
+
+def merged(parts):
+    """Join neighbours of the same weight, which are one text to the tokenizer."""
+    runs = []
+    for text, weight in parts or [["", 1.0]]:
+        require(abs(weight) < 1e6, f"the prompt weighs {shorten(repr(text), 30)} beyond a million")
+        if runs and runs[-1][1] == weight:
+            runs[-1][0].append(text)
+        else:
+            runs.append([[text], weight])
+    return [("".join(texts), weight) for texts, weight in runs]
+
+
+# ── Chunks ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def chunks_of(tokenizer, text):
+    """Return the chunks of a prompt: lists of (id, weight), as long as the model has room for.
+
+    Where one overflows, what follows a comma among its last 20 tokens goes to the next.
+    """
+    longest = max(map(len, text.split()), default=0)
+    require(len(text) <= LONGEST and longest <= LONGEST_WORD,
+            f"the prompt {shorten(repr(text), 30)} has {len(text)} letters, {longest} of them in "
+            f"one word: at most {LONGEST} and {LONGEST_WORD}")
+    room, comma_id = tokenizer.length - 2, tokenizer.vocab.get(",</w>")
+    chunks, comma = [[]], None
+    for part, weight in weighted_parts(text):
+        if (part, weight) == BREAK:
+            chunks.append([])
+            comma = None
+            continue
+        for ids in words_of(tokenizer, part):
+            here = len(chunks[-1])
+            if ids == [comma_id]:
+                comma = here
+            elif here == room and comma is not None and here - comma <= 20:
+                chunks[-1:] = [chunks[-1][:comma + 1], chunks[-1][comma + 1:]]
+                comma = None
+            if len(chunks[-1]) + len(ids) > room:
+                chunks.append([])
+                comma = None
+            chunks[-1] += [(i, weight) for i in ids]
+    require(len(chunks) <= 1000, f"the prompt {shorten(repr(text), 30)} has {len(chunks)} chunks: "
+                                 "at most 1000")
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
+
+
+def words_of(tokenizer, text):
+    """Yield the ids of a text as lists: a token each, or all vectors of a learnt word."""
+    ids, lengths, i = tokenizer.tokens(text), getattr(tokenizer, "lengths", {}), 0
+    while i < len(ids):
+        n = lengths.get(ids[i], 1)
+        yield ids[i:i + n]
+        i += n
+
+
+def embed_prompts(model, texts):
+    """Do what tiny_sd.embed_prompts does, for texts of any length with weights in them.
+
+    Each chunk is encoded alone, and the contexts follow one another. To have as many chunks, the
+    texts are repeated, which attention cannot tell: softmax divides among the copies. A second
+    encoder's pooled vector is that of the first chunk.
+    """
+    texts = [text if text is None else chunks_of(model.tokenizer, text) for text in texts]
+    chunks = [chunk for text in texts for chunk in ([None] if text is None else text)]
+    ids = [chunk if chunk is None else [i for i, _ in chunk] for chunk in chunks]
+    context, pooled = tiny_sd.embed_prompts(reader_of_ids(model), ids)      # (chunks, 77, width)
+    context = weigh_encoders(model, context, chunks)
+
+    lengths = [1 if text is None else len(text) for text in texts]
+    n = math.lcm(*lengths)
+    if n > 60:      # it happens to prompts of 8 and of 9 chunks: the copies are uneven, then
+        n = max(lengths)
+    rows = np.stack([end - length + np.arange(n) % length
+                     for end, length in zip(np.cumsum(lengths), lengths)])  # (texts, n)
+    context = context[rows].reshape(len(texts), -1, context.shape[-1])      # (texts, 77 n, width)
+    return context, None if pooled is None else pooled[rows[:, 0]]
+
+
+def reader_of_ids(model):
+    """Return the model with tokenizers whose encode() takes the ids of a chunk for a text."""
+    def framing(tokenizer):
+        bos, eos = tokenizer.vocab[Tokenizer.BOS], tokenizer.vocab[Tokenizer.EOS]
+
+        def encode(ids):
+            used = [bos, *ids, eos]
+            return np.array(used + [tokenizer.pad] * (tokenizer.length - len(used))), ""
+        return SimpleNamespace(encode=encode, vocab=tokenizer.vocab)
+
+    reader = copy.copy(model)
+    reader.tokenizer = framing(model.tokenizer)
+    if model.second:
+        reader.second = SimpleNamespace(**vars(model.second))
+        reader.second.tokenizer = framing(model.second.tokenizer)
+    return reader
+
+
+def weigh_encoders(model, context, chunks):
+    """Weigh the context (chunks, 77, width) of each text encoder by the weights of the tokens."""
+    weights = np.ones(context.shape[:2], np.float32)
+    for row, chunk in zip(weights, chunks):
+        row[1:1 + len(chunk or [])] = [weight for _, weight in chunk or []]
+    if (weights == 1).all():
+        return context
+    if not model.second:
+        return weigh(context, weights)
+    n = model.config.text_encoder.hidden_size
+    return concat(weigh(context[..., :n], weights), weigh(context[..., n:], weights))
+
+
+def weigh(z, weights):
+    """Multiply each row of z (chunks, 77, width) by its weight, then restore each chunk's mean."""
+    weighted = z * array_like(z, weights)[..., None]
+    before, after = (x.reshape(len(x), -1).mean(axis=1) for x in (z, weighted))
+    ratio = before / (after + (after == 0))         # of an absent prompt, all is zero
+    return weighted * ratio[:, None, None]
+
+
+def skipping(embed, n):
+    """Return embed_prompts with CLIP skip n: without the last n - 1 layers of each text encoder.
+
+    Of Stable Diffusion 2 and XL one is left out already, so that 2 changes nothing there. The
+    final norm, where there is one, and a second encoder's pooled vector stay.
+    """
+    def skipped(model, texts):
+        context, pooled = embed(shorter_encoders(model, n), texts)
+        return context, pooled if pooled is None or n <= 2 else embed(model, texts)[1]
+    return skipped
+
+
+def shorter_encoders(model, n):
+    """Return the model with text encoders for CLIP skip n; UserError if that leaves no layer."""
+    already = bool(model.second) or model.config.text_encoder.hidden_act == "gelu"
+    left_out = max(0, n - 1 - already)
+
+    def shorten_encoder(weights):
+        layers = weights["encoder"]["layers"]
+        require(0 <= left_out < len(layers), f"--clip-skip {n} leaves nothing of a text encoder "
+                                             f"of {len(layers) + already} layers")
+        return weights | {"encoder": {"layers": layers[:len(layers) - left_out]}}
+
+    shorter = copy.copy(model)
+    shorter.text_encoder = shorten_encoder(model.text_encoder)
+    if model.second:
+        shorter.second = SimpleNamespace(**vars(model.second))
+        shorter.second.text_encoder = shorten_encoder(model.second.text_encoder)
+    return shorter
+
+
+def reads_weights(model):
+    """Does the model read prompts through CLIP's own tokenizer, for which weights are usual?"""
+    return model.tokenizer.length == 77 and len(model.tokenizer.vocab) >= 49408
+
+
+CHANGING = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b")
+
+
+def remarks(model, texts, plain=False):
+    """Yield lines on what prompts say and what is not done, or what is given and they do not say.
+
+    texts: the prompt and the negative prompt, without tags.
+    """
+    weighted = reads_weights(model) and not plain
+    for text in [] if plain else texts:
+        if mark := weighted and CHANGING.search(text):
+            yield f"{mark[0]} in the prompt is read as words: nothing changes between steps here"
+        if mark := not weighted and re.search(r"\([^()]*:[\d.]+\)", text):
+            yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
+    for first, names in getattr(model.tokenizer, "names", {}).items():
+        if not any(first in ids_of(model.tokenizer, text, weighted) for text in texts):
+            yield f"no prompt says {' or '.join(names)}, which --embedding is for"
+
+
+def ids_of(tokenizer, text, weighted):
+    """Return the ids that the model sees of a text."""
+    if weighted:
+        return [i for chunk in chunks_of(tokenizer, text) for i, _ in chunk]
+    return tokenizer.encode(text)[0]
+
+
+# ── Learnt words ────────────────────────────────────────────────────────────────────────────────
+#
+# Textual inversion (Gal et al., 2022) learns a word: one or more rows of the table of token
+# embeddings, in a small file. To the network they are tokens as any other.
+
+
+class LearntTokenizer(Tokenizer):
+    """A tokenizer with more words, each of which stands for a run of ids of its own.
+
+    words: {word: its ids}. Wherever the tokens of a word follow one another, its ids take their
+    place, as in the web UI; of words that begin alike, the longest counts. One in angle brackets
+    is found in the text, as in diffusers: the comma of "<cat>," would be in one token with ">".
+    """
+
+    def __init__(self, tokenizer, words):
+        vars(self).update(vars(tokenizer))
+        self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in words.items()}
+        self.learnt.pop((), None)
+        self.bracketed = {word.lower(): ids for word, ids in words.items()
+                          if re.fullmatch("<.+>", word)}
+        self.lengths = {ids[0]: len(ids) for ids in words.values()}
+        self.names = {ids[0]: [] for ids in words.values()}
+        self.symbol = {**self.symbol}
+        for word, (first, *others) in words.items():
+            spelling = "".join(self.bytes[b] for b in word.encode(errors="replace"))
+            self.symbol |= {first: spelling + "</w>", **dict.fromkeys(others, "")}
+            self.names[first].append(word)
+
+    def tokens(self, text):
+        """Return the ids of a text, those of the learnt words among them."""
+        pattern = "|".join(map(re.escape, self.bracketed)) or "(?!)"
+        pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
+        return [i for piece in pieces
+                for i in self.bracketed.get(piece.lower()) or self.learnt_tokens(piece)]
+
+    def learnt_tokens(self, text):
+        """Return the ids of a text, where only tokens tell learnt words."""
+        spelt, ids, i = super().tokens(text), [], 0
+        sizes = [*sorted({len(word) for word in self.learnt}, reverse=True), 1]
+        while i < len(spelt):
+            word = next((word for n in sizes if (word := tuple(spelt[i:i + n])) in self.learnt),
+                        (spelt[i],))
+            ids += self.learnt.get(word, word)
+            i += len(word)
+        return ids
+
+
+def with_embeddings(model, files):
+    """Return the model with the words that textual inversions, in these files, have learnt.
+
+    A word is the file's name, and the one inside, if there is one. UserError if a file is none, or
+    of another family of models.
+    """
+    networks = [model.text_encoder, *([model.second.text_encoder] if model.second else [])]
+    tables = [wide(weights["embeddings"]["token_embedding"]["weight"]) for weights in networks]
+    words = {}
+    for file in files:
+        names, vectors = read_embedding(file, [table.shape[1] for table in tables])
+        first, n = len(tables[0]), len(vectors[0])
+        require(n <= model.tokenizer.length - 2,
+                f"{file} is a word of {n} vectors, too many for a prompt")
+        words |= dict.fromkeys(names, [*range(first, first + n)])
+        tables = [concat(table.T, array_like(table, rows).T).T
+                  for table, rows in zip(tables, vectors)]
+
+    learnt = copy.copy(model)
+    learnt.tokenizer = LearntTokenizer(model.tokenizer, words)
+    learnt.text_encoder, *second = [
+        weights | {"embeddings": weights["embeddings"] | {"token_embedding": {"weight": table}}}
+        for weights, table in zip(networks, tables)]
+    if model.second:
+        tokenizer = LearntTokenizer(model.second.tokenizer, words)
+        learnt.second = SimpleNamespace(**vars(model.second) | {
+            "text_encoder": second[0], "tokenizer": tokenizer})
+    return learnt
+
+
+def read_embedding(file, widths):
+    """Return the names of a learnt word, and its vectors (n, width) for each text encoder.
+
+    widths: of the model's text encoders.
+    """
+    names, arrays = embedding_arrays(file)
+    vectors = [array.reshape(-1, array.shape[-1]).astype(np.float32)
+               if array.ndim in (1, 2) and array.size else np.zeros((0, 0)) for array in arrays]
+    given, wanted = (" and ".join(map(str, sizes)) for sizes in
+                     ([array.shape[1] for array in vectors], widths))
+    require(given == wanted, f"{file} is for another model: its vectors have {given} numbers, "
+                             f"the model's {wanted}")
+    require(len({len(array) for array in vectors}) == 1, f"{file} has unlike numbers of vectors")
+    require(all(np.isfinite(array).all() for array in vectors), f"{file} holds no finite numbers")
+    return names, vectors
+
+
+def embedding_arrays(file):
+    """Return the names of a learnt word, and the arrays of its file: one, or two for SDXL.
+
+    The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
+    diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
+    """
+    path = Path(file)
+    require(path.is_file(), f"there is no embedding {file}")
+    pickled = path.suffix.lower() in pickles.SUFFIXES
+    found = pickles.read_pickle(path) if pickled else tiny_sd.read_safetensors(path)
+    found = found if isinstance(found, dict) else {}
+    names = [path.stem, found.get("name")]
+    if isinstance(found.get("string_to_param"), dict):
+        found = found["string_to_param"]
+
+    arrays = {name: widen(array) for name, array in found.items()
+              if isinstance(name, str) and isinstance(array, np.ndarray)}
+    if arrays.keys() >= {"clip_l", "clip_g"}:
+        arrays = {name: arrays[name] for name in ("clip_l", "clip_g")}
+    else:
+        require(len(arrays) == 1, f"{file} is no embedding: it holds {len(arrays)} tensors instead "
+                                  "of one, or of clip_l and clip_g")
+        names += arrays.keys() - {"*", "emb_params"}
+    return [name for name in names if isinstance(name, str) and name], [*arrays.values()]
+
+
+# ── LoRAs in the prompt ─────────────────────────────────────────────────────────────────────────
+
+TAG = re.compile(r"<(\w+):([^<>]+)>")
+FOLDERS = {"lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE")}
+SUFFIXES = (".safetensors", *pickles.SUFFIXES)
+
+
+def without_tags(text):
+    """Return a prompt without <lora:name:0.8> and what is written like it."""
+    return TAG.sub("", text)
+
+
+def read_tag(tag):
+    """Return (name, weight) of a match of TAG; ValueError, which says why, if it is no LoRA."""
+    name, *weights = tag[2].split(":")
+    if tag[1] not in ("lora", "lyco"):
+        raise ValueError("of such tags, <lora:name:weight> is known here")
+    try:
+        weights = {float(weight) for weight in weights} or {1.0}
+    except ValueError:
+        weights = set()
+    if len(weights) != 1 or not all(map(math.isfinite, weights)):
+        raise ValueError("it does not read <lora:name:weight>")
+    return name, *weights
+
+
+def tagged_loras(text, model, given=()):
+    """Return [(file, weight), ...] of the LoRAs that a prompt names, and [(tag, what is wrong)].
+
+    given: the pairs of --lora, which are not looked for.
+    """
+    files, wrong, known = [], [], {Path(file).stem for file, _ in given}
+    for tag in TAG.finditer(text):
+        try:
+            name, weight = read_tag(tag)
+        except ValueError as error:
+            wrong.append((tag[0], str(error)))
+            continue
+        if name in known:
+            continue
+        if path := find_file("lora", name, model):
+            files.append((str(path), weight))
+        else:
+            wrong.append((tag[0], "there is no such LoRA beside the model, in loras/ or here: "
+                                  "--lora FILE names one elsewhere"))
+    return files, wrong
+
+
+def find_file(kind, name, model):
+    """Return the path of a "lora", "embedding" or "vae" of this name, or None.
+
+    It is looked for beside the model, here, and in folders like loras/ beside, above or here. name
+    may come from a stranger's picture, so it is never taken for a path.
+    """
+    if name in (".", "..") or not re.fullmatch(rb"[^/\\\0]{1,200}", name.encode(errors="replace")):
+        return None
+    for folder in places(kind, model):
+        for file in name, *(f"{name}{suffix}" for suffix in SUFFIXES):
+            path = folder / file
+            if path.suffix in SUFFIXES and path.is_file():
+                return path
+    return None
+
+
+def places(kind, model):
+    """Return the folders in which to look for files of a kind that goes with a model."""
+    paths = [path for path in (Path(model), tiny_sd.HERE / "weights" / model) if path.exists()]
+    beside = [path if path.is_dir() else path.parent for path in map(Path.resolve, paths[:1])]
+    above = [folder for path in beside for folder in (path, *path.parents[:2])]
+    inside = [folder / name for folder in (*above, Path()) for name in FOLDERS[kind]]
+    return [*beside, Path(), *inside]
+
+
+@functools.cache
+def file_hash(file, header=False):
+    """Return the first 12 digits of the SHA-256 of a file, or of one without its header."""
+    with open(file, "rb") as data:
+        if header:
+            data.seek(8 + int.from_bytes(data.read(8), "little"))
+        return hashlib.file_digest(data, "sha256").hexdigest()[:12]
+
+
+def lora_hashes(file):
+    """Return the hashes by which the web UI knows a LoRA: of its numbers, and the one inside."""
+    if not str(file).endswith(".safetensors"):
+        return [file_hash(file)]
+    metadata = safe_open(file, "np").metadata() or {}
+    return [file_hash(file, header=True), metadata.get("sshs_model_hash", "")[:12]]
