@@ -85,7 +85,9 @@ def names_made(node):
 def names_needed(node):
     """Return the names that must exist when the statement runs, not only when it is called."""
     if isinstance(node, ast.FunctionDef):
-        parts = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults]
+        types = [argument.annotation for argument in node.args.args]
+        parts = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults, *types,
+                 node.returns]
     elif isinstance(node, ast.ClassDef):
         fields = [n for n in node.body if isinstance(n, (ast.AnnAssign, ast.Assign))]
         methods = [d for n in node.body if isinstance(n, ast.FunctionDef) for d in n.args.defaults]

@@ -283,23 +283,47 @@ class Things(NamedTuple):
 
 
 def load_things(data, size):
-    """The rendered things, their pictures at size x size pixels and at half of that."""
+    """The rendered things, their pictures at size x size pixels and at half of that.
+
+    data: a zip as render writes it; README.md says what must be in it. UserError if it is not.
+    """
     try:
         archive = zipfile.ZipFile(data)
         names = json.loads(archive.read("things.json"))
+        check_names(names)
         files = sorted(name for name in archive.namelist() if name.endswith(".png"))
         drawings = np.full((len(names), len(STYLES)), -1)
         pictures = {side: np.empty((len(files), side, side, 4), np.uint8)
                     for side in (size, size // 2)}
         for i, file in enumerate(files):
-            thing, style = file.removesuffix(".png").split("-")
-            drawings[int(thing), STYLES.index(style)] = i
+            drawings[place_of(file, len(names))] = i
             picture = Image.open(io.BytesIO(archive.read(file))).convert("RGBA").convert("RGBa")
             for side, array in pictures.items():
                 array[i] = np.asarray(picture.resize((side, side), Image.BOX))
-    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        for thing in np.flatnonzero((drawings < 0).all(1)):
+            raise ValueError(f"{names[thing][0]} has no drawing, such as {thing:04}-noto.png")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, RecursionError,
+            Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the rendered pictures in {data}: {error}") from None
     return Things(names, drawings, pictures)
+
+
+def check_names(names):
+    """ValueError unless these are [[name, alias, ...], ...] of two things or more."""
+    listed = isinstance(names, list) and len(names) > 1 and all(
+        isinstance(options, list) and options for options in names)
+    if not listed or not all(isinstance(name, str) and re.match(r"\w", name)
+                             for options in names for name in options):
+        raise ValueError("things.json is not [[name, alias, ...], ...] of two things or more")
+
+
+def place_of(file, n):
+    """The number of the thing, of n, and that of the style, of a file like 0000-noto.png."""
+    match = re.fullmatch(r"(\d{1,9})-(\w+)\.png", file)
+    if not match or int(match[1]) >= n or match[2] not in STYLES:
+        raise ValueError(f"{file} is not the number of one of {n} things, from 0000, a hyphen and "
+                         f"one of {', '.join(STYLES)}")
+    return int(match[1]), STYLES.index(match[2])
 
 
 # ── Captions ────────────────────────────────────────────────────────────────────────────────────
@@ -440,9 +464,10 @@ def draw_pair(things, rng, colour, kind):
 
 
 def styles_to_train(things, thing):
-    """The styles in which training may show a thing."""
-    return [s for s, style in enumerate(STYLES) if things.drawings[thing, s] >= 0
-            and not held_out_style(things.names[thing][0], style)]
+    """The styles in which training may show a thing: all, where each of them is held out."""
+    drawn = np.flatnonzero(things.drawings[thing] >= 0).tolist()
+    name = things.names[thing][0]
+    return [s for s in drawn if not held_out_style(name, STYLES[s])] or drawn
 
 
 def draw_style(things, rng, thing):

@@ -5,7 +5,8 @@
 
 The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own
 functions: given torch tensors they are differentiable as they stand. scenes.py has the drawings
-and their captions, measure.py looks at what was learnt.
+and their captions, fitting.py the loop that lowers a loss, folder.py the model's folder, and
+measure.py looks at what was learnt.
 
     python weights/train.py all --minutes 120               from nothing to weights/state/emoji
     python weights/train.py unet --start weights/emoji      one stage, on from a finished model
@@ -18,17 +19,12 @@ on from there.
 
 import argparse
 import collections
-import contextlib
 import functools
 import itertools
 import json
 import math
 import os
-import shutil
-import signal
 import sys
-import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +38,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import measure  # noqa: E402
+from fitting import ZERO, Stopped, fit, gather, initial, process  # noqa: E402
+from folder import (  # noqa: E402
+    LENGTH,
+    SCHEDULER,
+    VOCABULARY,
+    text_config,
+    unet_config,
+    vae_config,
+    write_model,
+)
 from scenes import (  # noqa: E402
     COLOURS,
     PAIRS,
@@ -70,40 +76,7 @@ from tiny_sd import (  # noqa: E402
     vae_loss,
 )
 
-VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
-
-
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
-
-def vae_config(size, channels, groups):
-    n = len(channels)
-    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
-            "latent_channels": 4, "block_out_channels": list(channels), "layers_per_block": 1,
-            "norm_num_groups": groups, "act_fn": "silu", "sample_size": size,
-            "down_block_types": ["DownEncoderBlock2D"] * n,
-            "up_block_types": ["UpDecoderBlock2D"] * n}
-
-
-def unet_config(latents, channels, attends, heads, groups, context):
-    """latents: their height and width; attends: of each level, whether it attends to the text."""
-    kinds = ["CrossAttn" if attention else "" for attention in attends]
-    return {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
-            "sample_size": latents, "block_out_channels": list(channels), "layers_per_block": 1,
-            "cross_attention_dim": context, "attention_head_dim": list(heads),
-            "norm_num_groups": groups, "act_fn": "silu", "center_input_sample": False,
-            "flip_sin_to_cos": True, "freq_shift": 0,
-            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-            "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]]}
-
-
-def text_config(width, layers, heads):
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-            "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": "quick_gelu",
-            "max_position_embeddings": LENGTH, "layer_norm_eps": 1e-5, "torch_dtype": "float32",
-            "projection_dim": width, "bos_token_id": VOCABULARY - 2,
-            "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
-
 
 class Setting(NamedTuple):
     """The three networks' config.json, as diffusers writes them, and how to train them."""
@@ -139,10 +112,6 @@ CONFIGS = {
         text=text_config(width=288, layers=6, heads=6),
         batch={"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
         rate={"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
-             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
-             "_guidance_scale": 4.0}    # the last is read by tiny_sd alone: what suits best
 
 
 class Schedule(NamedTuple):
@@ -186,7 +155,11 @@ class State:
         """What a stage kept, or nothing."""
         if not self.path(stage).exists():
             return {}
-        return torch.load(self.path(stage), map_location=self.device, weights_only=True)
+        try:
+            return torch.load(self.path(stage), map_location=self.device, weights_only=True)
+        except Exception as error:      # of whatever kind torch and pickle raise
+            raise UserError(f"{self.path(stage)} is not whole: remove it, or name another --state "
+                            f"({str(error)[:100]})") from None
 
     def save(self, stage, checkpoint):
         with replace_atomically(self.path(stage)) as temporary:
@@ -291,265 +264,6 @@ def idle_merges(spell, known, n):
 def encode(words, captions, device):
     """Captions to ids (batch, LENGTH)."""
     return torch.from_numpy(np.stack([words.encode(text)[0] for text in captions])).to(device)
-
-
-# ── Several processes ───────────────────────────────────────────────────────────────────────────
-
-def process():
-    """(which process this is, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(x, n):
-    """The first n rows of all processes' x, in the order in which the rows were dealt out."""
-    _, ranks = process()
-    if ranks == 1:
-        return x[:n]
-    shares = [torch.empty_like(x) for _ in range(ranks)]
-    dist.all_gather(shares, x)
-    return torch.stack(shares, 1).flatten(0, 1)[:n]
-
-
-# ── Fitting: one loop for all stages ────────────────────────────────────────────────────────────
-
-# Where a residual branch ends: with weights of 0, every branch begins as nothing.
-ZERO = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out_proj.weight",
-        "fc2.weight")
-
-
-def initial(shapes, seed, zero=ZERO):
-    """{name: tensor} for nested checkpoint shapes, convolutions as (out, kh, kw, in).
-
-    Norms 1, biases 0, weights of variance 1 / inputs, but 0 where the name ends in one of `zero`.
-    """
-    noise = torch.Generator().manual_seed(seed)
-    params = {}
-    for name, shape in flatten(shapes).items():
-        shape = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape
-        if len(shape) == 1:
-            params[name] = torch.full(shape, float("norm" in name and name.endswith("weight")))
-            continue
-        std = 0.02 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5
-        params[name] = torch.randn(shape, generator=noise) * (0 if name.endswith(zero) else std)
-    return params
-
-
-class Loss(torch.nn.Module):
-    """A loss of nested parameters as a module, for DistributedDataParallel to wrap.
-
-    It holds each convolution's weight as the matrix (out, kh · kw · in), the form in which Muon
-    makes its steps orthogonal.
-    """
-
-    def __init__(self, loss, params):
-        super().__init__()
-        self.loss, self.shapes = loss, {name: p.shape for name, p in params.items()}
-        self.leaves = torch.nn.ParameterList(map(as_matrix, params.values()))
-
-    def forward(self, *batch):
-        return self.loss(nest(self.named(self.leaves)), *batch)
-
-    def named(self, leaves):
-        """{name: tensor} of these leaves in the parameters' own shapes."""
-        return {name: p.reshape(shape) for (name, shape), p in zip(self.shapes.items(), leaves)}
-
-
-def as_matrix(p):
-    return p.flatten(1) if p.ndim > 2 else p
-
-
-def optimizers(model, rate):
-    """Muon (Jordan et al., 2024) for the matrices inside the network; AdamW for the rest."""
-    inner, rest = [], []
-    for name, p in zip(model.shapes, model.leaves):
-        (inner if p.ndim == 2 and "embedding.weight" not in name else rest).append(p)
-    return [torch.optim.Muon(inner, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, rate, (0.9, 0.99), weight_decay=0.0, fused=True)]
-
-
-class Training:
-    """Parameters in training, their optimizers, their running average, and the losses so far."""
-
-    def __init__(self, loss, params, rate, device, compiled=False):
-        self.model = Loss(loss, {name: p.detach().clone().to(device)
-                                 for name, p in params.items()})
-        self.optimizers = optimizers(self.model, rate)
-        self.mean = [p.detach().clone() for p in self.model.leaves]
-        self.seconds, self.losses, self.device = 0.0, [], device
-        several = process()[1] > 1
-        run = torch.nn.parallel.DistributedDataParallel(self.model) if several else self.model
-        self.run = torch.compile(run) if compiled else run
-
-    @property
-    def step(self):
-        """How many steps were taken."""
-        return len(self.losses)
-
-    def restore(self, checkpoint):
-        """Go on where a checkpoint was kept."""
-        means = [as_matrix(p) for p in checkpoint["mean"].values()]
-        torch._foreach_copy_(self.mean, means)
-        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizers", [])):
-            optimizer.load_state_dict(saved)
-        self.seconds, self.losses = checkpoint["seconds"], checkpoint["losses"]
-
-    def checkpoint(self):
-        """All that `restore` needs."""
-        params = self.model.named([p.data for p in self.model.leaves])
-        return {"params": params, "mean": self.averaged(), "step": self.step,
-                "seconds": self.seconds, "losses": self.losses,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def averaged(self):
-        """The running average, {name: tensor}."""
-        return self.model.named(self.mean)
-
-    def lower(self, batch, rate):
-        """One step: lower the loss of a batch, of which each process takes its share."""
-        rank, ranks = process()
-        with torch.autocast(self.device, torch.bfloat16):
-            value = self.run(*(part[rank::ranks] for part in batch))
-        value.backward()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        n = self.step + 1
-        leaves = [p.data for p in self.model.leaves]
-        torch._foreach_lerp_(self.mean, leaves, 1 - min(0.998, n / (n + 10)))
-        return value.item()
-
-
-def learning_rate(highest, step, progress):
-    """Up during the first hundred steps, then down to a hundredth, along a cosine."""
-    warm = min(1, (step + 1) / 100)
-    return highest * warm * (0.01 + 0.99 * math.cos(progress * math.pi / 2) ** 2)
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Yield a list that is empty until Ctrl-C is pressed; a second Ctrl-C stops at once."""
-    pressed = []
-
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def agree(device, seconds, loss, stop):
-    """(seconds, loss, stop) for all processes: the first one's clock, the mean loss, any stop."""
-    rank, ranks = process()
-    report = torch.tensor([seconds * (rank == 0), loss / ranks, float(stop)])
-    if ranks > 1:
-        report = report.to(device)
-        dist.all_reduce(report)
-    seconds, loss, stop = report.tolist()
-    return seconds, loss, bool(stop)
-
-
-def fit(stage, begin, loss, draw, setting, schedule, state, show=None):
-    """Lower loss(nested params, *batch) until the schedule ends; return the averaged parameters.
-
-    begin() -> {name: tensor}, asked unless STATE/stage.pt is there, from which it goes on.
-    draw(step, rng) -> batch; show(params) -> a picture for STATE/stage.png.
-    """
-    rate = schedule.rate or setting.rate[stage]
-    training = restore(stage, begin, loss, rate, schedule, state)
-    begun, stop = time.monotonic() - training.seconds, False
-    to_keep, to_show = Timer(schedule.keep_every), Timer(schedule.show_every)
-
-    with interruptible() as pressed, progress_bar(stage, training, schedule) as bar:
-        while not stop and schedule.progress(training.step, training.seconds) < 1:
-            stop = step(stage, training, draw, rate, schedule, begun, pressed)
-            advance(bar, training, schedule)
-            if to_keep.due():
-                keep(stage, training, state)
-            if to_show.due():
-                save_sample(stage, training, state, show)
-
-    keep(stage, training, state)
-    if stop:
-        raise Stopped(f"{stage}: stopped at step {training.step}, kept in {state.path(stage)}; "
-                      "the same command goes on from there")
-    save_sample(stage, training, state, show)
-    return training.averaged()
-
-
-def restore(stage, begin, loss, rate, schedule, state):
-    """The stage's training as it was kept, or as it begins."""
-    checkpoint = state.load(stage)
-    params = checkpoint["params"] if checkpoint else begin()
-    training = Training(loss, params, rate, state.device, schedule.compile)
-    if checkpoint:
-        training.restore(checkpoint)
-    return training
-
-
-def step(stage, training, draw, rate, schedule, begun, pressed):
-    """Draw a batch, take a step, note time and loss; return whether to stop."""
-    rng = np.random.default_rng([schedule.seed, training.step, zlib.crc32(stage.encode())])
-    torch.manual_seed(int(rng.integers(2 ** 31)))
-    progress = schedule.progress(training.step, training.seconds)
-    batch = draw(training.step, rng)
-    loss = training.lower(batch, learning_rate(rate, training.step, progress))
-
-    seconds = time.monotonic() - begun
-    training.seconds, loss, stop = agree(training.device, seconds, loss, bool(pressed))
-    training.losses.append(loss)
-    if not math.isfinite(loss):
-        raise UserError(f"{stage}: the loss is {loss} at step {training.step}; lower --rate and "
-                        "run it again, which goes on from what was kept before")
-    return stop
-
-
-def keep(stage, training, state):
-    """Write STATE/stage.pt."""
-    if process()[0] == 0:
-        state.save(stage, training.checkpoint())
-
-
-def save_sample(stage, training, state, show):
-    """Write STATE/stage.png."""
-    if process()[0] == 0 and show:
-        measure.save_picture(show(training.averaged()), state.folder / f"{stage}.png")
-
-
-class Timer:
-    """Something that is due every so many seconds."""
-
-    def __init__(self, seconds):
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def due(self):
-        if time.monotonic() - self.last <= self.seconds:
-            return False
-        self.last = time.monotonic()
-        return True
-
-
-class Stopped(Exception):
-    """Training was stopped by Ctrl-C, with all kept."""
-
-
-def progress_bar(stage, training, schedule):
-    reached = training.step if schedule.steps else training.seconds
-    return tqdm(total=round(schedule.goal), initial=round(reached), desc=stage,
-                disable=process()[0] > 0,
-                unit="step" if schedule.steps else "s",
-                mininterval=1 if sys.stderr.isatty() else 20)
-
-
-def advance(bar, training, schedule):
-    recent = np.mean(training.losses[-200:])
-    bar.set_postfix_str(f"step {training.step}, loss {recent:.4f}", refresh=False)
-    bar.update(round(training.step if schedule.steps else training.seconds) - bar.n)
 
 
 # ── Stage 1: the VAE ────────────────────────────────────────────────────────────────────────────
@@ -824,79 +538,6 @@ def train_unet(things, setting, schedule, state):
     return fit("unet", begin, loss, draw, setting, schedule, state, show)
 
 
-# ── The model as a user meets it ────────────────────────────────────────────────────────────────
-
-def write_model(out, params, things, setting, state):
-    """Write the trained parts in float16 as a diffusers folder, with what it knows."""
-    from safetensors.numpy import save_file
-    words = state.tokenizer(things.names)
-    weights = {"text_encoder": params["text"], "vae": nest(state.vae()), "unet": params["unet"]}
-    texts = folder_texts(words, setting, state.scaling_factor())
-    known = {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
-             "places": [place for place in PLACES if place]}
-    with folder_atomically(out) as folder:
-        for name, value in (texts | {"things.json": known}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            indent = None if name == "things.json" else 2
-            text = json.dumps(value, indent=indent, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-        merges = read(state.folder / "merges.txt")
-        (folder / "tokenizer/merges.txt").write_text(merges, encoding="utf-8")
-        for part, tree in weights.items():
-            is_text = part == "text_encoder"
-            name = "model" if is_text else "diffusion_pytorch_model"
-            arrays = {("text_model." if is_text else "") + key: to_file(p)
-                      for key, p in flatten(tree).items()}
-            save_file(arrays, folder / part / f"{name}.safetensors", {"format": "pt"})
-
-
-def to_file(p):
-    """A tensor as a checkpoint holds it: float16, convolutions as (out, in, kh, kw)."""
-    p = p.permute(0, 3, 1, 2) if p.ndim == 4 else p
-    return np.ascontiguousarray(p.detach().half().cpu().numpy())
-
-
-def folder_texts(words, setting, scaling_factor):
-    """{file name: JSON} of a diffusers folder."""
-    classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
-               "vae": "AutoencoderKL", "unet": "UNet2DConditionModel",
-               "scheduler": SCHEDULER["_class_name"]}
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
-             "requires_safety_checker": False, "safety_checker": [None, None],
-             "feature_extractor": [None, None], "image_encoder": [None, None]}
-    index |= {part: ["transformers" if "CLIP" in name else "diffusers", name]
-              for part, name in classes.items()}
-    begin, end = words.BOS, words.EOS
-    specials = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
-    tokenizer = specials | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
-                            "do_lower_case": True}
-    return {"model_index.json": index, "tokenizer/vocab.json": words.vocab,
-            "tokenizer/special_tokens_map.json": specials,
-            "tokenizer/tokenizer_config.json": tokenizer,
-            "text_encoder/config.json": setting.text, "unet/config.json": setting.unet,
-            "vae/config.json": setting.vae | {"scaling_factor": scaling_factor},
-            "scheduler/scheduler_config.json": SCHEDULER}
-
-
-@contextlib.contextmanager
-def folder_atomically(path):
-    """Yield a temporary folder to fill, which then takes the place of path."""
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
-    for folder in (temporary, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def export(out, things, setting, state):
-    write_model(out, nest(state.trained("unet")), things, setting, state)
-    print(out)
-
-
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
 
 class Stage(NamedTuple):
@@ -948,6 +589,11 @@ def run_command(args, setting, schedule, state):
         measure.write_sheet(out, things, args.draw_steps, args.device)
 
 
+def export(out, things, setting, state):
+    write_model(out, nest(state.trained("unet")), things, setting, state)
+    print(out)
+
+
 COMMANDS = ("render", *STAGES, "export", "evaluate", "sheet", "all")
 
 
@@ -981,9 +627,13 @@ def parse_arguments():
         help="evaluate: at most so many things, and scenes of each kind")
     add("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (20)")
     args = p.parse_args()
-    numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank)
-    if any(n is not None and n <= 0 for n in numbers):
-        p.error("--minutes, --steps, --batch, --bank and --limit must be above 0")
+    numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank, args.rate)
+    if any(n is not None and not 0 < n < math.inf for n in numbers):
+        p.error("--minutes, --steps, --batch, --bank, --limit and --rate must be above 0")
+    if args.seed < 0 or (args.threads or 0) < 0:
+        p.error("--seed and --threads must be 0 or more")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        p.error(f"torch finds no {args.device} device here")
     return args
 
 
@@ -1015,7 +665,7 @@ def main():
     join_processes(args.device)
     try:
         run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as error:

@@ -1,0 +1,113 @@
+"""The small model's folder as diffusers lays it out: what its configs say, and writing it."""
+
+import contextlib
+import json
+import os
+import shutil
+
+import numpy as np
+from safetensors.numpy import save_file
+from scenes import COLOURS, PLACES, STYLES, read
+
+from tiny_sd import flatten, nest
+
+VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
+             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
+             "_guidance_scale": 4.0}    # the last is read by tiny_sd alone: what suits best
+
+
+def vae_config(size, channels, groups):
+    n = len(channels)
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
+            "latent_channels": 4, "block_out_channels": list(channels), "layers_per_block": 1,
+            "norm_num_groups": groups, "act_fn": "silu", "sample_size": size,
+            "down_block_types": ["DownEncoderBlock2D"] * n,
+            "up_block_types": ["UpDecoderBlock2D"] * n}
+
+
+def unet_config(latents, channels, attends, heads, groups, context):
+    """latents: their height and width; attends: of each level, whether it attends to the text."""
+    kinds = ["CrossAttn" if attention else "" for attention in attends]
+    return {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
+            "sample_size": latents, "block_out_channels": list(channels), "layers_per_block": 1,
+            "cross_attention_dim": context, "attention_head_dim": list(heads),
+            "norm_num_groups": groups, "act_fn": "silu", "center_input_sample": False,
+            "flip_sin_to_cos": True, "freq_shift": 0,
+            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]]}
+
+
+def text_config(width, layers, heads):
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+            "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": "quick_gelu",
+            "max_position_embeddings": LENGTH, "layer_norm_eps": 1e-5, "torch_dtype": "float32",
+            "projection_dim": width, "bos_token_id": VOCABULARY - 2,
+            "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+
+
+def write_model(out, params, things, setting, state):
+    """Write the trained parts in float16 as a diffusers folder, with what it knows."""
+    words = state.tokenizer(things.names)
+    weights = {"text_encoder": params["text"], "vae": nest(state.vae()), "unet": params["unet"]}
+    texts = folder_texts(words, setting, state.scaling_factor())
+    known = {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
+             "places": [place for place in PLACES if place]}
+    with folder_atomically(out) as folder:
+        for name, value in (texts | {"things.json": known}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            indent = None if name == "things.json" else 2
+            text = json.dumps(value, indent=indent, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        merges = read(state.folder / "merges.txt")
+        (folder / "tokenizer/merges.txt").write_text(merges, encoding="utf-8")
+        for part, tree in weights.items():
+            is_text = part == "text_encoder"
+            name = "model" if is_text else "diffusion_pytorch_model"
+            arrays = {("text_model." if is_text else "") + key: to_file(p)
+                      for key, p in flatten(tree).items()}
+            save_file(arrays, folder / part / f"{name}.safetensors", {"format": "pt"})
+
+
+def to_file(p):
+    """A tensor as a checkpoint holds it: float16, convolutions as (out, in, kh, kw)."""
+    p = p.permute(0, 3, 1, 2) if p.ndim == 4 else p
+    return np.ascontiguousarray(p.detach().half().cpu().numpy())
+
+
+def folder_texts(words, setting, scaling_factor):
+    """{file name: JSON} of a diffusers folder."""
+    classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
+               "vae": "AutoencoderKL", "unet": "UNet2DConditionModel",
+               "scheduler": SCHEDULER["_class_name"]}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+             "requires_safety_checker": False, "safety_checker": [None, None],
+             "feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {part: ["transformers" if "CLIP" in name else "diffusers", name]
+              for part, name in classes.items()}
+    begin, end = words.BOS, words.EOS
+    specials = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": end}
+    tokenizer = specials | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
+                            "do_lower_case": True}
+    return {"model_index.json": index, "tokenizer/vocab.json": words.vocab,
+            "tokenizer/special_tokens_map.json": specials,
+            "tokenizer/tokenizer_config.json": tokenizer,
+            "text_encoder/config.json": setting.text, "unet/config.json": setting.unet,
+            "vae/config.json": setting.vae | {"scaling_factor": scaling_factor},
+            "scheduler/scheduler_config.json": SCHEDULER}
+
+
+@contextlib.contextmanager
+def folder_atomically(path):
+    """Yield a temporary folder to fill, which then takes the place of path."""
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
+    for folder in (temporary, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
