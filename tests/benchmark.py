@@ -123,7 +123,7 @@ def write_model(folder, width):
             rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)
         ).astype(np.float16)
 
-    files = {f"{part}/config.json": config[part] for part in SHAPES} | {
+    files = {f"{part}/config.json": config[part] for part in SHAPES if part in config} | {
         "scheduler/scheduler_config.json": config["scheduler"],
         "tokenizer/vocab.json": tokenizer.vocab,
         "tokenizer/tokenizer_config.json": {

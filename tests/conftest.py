@@ -17,16 +17,12 @@ for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads 
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import extras.fast  # noqa: E402,F401   (the tests compute as the command line does)
 import tiny_sd  # noqa: E402
 from extras import formats  # noqa: E402
-
-torch.set_num_threads(1)
 
 LEVELS = 4      # of the U-Net and of the VAE, as in Stable Diffusion 1
 TEXT = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -50,6 +46,7 @@ def randomise(network, seed, **gains):
     Its matrices whose names hold a word of `gains` become that much stronger, so that the prompt
     and the time matter.
     """
+    import torch
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -61,6 +58,7 @@ def randomise(network, seed, **gains):
 
 
 def make_unet(**changes):
+    import torch
     from diffusers import UNet2DConditionModel
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**{**UNET, **changes})
@@ -70,6 +68,7 @@ def make_unet(**changes):
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """The small model as a diffusers pipeline."""
+    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
@@ -124,6 +123,9 @@ def single_file(folder, tmp_path_factory):
 
     The kinds are F32, F16 and BF16.
     """
+    import torch
+    from safetensors.torch import save_file
+
     @functools.cache
     def write(kind):
         path = tmp_path_factory.mktemp("single") / f"small-{kind}.safetensors"
@@ -139,6 +141,7 @@ def single_file(folder, tmp_path_factory):
 
 def compvis(folder):
     """Return the weights in a diffusers folder under CompVis' names."""
+    from safetensors.torch import load_file
     arrays = {}
     for part, stem in tiny_sd.WEIGHT_FILES.items():
         for name, array in load_file(folder / part / f"{stem}.safetensors").items():
@@ -203,6 +206,51 @@ def backend(request):
 def model(folder, backend):
     """The small model as tiny_sd loads it from the folder."""
     return tiny_sd.load(folder, backend)
+
+
+# ── Libraries to compare with that are not installed ────────────────────────────────────────────
+
+REFERENCES = {"torch", "diffusers", "transformers", "peft", "emoji", "resvg_py", "nbformat",
+              "nbclient", "huggingface_hub", "accelerate"}
+
+
+def skip_if_missing(error):
+    """Skip what failed for want of a library that only the tests need."""
+    if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] in REFERENCES:
+        pytest.skip(f"{error.name} is not installed")
+
+
+class Module(pytest.Module):
+    """A module of tests, which is skipped where it cannot be imported without such a library."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            skip_if_missing(error.__cause__)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from skipping())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from skipping())
+
+
+def skipping():
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        skip_if_missing(error)
+        raise
 
 
 # ── The largest differences, printed under the results ──────────────────────────────────────────

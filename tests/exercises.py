@@ -45,17 +45,18 @@ def plain():
 
 
 @functools.cache
-def bundled():
-    return plain().load(ROOT / "weights/emoji")
+def bundled(program):
+    """Return the bundled model as that program loads it, with its functions."""
+    return program.load(ROOT / "weights/emoji")
 
 
 def latents(program, **settings):
     """Return the last latents of a picture, which the program also decodes."""
     settings = {"steps": 8, "sampler": "dpm++2m", "guidance": 7.5, **settings}
-    *_, x = program.generate(bundled(), PROMPT, **settings)
+    *_, x = program.generate(bundled(program), PROMPT, **settings)
     h, w = x.shape[1:3]
-    pictures = program.decode(bundled(), x)
-    assert pictures.shape == (1, h * bundled().factor, w * bundled().factor, 3)
+    pictures = program.decode(bundled(program), x)
+    assert pictures.shape == (1, h * bundled(program).factor, w * bundled(program).factor, 3)
     return x
 
 
@@ -154,7 +155,7 @@ def no_mask():
     changed = change(("q, k, v, [out], causal=True)", "q, k, v, [out])"))
     spread = []
     for program in (plain(), changed):
-        one, other = program.encode_prompts(bundled(), ["red apple", "blue cat"])[:, 0]
+        one, other = program.encode_prompts(bundled(program), ["red apple", "blue cat"])[:, 0]
         spread.append(abs(one - other).max())
     masked, unmasked = spread
     assert masked < 1e-4 < 0.01 < unmasked
@@ -171,8 +172,8 @@ def symmetric_padding():
     picture[20:40, 24:44] = 220, 40, 30
 
     def there_and_back(program):
-        x = program.encode(bundled(), picture, np.zeros((1, 16, 16, 4)))
-        return program.decode(bundled(), x)[0].astype(float)
+        x = program.encode(bundled(program), picture, np.zeros((1, 16, 16, 4)))
+        return program.decode(bundled(program), x)[0].astype(float)
 
     def moved(drawn):       # down and right, where it fits the picture best
         def error(by):

@@ -1,7 +1,14 @@
-"""What the tests share: random weights, and a whole Stable Diffusion that draws in milliseconds."""
+"""What the tests share: random weights, a whole Stable Diffusion that draws in milliseconds, and
+the program in a process of its own.
+"""
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -23,6 +30,13 @@ CONFIG = {
              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
              "in_channels": 4, "out_channels": 4},
     "scheduler": {"prediction_type": "epsilon"}}
+TWO_ENCODERS = CONFIG | {       # as in SDXL
+    "text_encoder_2": CONFIG["text_encoder"] | {
+        "hidden_size": 16, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 10},
+    "unet": CONFIG["unet"] | {
+        "cross_attention_dim": 12 + 16, "transformer_layers_per_block": [2, 1],
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 10 + 6 * 4}}
 FILES = sd.WEIGHT_FILES
 
 
@@ -51,18 +65,45 @@ def random_arrays(shapes, seed=0):
     return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
-def write_model(folder):
-    """Write the random model as a diffusers folder, and return the folder."""
+def write_model(folder, config=CONFIG):
+    """Write the random model as a diffusers folder, and return the folder.
+
+    config: CONFIG or TWO_ENCODERS.
+    """
     def write(name, text):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
-    for part, stem in FILES.items():
-        write(f"{part}/config.json", json.dumps(CONFIG[part]))
-        arrays = random_arrays(shapes_of(part, CONFIG[part]))
-        save_file(arrays, folder / part / f"{stem}.safetensors")
-    write("scheduler/scheduler_config.json", json.dumps(CONFIG["scheduler"]))
-    write("tokenizer/tokenizer_config.json", json.dumps({"model_max_length": TOKENIZER.length}))
+    for part in config.keys() - {"scheduler"}:
+        write(f"{part}/config.json", json.dumps(config[part]))
+        arrays = random_arrays(shapes_of(part, config[part]))
+        save_file(arrays, folder / part / f"{FILES.get(part, 'model')}.safetensors")
+    write("scheduler/scheduler_config.json", json.dumps(config["scheduler"]))
+    for name in ("tokenizer", "tokenizer_2")[:1 + ("text_encoder_2" in config)]:
+        write(f"{name}/tokenizer_config.json", json.dumps({"model_max_length": TOKENIZER.length}))
     write("tokenizer/vocab.json", json.dumps(TOKENIZER.vocab))
     write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *map(" ".join, MERGES)]))
     return folder
+
+
+def launch(*argv, python=(), under=(), **environment):
+    """Start the program in a process of its own, which any signal ends; return its Popen.
+
+    python: options of Python itself. under: a command to run it under.
+    """
+    program = Path(sd.__file__).parent / "tiny_sd.py"
+    return subprocess.Popen(
+        [*under, sys.executable, *python, program, *argv], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | environment, preexec_fn=all_signals_end_it)
+
+
+def all_signals_end_it():
+    """Undo what the tests' own parent may have set, such as nohup, which ignores SIGHUP."""
+    for name in ("SIGINT", "SIGHUP", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def finish(process):
+    """Wait for a launched program; return (status, stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out.decode(), err.decode()

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from conftest import ROOT
-from extras import cli, fast, files, formats
-from helpers import sd, write_model
+from extras import cli, fast, files, formats, show
+from helpers import finish, launch, sd, write_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -195,6 +196,7 @@ def test_every_option_matters(draw, flags):
     ],
 )
 def test_torch_draws_the_same_picture(draw, flags, tolerance):
+    pytest.importorskip("torch")
     assert (
         abs(pixels(draw("red apple", *flags.split())) - pixels(draw("red apple"))).max()
         <= tolerance
@@ -346,7 +348,7 @@ ARGUMENTS = {  # the arguments, and what the line must name
     "a --dtype float16": "--dtype float16", "a --backend numpy --device cuda": "--device cuda",
     "a --device mps": "mps", "a -m none": "none", "a -m no/such/folder": "no/such/folder",
     "a -m none.safetensors": "none.safetensors", "a -m folder": "folder", "a -m in.png": "in.png",
-    "a -m sd-v1-4.ckpt": "sd-v1-4.safetensors", "a -m ''": "Stable Diffusion folder",
+    "a -m sd-v1-4.ckpt": "sd-v1-4.ckpt", "a -m ''": "Stable Diffusion folder",
     "a -i none.png": "none.png", "a -i folder": "folder", "a -i empty.png": "empty.png",
     "a -i text.png": "text.png", "a -i cut.png": "cut.png", "a -i ''": "picture",
 }
@@ -354,12 +356,20 @@ ARGUMENTS = {  # the arguments, and what the line must name
 
 @pytest.mark.parametrize("argv", ARGUMENTS)
 def test_bad_arguments(refuse, argv):
+    if "mps" in argv:
+        pytest.importorskip("torch")
     PLAIN.save("in.png")
     Path("folder").mkdir()
     Path("empty.png").touch()
     Path("text.png").write_text("no picture")
     Path("cut.png").write_bytes(Path("in.png").read_bytes()[:-200])
     assert ARGUMENTS[argv] in refuse(*shlex.split(argv))
+
+
+@pytest.mark.parametrize("flag", ["-i", "--like"])
+def test_a_picture_that_is_a_program(refuse, flag):
+    PLAIN.save("in.eps")
+    assert "PostScript" in refuse(*["a"] * (flag == "-i"), flag, "in.eps")
 
 
 def test_a_decompression_bomb(refuse, monkeypatch):
@@ -517,7 +527,7 @@ MODELS = {  # what was done to the folder, and what the line must name
     ),
     "config, words alone": (change("unet/config.json", only_cross_attention=True), "only_cross"),
     "config, deep transformers": (
-        change("unet/config.json", transformer_layers_per_block=[1, 2]),
+        change("unet/config.json", transformer_layers_per_block=[1, 2, 3]),
         "transformer_layers",
     ),
     "config, a VAE of another activation": (change("vae/config.json", act_fn="gelu"), "act_fn"),
@@ -558,24 +568,26 @@ def test_weights_that_are_not_finite(run, model, value):
 
 # ── When it cannot go on ──────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize(
-    "name", ["/proc/out.png", "a" * 300 + ".png", "a" * 249 + ".png"], ids=lambda name: name[:12]
-)
+@pytest.mark.parametrize("name", ["/proc/out.png", "a" * 300 + ".png"], ids=["/proc", "long"])
 def test_an_output_that_cannot_be_written(run, name):
-    """The last of these is a name that is allowed, but has no room for a suffix."""
-    if Path(name).parent.is_dir():
-        status, out, err = run("apple", "-o", name)
-        assert (
-            status in (0, 2)
-            and len(out) == (status == 0)
-            and (status == 0 or err[-1].startswith("tiny_sd: "))
-        )
-        assert len(list(Path().iterdir())) == len(out)
+    if not Path(name).parent.is_dir():
+        pytest.skip(f"there is no {Path(name).parent} here")
+    status, out, err = run("apple", "-o", name)
+    assert (status, out) == (2, []) and err[-1].startswith("tiny_sd: ")
+    assert not list(Path().iterdir())
+
+
+def test_an_output_whose_name_leaves_no_room_for_a_suffix(run):
+    name = "a" * 249 + ".png"
+    assert run("apple", "-o", name)[:2] == (0, [name])
+    assert [path.name for path in Path().iterdir()] == [name]
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_too_little_memory(run, monkeypatch, backend):
     """More than any system has, of which each library speaks in its own way."""
+    pytest.importorskip(backend)
+
     def decode(model, x):
         like = model.vae["quant_conv"]["weight"]
         return sd.array_like(like, np.broadcast_to(np.float32(0), 2 ** 60)) + 1
@@ -646,16 +658,7 @@ def start(*argv, without=()):
         Path("lacking", f"{name}.py").write_text(
             f"raise ModuleNotFoundError('No module named {name}')"
         )
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tiny_sd.py", *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "lacking"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out.decode(), err.decode()
+    return launch(*argv, PYTHONPATH="lacking")
 
 
 def test_numpy_is_enough(model):
@@ -680,15 +683,37 @@ def test_one_line_and_no_traceback(model, argv, without, named):
     assert not list(Path().glob("*.png"))
 
 
+def test_an_old_python(here):
+    (here / "lib").mkdir()
+    (here / "lib/sitecustomize.py").write_text("import sys\nsys.version_info = (3, 10)\n")
+    status, out, err = finish(launch("red", PYTHONPATH=str(here / "lib")))
+    assert (status, out) == (2, "") and err.startswith("tiny_sd: this needs Python 3.11 or later")
+    assert err.count("\n") == 1
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for flag in """PROMPT -p --prompt -n --negative-prompt -m --model -o --output -s --seed
-            --steps --cfg-scale --guidance-scale --sampler --karras -W --width -H --height -b
-            --batch-size -i --init-img --strength --backend --device --dtype --show --explain
-            """.split():
-        assert re.search(rf"(?<![\w-]){flag}\b", text), flag
+    shown = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+    flags = {flag for action in cli.option_parser()._actions for flag in action.option_strings}
+    assert len(flags) > 40 and shown >= flags and "PROMPT" in text
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert headings == ["options", "what to draw", "model", "sampling", "size", "from a picture",
+                        "output", "hardware", "examples"]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_each_option_says_what_it_does():
+    for action in cli.option_parser()._actions:
+        assert len(action.help or "") > 8, action.option_strings
+
+
+def test_the_examples_of_help_can_be_read():
+    for line in cli.EXAMPLES.splitlines()[1:]:
+        command = line.split("   ")[0]
+        args = cli.parse_known(cli.option_parser(), shlex.split(command)[2:])
+        assert args.words or args.like or args.prompts
 
 
 # ── Files of prompts, pictures drawn again, previews ──────────────────────────────────────────────
@@ -779,7 +804,9 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
         assert "line 1: " in err and said in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_prompts(tmp_path):
+    pytest.importorskip("torch")
     model, lines = str(write_model(tmp_path / "m")), tmp_path / "prompts.txt"
     lines.write_text("red\napple\nred apple\n", encoding="utf-8")
     done = subprocess.run(
@@ -827,6 +854,20 @@ def test_preview_replaces_only_a_preview(run, refuse):
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
         assert Image.open("new.png").size == (8, 8)
+    assert "are both out.png" in refuse("apple", "--preview", "out.png", "-o", "out.png")
+
+
+def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
+    """Such as the one that another process was drawing."""
+    fit = show.colour_map
+
+    def colour_map(model):
+        PLAIN.save("mine.png")
+        return fit(model)
+    monkeypatch.setattr(show, "colour_map", colour_map)
+    status, out, err = run("apple", "--preview", "mine.png")
+    assert (status, out) == (2, []) and "no preview" in err[-1]
+    assert np.array_equal(pixels(Image.open("mine.png")), pixels(PLAIN))
 
 
 # ── Names that people know ────────────────────────────────────────────────────────────────────────
@@ -843,7 +884,10 @@ def test_samplers_by_the_names_of_other_programs(draw, name, sampler, karras):
 
 @pytest.mark.parametrize("argv, hint", [
     ("red --stepps 3", "did you mean --steps?"), ("red --sampler eular", "did you mean euler?"),
-    ("red --guidance 3", "did you mean --guidance-scale?"),
+    ("red --guidance 3", "did you mean --guidance-scale?"), ("red --W 8", "did you mean -W?"),
+    ("red -m sd1.5", "did you mean sd15?"), ("red -m sdxl-trubo", "did you mean sdxl-turbo?"),
+    ("red -m emogi", "did you mean emoji?"), ("red --clip_skip 2", "did you mean --clip-skip?"),
+    ("red --embeding x", "did you mean --embedding?"),
     ("red apple", 'quote the prompt: "red apple"'), ("-p red -s 3 apple pie", 'quote the prompt'),
     ("red --sampler 'DPM++ 2M SDE'", "there is no 'DPM++ 2M SDE', but ddpm, ddim, euler"),
     ("red --sampler x", "there is no 'x', but ddpm")])
@@ -911,8 +955,13 @@ def test_a_prompt_too_long_for_a_jpeg(run):
     Image.open("out.jpg").load()
 
 
-def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse):
+def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, monkeypatch):
+    """With its number, too, and with the one that it gets where it is taken."""
+    monkeypatch.setattr(sd, "generate", None)
     refuse("apple", "-o", "a" * 300 + ".png")
+    refuse("apple", "-b", "2", "-o", "a" * 249 + ".png")
+    Path("a" * 251 + ".png").touch()
+    assert "too long" in refuse("apple", "-o", "a" * 251 + ".png")
 
 
 # ── Pictures drawn again ──────────────────────────────────────────────────────────────────────────
@@ -928,15 +977,74 @@ def test_like_says_what_it_does_not_take_up(run):
     write_facts(
         "a.png",
         "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
-        "Model: /etc/other, Clip skip: 2, Denoising strength: 0.5, Lora: some 0.8, RNG: CPU",
+        "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
+        "Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV",
     )
     _, _, err = cli_lines(run, "--like", "a.png", model=False)
-    assert err == [
-        "--like a.png: Clip skip 2 is not taken up",
-        "--like a.png: Lora some 0.8 is not taken up: give it with --lora",
-        "--like a.png: Model /etc/other is not taken up: give it with --model"]
+    assert err == ["--like a.png: " + line for line in [
+        "Denoising strength 0.5 is not taken up: give the picture it began from with --init-img",
+        "Eta 0.5 is not taken up",
+        "Hires upscale 2 is not taken up: the picture was enlarged and drawn over (Hires fix)",
+        "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
+        "RNG NV is not taken up: the noise came from a graphics card, and is other noise here",
+        "Model /etc/other is not taken up: give it with --model",
+        "Lora some 0.8 other 1 is not taken up: give it with --lora"]]
     status, out, err = cli_lines(run, "--like", "a.png", "-i", "in.png")
     assert status == 0 and not any("Model" in line or "Denoising" in line for line in err)
+
+
+@pytest.mark.parametrize("facts, line", [
+    ("Version: v1.10.1", "RNG GPU is not taken up"), ("User: me", "RNG GPU is not taken up"),
+    ("Version: f2.0.1v1.10.1-previous", "RNG GPU is not taken up"),
+    ("RNG: CPU, Version: v1.10.1", None), ("Version: ComfyUI", "Emphasis ComfyUI's is not taken"),
+    ("RNG: CPU, Refiner: x, Refiner switch at: 0.8", "Refiner x is not taken up: a second model"),
+    ("RNG: CPU, Face restoration: CodeFormer", "Face restoration CodeFormer is not taken up"),
+    ("RNG: CPU, Token merging ratio: 0.5", "Token merging ratio 0.5 is not taken up"),
+    ("RNG: CPU, Variation seed: 3, Variation seed strength: 0.1", "Variation seed 3 is not taken"),
+    ('RNG: CPU, ControlNet 0: "Module: canny, Weight: 1"', "ControlNet 0 Module: canny, Weight: 1"),
+    ('RNG: CPU, Hashes: {"model": "ab", "lora:x": "cd"}, Batch size: 2, Batch pos: 1', None)])
+def test_like_names_what_other_programs_do(facts, line):
+    write_facts("a.png", f"a (cat:1.2)\nSteps: 2, Sampler: Euler, Seed: 3, Size: 8x8, {facts}")
+    notes = cli.parse_arguments(["--like", "a.png"]).notes
+    assert len(notes) == (line is not None)
+    assert not line or notes[0].startswith(f"--like a.png: {line}")
+
+
+def test_like_a_picture_of_the_web_ui(model):
+    """With all that it records of a prompt, and no negative prompt."""
+    write_facts("a.png", "a (cat:1.2) <lora:some thing:0.8>, neg-emb\nSteps: 20, Sampler: Euler a, "
+                "Schedule type: Automatic, CFG scale: 7, Seed: 42, Size: 512x768, Model hash: "
+                "6ce0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, "
+                'TI hashes: "neg-emb: c74b4e810b03, neg-emb: c74b4e810b03", '
+                'Lora hashes: "some thing: 0123456789ab", RNG: CPU, Version: v1.10.1')
+    Path("loras").mkdir()
+    for name in "loras/some thing.safetensors", "neg-emb.pt", "v1-5-pruned-emaonly.safetensors":
+        Path(name).touch()
+    args = cli.parse_arguments(["--like", "a.png"])
+    cli.take_up_loras(args)
+    assert args.notes == [] and args.model == "v1-5-pruned-emaonly.safetensors"
+    assert args.prompt.startswith("a (cat:1.2) <lora") and args.negative_prompt is None
+    assert (args.sampler, args.clip_skip, args.seed) == ("euler_a", 2, 42)
+    (lora, weight), (embedding,) = *args.lora, args.embedding
+    assert Path(lora).samefile("loras/some thing.safetensors") and weight == 0.8
+    assert Path(embedding).samefile("neg-emb.pt")
+
+
+def test_like_without_a_lora_says_so_and_draws(run):
+    write_facts("a.png", "red <lora:none:0.8> <hypernet:x:1>\nSteps: 2, Sampler: Euler, Seed: 3, "
+                         "Size: 16x16, RNG: CPU")
+    status, out, err = cli_lines(run, "--like", "a.png")
+    assert (status, out) == (0, ["out.png"]) and err == [
+        "--like a.png: <lora:none:0.8> is not taken up: there is no such LoRA beside the model, in "
+        "loras/ or here: --lora FILE names one elsewhere",
+        "--like a.png: <hypernet:x:1> is not taken up: of such tags, <lora:name:weight> is known "
+        "here"]
+
+
+def test_an_empty_negative_prompt_is_not_none(run):
+    assert run("red", "-n", "", "-o", "a.png")[0] == run("red", "-o", "b.png")[0] == 0
+    assert cli.parse_arguments(["--like", "a.png"]).negative_prompt == ""
+    assert cli.parse_arguments(["--like", "b.png"]).negative_prompt is None
 
 
 def cli_lines(run, *argv, model=True):
@@ -997,7 +1105,9 @@ def test_a_million_letters_that_tell_nothing(refuse, text):
 
 def test_quoted_facts_of_other_programs():
     facts = files.recorded_facts('Steps: 2, Lora hashes: "a: 1, b: 2", Seed: 3')
-    assert facts == {"Steps": "2", "Lora hashes": "a: 1  b: 2", "Seed": "3"}
+    assert facts == {"Steps": "2", "Lora hashes": "a: 1, b: 2", "Seed": "3"}
+    facts = files.recorded_facts('Steps: 2, Hashes: {"model": "a", "b": "c"}, X: "\\"a\\\\", Y: 4')
+    assert facts == {"Steps": "2", "Hashes": '{"model": "a", "b": "c"}', "X": '"a\\', "Y": "4"}
 
 
 # ── Lists of prompts ──────────────────────────────────────────────────────────────────────────────
@@ -1075,10 +1185,10 @@ def test_a_line_like_another_picture(run):
     assert [(prompt, facts["Seed"]) for prompt, _, facts in drawn] == [
         ("apple", "4"), ("blue", "5"), ("green", "0")]
     Path("p.txt").write_text("apple\nblue\n")
-    write_facts("b.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Clip skip: 2")
+    write_facts("b.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, ENSD: 2")
     _, out, err = run("--prompts", "p.txt", "--like", "b.png", "-o", "c.png")
     assert [parse(Image.open(name))[2]["Seed"] for name in out] == ["3", "3"]
-    assert sum("Clip skip" in line for line in err) == 1
+    assert sum("ENSD" in line for line in err) == 1
 
 
 # ── A sampler of one's own ────────────────────────────────────────────────────────────────────────
@@ -1265,6 +1375,42 @@ def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
 
 # ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
 
+def test_nobody_reads_the_names(model):
+    """As after "| head -1": the pictures that are drawn already are saved all the same."""
+    process = start("red", "-m", model, "-b", "3", "--steps", "1")
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 2 and err.endswith("tiny_sd: [Errno 32] Broken pipe\n")
+    for name in ("out-000.png", "out-001.png", "out-002.png"):
+        Image.open(name).load()
+
+
+def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
+    """Its hash was recorded before."""
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    save_file({f"{name}.lora_down.weight": np.ones((1, 16, 3, 3), np.float32),
+               f"{name}.lora_up.weight": np.ones((16, 1, 1, 1), np.float32)}, "l.safetensors")
+    generate = sd.generate
+
+    def gone(*args, **settings):
+        walk = generate(*args, **settings)
+        Path("l.safetensors").unlink()
+        return walk
+    monkeypatch.setattr(sd, "generate", gone)
+    assert run("red", "--lora", "l.safetensors")[:2] == (0, ["out.png"])
+
+
+def test_each_picture_is_saved_before_the_next_is_decoded(run, monkeypatch):
+    decode = sd.decode
+
+    def interrupted(model, x):
+        if Path("out-001.png").exists():
+            raise KeyboardInterrupt
+        return decode(model, x)
+    monkeypatch.setattr(sd, "decode", interrupted)
+    assert run("red", "-b", "3")[:2] == (130, ["out-000.png", "out-001.png"])
+
+
 def test_threads_that_save_under_one_name(here):
     """Each picture once, whole, under a name of its own."""
     threads = [threading.Thread(target=lambda k=k: files.save_picture(
@@ -1305,6 +1451,7 @@ def test_file_systems_without_links_lose_nothing_either(here, monkeypatch):
     [
         {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
         {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"},
     ],
 )
 def test_half_of_what_torchrun_says(run, monkeypatch, environment):
@@ -1314,15 +1461,64 @@ def test_half_of_what_torchrun_says(run, monkeypatch, environment):
     assert run("--prompts", "p.txt")[1] == ["out-0001.png", "out-0002.png"]
 
 
-def test_an_idle_process_waits_for_the_busy_ones(monkeypatch):
-    import torch.distributed as dist
-    waits = []
-    monkeypatch.setenv("MASTER_ADDR", "here")
-    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: waits.append(timeout))
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    cli.wait_for_other_ranks()
-    assert waits[0].days >= 7
+RANK = """
+import sys, time
+from datetime import timedelta
+import torch.distributed.distributed_c10d as distributed
+distributed.default_pg_timeout = timedelta(seconds=2)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].removesuffix("tiny_sd.py"))
+from extras import files, start
+save_picture = files.save_picture
+files.save_picture = lambda *args: time.sleep(8) or save_picture(*args)
+start.program()
+"""
+
+
+def start_rank(rank, model, port):
+    """One of two processes that share a list of one prompt, as torchrun starts them."""
+    pytest.importorskip("torch")
+    Path("p.txt").write_text("red\n")
+    return launch("--prompts", "p.txt", "-m", model, python=["-c", RANK], RANK=str(rank),
+                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_an_idle_process_waits_for_the_busy_ones(model):
+    """Longer than torch by itself, which here gives up after two seconds."""
+    port = free_port()
+    busy, idle = (start_rank(rank, model, port) for rank in (0, 1))
+    assert finish(idle)[:2] == (0, "") and Path("out-0001.png").exists()
+    assert finish(busy)[:2] == (0, "out-0001.png\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+def test_an_idle_process_can_be_interrupted(model):
+    """The other is not there, and never will be."""
+    idle = start_rank(1, model, free_port())
+    while b"waits for the others" not in (line := idle.stderr.readline()):
+        assert line
+    time.sleep(1)
+    idle.send_signal(signal.SIGINT)
+    try:
+        assert idle.wait(10) == 130
+    finally:
+        idle.kill()
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_meet(model):
+    """What they have drawn is there."""
+    status, out, err = finish(start_rank(0, model, "nowhere"))
+    assert (status, out) == (2, "out-0001.png\n") and "Traceback" not in err
+    assert "the other processes cannot be reached: " in err
 
 
 def test_no_thread_can_be_started(run, monkeypatch):
@@ -1332,18 +1528,14 @@ def test_no_thread_can_be_started(run, monkeypatch):
     assert run("red apple", "-b", "2", "-W", "64", "-H", "64")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["-P", "-I", "-O", "-S"])
 def test_pythons_flags(model, flag):
     """With -P, and PYTHONSAFEPATH, the file's own folder is not on the path."""
     if flag == "-S":        # without site-packages: one line
-        status, _, err = finish(start_python("-S", "apple", "-m", model))
+        status, _, err = finish(launch("apple", "-m", model, python=["-S"], PYTHONSAFEPATH="1"))
         assert status == 2 and err.count("\n") == 1 and err.startswith("tiny_sd: ")
         return
-    status, out, err = finish(start_python(flag, "apple", "-m", model, "--steps", "1"))
+    status, out, err = finish(launch("apple", "-m", model, "--steps", "1", python=[flag],
+                                     PYTHONSAFEPATH="1"))
     assert (status, out) == (0, "out.png\n"), err
-
-
-def start_python(flag, *argv):
-    return subprocess.Popen([sys.executable, flag, ROOT / "tiny_sd.py", *argv],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONSAFEPATH": "1"})

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 import extras.samplers  # noqa: F401  (registers plms and lcm)
 from conftest import ROOT
@@ -107,6 +106,7 @@ def test_a_step_is_the_first_jump_and_keeps_a_variance_of_one(beta):
 
 def test_a_batch_has_a_level_for_each_picture():
     """In NumPy and in torch: training draws a time for each picture, sampling has one for all."""
+    import torch
     x_0, eps = normal(3, 4, 5, 2), normal(3, 4, 5, 2, seed=1)
     a = ALPHA_BAR[[3, 500, 999]]
     for noised in (sd.add_noise, sd.velocity):
@@ -304,6 +304,7 @@ def last(*args, **kwargs):
     return x
 
 
+@pytest.mark.slow
 def test_the_pipeline_of_the_docstring(monkeypatch):
     """The lines after >>> at the head of tiny_sd.py run as they stand, and draw."""
     monkeypatch.chdir(ROOT)
@@ -367,6 +368,7 @@ def test_training_lowers_the_loss():
 
     Through the same function that draws, and with the slope of every weight.
     """
+    import torch
     arrays = random_arrays(shapes_of("unet", CONFIG["unet"]))
     weights = sd.nest({name: sd.to_backend(array, "torch") for name, array in arrays.items()})
     learnt = sd.parameters(weights)
@@ -422,6 +424,7 @@ def test_training_from_nothing():
     From random weights, on three pictures, in 300 steps. The U-Net and the text encoder learn
     together, since nothing else tells the captions apart; the VAE is left alone.
     """
+    import torch
     settings = {**CONFIG, "scheduler": {"prediction_type": "v_prediction"},
                 "unet": {**CONFIG["unet"], "block_out_channels": [16, 16]}}
     arrays = {part: random_arrays(shapes_of(part, settings[part]), seed)

@@ -8,6 +8,7 @@ from conftest import ROOT
 from exercises import EXERCISES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", EXERCISES)
 def test_exercise(title):
     EXERCISES[title]()

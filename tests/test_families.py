@@ -135,6 +135,12 @@ def open_clip(arrays):
     )
     arrays |= {name.replace(f"layers.{count - 1}.", f"layers.{count}."): torch.randn_like(array)
                for name, array in arrays.items() if f"layers.{count - 1}." in name}
+    return open_clip_names(arrays) | {"text_projection": torch.ones(2, 2),
+                                      "logit_scale": torch.tensor(1.0)}
+
+
+def open_clip_names(arrays):
+    """transformers' text encoder under OpenCLIP's names."""
     renamed = {}
     for name, array in arrays.items():
         name = name.removeprefix("text_model.")
@@ -151,7 +157,7 @@ def open_clip(arrays):
         for name in [name for name in renamed if name.endswith(f"q_proj.{kind}")]:
             parts = [renamed.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv"]
             renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    return renamed | {"text_projection": torch.ones(2, 2), "logit_scale": torch.tensor(1.0)}
+    return renamed
 
 
 @torch.no_grad()

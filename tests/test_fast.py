@@ -381,6 +381,7 @@ def test_clear_switches_every_form_off():
     assert run.stdout == "False\nTrue\n(1, 16, 16, 4)\n", run.stderr
 
 
+@pytest.mark.slow
 def test_the_program_runs_by_the_formulas_alone(tmp_path):
     """tiny_sd.py without extras/ beside it draws the same latents up to rounding."""
     shutil.copy(tiny_sd.HERE / "tiny_sd.py", tmp_path)

@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
-from extras import cli, files, formats
-from helpers import CONFIG, FILES, random_arrays, sd, shapes_of, write_model
+from extras import cli, files, formats, things
+from helpers import CONFIG, FILES, TWO_ENCODERS, random_arrays, sd, shapes_of, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,9 @@ FLAGS = {
         "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png",
     ],
     "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"],
+    "--embedding": ["in.png", "none", "word.safetensors", "lora.safetensors", "", ".", "kept.png"],
+    "--clip-skip": ["0", "1", "2", "3", "101", "x", "-1"], "--plain-prompt": [None],
+    "--vae": ["model", "xl/vae", "vae.safetensors", "single.ckpt", "in.png", "lora.pt", "taesd"],
     "--prediction": ["v", "sample", "x"],
     "--preview": ["preview.png", "kept.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
     "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
@@ -186,7 +190,12 @@ NETWORKS = {    # numbers that are valid in themselves, and need not fit each ot
              "out_channels": [3, 4, 8], "sample_size": [1, 8, 9, 4095], "norm_eps": [1e-6],
              "down_block_types": [["DownBlock2D"] * 2, ["CrossAttnDownBlock2D"], ["X", "X"]],
              "up_block_types": [["UpBlock2D"] * 2, ["CrossAttnUpBlock2D"] * 2],
-             "mid_block_type": [None, "X"], "time_cond_proj_dim": [None, 4, 3]}}
+             "mid_block_type": [None, "X"], "time_cond_proj_dim": [None, 4, 3],
+             "transformer_layers_per_block": [1, 2, [1, 3], [1], 0], "addition_embed_type": [
+                 None, "text_time", "X"], "addition_time_embed_dim": [None, 4, 6, 3],
+             "projection_class_embeddings_input_dim": [None, 34, 46, 35]}}
+NETWORKS["text_encoder_2"] = NETWORKS["text_encoder"] | {
+    "hidden_size": [16, 12], "num_attention_heads": [1, 2, 3], "projection_dim": [10, 12, None]}
 
 
 def scheduler_spoilt(path, rng):
@@ -200,14 +209,14 @@ def scheduler_spoilt(path, rng):
 
 def networks_spoilt(folder, rng):
     """Configs with other numbers, and with weights that fit them, if there can be such."""
-    part = rng.choice(list(NETWORKS))
+    part = rng.choice([part for part in NETWORKS if (folder / part).exists()])
     config = json.loads((folder / part / "config.json").read_text())
     for key in rng.sample(list(NETWORKS[part]), rng.randrange(1, 3)):
         config[key] = rng.choice(NETWORKS[part][key] if rng.random() < 0.9 else SPOILT)
     (folder / part / "config.json").unlink()
     (folder / part / "config.json").write_text(json.dumps(config))
     if rng.random() < 0.8:
-        path = folder / part / f"{FILES[part]}.safetensors"
+        path = folder / part / f"{FILES.get(part, 'model')}.safetensors"
         with contextlib.suppress(Exception):    # of whatever has no shapes
             shapes = shapes_of(part, config)
             if sum(map(math.prod, shapes.values())) < 10 ** 6:
@@ -290,6 +299,30 @@ def lora_spoilt(path, rng):
     save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, path, metadata)
 
 
+def pickle_spoilt(path, rng):
+    """A file that torch wrote: bytes of its pickle, its members, how they are stored."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    program, kind = next(name for name in members if name.endswith("data.pkl")), rng.randrange(6)
+    name = rng.choice(list(members))
+    if kind < 3:
+        data = bytearray(members[program])
+        for _ in range(rng.randrange(1, 5)):
+            data[rng.randrange(min(len(data), rng.choice([60, 600, 10 ** 9])))] = rng.randrange(256)
+        members[program] = bytes(data)
+    elif kind == 3:
+        del members[name]
+    elif kind == 4:
+        members[name] = rng.choice([b"", members[name][:-3], members[name] * 2, b"x" * 99])
+    else:
+        members[rng.choice(["data.pkl", "a/data.pkl", "../x", name + "\n"])] = members[name]
+    path.unlink()
+    method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
 def text_spoilt(path, rng):
     """A picture's `parameters`: a fact, the text around it, or some letters."""
     picture = Image.open(path)
@@ -297,7 +330,8 @@ def text_spoilt(path, rng):
     kind = rng.randrange(4)
     if kind == 0:
         text = re.sub(
-            rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG"])
+            rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG",
+                        "Clip skip", "TI hashes"])
             + ": [^,]*", lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text,
         )
     elif kind == 1:
@@ -346,7 +380,9 @@ def prompt(rng):
             "🍎👩‍👩‍👧" * rng.randrange(1, 40),
             "".join(chr(rng.randrange(0xD7FF)) for _ in range(rng.randrange(200))), "\ud800", "--",
             "a" * rng.randrange(1, 20000), "<|endoftext|>" * 9, "\x1c" * 5000,
-            "\u3000" * 5000 + "red", "\r\nred\n" * 30, "x " * 30000,
+            "\u3000" * 5000 + "red", "\r\nred\n" * 30, "x " * 30000, "<lora:lora:0.5>red",
+            "<lora:x:1>", "<lora:lora:nan>", "<lora:" + "a" * 5000 + ">", "(red:1.5) [" * 300,
+            "<a:b>" * 300, "(red:1.2.3)",
         ]
     )
 
@@ -410,8 +446,10 @@ def original_name(part, name):
 def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
     """So that what is spoilt in them is all that is wrong with them."""
     monkeypatch.chdir(folder / "original")
-    for flags in (["-m", "single.safetensors"], ["-m", "model", "--lora", "lora.safetensors"]):
-        assert cli.main(["red", "--steps", "1", *flags]) == 0
+    for flags in (["-m", "single.safetensors"], ["-m", "model", "--lora", "lora.safetensors"],
+                  ["-m", "single.ckpt"], ["-m", "model", "--lora", "lora.pt"], ["-m", "xl"],
+                  ["-m", "model", "--embedding", "word.pt"], ["-m", "xl", "--low-memory"]):
+        assert cli.main(["red", "--steps", "1", "-W", "16", "-H", "16", *flags]) == 0
 
 
 def case(folder, rng):
@@ -419,22 +457,19 @@ def case(folder, rng):
 
     The arguments of the run.
     """
-    argv, kind = ["--model", "model", "--steps", "2"], rng.randrange(16)
-    weights = [f"{part}/{stem}.safetensors" for part, stem in FILES.items()]
-    configs = [
-        *(f"{part}/config.json" for part in FILES), "scheduler/scheduler_config.json",
-        "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
-    ]
+    model = rng.choice(["model", "model", "xl"])
+    argv, kind = ["--model", model, "--steps", "2"], rng.randrange(20)
+    model = folder / model
+    weights = sorted(str(path.relative_to(model)) for path in model.glob("*/*.safetensors"))
+    configs = sorted(str(path.relative_to(model)) for path in model.glob("*/*.json"))
     if kind == 0:
-        bytes_spoilt(
-            folder / "model" / rng.choice(weights + configs + ["tokenizer/merges.txt"]), rng
-        )
+        bytes_spoilt(model / rng.choice(weights + configs + ["tokenizer/merges.txt"]), rng)
     elif kind == 1:
-        header_spoilt(folder / "model" / rng.choice(weights), rng)
+        header_spoilt(model / rng.choice(weights), rng)
     elif kind == 2:
-        arrays_spoilt(folder / "model" / rng.choice(weights), rng)
+        arrays_spoilt(model / rng.choice(weights), rng)
     elif kind == 3:
-        json_spoilt(folder / "model" / rng.choice(configs), rng)
+        json_spoilt(model / rng.choice(configs), rng)
     elif kind == 4:
         rng.choice(
             [
@@ -473,10 +508,10 @@ def case(folder, rng):
     elif kind == 10:
         argv += ["--preview", rng.choice(FLAGS["--preview"])]
     elif kind == 11:
-        scheduler_spoilt(folder / "model/scheduler/scheduler_config.json", rng)
+        scheduler_spoilt(model / "scheduler/scheduler_config.json", rng)
         argv += rng.choice([[], ["--sampler", rng.choice(list(sd.SAMPLERS))], ["--karras"]])
     elif kind == 12:
-        networks_spoilt(folder / "model", rng)
+        networks_spoilt(model, rng)
     elif kind == 13:
         single_file_spoilt(folder / "single.safetensors", rng)
         argv[1] = "single.safetensors"
@@ -486,13 +521,35 @@ def case(folder, rng):
     elif kind == 15:
         rng.choice([text_spoilt, bytes_spoilt])(folder / rng.choice(["like.jpg", "like.webp"]), rng)
         return argv[:2] + ["--like", rng.choice(["like.jpg", "like.webp"])]
+    elif kind == 16:
+        rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt])(folder / "word.safetensors", rng)
+        argv += ["--embedding", "word.safetensors"]
+    elif kind == 17:
+        flag, name = rng.choice([("--model", "single.ckpt"), ("--model", "single.ckpt"),
+                                 ("--embedding", "word.pt"), ("--lora", "lora.pt")])
+        rng.choice([pickle_spoilt, pickle_spoilt, bytes_spoilt])(folder / name, rng)
+        argv += [flag, name]
+    elif kind == 18:
+        (model / "things.json").write_text(json.dumps({
+            key: rng.choice([[["apple"], ["x", "\x1b[2J"]], ["a"], [[]], *JSON])
+            for key in rng.sample(things.KEYS, rng.randrange(2, 5))}))
+    elif kind == 19:
+        rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt, single_file_spoilt])(
+            folder / "vae.safetensors", rng)
+        argv += ["--vae", "vae.safetensors"]
+    if argv[1].startswith("single") or "single.ckpt" in argv:
+        argv += ["-W", "16", "-H", "16"]
+    if rng.random() < 0.1:
+        argv.append("--low-memory")
     return argv + [f"--prompt={prompt(rng) if kind == 7 else 'red apple'}"]
 
 
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
-         r"|--like \S+: .* is not taken up|.* on, this is a comment$"
-         r"|\S+, \d+ x \d+, is cut to the shape of |the prompt is too long to be recorded)")
+         r"|--like \S+: .* is (not taken up|another file)|.* on, this is a comment$"
+         r"|no prompt says |.* is read as it stands: |the model knows nothing in "
+         r"|\S+ holds more than |\S+, \d+ x \d+, is cut to the shape of "
+         r"|the prompt is too long to be recorded)")
 
 
 def contents(folder):
@@ -540,16 +597,18 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_model(tmp_path / "original/model")
+    write_model(tmp_path / "original/xl", TWO_ENCODERS)
     Image.effect_noise((9, 7), 50).save(tmp_path / "original/in.png")
     (tmp_path / "original/prompts.txt").write_text(
         "red apple\n# red\napple -s 5\n", encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path / "original")
+    save_file({"emb_params": np.ones((2, 12), np.float32)}, "word.safetensors")
     assert (
         cli.main(
             [
-                "red apple", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2",
-                "--sampler", "euler",
+                "red apple word", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2",
+                "--sampler", "euler", "--clip-skip", "2", "--embedding", "word.safetensors",
             ]
         )
         == 0
@@ -567,6 +626,13 @@ def folder(tmp_path, monkeypatch):
     for name in ("like.jpg", "like.webp"):
         assert cli.main([*draw, "-o", name]) == 0
     write_single_file(tmp_path / "original/single.safetensors")
+    single = load_file("single.safetensors")
+    save_file({name: array for name, array in single.items() if name.startswith("first_stage")},
+              "vae.safetensors")
+    torch = pytest.importorskip("torch")
+    for name, new in ("single", "single.ckpt"), ("lora", "lora.pt"), ("word", "word.pt"):
+        arrays = load_file(f"{name}.safetensors")
+        torch.save({key: torch.from_numpy(array) for key, array in arrays.items()}, new)
     return tmp_path
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from conftest import ROOT
 from extras import cli, formats
-from helpers import FILES, sd, write_model
+from helpers import FILES, TWO_ENCODERS, finish, launch, sd, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -202,11 +202,7 @@ def start(tmp_path, monkeypatch):
             "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": getattr(hub, "url", hub),
             "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "60", **environment,
         }
-        return subprocess.Popen(
-            [sys.executable, ROOT / "tiny_sd.py", "apple", "--steps", "1", *argv],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        return launch("apple", "--steps", "1", *argv, **environment)
 
     return start
 
@@ -216,13 +212,9 @@ def run(start):
     """run(hub, argument, ...) -> (status, stdout, this program's lines on stderr, all of stderr)"""
 
     def run(*argv, **environment):
-        process = start(*argv, **environment)
-        out, err = process.communicate(timeout=300)
+        status, out, err = finish(start(*argv, **environment))
         assert "Traceback" not in err
-        return (
-            process.returncode, out,
-            [line for line in err.splitlines() if line.startswith("tiny_sd: ")], err,
-        )
+        return status, out, [line for line in err.splitlines() if line.startswith("tiny_sd: ")], err
 
     return run
 
@@ -275,6 +267,18 @@ def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
         len({picture.tobytes() for picture in pictures}) == 1
         and "Model: small-model," in pictures[0].text["parameters"]
     )
+
+
+def test_a_second_text_encoder_comes_too(serve, run, model, tmp_path):
+    """Where there is one: its config first, which tells the next run that the rest is missing."""
+    shutil.rmtree(model)
+    hub, second = serve(), {"text_encoder_2/config.json", "text_encoder_2/model.safetensors",
+                            "tokenizer_2/tokenizer_config.json"}
+    write_model(model, TWO_ENCODERS)
+    assert run(hub, "-m", REPOSITORY)[0] == 0
+    assert cached(tmp_path) == CONFIGS | TOKENIZER | WEIGHTS | second
+    hub.requests.clear()
+    assert run(hub, "-m", REPOSITORY)[0] == 0 and hub.requests == []
 
 
 @pytest.mark.parametrize("parts", [("unet",), tuple(FILES)])
@@ -332,7 +336,8 @@ def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
 
     A folder of that name in weights/, or where one stands, comes first.
     """
-    assert {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny"} == formats.HUB.keys()
+    assert formats.HUB.keys() == {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny",
+                                  "sdxl", "sdxl-turbo"}
     for repository, revision, licence in formats.HUB.values():
         assert (
             re.fullmatch(r"[\w-]+/[\w.-]+", repository)
@@ -419,9 +424,9 @@ def test_ctrl_c_in_a_download_and_on_from_there(serve, start, run):
     process = start(hub, "-m", REPOSITORY)
     assert hub.stalled.wait(120)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    status, out, err = finish(process)
     assert (
-        (process.returncode, out) == (130, "")
+        (status, out) == (130, "")
         and err.endswith("tiny_sd: interrupted\n")
         and "Traceback" not in err
     )

@@ -1,8 +1,8 @@
 """Every primitive against torch's, every layer against that of diffusers or transformers.
 
 The references compute in float64 with the same weights; ours in float32, by the formula, by what
-NumPy has in its place, and on torch tensors. No picture is square, and no batch is of one. The
-first three tests show the principle; the tables below them hold all the rest.
+NumPy has in its place, and on torch tensors. The first three tests show the principle; all the
+rest is in the tables of layers.py and below.
 """
 
 import functools
@@ -23,6 +23,18 @@ from diffusers.models.unets import unet_2d_blocks as blocks
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers import random_arrays, sd
+from layers import (
+    LAYERS,
+    PICTURE,
+    PRIMITIVES,
+    assert_close,
+    each,
+    layer_inputs,
+    layer_weights,
+    leaves,
+    primitive_inputs,
+    run,
+)
 
 partial = functools.partial
 
@@ -100,21 +112,6 @@ def place(request):
     return torch.tensor if request.param == "torch" else np.array
 
 
-def each(f, tree):
-    """Return f of every array in nested mappings, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: each(f, value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(each(f, value) for value in tree)
-    return f(tree)
-
-
-def leaves(tree):
-    found = []
-    each(found.append, tree)
-    return [leaf for leaf in found if leaf is not None]
-
-
 def channels_first(operation):
     """Make a function of torch's take and return pictures (and convolutions) channels last."""
     def move(*axes):
@@ -126,14 +123,6 @@ def in_float64(a):
     return torch.tensor(a, dtype=torch.float64 if a.dtype == np.float32 else None)
 
 
-def assert_close(ours, theirs, rtol=1e-5):
-    """No error larger than rtol of the largest number; and the same shape, in float32."""
-    for y, reference in zip(leaves(ours), leaves(theirs), strict=True):
-        assert y.shape == reference.shape and str(y.dtype).endswith("float32")
-        atol = rtol * max(abs(reference).max(), 1e-30)
-        np.testing.assert_allclose(y, reference, rtol=0, atol=atol)
-
-
 def assert_unchanged(now, before):
     assert all(np.array_equal(a, b) for a, b in zip(leaves(now), leaves(before), strict=True))
 
@@ -142,68 +131,61 @@ def assert_unchanged(now, before):
 
 
 def conv(stride=1, padding=(1, 1)):
-    return (partial(sd.conv2d, stride=stride, padding=padding),
-            channels_first(lambda x, *p: F.conv2d(F.pad(x, padding * 2), *p, stride=stride)))
+    return channels_first(lambda x, *p: F.conv2d(F.pad(x, padding * 2), *p, stride=stride))
 
 
 def norm(groups, eps):
-    return (lambda x, *p: sd.group_norm(x, groups, eps, *p),
-            channels_first(lambda x, *p: F.group_norm(x, groups, *p, eps)))
+    return channels_first(lambda x, *p: F.group_norm(x, groups, *p, eps))
 
 
 def enlarge(*size):
-    return lambda x: sd.upsample(x, *size), channels_first(lambda x: F.interpolate(x, size))
+    return channels_first(lambda x: F.interpolate(x, size))
 
 
-PICTURE, KERNEL = (3, 7, 5, 4), (6, 3, 3, 4)
-PRIMITIVES = {  # ours, the reference, and the shapes of the arrays that both are given
-    "linear": (sd.linear, F.linear, (3, 5, 7), (11, 7), (11,)),
-    "linear, no bias": (sd.linear, F.linear, (3, 5, 7), (11, 7)),
-    "linear, a 1x1 convolution": (
-        sd.linear, channels_first(F.conv2d), PICTURE, (6, 1, 1, 4), (6,)),
-    "conv2d": (*conv(), PICTURE, KERNEL, (6,)),
-    "conv2d, no bias": (*conv(), PICTURE, KERNEL),
-    "conv2d, one row": (*conv(), (2, 1, 9, 4), KERNEL, (6,)),
-    "conv2d, 1x1": (*conv(padding=(0, 0)), PICTURE, (6, 1, 1, 4), (6,)),
-    "conv2d, 5x3": (*conv(padding=(0, 0)), PICTURE, (2, 5, 3, 4), (2,)),
-    "conv2d, stride 2, odd": (*conv(2), PICTURE, KERNEL, (6,)),
-    "conv2d, stride 2, even": (*conv(2), (2, 6, 10, 4), KERNEL, (6,)),
-    "conv2d, one-sided, odd": (*conv(2, (0, 1)), PICTURE, KERNEL, (6,)),
-    "conv2d, one-sided, even": (*conv(2, (0, 1)), (2, 6, 10, 4), KERNEL, (6,)),
-    "group_norm, 1": (*norm(1, 1e-5), PICTURE, (4,), (4,)),
-    "group_norm, 2": (*norm(2, 1e-2), PICTURE, (4,), (4,)),
-    "group_norm, 4": (*norm(4, 1e-6), PICTURE, (4,), (4,)),
-    "layer_norm": (
-        sd.layer_norm, lambda x, *p: F.layer_norm(x, (7,), *p), (3, 5, 7), (7,), (7,)),
-    "layer_norm, eps": (
-        partial(sd.layer_norm, eps=0.1), lambda x, *p: F.layer_norm(x, (7,), *p, 0.1),
-        (3, 5, 7), (7,), (7,)),
-    "sigmoid": (sd.sigmoid, torch.sigmoid, PICTURE),
-    "silu": (sd.silu, F.silu, PICTURE),
-    "gelu": (sd.gelu, F.gelu, PICTURE),
-    "quick_gelu": (sd.quick_gelu, lambda x: x / (1 + torch.exp(-1.702 * x)), PICTURE),
-    "softmax": (sd.softmax, partial(F.softmax, dim=-1), (3, 2, 5, 7)),
-    "attention": (
-        sd.dot_product_attention, F.scaled_dot_product_attention,
-        (3, 2, 5, 4), (3, 2, 9, 4), (3, 2, 9, 4)),
-    "attention, causal": (
-        partial(sd.dot_product_attention, causal=True),
-        partial(F.scaled_dot_product_attention, is_causal=True), *[(3, 2, 7, 4)] * 3),
-    "upsample, even": (*enlarge(14, 10), PICTURE),
-    "upsample, odd": (*enlarge(13, 9), PICTURE),
-    "upsample, odd height": (*enlarge(13, 10), PICTURE),
-    "upsample, one pixel": (*enlarge(1, 2), (2, 1, 1, 4)),
-    "concat": (sd.concat, lambda *xs: torch.cat(xs, -1), PICTURE, (3, 7, 5, 2)),
+TORCHS = {  # the same as each primitive in layers.py
+    "linear": F.linear,
+    "linear, no bias": F.linear,
+    "linear, a 1x1 convolution": channels_first(F.conv2d),
+    "conv2d": conv(),
+    "conv2d, no bias": conv(),
+    "conv2d, one row": conv(),
+    "conv2d, 1x1": conv(padding=(0, 0)),
+    "conv2d, 5x3": conv(padding=(0, 0)),
+    "conv2d, stride 2, odd": conv(2),
+    "conv2d, stride 2, even": conv(2),
+    "conv2d, one-sided, odd": conv(2, (0, 1)),
+    "conv2d, one-sided, even": conv(2, (0, 1)),
+    "group_norm, 1": norm(1, 1e-5),
+    "group_norm, 2": norm(2, 1e-2),
+    "group_norm, 4": norm(4, 1e-6),
+    "layer_norm": lambda x, *p: F.layer_norm(x, (7,), *p),
+    "layer_norm, eps": lambda x, *p: F.layer_norm(x, (7,), *p, 0.1),
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "softmax": partial(F.softmax, dim=-1),
+    "attention": F.scaled_dot_product_attention,
+    "attention, causal": partial(F.scaled_dot_product_attention, is_causal=True),
+    "upsample, even": enlarge(14, 10),
+    "upsample, odd": enlarge(13, 9),
+    "upsample, odd height": enlarge(13, 10),
+    "upsample, one pixel": enlarge(1, 2),
+    "concat": lambda *xs: torch.cat(xs, -1),
 }
+
+
+def primitive_reference(name):
+    """Return what torch makes of a primitive's inputs, in float64."""
+    return TORCHS[name](*each(in_float64, primitive_inputs(name)))
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_primitive(name, place):
-    ours, theirs, *shapes = PRIMITIVES[name]
-    arrays = [np.random.default_rng(i).standard_normal(shape, np.float32)
-              for i, shape in enumerate(shapes)]
+    ours, *_ = PRIMITIVES[name]
+    arrays = primitive_inputs(name)
     inputs = each(place, arrays)
-    assert_close(ours(*inputs), theirs(*each(in_float64, arrays)))
+    assert_close(ours(*inputs), primitive_reference(name))
     assert_unchanged(inputs, arrays)
 
 
@@ -261,8 +243,8 @@ def test_a_word_sees_no_later_word(place):
 def test_group_norm_far_from_zero():
     """Where the mean is a thousand deviations, E[x²] - E[x]² would leave nothing right."""
     x, weight, bias = random_arrays({"x": PICTURE, "weight": (4,), "bias": (4,)}).values()
-    arrays, (ours, theirs) = [500 + x, weight, bias], norm(2, 1e-5)
-    assert_close(ours(*arrays), theirs(*each(in_float64, arrays)), 2e-3)
+    ours = sd.group_norm(500 + x, 2, 1e-5, weight, bias)
+    assert_close(ours, norm(2, 1e-5)(*each(in_float64, [500 + x, weight, bias])), 2e-3)
 
 
 def test_timestep_embedding(place):
@@ -281,9 +263,6 @@ def test_timestep_embedding(place):
 # ── Layers ──────────────────────────────────────────────────────────────────────────────────────
 
 
-TIME, WORDS, PLACES = (3, 20), (3, 6, 10), (3, 35, 8)
-X, WIDE = (3, 7, 5, 8), (3, 7, 5, 12)
-LARGE = (3, 13, 9, 8)       # what the way up must come back to
 TIMED = dict(temb_channels=20, resnet_eps=1e-5, resnet_groups=4)
 WORDED = dict(TIMED, num_attention_heads=2, cross_attention_dim=10)
 VAE = dict(block_out_channels=(4, 8, 12), layers_per_block=2, norm_num_groups=2)
@@ -295,129 +274,69 @@ TEXT = dict(vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_laye
             num_attention_heads=3, max_position_embeddings=9)
 
 
-def same(ours, module, *inputs, call=lambda module, *inputs: module(*inputs)):
-    return ours, module, call, inputs
-
-
-def up_block(x, skips, *inputs, **weights):
-    """One level up; the first of the skips is the next level's, of which only the size is seen."""
-    return sd.up_block(x, skips[1:], skips[0].shape[1:3], *inputs, n_head=2, groups=4, **weights)
-
-
-def top_block(x, skips, temb, **weights):
-    """The last level up, here without words; there is no next level."""
-    return sd.up_block(x, skips, None, temb, None, n_head=2, groups=4, **weights)
-
-
-LAYERS = {  # our layer with its settings, the reference, and the inputs (or shapes) in both's order
-    "resnet": same(
-        partial(sd.resnet, groups=4, eps=1e-5),
-        ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=20, groups=4, eps=1e-5),
-        X, TIME),
-    "resnet, as wide as before": same(
-        partial(sd.resnet, groups=4, eps=1e-5),
-        ResnetBlock2D(in_channels=8, temb_channels=20, groups=4, eps=1e-5), X, TIME),
-    "resnet, timeless": same(
-        partial(sd.resnet, temb=None, groups=2, eps=1e-6),
-        ResnetBlock2D(in_channels=8, out_channels=6, temb_channels=None, groups=2, eps=1e-6), X,
-        call=lambda block, x: block(x, None)),
-    "attention": same(
-        partial(sd.attention, n_head=2), Attention(8, 10, heads=2, dim_head=4), PLACES, WORDS),
-    "self-attention": same(
-        lambda x, **p: sd.attention(x, x, 4, **p), Attention(8, heads=4, dim_head=2), PLACES),
-    "vae_attention": same(
-        partial(sd.vae_attention, groups=4),
-        Attention(8, heads=1, dim_head=8, norm_num_groups=4, eps=1e-6, bias=True,
-                  residual_connection=True), X),
-    "vae_block, middle": same(
-        partial(sd.vae_block, groups=4),
-        blocks.UNetMidBlock2D(8, None, resnet_groups=4, attention_head_dim=8), X),
-    "vae_block, down": same(
-        partial(sd.vae_block, groups=4),
-        blocks.DownEncoderBlock2D(8, 12, num_layers=2, resnet_groups=4, downsample_padding=0), X),
-    "vae_block, up": same(
-        partial(sd.vae_block, groups=4),
-        blocks.UpDecoderBlock2D(8, 12, num_layers=2, resnet_groups=4), X),
-    "vae_encoder": same(
-        partial(sd.vae_encoder, groups=2), Encoder(3, 4, ("DownEncoderBlock2D",) * 3, **VAE),
-        (2, 14, 11, 3)),
-    "vae_decoder": same(
-        partial(sd.vae_decoder, groups=2), Decoder(4, 3, ("UpDecoderBlock2D",) * 3, **VAE),
-        (2, 5, 3, 4)),
-    "feed_forward": same(sd.feed_forward, FeedForward(8, activation_fn="geglu"), PLACES),
-    "transformer_block": same(
-        partial(sd.transformer_block, n_head=2),
-        BasicTransformerBlock(8, 2, 4, cross_attention_dim=10), PLACES, WORDS,
-        call=lambda block, x, words: block(x, None, words)),
-    "transformer": same(
-        partial(sd.transformer, n_head=2, groups=4),
-        Transformer2DModel(2, 4, 8, norm_num_groups=4, cross_attention_dim=10), X, WORDS,
-        call=lambda block, *inputs: block(*inputs, return_dict=False)[0]),
-    "down_block": same(
-        partial(sd.down_block, n_head=2, groups=4),
-        blocks.CrossAttnDownBlock2D(8, 12, num_layers=2, **WORDED), X, TIME, WORDS),
-    "down_block, wordless": same(
-        partial(sd.down_block, context=None, n_head=2, groups=4),
-        blocks.DownBlock2D(8, 12, num_layers=2, add_downsample=False, **TIMED), X, TIME),
-    "down_block, middle": same(
-        lambda *inputs, **p: sd.down_block(*inputs, n_head=2, groups=4, **p)[0],
-        blocks.UNetMidBlock2DCrossAttn(8, **WORDED), X, TIME, WORDS),
-    "up_block": same(
-        up_block, blocks.CrossAttnUpBlock2D(8, 12, 8, num_layers=2, **WORDED),
-        X, [LARGE, X, WIDE], TIME, WORDS,
-        call=lambda block, x, skips, *xs: block(x, skips, *xs, upsample_size=skips[0].shape[2:])),
-    "up_block, wordless": same(
-        top_block, blocks.UpBlock2D(8, 8, 12, num_layers=2, add_upsample=False, **TIMED),
-        X, [X, WIDE], TIME),
-    "unet": same(
-        partial(sd.unet, n_head=(2, 3, 4), groups=4), UNet2DConditionModel(**UNET),
-        (3, 11, 6, 4), np.array([0, 37.5, 999], np.float32), WORDS,
-        call=lambda unet, *inputs: unet(*inputs).sample),
-    "text_encoder": same(
-        partial(sd.text_encoder, n_head=3, activation=sd.quick_gelu),
-        CLIPTextModel(CLIPTextConfig(**TEXT)), np.random.default_rng(0).integers(50, size=(3, 7)),
-        call=lambda clip, ids: clip(ids).last_hidden_state),
+MODULES = {     # the same as each layer in layers.py
+    "resnet": ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=20, groups=4, eps=1e-5),
+    "resnet, as wide as before": ResnetBlock2D(in_channels=8, temb_channels=20, groups=4, eps=1e-5),
+    "resnet, timeless": ResnetBlock2D(
+        in_channels=8, out_channels=6, temb_channels=None, groups=2, eps=1e-6),
+    "attention": Attention(8, 10, heads=2, dim_head=4),
+    "self-attention": Attention(8, heads=4, dim_head=2),
+    "vae_attention": Attention(
+        8, heads=1, dim_head=8, norm_num_groups=4, eps=1e-6, bias=True, residual_connection=True),
+    "vae_block, middle": blocks.UNetMidBlock2D(8, None, resnet_groups=4, attention_head_dim=8),
+    "vae_block, down": blocks.DownEncoderBlock2D(
+        8, 12, num_layers=2, resnet_groups=4, downsample_padding=0),
+    "vae_block, up": blocks.UpDecoderBlock2D(8, 12, num_layers=2, resnet_groups=4),
+    "vae_encoder": Encoder(3, 4, ("DownEncoderBlock2D",) * 3, **VAE),
+    "vae_decoder": Decoder(4, 3, ("UpDecoderBlock2D",) * 3, **VAE),
+    "feed_forward": FeedForward(8, activation_fn="geglu"),
+    "transformer_block": BasicTransformerBlock(8, 2, 4, cross_attention_dim=10),
+    "transformer": Transformer2DModel(2, 4, 8, norm_num_groups=4, cross_attention_dim=10),
+    "down_block": blocks.CrossAttnDownBlock2D(8, 12, num_layers=2, **WORDED),
+    "down_block, wordless": blocks.DownBlock2D(
+        8, 12, num_layers=2, add_downsample=False, **TIMED),
+    "down_block, middle": blocks.UNetMidBlock2DCrossAttn(8, **WORDED),
+    "up_block": blocks.CrossAttnUpBlock2D(8, 12, 8, num_layers=2, **WORDED),
+    "up_block, wordless": blocks.UpBlock2D(8, 8, 12, num_layers=2, add_upsample=False, **TIMED),
+    "unet": UNet2DConditionModel(**UNET),
+    "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
 }
-layer = pytest.mark.parametrize("name", LAYERS)
+CALLS = {       # where one does not just call it with the inputs
+    "resnet, timeless": lambda block, x: block(x, None),
+    "transformer_block": lambda block, x, words: block(x, None, words),
+    "transformer": lambda block, *inputs: block(*inputs, return_dict=False)[0],
+    "up_block": lambda block, x, skips, *inputs: block(
+        x, skips, *inputs, upsample_size=skips[0].shape[2:]),
+    "unet": lambda unet, *inputs: unet(*inputs).sample,
+    "text_encoder": lambda clip, ids: clip(ids).last_hidden_state,
+}
+
+
+def layer_shapes(name):
+    """Return {name: shape} of a layer's weights in diffusers."""
+    return {key: tuple(p.shape) for key, p in MODULES[name].named_parameters()}
 
 
 @functools.cache
 def setting(name):
-    """Return random inputs and weights {name: array} of a layer.
-
-    What a norm will see is so small that it shows whether its epsilon is 1e-5 or 1e-6.
-    """
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        if isinstance(x, np.ndarray):
-            return x
-        if isinstance(x, list):
-            return [draw(shape) for shape in x]
-        return 0.1 * rng.standard_normal(x, np.float32)
-
-    _, module, _, inputs = LAYERS[name]
-    weights = random_arrays({key: tuple(p.shape) for key, p in module.named_parameters()})
-    weights = {key: w * np.float32(0.5 if w.ndim == 4 else 1) for key, w in weights.items()}
-    return list(map(draw, inputs)), weights
+    """Return random inputs and weights {name: array} of a layer."""
+    return layer_inputs(name), layer_weights(layer_shapes(name))
 
 
-def run(name, inputs, weights):
-    """Return what our layer makes of the inputs, given its weights as a checkpoint holds them."""
-    last = {key: w.permute(0, 2, 3, 1) if torch.is_tensor(w) else w.transpose(0, 2, 3, 1)
-            for key, w in weights.items() if w.ndim == 4}
-    ours, *_ = LAYERS[name]
-    return ours(*inputs, **sd.nest(weights | last))
+@torch.no_grad()
+def layer_reference(name):
+    """Return what the layer of diffusers makes of the inputs, in float64."""
+    module, (inputs, weights) = MODULES[name], setting(name)
+    module.double().load_state_dict(each(torch.tensor, weights), strict=False)
+    call = partial(CALLS[name], module) if name in CALLS else module
+    return channels_first(call)(*each(in_float64, inputs))
 
 
-@layer
+@pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_layer(name, place):
-    _, module, call, _ = LAYERS[name]
     inputs, weights = given = each(place, setting(name))
-    module.double().load_state_dict(each(torch.tensor, setting(name)[1]), strict=False)
-    reference = channels_first(partial(call, module))(*each(in_float64, setting(name)[0]))
-    assert_close(run(name, inputs, weights), reference)
+    assert_close(run(name, inputs, weights), layer_reference(name))
     assert_unchanged(given, setting(name))
 
 

@@ -15,6 +15,8 @@ import tiny_sd
 from conftest import record
 from extras import cli, formats
 
+pytestmark = pytest.mark.slow
+
 UNET = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
@@ -134,6 +136,14 @@ def test_namings(naming, folder, plain, pairs, backend, tmp_path):
     )
 
 
+def test_a_lora_that_torch_wrote(folder, plain, pairs, tmp_path):
+    name, names = NAMINGS["kohya"]
+    arrays = load_file(write(tmp_path / "lora.safetensors", pairs, name, names))
+    torch.save(arrays, tmp_path / "lora.pt")
+    model = formats.load(folder, loras=[(tmp_path / "lora.pt", 0.5)])
+    assert largest_error(model, plain, pairs, names, 0.5) < 1e-5
+
+
 @pytest.mark.parametrize("naming", ["kohya", "peft"])
 def test_alpha_over_rank(naming, folder, plain, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS[naming], alpha=12)
@@ -238,8 +248,8 @@ def add(name):
     "change, named",
     [
         (
-            add("lora_unet_input_blocks_1_1_proj_in.lora_down.weight"),
-            "lora_unet_input_blocks_1_1_proj_in.lora_down.weight",
+            add("lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
+            "lora_unet_input_blocks_30_1_proj_in.lora_down.weight",
         ),
         (
             add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"),

@@ -13,7 +13,6 @@ import io
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -38,6 +37,7 @@ LAST = 8        # the last section of the lesson
 ALPHA_BAR = sd.alpha_bars()
 
 
+@functools.cache
 def defined_in(source):
     """Return the functions and classes at the top level of some Python."""
     return [node.name for node in ast.parse(source).body if hasattr(node, "name")]

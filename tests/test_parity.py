@@ -18,6 +18,7 @@ from PIL import Image
 import tiny_sd
 from conftest import ROOT, SCHEDULER, TEXT, UNET, VAE, make_unet, record, same
 from extras import checks, formats
+from layers import network
 
 CLASSES = {
     "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
@@ -114,6 +115,7 @@ def test_tokenizer_on_hard_texts(tokenizer, reference):
     same_ids(tokenizer, reference.tokenizer, TEXTS)
 
 
+@pytest.mark.slow
 def test_tokenizer_on_every_character(tokenizer, reference):
     """Each in a row with its neighbours, and each but Han and Hangul between letters and digits."""
     characters = assigned(0, 0x30000)
@@ -132,6 +134,7 @@ def test_tokenizer_on_every_character(tokenizer, reference):
     )
 
 
+@pytest.mark.slow
 def test_tokenizer_on_random_texts(tokenizer, reference):
     chance = random.Random(0)
     ascii, other = assigned(32, 127), side_by_side(assigned(0, 0x20000))
@@ -220,33 +223,27 @@ def test_vae_decoder(model, backend, reference):
     ],
     ids=["as Stable Diffusion 1", "as Stable Diffusion 2", "as for inpainting", "shallow"],
 )
-@pytest.mark.parametrize("size", [(13, 9), (8, 16), (5, 3)])
-def test_unet(changes, size, folder_with, model, backend, reference):
+def test_unet(changes, folder_with, model, backend, reference):
     """At odd sizes too, where the way up must return to the sizes of the way down.
 
     Each picture at its own time.
     """
     network = make_unet(**changes) if changes else reference.unet
     model = formats.load(folder_with(unet=network), backend) if changes else model
-    chance = np.random.default_rng(0)
-    x, t, context = arrays(
-        backend, chance.normal(size=(3, *size, network.config.in_channels)),
-        np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)),
-    )
-    expected = network(first(x), torch.as_tensor(t), torch.as_tensor(context)).sample
     heads = network.config.attention_head_dim
-    ours = tiny_sd.unet(
-        x, t, context, heads if isinstance(heads, tuple) else [heads] * 4, 32, **model.unet
-    )
-    same("U-Net", ours, last(expected), 2e-5)
+    heads = heads if isinstance(heads, tuple) else [heads] * 4
+    for size in (13, 9), (8, 16), (5, 3):
+        chance = np.random.default_rng(0)
+        x, t, context = arrays(
+            backend, chance.normal(size=(3, *size, network.config.in_channels)),
+            np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)),
+        )
+        expected = network(first(x), torch.as_tensor(t), torch.as_tensor(context)).sample
+        ours = tiny_sd.unet(x, t, context, heads, 32, **model.unet)
+        same("U-Net", ours, last(expected), 2e-5)
 
 
 # ── Samplers ──────────────────────────────────────────────────────────────────────────────────────
-
-def network(x, t):
-    """Stands for a U-Net: some smooth answer to x_t and t, the same on NumPy and torch."""
-    return 0.9 * x + 0.2 * (x * x + t / 300) / (1 + x * x)
-
 
 def reference_trajectory(scheduler, x, steps, seed):
     """Each (t, x_t) of a diffusers scheduler, in our scale, where a picture's and the noise's

@@ -3,13 +3,16 @@
 import ast
 import inspect
 import re
+import typing
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import tiny_sd
 from conftest import ROOT
-from extras import cli
+from extras import cli, formats
+from helpers import write_model
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -62,3 +65,23 @@ def test_links_and_options_exist():
     commands = [line for line in TEXT.split("\n") if "python tiny_sd.py" in line]
     for flag in set(re.findall(r" (--[a-z-]+|-[a-zA-Z])\b", "\n".join(commands))):
         assert flag in known, flag
+
+
+def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
+    """The types that load, generate and the others are annotated with are those of a run."""
+    folder, hints = write_model(tmp_path / "tiny"), typing.get_type_hints
+    for load in tiny_sd.load, formats.load:
+        model = load(folder)
+        assert isinstance(folder, hints(load)["path"]) and isinstance(model, hints(load)["return"])
+
+    xs = tiny_sd.generate(model, "red", seeds=[1], steps=1)
+    assert hints(tiny_sd.generate)["return"] == Iterator[np.ndarray] and isinstance(xs, Iterator)
+    x, = xs
+    picture, = tiny_sd.decode(model, x)
+    assert callable(tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, ["red"]), 1.0))
+    for function, value in (tiny_sd.decode, tiny_sd.decode(model, x)), (
+            tiny_sd.encode, tiny_sd.encode(model, picture, x)):
+        assert isinstance(value, hints(function)["return"])
+    for function in (tiny_sd.generate, tiny_sd.decode, tiny_sd.encode, tiny_sd.encode_prompts,
+                     tiny_sd.denoiser):
+        assert hints(function)["model"] is tiny_sd.Model

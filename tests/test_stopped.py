@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import ROOT
 from extras import cli, formats
-from helpers import FILES, sd, shapes_of
+from helpers import FILES, all_signals_end_it, finish, launch, sd, shapes_of, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -49,25 +49,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def all_signals_end_it():
-    """Undo what the tests' own parent may have set, such as nohup, which ignores SIGHUP."""
-    for name in ("SIGINT", "SIGHUP", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-
-
 def program(*argv, under=(), **environment):
     """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
-    done = subprocess.run(
-        [*under, sys.executable, ROOT / "tiny_sd.py", *argv], capture_output=True, text=True,
-        timeout=100, env=os.environ | environment,
-        preexec_fn=all_signals_end_it,
-    )
-    lines = [
-        line
-        for line in re.split("[\r\n]+", done.stderr)
-        if line and not re.search(r"\d+/\d+ \[", line)
-    ]
-    return done.returncode, done.stdout, lines
+    status, out, err = finish(launch(*argv, under=under, **environment))
+    lines = [line for line in re.split("[\r\n]+", err)
+             if line and not re.search(r"\d+/\d+ \[", line)]
+    return status, out, lines
 
 
 def contents():
@@ -158,6 +145,76 @@ def test_other_signals_leave_nothing_unfinished(here, name, phase):
     after = contents()
     assert (status, err, out.split()) == (128 + getattr(signal, name), [], there)
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_first_process_of_a_container_can_be_stopped(here, name, status):
+    """There the system ignores each signal that the program does not catch."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(
+        INTERRUPT.replace("signal.SIGINT", f"signal.{name}")
+        + "print(os.getpid(), file=sys.stderr)"
+    )
+    before = contents()
+    stopped, out, err = program(
+        *"apple -W 32 -H 32 --steps 2".split(), under=possible(container),
+        PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+        INTERRUPT="PngImagePlugin.py:putchunk:2",
+    )
+    said = ["tiny_sd: interrupted"] * (name == "SIGINT")
+    assert (stopped, out, err) == (status, "", ["1", *said]) and contents() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_again_while_it_tidies_up(here):
+    """As of people who press it twice: nothing unfinished is left."""
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(
+        "import os, signal, sys\nfunctions = ['latents_section', 'rmtree', 'tell']\n"
+        "def watch(frame, event, arg):\n"
+        "    if event == 'call' and functions and frame.f_code.co_name == functions[0]:\n"
+        "        functions.pop(0)\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.setprofile(watch)\n"
+    )
+    before = contents()
+    status, out, err = program(*"apple -W 32 -H 32 --steps 2 --show new".split(),
+                               PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")
+    assert (status, out, err) == (130, "out-1.png\n", ["tiny_sd: interrupted"])
+    assert contents().keys() - before.keys() == {"out-1.png"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_signal_that_is_not_heeded_is_heeded_when_it_comes_again(here):
+    """Such as one that came while Python took an object away, where it drops all exceptions."""
+    stuck = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1].removesuffix("tiny_sd.py"))
+from extras import start
+start.set_up_signals()
+for pause, number in (0, signal.SIGINT), (0, signal.SIGTERM), (1.1, signal.SIGTERM):
+    time.sleep(pause)
+    try:
+        signal.raise_signal(number)
+        print("on", flush=True)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", stuck, ROOT / "tiny_sd.py"], capture_output=True,
+                          text=True, preexec_fn=all_signals_end_it)
+    assert (done.returncode, done.stdout) == (143, "stopped\non\n"), done.stderr
+
+
+def possible(command):
+    """Return the beginning of a command, or skip the test where the system does not allow it."""
+    try:
+        refused = subprocess.run([*command, "true"], capture_output=True).returncode
+    except OSError:
+        refused = True
+    if refused:
+        pytest.skip(f"this system does not let a test call {command[0]}")
+    return command
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
@@ -348,6 +405,8 @@ def swap():
     ],
 )
 def test_too_little_memory(large, flags, what, need, room, how):
+    if "torch" in flags:
+        pytest.importorskip("torch")
     if swap() > need - room:
         pytest.skip("with so much swap it would fit")
     before = contents()
@@ -404,9 +463,51 @@ def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     argv, needs = ["red apple", "--steps", "1", *argv.split()], {}
     assert program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")[0] == 0
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("status").read_text())[1])
+
+    def check_memory(need, what, *advice):
+        needs[what] = need
     for module in (cli, formats):
-        monkeypatch.setattr(module, "check_memory", lambda need, what: needs.update({what: need}))
+        monkeypatch.setattr(module, "check_memory", check_memory)
     monkeypatch.setattr(sd, "generate", None)
     with pytest.raises(TypeError):
         cli.main(argv)
     assert needs[what] < peak < 3 * needs[what] + 60e6, (needs, peak)
+
+
+# ── What the system does not allow ────────────────────────────────────────────────────────────────
+
+ROOT_USER = os.name != "nt" and os.getuid() == 0
+# As root, files can be read whatever they allow, and threads be started without limit. So begin:
+READ_WHAT_IS_ALLOWED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+AS_ANOTHER_USER = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
+                   "--inh-caps", "+dac_override", "--ambient-caps", "+dac_override"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+@pytest.mark.parametrize("name", [
+    "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/vocab.json", "vae"])
+def test_what_cannot_be_read_is_not_said_to_be_missing(here, name):
+    under = possible(READ_WHAT_IS_ALLOWED) if ROOT_USER else []
+    path = write_model(here / "model") / name
+    path.chmod(0)
+    status, out, err = program("red", "-m", "model", under=under)
+    path.chmod(0o700)
+    assert (status, out, len(err)) == (2, "", 1)
+    assert name in err[0] and "Permission denied" in err[0]
+
+
+@linux
+def test_no_thread_can_be_started(here):
+    """The program goes on with the one that it has."""
+    under = [*(AS_ANOTHER_USER if ROOT_USER else []), "prlimit", "--nproc=1"]
+    Path("lib").mkdir()
+    Path("lib/sitecustomize.py").write_text(
+        "import os, sys, threading\nos.sched_getaffinity = lambda process: {0, 1}\n"
+        "try:\n    threading.Thread(target=print).start()\n"
+        "except RuntimeError as error:\n    print(error, file=sys.stderr)\n"
+    )
+    here.chmod(0o777)
+    status, out, err = program("red apple", "--steps", "2", under=possible(under),
+                               PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")
+    assert (status, out, err) == (0, "out-1.png\n", ["can't start new thread"])
+    Image.open("out-1.png").load()

@@ -1,6 +1,8 @@
 """What a model says it knows: --things, and the line on a prompt that names nothing of it."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -43,10 +45,22 @@ def test_a_prompt_without_known_things_is_drawn_with_a_line(model, capsys, tmp_p
     assert "--things" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [None, "[]", "{}", '{"things": 3}', "[" * 100000])
+def test_what_a_model_says_cannot_write_to_the_terminal(model, capsys):
+    said = KNOWN | {"things": [["cat\x1b[31m", 7], []], "styles": ["\x07blob"]}
+    (model / "things.json").write_text(json.dumps(said))
+    assert cli.main(["--things", "-m", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "1 things" in out and "cat [31m (7)" in out and " blob" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
+
+
+@pytest.mark.parametrize("text", [
+    None, "[]", "{}", '{"things": 3}', "[" * 100000, json.dumps(KNOWN | {"styles": 5}), "a pipe"])
 def test_a_model_that_does_not_say(tmp_path, capsys, text):
     folder = write_model(tmp_path / "m")
-    if text is not None:
+    if text == "a pipe":
+        getattr(os, "mkfifo", Path.touch)(folder / "things.json")   # it would be waited for
+    elif text is not None:
         (folder / "things.json").write_text(text)
     assert cli.main(["--things", "-m", str(folder)]) == 2
     assert "things.json" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 import tiny_sd
 from conftest import ROOT
@@ -151,6 +153,41 @@ def test_npm_is_missing(tmp_path):
     done = subprocess.run(command("render", tmp_path)[:-4] + ["--data", tmp_path / "none.zip"],
                           capture_output=True, text=True, env={**os.environ, "PATH": ""})
     assert done.returncode == 2 and done.stderr.startswith("train.py: npm is missing")
+
+
+def write_data(path, names, files):
+    """A zip as people make it: things.json, and a coloured square for each name of a file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("things.json", names if isinstance(names, str) else json.dumps(names))
+        for i, file in enumerate(files):
+            with archive.open(file, "w") as png:
+                Image.new("RGBA", (16, 16), (9 * i, 255, 0, 200)).save(png, "PNG")
+    return path
+
+
+def test_drawings_of_ones_own(tmp_path):
+    """With one style each, which training shows although it would be held out of more."""
+    names = [[f"thing {i}", f"alias {i}"] for i in range(40)]
+    data = write_data(tmp_path / "own.zip", names, [f"{i:04}-flat.png" for i in range(40)])
+    things = scenes.load_things(data, 32)
+    assert things.names == names and (things.drawings[:, 3] == range(40)).all()
+    assert any(scenes.held_out_style(name, "flat") for name, _ in names)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(500):
+        seen |= {part.picture for part in scenes.draw_scene(things, rng).parts}
+    assert seen == {*range(40)}
+
+
+@pytest.mark.parametrize("names, files, said", [
+    ([["a"], ["b"]], ["0000-noto.png"], "b has no drawing"), ([["a"]], ["0000-noto.png"], "two"),
+    ({"a": 1}, [], "things.json"), ([["a"], []], [], "things.json"), (["a", "b"], [], "things"),
+    ([["a"], [""]], [], "things.json"), ("[" * 100_000, [], "recursion"), ("[", [], "Expecting"),
+    ([["a"], ["b"]], ["0000-mine.png"], "0000-mine.png"), ([["a"], ["b"]], ["x.png"], "x.png"),
+    ([["a"], ["b"]], ["0007-noto.png"], "0007-noto.png")])
+def test_what_is_wrong_with_them_is_said(tmp_path, names, files, said):
+    data = write_data(tmp_path / "own.zip", names, files)
+    with pytest.raises(tiny_sd.UserError, match="own.zip: .*" + said):
+        scenes.load_things(data, 32)
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────────────────────────
@@ -293,6 +330,24 @@ def test_too_little_is_said(tmp_path):
     done = run("clip", tmp_path, "--steps", 1)
     message = f"train.py: {tmp_path / 'vae.pt'} is missing: run the stage vae first"
     assert done.returncode == 2 and done.stderr.strip() == message
+
+
+@pytest.mark.parametrize("options, said", [
+    ("--rate nan", "--rate"), ("--minutes inf", "--minutes"), ("--steps -1", "--steps"),
+    ("--seed -1", "--seed"), ("--threads -2", "--threads"), ("--device tpu", "no tpu device")])
+def test_numbers_that_mean_nothing_are_refused(tmp_path, options, said):
+    done = run("vae", tmp_path / "new", *options.split())
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_state_that_cannot_be_used(tmp_path):
+    (tmp_path / "vae.pt").write_text("no checkpoint")
+    (tmp_path / "file").write_text("mine")
+    for state, said in (tmp_path, "vae.pt is not whole"), (tmp_path / "file", "file"):
+        done = run("vae", state, "--steps", 1, out=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "vae.pt").read_text() == "no checkpoint"
 
 
 # ── Measuring ───────────────────────────────────────────────────────────────────────────────────

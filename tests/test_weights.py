@@ -4,10 +4,7 @@ refused by name.
 
 import json
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import tiny_sd
 from conftest import compvis_name, write_tokenizer
 from extras import formats
+from extras.narrow import wide
+from helpers import write_model
 
 PARTS = ("text_encoder", "vae", "unet")
 
@@ -54,7 +53,8 @@ def same_weights(ours, others, change=lambda array: array):
         assert found.keys() == expected.keys()
         for name, array in expected.items():
             array = change(torch.from_numpy(np.array(array, np.float32))).numpy()
-            assert np.array_equal(np.asarray(found[name], np.float32).ravel(), array.ravel()), name
+            same = np.asarray(wide(found[name]), np.float32).ravel() == array.ravel()
+            assert same.all(), name
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_single_file_equals_folder(kind, dtype, single_file, plain):
     same_weights(formats.load(single_file(kind)), plain, lambda array: array.to(dtype).float())
 
 
+@pytest.mark.slow
 def test_single_file_draws_the_folders_picture(single_file, folder, backend):
     pictures = []
     for path in (folder, single_file("F32")):
@@ -225,22 +226,37 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
             assert name in str(error.value) or old in str(error.value)
 
 
-def test_unknown_arrays_of_a_single_file_are_named(single_file, tmp_path):
+@pytest.mark.parametrize("name, named", [
+    ("model.diffusion_model.label_emb.0.0.weight", "add_embedding.linear_1.weight"),
+    ("model.diffusion_model.extra", "extra"), ("first_stage_model.encoder.extra", "encoder.extra"),
+    ("cond_stage_model.transformer.text_model.encoder.extra", "encoder.extra")])
+def test_unknown_arrays_of_a_network_in_a_single_file_are_named(name, named, single_file, tmp_path):
     path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
-    extra = [
-        "lora_te.alpha", "first_stage_model.loss.logvar",
-        "model.diffusion_model.label_emb.0.0.weight",
-    ]
-    rewrite(path, lambda arrays: arrays.update(dict.fromkeys(extra[:1], torch.zeros(1))))
-    with pytest.raises(tiny_sd.UserError, match=r"lora_te\.alpha is unknown"):
+    rewrite(path, lambda arrays: arrays.update({name: torch.zeros(1)}))
+    with pytest.raises(tiny_sd.UserError, match=f"its config: {re.escape(named)} is unknown"):
         formats.load(path)
-    for name in extra[1:]:
-        path = shutil.copy(single_file("BF16"), tmp_path / "more.safetensors")
-        rewrite(path, lambda arrays, name=name: arrays.update({name: torch.zeros(1)}))
-        with pytest.raises(
-            tiny_sd.UserError, match=re.escape(name.split("model.", 1)[1].split(".", 1)[1])
-        ):
-            formats.load(path)
+
+
+OTHERS = [      # as files hold them beside the networks
+    "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
+    "cond_stage_model.transformer.text_projection.weight", "control_model.time_embed.0.weight",
+    "cond_stage_model.transformer.vision_model.embeddings.class_embedding", "denoiser.sigmas",
+    "embedding_manager.string_to_param_dict.*", "first_stage_model.loss.discriminator.main.0.bias",
+    "first_stage_model.model_ema.decay", "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+    "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight",
+    "model_ema.diffusion_modelconv_inbias"]
+
+
+@pytest.mark.parametrize("prefix", ["", "state_dict."])
+def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, tmp_path, capsys):
+    """And named in one line, the first five of many."""
+    path = shutil.copy(single_file("F32"), tmp_path / "more.safetensors")
+    rewrite(path, lambda arrays: {prefix + name: array for name, array in arrays.items()}
+            | {name: torch.zeros(3) for name in OTHERS})
+    same_weights(formats.load(path), plain)
+    names = f"{'; '.join(sorted(OTHERS)[:5])}; and {len(OTHERS) - 5} more"
+    assert capsys.readouterr().err == (
+        f"tiny_sd: {path} holds more than a model, which is left out: {names}\n")
 
 
 def test_training_state_is_ignored(single_file, plain, tmp_path):
@@ -259,16 +275,6 @@ def test_training_state_is_ignored(single_file, plain, tmp_path):
         ),
     )
     same_weights(formats.load(path), plain)
-
-
-@pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt", "sd.pth", "pytorch_model.bin"])
-def test_pickles_are_refused(name, tmp_path):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(
-        tiny_sd.UserError,
-        match=re.escape(name) + ".* pickle.* " + name.split(".")[0] + r"\.safetensors",
-    ):
-        formats.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
@@ -341,15 +347,19 @@ def test_the_bundled_model_from_another_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("load", [formats.load, tiny_sd.load])
-def test_a_type_that_numpy_does_not_compute_in_means_torch(load, folder):
+def test_a_type_that_numpy_does_not_compute_in_means_torch(load, tmp_path):
     """As on the command line; and a device too."""
+    folder = write_model(tmp_path / "tiny")
     assert load(folder, dtype="bfloat16").unet["conv_in"]["weight"].dtype == torch.bfloat16
     assert isinstance(load(folder).unet["conv_in"]["weight"], np.ndarray)
     with pytest.raises(tiny_sd.UserError, match="need --backend torch"):
         load(folder, "numpy", dtype="float16")
     if not torch.cuda.is_available():
-        with pytest.raises(tiny_sd.UserError, match="no cuda"):
-            load(folder, device="cuda")
+        for device in "cuda", "cuda:1", "gpu":
+            with pytest.raises(tiny_sd.UserError, match=f"no {device}"):
+                load(folder, "torch", device)
+    with pytest.raises(tiny_sd.UserError, match="no backend jax"):
+        load(folder, "jax")
 
 
 @pytest.mark.parametrize(
@@ -359,6 +369,8 @@ def test_a_type_that_numpy_does_not_compute_in_means_torch(load, folder):
         ({"sampler": "x"}, "no sampler x, but ddpm"), ({"steps": 0}, "--steps 0"),
         ({"steps": 2.0}, "--steps 2.0"), ({"width": 65}, "--width 65"),
         ({"height": 8}, "--height 8"), ({"sampler": "ddim", "karras": True}, "--karras"),
+        ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
+        ({"init": np.zeros((64, 64, 4))}, "3), not (64, 64, 4)"),
     ],
 )
 def test_one_clear_error(plain, settings, named):
@@ -369,15 +381,3 @@ def test_one_clear_error(plain, settings, named):
 def test_latents_of_one_picture_alone(plain):
     with pytest.raises(tiny_sd.UserError, match="four axes"):
         tiny_sd.decode(plain, np.zeros((8, 8, 4), np.float32))
-
-
-@pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt"])
-def test_how_to_convert_a_pickle(name, tmp_path, single_file, plain):
-    """By the command that the refusal names."""
-    torch.save({"state_dict": load_file(single_file("F32")), "epoch": 3}, tmp_path / name)
-    with pytest.raises(tiny_sd.UserError) as error:
-        formats.load(tmp_path / name)
-    command = str(error.value).partition("convert it: python ")[2].replace("FILE", name)
-    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path)
-    assert done.returncode == 0
-    same_weights(formats.load(tmp_path / "sd.safetensors"), plain)
