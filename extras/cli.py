@@ -577,7 +577,7 @@ def check_picture_memory(model, args, width, height):
         check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
 
 
-def main(argv=None):
+def main(argv=None, run=run):
     """Run the program; return 0, 2 after one line that says what is wrong, or 130 after Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)

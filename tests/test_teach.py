@@ -1,0 +1,443 @@
+"""extras/teach.py: a LoRA has the gradients of peft's, is resumed to the bit, and draws the same
+picture here and in diffusers; what the user can mend is one line.
+"""
+
+import functools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import tiny_sd
+from conftest import ROOT, SCHEDULER, make_unet, record, same
+from extras import cli, formats, teach
+from helpers import write_model
+
+pytestmark = pytest.mark.slow
+
+SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
+          "use_linear_projection": True}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random model that is taught in milliseconds a step."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder of three captioned pictures, squares of noise, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i, side in enumerate([16, 40, 9]):
+        pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"apple {i}\n")
+    return folder
+
+
+@pytest.fixture
+def run(pictures, tiny, capsys):
+    """run(option, ...) -> (status, lines on stdout, tiny_sd's lines on stderr)"""
+    def run(*options, model=tiny, output="mine.safetensors"):
+        capsys.readouterr()
+        status = teach.main([str(pictures), "-m", str(model), "-o", output, *map(str, options)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), re.findall("tiny_sd: (.*)", err)
+    return run
+
+
+def random_pairs(model, rank=3, parts=("unet", "text_encoder")):
+    """A model with a LoRA, and the LoRA, whose B are not 0."""
+    adapted, pairs = teach.adapt(model, rank, parts)
+    for _, up in pairs.values():
+        up.data.normal_(0, 0.3)
+    return adapted, pairs
+
+
+def loss_of(model, weights, context):
+    """The loss of one picture at one time, differentiable in the weights."""
+    torch.manual_seed(1)
+    x_0, eps = torch.randn(2, 1, 8, 8, 4)
+    level = torch.tensor(0.5).reshape(1, 1, 1, 1)
+    predict = functools.partial(tiny_sd.unet, t=[300], context=context,
+                                n_head=model.config.unet.n_head,
+                                groups=model.config.unet.norm_num_groups, **weights)
+    return tiny_sd.diffusion_loss(predict, "epsilon", x_0, level, eps).mean(), (x_0, level, eps)
+
+
+# ── W + B A ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1)], ids=["linear", "convolution"])
+def test_an_adapted_weight_is_the_sum(kernel):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 5, 6), torch.randn(8, *kernel, 6), torch.randn(8)
+    down, up = torch.randn(3, 6, requires_grad=True), torch.randn(8, 3, requires_grad=True)
+    written_out = weight + (up @ down).reshape(weight.shape)
+    ours = tiny_sd.linear(x, teach.Adapted(weight, down, up), bias)
+    theirs = tiny_sd.linear(x, written_out, bias)
+    same("adapted layer", ours.detach(), theirs.detach(), 1e-6)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (down, up)) for y in (ours, theirs))):
+        same("gradient of an adapted layer", a, b, 1e-5)
+
+
+def test_before_the_first_step_the_model_predicts_what_it_did(folder):
+    model = formats.load(folder, "torch")
+    adapted, _ = teach.adapt(model, 4, ("unet", "text_encoder"))
+    context = tiny_sd.encode_prompts(model, ["a cat"])
+    assert torch.equal(tiny_sd.encode_prompts(adapted, ["a cat"]), context)
+    assert loss_of(model, adapted.unet, context)[0] == loss_of(model, model.unet, context)[0]
+
+
+@pytest.mark.parametrize("changes", [{}, SECOND], ids=["1", "2"])
+def test_what_kohya_adapts_is_adapted(changes, folder_with, reference):
+    """All linear layers and 1x1 convolutions of the transformers, by diffusers' class of them."""
+    unet = make_unet(**changes)
+    _, pairs = teach.adapt(formats.load(folder_with(unet=unet), "torch"), 2,
+                           ("unet", "text_encoder"))
+    expected = {("unet", f"{name}.{inner}.weight") for name, module in unet.named_modules()
+                if type(module).__name__ == "Transformer2DModel"
+                for inner, layer in module.named_modules()
+                if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))}
+    expected |= {("text_encoder", f"{name.removeprefix('text_model.')}.weight")
+                 for name, layer in reference.text_encoder.named_modules()
+                 if isinstance(layer, torch.nn.Linear)}
+    assert pairs.keys() == expected
+
+
+def test_gradients_are_those_of_peft(folder, reference):
+    """Of all matrices of the U-Net, with diffusers' network and peft's layers."""
+    peft = pytest.importorskip("peft")
+    model = formats.load(folder, "torch")
+    adapted, pairs = random_pairs(model, parts=("unet",))
+    unet = make_unet()
+    names = [name.removesuffix(".weight") for _, name in pairs]
+    unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=names))
+    layers = dict(unet.named_modules())
+    theirs = [layers[name].lora_A.default.weight for name in names] + \
+        [layers[name].lora_B.default.weight for name in names]
+    ours = [down for down, _ in pairs.values()] + [up for _, up in pairs.values()]
+    for p, q in zip(theirs, ours):
+        p.data.copy_(q.reshape(p.shape))
+
+    context = tiny_sd.encode_prompts(model, ["a photo of a cat"])
+    loss, (x_0, level, eps) = loss_of(model, adapted.unet, context)
+    x_t = tiny_sd.add_noise(x_0, level, eps).movedim(-1, 1)
+    predicted = unet(x_t, torch.tensor([300]), context).sample
+    their_loss = torch.nn.functional.mse_loss(predicted, eps.movedim(-1, 1))
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    found = [torch.cat([p.flatten() for p in torch.autograd.grad(value, matrices)])
+             for value, matrices in ((loss, ours), (their_loss, theirs))]
+    same("gradient of a LoRA", *found, 1e-4)
+
+
+def test_gradients_are_the_same_where_layers_are_recomputed(folder):
+    """With less kept on the way."""
+    model = formats.load(folder, "torch")
+    adapted, pairs = random_pairs(model)
+    matrices, found = [p for pair in pairs.values() for p in pair], []
+    for names in (), ("resnet", "transformer"):
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        context = tiny_sd.encode_prompts(adapted, ["a photo of a cat"])
+        with teach.recomputed(*names):
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                loss, _ = loss_of(model, adapted.unet, context)
+            found.append((kept, torch.autograd.grad(loss, matrices)))
+    assert found[1][0] < found[0][0] / 3
+    for a, b in zip(found[0][1], found[1][1]):
+        same("gradient with recomputation", a, b, 1e-6)
+
+
+# ── The file ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def diffusers_picture(pipe, size):
+    return np.asarray(pipe("a photo of a cat", num_inference_steps=3, guidance_scale=5, width=size,
+                           height=size, generator=torch.Generator().manual_seed(3)).images[0])
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "emoji"])
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_draws_the_same(name, folder, folder_with, run):
+    """By load_lora_weights, which must apply all of it; trained at a rate that shows."""
+    pytest.importorskip("peft")
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    if name == "emoji":
+        folder = ROOT / "weights/emoji"
+    if name == "Stable Diffusion 2":
+        folder = folder_with(unet=make_unet(**SECOND), scheduler=DDIMScheduler(
+            **SCHEDULER | {"prediction_type": "v_prediction"}))
+    status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
+                          "-W", 64, "-H", 64, model=folder)
+    assert status == 0, said
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    before = diffusers_picture(pipe, 64).astype(int)
+    pipe.load_lora_weights("mine.safetensors")
+    expected = diffusers_picture(pipe, 64).astype(int)
+
+    model = formats.load(folder, loras=[("mine.safetensors", 1)])
+    *_, x = tiny_sd.generate(model, "a photo of a cat", "", (3,), 3, 5, "ddim", width=64, height=64)
+    ours = tiny_sd.decode(model, x)[0].astype(int)
+    assert abs(expected - before).max() > 20
+    record(f"picture of a taught model, {name}, in 1/255", abs(ours - expected).max())
+    assert abs(ours - expected).max() <= 1
+
+
+def test_the_names_are_kohyas(run):
+    assert run("--steps", 1, "--text", "--rank", 2)[0] == 0
+    arrays = load_file("mine.safetensors")
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert arrays[f"{stem}.lora_down.weight"].shape == (2, 12)
+    assert arrays[f"{stem}.lora_up.weight"].shape == (8, 2) and arrays[f"{stem}.alpha"] == 2
+    assert "lora_te_text_model_encoder_layers_1_mlp_fc2.lora_up.weight" in arrays
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    assert arrays[f"{stem}.lora_down.weight"].shape == (2, 16, 1, 1)
+
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_learns(run, tiny):
+    """The error at fixed times and noises falls, and without --text only the U-Net changes."""
+    def errors(loras):
+        model = formats.load(tiny, "torch", loras=loras)
+        still = torch.optim.SGD(tiny_sd.parameters(model.unet), 0.0)
+        return np.mean([*tiny_sd.train(model, still, *shown(tiny), 30, 8, seed=9)])
+
+    assert run("--steps", 80, "--rate", 0.02)[0] == 0
+    assert errors([("mine.safetensors", 1)]) < 0.9 * errors([])
+    assert not [name for name in load_file("mine.safetensors") if name.startswith("lora_te")]
+
+
+@pytest.mark.parametrize("options", [(), ("--text", "--flip"), ("--save-memory",),
+                                     ("--dtype", "bfloat16")], ids=lambda words: " ".join(words))
+def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch):
+    """Ctrl-C in step 4 of 6, and the same command again, is the same as 6 steps at once."""
+    how = ("--steps", 6, "--rate", 0.01, *options)
+    assert run(*how, output="once.safetensors")[0] == 0
+    step = teach.Teaching.step
+
+    def interrupted(teaching):
+        if len(teaching.losses) == 3:
+            raise KeyboardInterrupt
+        step(teaching)
+
+    monkeypatch.setattr(teach.Teaching, "step", interrupted)
+    status, out, said = run(*how)
+    assert status == 130 and not out and "step 3 is kept in mine.safetensors.state" in said[0]
+    monkeypatch.setattr(teach.Teaching, "step", step)
+    status, out, said = run(*how)
+    assert (status, out) == (0, ["mine.safetensors"]) and "going on from step 3" in said[0]
+    once, again = load_file("once.safetensors"), load_file("mine.safetensors")
+    assert once.keys() == again.keys() and all(torch.equal(once[k], again[k]) for k in once)
+
+
+def test_what_was_reached_is_kept_every_minute(run, monkeypatch):
+    """And the sheet is drawn every five, while it runs; nothing of that is left but the sheet."""
+    seen, now = [], iter(range(0, 10 ** 6, 25))
+    monkeypatch.setattr(teach.time, "monotonic", lambda: float(next(now)))
+    fit = teach.fit
+
+    def watched(teaching, begun, keep, draw):
+        fit(teaching, begun, lambda: (seen.append("kept"), keep()),
+            lambda: (seen.append("sheet"), draw()))
+
+    monkeypatch.setattr(teach, "fit", watched)
+    assert run("--steps", 30)[0] == 0
+    assert seen.count("kept") in (9, 10) and seen.count("sheet") == 2
+
+
+def test_minutes_end_it(run, monkeypatch):
+    clock = iter(range(0, 10 ** 6, 10))
+    monkeypatch.setattr(teach.time, "monotonic", lambda: float(next(clock)))
+    steps, step = [], teach.Teaching.step
+    monkeypatch.setattr(teach.Teaching, "step", lambda t: (steps.append(t.progress), step(t)))
+    assert run("--minutes", 1)[0] == 0
+    assert steps == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+
+
+def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
+    monkeypatch.setattr(teach.Teaching, "step", lambda teaching: (_ for _ in ()).throw(
+        KeyboardInterrupt))
+    assert run("--steps", 2)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(pictures.parent)
+    for change in (("--rank", 4), ("--text",), ("--rate", 0.1)):
+        status, _, (line,) = run("--steps", 2, *change)
+        assert status == 2 and "was begun with other options" in line
+    (pictures / "0.txt").write_text("red apple")
+    status, _, (line,) = run("--steps", 2)
+    assert status == 2 and "was begun with other options or captions" in line
+    (pictures.parent / "mine.safetensors.state").write_bytes(b"PK")
+    status, _, (line,) = run("--steps", 2)
+    assert status == 2 and "mine.safetensors.state cannot be read, remove it" in line
+
+
+def test_the_sheet_shows_it_without_and_with(run):
+    assert run("--steps", 5, "--rate", 0.05)[0] == 0
+    sheet = np.asarray(Image.open("mine.png")).astype(int)
+    before, after = np.split(sheet[:, 60:], [sheet.shape[0] // 2 + 2])
+    assert before.shape[0] == after.shape[0] + 4
+    assert np.abs(before[:-4] - after).mean() > 5
+
+
+# ── The pictures ──────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(tiny, *options):
+    """Return the latents and captions that training shows."""
+    model = formats.load(tiny, "torch")
+    args = teach.parse_arguments(["pictures", "-o", "x.safetensors", "-m", str(tiny), *options])
+    teach.fill_in(args, model)
+    pictures = teach.read_folder(args.folder, args.caption)
+    return teach.lessons(model, pictures, teach.prompts_to_keep(args), args)
+
+
+def test_pictures_are_cut_to_the_size(pictures, tiny, capsys):
+    Image.new("RGB", (30, 40)).save(pictures / "1.png")
+    latents, captions = shown(tiny)
+    assert latents.shape == (3, 8, 8, 4) and captions == ["apple 0", "apple 1", "apple 2"]
+    assert "1.png, 30 x 40, is cut to the shape of 16 x 16" in capsys.readouterr().err
+    assert shown(tiny, "-W", "32", "-H", "24")[0].shape == (3, 12, 16, 4)
+
+
+def test_flip_shows_each_picture_mirrored_too(pictures, tiny, monkeypatch):
+    monkeypatch.setattr(tiny_sd, "torch_noise", lambda seeds, size: lambda: np.zeros((1, *size)))
+    both, captions = shown(tiny, "--flip")
+    assert captions == ["apple 0", "apple 0", "apple 1", "apple 1", "apple 2", "apple 2"]
+    plain, _ = shown(tiny)
+    for path in pictures.glob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    same("mirrored latents", both, torch.stack([plain, shown(tiny)[0]], 1).flatten(0, 1), 1e-3)
+
+
+def test_half_of_what_is_shown_is_what_the_model_draws_itself(pictures, tiny):
+    """Of the prompts of --keep, with seeds 0, 1, ...; their pictures are as generate draws them."""
+    (pictures.parent / "keep.txt").write_text("\ufeffred apple\n\n a  dog \n" + "apple\n" * 5)
+    latents, captions = shown(tiny, "--keep", "keep.txt")
+    taught = ["apple 0", "apple 1", "apple 2"]
+    assert captions[:6] == 2 * taught and len(latents) == len(captions) == 13
+    assert sorted(captions[6:]) == ["a  dog", *["apple"] * 5, "red apple"]
+    *_, x = tiny_sd.generate(formats.load(tiny, "torch"), captions[8], seeds=(2,))
+    same("a picture of its own", latents[8:9], x, 1e-6)
+    assert shown(tiny)[1] == taught
+    known = ROOT / "weights/emoji/things.json"
+    (pictures.parent / "model").mkdir()
+    (pictures.parent / "model/things.json").write_bytes(known.read_bytes())
+    args = teach.parse_arguments(["pictures", "-o", "x.safetensors", "-m", "model"])
+    assert "red apple" in teach.prompts_to_keep(args)
+
+
+def test_captions(pictures, capsys):
+    """A file's own first; else the one for all; on one line; with or without a byte order mark."""
+    (pictures / "0.txt").write_text("\ufeffa red\r\n apple ", encoding="utf-8")
+    (pictures / "1.txt").unlink()
+    Image.new("L", (8, 8)).save(pictures / "more.JPG")
+    (pictures / "list.csv").write_text("1")
+    (pictures / ".hidden").write_text("1")
+    read = teach.read_folder(pictures, "cat")
+    assert [(path.name, words) for path, words in read] == [
+        ("0.png", "a red apple"), ("1.png", "cat"), ("2.png", "apple 2"), ("more.JPG", "cat")]
+    assert capsys.readouterr().err.endswith("nor captions of any: list.csv\n")
+
+
+def broken(pictures):
+    (pictures / "b.png").write_bytes(b"\x89PNG")
+    return ()
+
+
+def no_caption(pictures):
+    (pictures / "1.txt").unlink()
+    return ()
+
+
+def empty_caption(pictures):
+    (pictures / "1.txt").write_text(" \n")
+    return ()
+
+
+def latin(pictures):
+    (pictures / "1.txt").write_bytes(b"caf\xe9")
+    return ()
+
+
+def empty(pictures):
+    for path in pictures.iterdir():
+        path.unlink()
+    return ()
+
+
+def missing(pictures):
+    empty(pictures)
+    pictures.rmdir()
+    return ()
+
+
+def there(name):
+    def make(pictures):
+        (pictures.parent / name).write_text("x")
+        return ()
+    return make
+
+
+@pytest.mark.parametrize("prepare, said", [
+    (broken, "b.png is not a picture"), (no_caption, "1.png has no caption: write one into"),
+    (empty_caption, "1.png has no caption"), (latin, "1.txt cannot be read"),
+    (empty, "has no pictures"), (missing, "there is no folder"),
+    (there("mine.safetensors"), "mine.safetensors is there already"),
+    (there("mine.png"), "mine.png is there already"),
+    (lambda _: ("--rank", "0"), "--rank 0 is not from 1 to 1024"),
+    (lambda _: ("--rank", "x"), "invalid int value: 'x'"),
+    (lambda _: ("--rate", "nan"), "--rate nan is not"),
+    (lambda _: ("--minutes", "-1"), "--minutes -1.0 is not"),
+    (lambda _: ("--steps", "0"), "--steps 0 is not from 1"),
+    (lambda _: ("--steps", "5", "--minutes", "5"), "--steps or --minutes, not both"),
+    (lambda _: ("-o", "mine.ckpt"), "mine.ckpt does not end in .safetensors"),
+    (lambda _: ("--keep", "none.txt"), "none.txt cannot be read"),
+    (lambda _: ("-o", "nowhere/mine.safetensors"), "the folder nowhere cannot be written to"),
+], ids=str)
+def test_what_the_user_can_mend_is_one_line_before_anything_is_loaded(prepare, said, run, pictures,
+                                                                      monkeypatch):
+    monkeypatch.setattr(formats, "load", None)
+    before = sorted(pictures.parent.rglob("*"))
+    status, out, lines = run(*prepare(pictures))
+    assert status == 2 and not out and len(lines) == 1 and said in lines[0]
+    assert len([*pictures.parent.rglob("*")]) <= len(before) + 1
+
+
+@pytest.mark.parametrize("changes", [{"in_channels": 9}, {"time_cond_proj_dim": 64}], ids=str)
+def test_models_that_are_not_taught(changes, run, folder_with):
+    status, _, (line,) = run("--steps", 1, model=folder_with(unet=make_unet(**changes)))
+    assert status == 2 and "is not taught here" in line
+
+
+def test_it_runs_as_a_file(pictures, tiny):
+    """From another folder, with one line for an error."""
+    command = [sys.executable, ROOT / "extras/teach.py", "pictures", "-m", tiny]
+    done = subprocess.run([*command, "-o", "a.safetensors", "--steps", "1"], capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (0, "a.safetensors\n"), done.stderr
+    done = subprocess.run([*command, "-o", "a.safetensors"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "tiny_sd: a.safetensors is there already\n")
+
+
+def test_the_lora_is_one_for_the_command_line(run, tiny):
+    assert run("--steps", 1)[0] == 0
+    assert cli.main(["apple", "-m", str(tiny), "--steps", "1", "--lora", "mine.safetensors"]) == 0
