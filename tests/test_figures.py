@@ -13,11 +13,12 @@ from extras import figures
 
 
 def test_the_notes_show_every_picture():
-    """Each of those that figures.py draws, once, and all of them small."""
+    """Each of those that figures.py and teach_demo.py draw, once, and all of them small."""
     notes = (ROOT / "NOTES.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[.+?\]\(extras/pictures/(\w+)\.png\)", notes)
     files = sorted(ROOT.glob("extras/pictures/*"))
-    assert sorted(shown) == sorted(figures.PICTURES) == [path.stem for path in files]
+    drawn = sorted([*figures.PICTURES, "teach"])
+    assert sorted(shown) == drawn == [path.stem for path in files]
     assert sum(path.stat().st_size for path in files) < 1.5e6
 
 
