@@ -850,10 +850,10 @@ class Model:
     text_encoder: dict = field(repr=False)
     vae: dict = field(repr=False)
     unet: dict = field(repr=False)
-    second: SimpleNamespace = field(default=None, repr=False)       # text encoder: see §9
+    second: SimpleNamespace = field(default=None, repr=False)   # a second text encoder: see §9
     digest: str = ""                                # of a single file: the first of its SHA-256
-    vae_encode: object = field(default=vae_encode, repr=False)      # or another kind of VAE's
-    vae_decode: object = field(default=vae_decode, repr=False)
+    vae_encode: Callable = field(default=vae_encode, repr=False)    # another kind of VAE brings
+    vae_decode: Callable = field(default=vae_decode, repr=False)    # its own
 
     @property
     def alpha_bars(self):
@@ -881,9 +881,9 @@ def encode_prompts(model: Model, texts: list[str | None]):
 
 
 def embed_prompts(model, texts):
-    """Return the context of some texts, and what a second text encoder adds to it, or None.
+    """Return the context of some texts and their pooled vectors, None without a second encoder.
 
-    Warns on stderr about text that did not fit. A text of None is empty.
+    Warns on stderr about text that did not fit. None counts as an empty text.
     """
     rows = []
     for text in texts:
@@ -1188,10 +1188,10 @@ def add_second_encoder(model, texts, context):
 
 
 def unet_conditions(model, n, guidance, pooled, shape):
-    """Return what the U-Net is told beside words and time, (n, width): to most models nothing.
+    """Return the U-Net's added conditions, (n, width), one for each context; most models have none.
 
-    Pooled text comes with the picture's height and width, the corner at which it was cut out, and
-    the height and width wanted (9.9). shape: of the latents.
+    With two text encoders they are the pooled vector and six sizes (9.9): height and width of the
+    original picture, top and left of the crop, height and width to draw. shape: of the latents.
     """
     if model.config.unet.time_cond_proj_dim:
         row = guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
@@ -1205,7 +1205,7 @@ def unet_conditions(model, n, guidance, pooled, shape):
 
 
 def guidance_condition(dim, guidance):
-    """Return the scale of guidance as a distilled model is told it, (1, dim) (9.5).
+    """Return the embedding of the guidance scale that a distilled model gets, (1, dim) (9.5).
 
     Meng et al., 2023: a timestep embedding, sines first, whose last frequency is 1/10000.
     """

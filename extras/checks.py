@@ -191,19 +191,18 @@ def check_text_encoders(config, tokenizers):
 
 
 def check_added_conditions(unet, second):
-    """Check that the U-Net is told pooled text and sizes if there is a second text encoder."""
+    """Check that the U-Net takes pooled text and sizes if and only if a second encoder gives it."""
     size = unet.addition_time_embed_dim
-    told = unet.addition_embed_type, bool(size), unet.projection_class_embeddings_input_dim
+    added = unet.addition_embed_type, bool(size), unet.projection_class_embeddings_input_dim
     if second is None:
-        require(told == (None, False, None), "the unet is told more than words and time "
-                "(addition_embed_type), and there is no text_encoder_2 to tell it")
+        require(added == (None, False, None), "the unet expects an added condition "
+                "(addition_embed_type), and there is no text_encoder_2 to give it")
         return
     width = second.projection_dim + 6 * (size or 0)
-    require(told == ("text_time", True, width), "the unet is not told the text_encoder_2's "
-            f"{second.projection_dim} numbers and six sizes (addition_embed_type \"text_time\", "
-            f"projection_class_embeddings_input_dim {width})")
-    require(not unet.time_cond_proj_dim, "a unet that is told both pooled text and the scale of "
-                                         "guidance (time_cond_proj_dim) is not computed here")
+    require(added == ("text_time", True, width), "with this text_encoder_2, the unet needs "
+            f"addition_embed_type \"text_time\" and projection_class_embeddings_input_dim {width}")
+    require(not unet.time_cond_proj_dim, "a unet with both added text and an embedded guidance "
+                                         "scale (time_cond_proj_dim) is not computed here")
 
 
 # ── Shapes ──────────────────────────────────────────────────────────────────────────────────────

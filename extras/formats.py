@@ -304,7 +304,7 @@ TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
 INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
     "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
     "vae": r"(encoder|decoder|quant_conv|post_quant_conv)\.", "unet": ""}
-USUAL = re.compile(     # what published files hold beside their networks
+USUAL = re.compile(     # what published files contain besides the networks
     r"(betas|.*alphas_cumprod\w*|posterior_\w+|logvar|model_ema\.(decay|num_updates)|"
     r".*position_ids|cond\w+(\.embedders\.1)?\.model\.(logit_scale|text_projection))$")
 
@@ -451,7 +451,7 @@ def read_off_text(arrays, open_clip):
 
 
 def read_off_unet(family, arrays):
-    """Return the config of a U-Net, but for what it is told beside words and time."""
+    """Return the config of a U-Net, without its added conditions."""
     down = widths(arrays, "down_blocks")
     depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
              for i in range(len(down))]

@@ -1,8 +1,8 @@
 """Weights that stay in their file, in the type that they have there, until they are used.
 
-The arrays decide this, and no layer knows. extras/fast.py prepares each at its first use, on all
-cores, and keeps what it made; with --low-memory it makes it anew each time, and the system can
-drop the file's pages and read them again.
+It is the arrays' class that does this; no layer knows. extras/fast.py prepares each weight at its
+first use, on all cores, and keeps the result. With --low-memory it prepares it at every use, and
+the system can drop the file's pages and read them again.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from tiny_sd import widen
 
 
 class Narrow(np.ndarray):
-    """An array of a file, also of float16, or of bfloat16 kept as uint16, that computes as float32.
+    """An array of float32, float16, or bfloat16 kept as uint16, that computes as float32.
 
-    fleeting: whether nothing that is prepared from it is to be kept.
+    fleeting: whether what is prepared from it is discarded after each use.
     """
     fleeting = False
 

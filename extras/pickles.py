@@ -23,9 +23,9 @@ LONGEST = 2 ** 22       # bytes of a data.pkl; that of Stable Diffusion 1.5 has 
 STORAGES = {f"torch.{name}Storage": np.dtype(code) for name, code in {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4",
     "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}.items()}
-SWALLOWED = re.compile(     # what checkpoints hold beside weights: made into nothing
-    r"(pytorch_lightning|lightning|lightning_fabric)\..+|(__builtin__|builtins)\.set|_codecs\.encode"
-    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)")
+SWALLOWED = re.compile(     # what checkpoints contain besides weights: becomes Nothing
+    r"(pytorch_lightning|lightning|lightning_fabric)\..+|(__builtin__|builtins)\.set"
+    r"|_codecs\.encode|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)")
 CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
            "a = torch.load(f, \"cpu\", weights_only=True); a = a.get(\"state_dict\", a); "
            "s.save_file({k: v.contiguous() for k, v in a.items() if hasattr(v, \"shape\")}, "

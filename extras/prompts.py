@@ -159,6 +159,11 @@ def embed_prompts(model, texts):
     return context, None if pooled is None else pooled[rows[:, 0]]
 
 
+def changed(record, **fields):
+    """Return a copy of a SimpleNamespace with some fields changed."""
+    return SimpleNamespace(**vars(record) | fields)
+
+
 def reader_of_ids(model):
     """Return the model with tokenizers whose encode() takes the ids of a chunk for a text."""
     def framing(tokenizer):
@@ -172,8 +177,7 @@ def reader_of_ids(model):
     reader = copy.copy(model)
     reader.tokenizer = framing(model.tokenizer)
     if model.second:
-        reader.second = SimpleNamespace(**vars(model.second))
-        reader.second.tokenizer = framing(model.second.tokenizer)
+        reader.second = changed(model.second, tokenizer=framing(model.second.tokenizer))
     return reader
 
 
@@ -224,8 +228,8 @@ def shorter_encoders(model, n):
     shorter = copy.copy(model)
     shorter.text_encoder = shorten_encoder(model.text_encoder)
     if model.second:
-        shorter.second = SimpleNamespace(**vars(model.second))
-        shorter.second.text_encoder = shorten_encoder(model.second.text_encoder)
+        second = shorten_encoder(model.second.text_encoder)
+        shorter.second = changed(model.second, text_encoder=second)
     return shorter
 
 
@@ -332,8 +336,7 @@ def with_embeddings(model, files):
         for weights, table in zip(networks, tables)]
     if model.second:
         tokenizer = LearntTokenizer(model.second.tokenizer, words)
-        learnt.second = SimpleNamespace(**vars(model.second) | {
-            "text_encoder": second[0], "tokenizer": tokenizer})
+        learnt.second = changed(model.second, text_encoder=second[0], tokenizer=tokenizer)
     return learnt
 
 

@@ -133,13 +133,6 @@ def demo_ranks(args):
 # ── A hand ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_ink(judge, n=50):
-    """Return the ids of n things that were not taught, and all their drawings redrawn."""
-    known = {name for name, _ in ink_things()}
-    order = np.random.default_rng(2).permutation(len(judge.things.names) - 1).tolist()
-    return [i for i in order if judge.things.names[i][0] not in known][:n]
-
-
 def redrawn(args):
     """Return the things, where each has its drawings in ink after its own, as styles 6 to 11."""
     things, inked = load_things(args.data, 64), {}

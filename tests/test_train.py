@@ -378,9 +378,22 @@ def test_the_judge_knows_the_drawings(state, things):
 def test_spread():
     """One picture a thing spreads by 0, any picture for any thing by 1."""
     rng = np.random.default_rng(0)
-    one = np.repeat(rng.random((20, 1, 32, 32, 3)), 4, axis=1)
-    assert measure.spread(one) == 0
-    assert measure.spread(rng.random((20, 4, 32, 32, 3))) == pytest.approx(1, abs=0.02)
+    one = np.repeat(rng.random((20, 32, 32, 3)), 4, axis=0)
+    assert measure.spread(one, 4) == 0
+    assert measure.spread(rng.random((80, 32, 32, 3)), 4) == pytest.approx(1, abs=0.02)
+
+
+def test_the_most_variety_is_that_of_the_drawings():
+    """Things with one drawing have none; with more, as many come as that many seeds can show."""
+    things = scenes.load_things(DATA, 64)
+    first = [np.flatnonzero(row >= 0)[0] for row in things.drawings]
+    alone = np.full_like(things.drawings, -1)
+    alone[np.arange(len(first)), first] = things.drawings[np.arange(len(first)), first]
+    spread, found = measure.most_variety(things._replace(drawings=alone), range(10)).values()
+    assert spread == 0 and found == 1
+    spread, found = measure.most_variety(things, range(10), seeds=100).values()
+    styles = [len(scenes.styles_to_train(things, i)) for i in range(10)]
+    assert spread > 0.1 and found == np.mean(styles)
 
 
 def test_evaluate(state):

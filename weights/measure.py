@@ -38,6 +38,7 @@ from scenes import (  # noqa: E402
     in_style,
     paint,
     replace_atomically,
+    styles_to_train,
 )
 
 import tiny_sd  # noqa: E402
@@ -228,8 +229,7 @@ def variety(judge, ids, seeds=8):
     which = np.repeat(ids, seeds)
     numbers = [*range(seeds)] * len(ids)
     pictures = judge.draw(names, numbers)
-    small = pictures.reshape(len(ids), seeds, 32, pictures.shape[1] // 32, 32, -1, 3).mean((3, 5))
-    report = {"seeds of one thing differ, of what things differ": spread(small)}
+    report = {"seeds of one thing differ, of what things differ": spread(pictures, seeds)}
     styles = judge.verdict(judge.latents, pictures, which).styles
     found = [len({*row}) for row in styles.reshape(len(ids), seeds).tolist()]
     report[f"different drawings among {seeds} seeds of a thing"] = float(np.mean(found))
@@ -242,10 +242,21 @@ def variety(judge, ids, seeds=8):
     return report
 
 
-def spread(small):
-    """Mean pixel distance among seeds over that among things; small (things, seeds, 32, 32, 3)."""
-    n, seeds = small.shape[:2]
-    flat = small.reshape(n, seeds, -1)
+def most_variety(things, ids, seeds=8):
+    """The same two measures where each seed shows one of the thing's drawings, chosen at random."""
+    rng, side = np.random.default_rng(0), max(things.pictures)
+    styles = np.stack([rng.choice(styles_to_train(things, i), seeds) for i in ids])
+    shown = things.drawings[np.repeat(ids, seeds), styles.ravel()]
+    pictures = on_colour(things.pictures[side][shown], WHITE)
+    return {"drawings chosen at random differ, of what things differ": spread(pictures, seeds),
+            f"different drawings among {seeds} chosen at random":
+                float(np.mean([len({*row}) for row in styles.tolist()]))}
+
+
+def spread(pictures, seeds):
+    """Mean pixel distance among seeds over that among things, at 32 x 32 pixels."""
+    n, side = len(pictures) // seeds, pictures.shape[1] // 32
+    flat = pictures.reshape(n, seeds, 32, side, 32, side, 3).mean((3, 5)).reshape(n, seeds, -1)
     among_seeds = [np.abs(flat[:, a] - flat[:, b]).mean()
                    for a in range(seeds) for b in range(a)]
     among_things = [np.abs(flat[:, s] - np.roll(flat[:, s], shift, 0)).mean()
@@ -419,6 +430,7 @@ def evaluate(out, things, limit, steps, device):
     measures = (
         lambda: right_things(judge, ids),
         lambda: variety(judge, ids[:max(2, n // 5)]),
+        lambda: most_variety(things, ids[:max(2, n // 5)]),
         lambda: named_styles(judge, shown, "style named"),
         lambda: named_styles(judge, unshown, "drawings never shown"),
         lambda: backgrounds(judge, *held_out_backgrounds(things, rng, few)),

@@ -66,6 +66,7 @@ from scenes import (  # noqa: E402
 
 import tiny_sd  # noqa: E402
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
+from extras.fast import keep_freed_memory  # noqa: E402
 from tiny_sd import (  # noqa: E402
     UserError,
     clip_loss,
@@ -637,12 +638,20 @@ def parse_arguments():
     return args
 
 
-def cpu_attention(q, k, v, causal=False):
-    """The formula itself: at these sizes a CPU computes it faster than torch's fused kernel."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
-    return scores.softmax(-1) @ v
+def prefer_on_cpu(operations):
+    """Put in place of two of torch's operations what a CPU computes faster at these sizes."""
+    torch_group_norm = operations["group_norm"]
+
+    def attention(q, k, v, causal=False):       # the formula; torch has a fused kernel
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+        return scores.softmax(-1) @ v
+
+    def group_norm(x, *args, **kwargs):         # torch's takes twice the time in bfloat16
+        return torch_group_norm(x.float(), *args, **kwargs).to(x.dtype)
+
+    operations |= {"dot_product_attention": attention, "group_norm": group_norm}
 
 
 def join_processes(device):
@@ -661,7 +670,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        tiny_sd.torch_operations()["dot_product_attention"] = cpu_attention
+        keep_freed_memory()
+        prefer_on_cpu(tiny_sd.torch_operations())
     join_processes(args.device)
     try:
         run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
