@@ -915,7 +915,7 @@ def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels
 
         def predict(words, condition):      # for each row of the context, all pictures
             xs = array_like(context, np.concatenate([x] * len(words)))
-            row = np.arange(len(xs)) // len(x)
+            row = np.arange(len(xs)) // len(x)      # which of the words each picture gets
             return to_numpy(unet(xs, np.full(len(xs), t), words[row], config.n_head,
                                  config.norm_num_groups, condition=condition[row], **model.unet))
 

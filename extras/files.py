@@ -20,12 +20,14 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import tiny_sd
+from extras.checks import first_five
 from extras.prompts import file_hash, find_file, lora_hashes
 from extras.samplers import TITLES, sampler_named
 from extras.tiny_vae import HUB as VAES
 from tiny_sd import UserError, require, tell
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of what is written
+PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # and read, in a folder
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 NOT_A_PICTURE = (    # what Pillow raises, for all the ways in which a file can be broken
     OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, AttributeError,
@@ -79,6 +81,40 @@ def read_picture(path, width, height, notes=None):
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         return np.asarray(picture)
+
+
+def read_captioned(folder, caption=None):
+    """Return [(path, caption)] of a folder's pictures; caption: of those that have no .txt file.
+
+    UserError if there is no picture, one that cannot be read, or one without a caption.
+    """
+    require(folder.is_dir(), f"there is no folder {folder}")
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in paths if path.suffix.lower() in PICTURES]
+    require(pictures, f"{folder} has no pictures: none of its files ends in {', '.join(PICTURES)}")
+    for path in pictures:
+        with opened(path) as picture:
+            picture.load()
+    captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]
+    used = {*pictures, *(path.with_suffix(".txt") for path in pictures)}
+    if unused := [path.name for path in paths if path not in used]:
+        tell(f"{folder}: these are no pictures, nor captions of any: {first_five(unused)}")
+    return list(zip(pictures, captions))
+
+
+def read_caption(file, picture, caption):
+    """Return what this file says, or else the caption, on one line."""
+    words = " ".join((read_text(file) if file.exists() else caption or "").split())
+    require(words, f"{picture} has no caption: write one into {file}, or give --caption for all")
+    return words
+
+
+def read_text(file):
+    """Return a file's text; UserError if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 @contextlib.contextmanager

@@ -53,11 +53,13 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     path = next(filter(Path.exists, places), None) or fetch(name)
     settings, arrays, tokenizers, digest, notes = read(path)
     config = check_configs(settings, tokenizers)
+    require(vae or arrays["vae"], f"{path} has no VAE: give one with --vae")
     backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
     if not low_memory:
         check_size(arrays, device, dtype, name)
     for part in arrays:
-        check_weights(part, arrays[part], config[part])
+        if arrays[part]:
+            check_weights(part, arrays[part], config[part])
     if loras:
         add_loras(arrays, loras)
     if vae:
@@ -300,6 +302,8 @@ FAMILIES = [    # Stable Diffusion 1, 2 and XL
             "text_encoder_2": "conditioner.embedders.1.model."}, 128, 64, 0.13025,
            {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False,
             "timestep_spacing": "leading"})]
+USUAL_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+             "latent_channels": 4}        # of a file that comes without
 TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
 INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
     "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
@@ -320,7 +324,7 @@ def read_single_file(path):
     family = max(FAMILIES, key=lambda family: sum(
         name.startswith(tuple(family.text.values())) for name in file))
     arrays, others = sort_out(file, family)
-    missing = [part for part in arrays if not arrays[part]]
+    missing = [part for part in arrays if not arrays[part] and part != "vae"]
     require(not missing, f"{path} is not a Stable Diffusion 1, 2 or XL: it has no "
             f"{', no '.join(missing)}")
     notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
@@ -415,7 +419,8 @@ def read_off(family, open_clip, arrays):
     """
     unet = arrays["unet"]
     settings = {part: read_off_text(arrays[part], part in open_clip) for part in family.text}
-    settings["vae"] = read_off_vae(arrays["vae"]) | {"scaling_factor": family.scaling_factor}
+    shape = read_off_vae(arrays["vae"]) if arrays["vae"] else USUAL_VAE
+    settings["vae"] = shape | {"scaling_factor": family.scaling_factor}
     settings["unet"], settings["scheduler"] = read_off_unet(family, unet), family.scheduler
     if "time_embedding.cond_proj.weight" in unet:
         settings["scheduler"] = family.scheduler | {"_class_name": "LCMScheduler"}

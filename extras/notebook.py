@@ -2,8 +2,10 @@
 
     python -m extras.notebook
 
-Each section's prose and mathematics, and after each paragraph the functions that it names, as
-cells that run in order. Change one, run on, and see the picture change. Needs nbformat.
+Each section's prose and mathematics, and after each paragraph and its equations the functions that
+it names, as cells that run in order. Change one, run on, and see the picture change.
+
+Needs nbformat.
 """
 
 import ast
@@ -121,6 +123,34 @@ def markdown(text):
     return re.sub(r"\$`(.*?)`\$", r"$\1$", text, flags=re.S)
 
 
+def anchor(title):
+    """Return a heading's name in a link, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def link(cells):
+    """Let the links within NOTES.md lead to the cells' headings, or else to the file.
+
+    Jupyter, Colab and VS Code name headings in three ways, so each gets a name of its own.
+    """
+    text = "\n".join(cell["source"] for cell in cells)
+    names = {anchor(title) for title in re.findall(r"^##+ (.+)$", text, re.M)}
+    for cell in cells:
+        cell["source"] = re.sub(r"^##+ (.+)$", lambda heading:
+                                f'<a id="{anchor(heading[1])}"></a>\n\n{heading[0]}',
+                                cell["source"], flags=re.M)
+        cell["source"] = re.sub(r"\]\(#([^)]+)\)", lambda target:
+                                target[0] if target[1] in names else f"](NOTES.md#{target[1]})",
+                                cell["source"])
+
+
+def goes_on(text, after):
+    """Does the block after this one belong to it, as an equation does and what is said of it?"""
+    if text.startswith("```math"):
+        return after != "" and not after.startswith(("#", "**"))     # a new subject
+    return after.startswith("```math") or text.endswith((":", ","))
+
+
 def blocks(text):
     """Split notes into paragraphs and fenced blocks; Python code stays apart."""
     pieces = re.split(r"(```python\n.*?\n```)", text, flags=re.S)
@@ -181,18 +211,24 @@ def make(notes, source):
         mine = sections[int(number[1]) - 1] if number and int(number[1]) <= len(sections) else []
         if number and int(number[1]) > len(sections):
             continue
-        for kind, text in blocks(part):
+        found, pieces = [], list(blocks(part))
+        for (kind, text), (_, after) in zip(pieces, [*pieces[1:], ("text", "")]):
             if kind == "code":      # where tiny_sd is the notebook itself
                 book.run(text)
                 continue
             book.say(text)
-            for name in re.findall(r"`(\w+)`", text):
-                if (found := book.by_name.get(name)) in mine:
-                    book.define(found)
+            if not text.startswith("|"):        # a table sums up, it does not introduce
+                found += [book.by_name.get(name) for name in re.findall(r"`(\w+)`", text)]
+            if not goes_on(text, after):
+                for definition in found:
+                    if definition in mine:
+                        book.define(definition)
+                found = []
         for definition in mine:
             book.define(definition)
     book.say("## Draw\n\nThe whole of it at work. Move the sliders and press the button.")
     book.cells.append(new_code_cell(LAST))
+    link([cell for cell in book.cells if cell["cell_type"] == "markdown"])
     for i, cell in enumerate(book.cells):
         cell["id"] = f"cell-{i}"
     notebook = new_notebook(cells=book.cells)

@@ -9,6 +9,11 @@ are trained (Hu et al., 2021), by tiny_sd.train. NOTES §7 says what that can do
 
 mine.safetensors.state keeps what was reached: after Ctrl-C or a kill the same command goes on from
 there. mine.png shows some captions drawn without what was learnt, and with it, from fixed seeds.
+
+With some thousands of pictures, train a model of your own on them, by the recipe in weights/:
+
+    python extras/teach.py pictures/ -o mine --from-scratch --minutes 600
+    python tiny_sd.py "a zorp on a blue background" -m mine
 """
 
 import contextlib
@@ -38,48 +43,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats, show, things
-from extras.checks import first_five
+from extras import fast, files, formats, show, things
 from tiny_sd import UserError, flatten, nest, require, tell
 
-SUFFIXES = (*files.SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")   # of pictures
-
-
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────
-
-
-def read_folder(folder, caption=None):
-    """Return [(path, caption)] of a folder's pictures; caption: of those that have no .txt file.
-
-    UserError if there is no picture, one that cannot be read, or one without a caption.
-    """
-    require(folder.is_dir(), f"there is no folder {folder}")
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in paths if path.suffix.lower() in SUFFIXES]
-    require(pictures, f"{folder} has no pictures: none of its files ends in {', '.join(SUFFIXES)}")
-    for path in pictures:
-        with files.opened(path) as picture:
-            picture.load()
-    captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]
-    used = {*pictures, *(path.with_suffix(".txt") for path in pictures)}
-    if unused := [path.name for path in paths if path not in used]:
-        tell(f"{folder}: these are no pictures, nor captions of any: {first_five(unused)}")
-    return list(zip(pictures, captions))
-
-
-def read_caption(file, picture, caption):
-    """Return what this file says, or else the caption, on one line."""
-    words = " ".join((read_text(file) if file.exists() else caption or "").split())
-    require(words, f"{picture} has no caption: write one into {file}, or give --caption for all")
-    return words
-
-
-def read_text(file):
-    """Return a file's text; UserError if it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def encode_pictures(model, pictures, args):
@@ -99,7 +66,7 @@ def encode_pictures(model, pictures, args):
 def prompts_to_keep(args):
     """Return the lines of --keep, or else the things that the model's folder says it knows."""
     if args.keep:
-        return [*filter(None, map(str.strip, read_text(args.keep).splitlines()))]
+        return [*filter(None, map(str.strip, files.read_text(args.keep).splitlines()))]
     known = things.known_things(args.model) or {"things": []}
     return [name for name, *_ in known["things"]]
 
@@ -315,6 +282,8 @@ OPTIONS = [     # (flags, type, default, help)
     ("--flip", bool, False, "show the pictures mirrored, too"),
     ("--rank", int, 8, "how many rows A has, so how much it can hold (%(default)s)"),
     ("--text", bool, False, "adapt the text encoder, too"),
+    ("--from-scratch", bool, False, "make no LoRA but a whole model, in the folder --output"),
+    ("--config", ("small", "base"), "small", "of what size, from scratch (%(default)s)"),
     ("--minutes", float, None, "how long to teach (10)"),
     ("--steps", int, None, "how many steps to take instead"),
     ("-b --batch-size", int, None, "pictures a step (one of 512 x 512, or as much of smaller)"),
@@ -343,7 +312,7 @@ def parse_arguments(argv):
         require(value is None or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
     require(not (args.steps and args.minutes), "give --steps or --minutes, not both")
-    check_output(args.output)
+    check_output(args)
     return args
 
 
@@ -352,9 +321,11 @@ def state_of(output):
     return output.with_name(f"{output.name}.state")
 
 
-def check_output(output):
+def check_output(args):
     """UserError if the files could not be written at the end."""
-    require(output.suffix == ".safetensors", f"--output {output} does not end in .safetensors")
+    output = args.output
+    require(args.from_scratch or output.suffix == ".safetensors",
+            f"--output {output} does not end in .safetensors")
     require(output.parent.is_dir() and os.access(output.parent, os.W_OK),
             f"the folder {output.parent} cannot be written to")
     for path in [output] + [output.with_suffix(".png")] * (not state_of(output).exists()):
@@ -379,12 +350,28 @@ def write(path, save):
         os.replace(unfinished, path)
 
 
+def train_from_scratch(args):
+    """Become the recipe in weights/, which makes a whole model of the folder; never returns."""
+    require(args.caption is None, "--from-scratch learns what words mean: give each picture its "
+                                  "own caption, not --caption")
+    files.read_captioned(args.folder)
+    how = {"data": args.folder, "out": args.output, "state": state_of(args.output),
+           "config": args.config, "device": args.device, "seed": args.seed}
+    how |= {"steps": args.steps} if args.steps else {"minutes": args.minutes or 180}
+    recipe = tiny_sd.HERE / "weights" / "train.py"
+    options = [text for name, value in how.items() for text in (f"--{name}", str(value))]
+    os.execv(sys.executable, [sys.executable, str(recipe), "all", *options])
+
+
 def run(argv):
     """Do what the command line asks for."""
     args, begun = parse_arguments(argv), time.monotonic()
-    pictures, prompts = read_folder(args.folder, args.caption), prompts_to_keep(args)
+    if args.from_scratch:
+        train_from_scratch(args)
+    pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
     model = formats.load(args.model, "torch", args.device, args.dtype)
     fill_in(args, model)
+    fast.keep_freed_memory()
     teaching = Teaching(model, *lessons(model, pictures, prompts, args), args)
     state = state_of(args.output)
     if state.exists():

@@ -89,12 +89,14 @@ def write_model(folder, config=CONFIG):
 def launch(*argv, python=(), under=(), **environment):
     """Start the program in a process of its own, which any signal ends; return its Popen.
 
-    python: options of Python itself. under: a command to run it under.
+    python: options of Python itself. under: a command to run it under. Its stdout is buffered,
+    whatever the tests' own is.
     """
     program = Path(sd.__file__).parent / "tiny_sd.py"
     return subprocess.Popen(
         [*under, sys.executable, *python, program, *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | environment, preexec_fn=all_signals_end_it)
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
+        preexec_fn=all_signals_end_it)
 
 
 def all_signals_end_it():

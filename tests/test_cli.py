@@ -188,6 +188,25 @@ def test_every_option_matters(draw, flags):
     assert abs(pixels(draw("red", *flags)) - pixels(draw("red", *flags[:2]))).max() > 0
 
 
+def test_the_library_draws_the_commands_picture(run, model):
+    """Where nothing is said, both take the model's own sampler, steps and guidance."""
+    folder = Path(shutil.copytree(model, "model"))
+    change(SCHEDULER, _class_name="EulerDiscreteScheduler", _guidance_scale=3)(folder)
+    assert run.bare("red", "-m", "model")[0] == 0
+    loaded, drawn = sd.load("model"), pixels(Image.open("out.png"))
+    for said, same in ({}, True), ({"guidance": 7.5}, False):
+        *_, x = sd.generate(loaded, "red", **said)
+        assert np.array_equal(sd.decode(loaded, x)[0], drawn) == same
+
+
+def test_by_the_formulas_alone(run, monkeypatch):
+    """No faster form is asked, though all are there."""
+    def fail(*args, **settings):
+        raise AssertionError
+    monkeypatch.setattr(sd, "FAST", dict.fromkeys(sd.FAST, fail))
+    assert run("red", "--formulas")[0] == 0
+
+
 @pytest.mark.parametrize(
     "flags, tolerance",
     [
@@ -1282,13 +1301,15 @@ def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
 def test_names_that_are_no_text(model, here):
     """Of bytes that no encoding has; the picture's text has question marks for them."""
-    name = os.fsdecode(b"m\xff")
-    shutil.copytree(model, name)
+    folder, lora, output = map(os.fsdecode, (b"m\xff", b"l\xff.safetensors", b"o\xff.png"))
+    shutil.copytree(model, folder)
+    write_lora(lora)
     status, out, err = finish(
-        start("apple", "-m", name, "--steps", "1", "-o", os.fsdecode(b"o\xff.png"))
+        start("apple", "-m", folder, "--lora", lora, "--steps", "1", "-o", output)
     )
     assert status == 0 and "Traceback" not in err
-    assert Image.open(os.fsdecode(b"o\xff.png")).text["parameters"].count("Model: m?") == 1
+    text = Image.open(output).text["parameters"]
+    assert text.count("Model: m?") == text.count("Lora: l? 1.0") == 1
 
 
 @pytest.mark.parametrize("shape", [[2 ** 62, 0], [1] * 65, [0] * 65, [2 ** 64, 0]])
@@ -1385,11 +1406,16 @@ def test_nobody_reads_the_names(model):
         Image.open(name).load()
 
 
-def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
-    """Its hash was recorded before."""
+def write_lora(path):
     name = "lora_unet_mid_block_resnets_0_conv1"
     save_file({f"{name}.lora_down.weight": np.ones((1, 16, 3, 3), np.float32),
                f"{name}.lora_up.weight": np.ones((16, 1, 1, 1), np.float32)}, "l.safetensors")
+    os.replace("l.safetensors", path)
+
+
+def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
+    """Its hash was recorded before."""
+    write_lora("l.safetensors")
     generate = sd.generate
 
     def gone(*args, **settings):
@@ -1424,12 +1450,16 @@ def test_threads_that_save_under_one_name(here):
     assert found == [(k, k) for k in range(24)]
 
 
-def test_processes_of_one_number(run, monkeypatch):
+@pytest.mark.parametrize("left", ["link", "folder"])
+def test_processes_of_one_number(run, monkeypatch, left):
     """Of two containers that share a folder: the unfinished file's name is not the process's."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     Path("precious").write_text("mine")
-    Path(".tiny_sd-1.part").symlink_to("precious")
-    assert run("red")[0] == 0 and Path("precious").read_text() == "mine"
+    if left == "link":
+        Path(".tiny_sd-1.part").symlink_to("precious")
+    else:
+        Path(".tiny_sd-1.part").mkdir()
+    assert run("red")[:2] == (0, ["out.png"]) and Path("precious").read_text() == "mine"
 
 
 def test_an_unfinished_name_that_is_taken_is_not_followed(run, monkeypatch):

@@ -381,6 +381,16 @@ def test_clear_switches_every_form_off():
     assert run.stdout == "False\nTrue\n(1, 16, 16, 4)\n", run.stderr
 
 
+def test_a_reload_needs_the_forms_to_be_reloaded_too():
+    """As the docstring says."""
+    run = python("""if True:
+        import importlib, extras.fast, tiny_sd
+        for module in tiny_sd, extras.fast:
+            importlib.reload(module)
+            print(len(tiny_sd.FAST))""")
+    assert run.stdout == f"0\n{len(tiny_sd.FAST)}\n", run.stderr
+
+
 @pytest.mark.slow
 def test_the_program_runs_by_the_formulas_alone(tmp_path):
     """tiny_sd.py without extras/ beside it draws the same latents up to rounding."""

@@ -7,6 +7,8 @@ rest is in the tables of layers.py and below.
 
 import functools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets import unet_2d_blocks as blocks
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from conftest import ROOT
 from helpers import random_arrays, sd
 from layers import (
     LAYERS,
@@ -341,6 +344,23 @@ def test_layer(name, place):
 
 
 # all but the unet, which is made of the others
+FAILING = """
+import numpy as np
+from layers import assert_close
+def test():
+    assert_close(np.zeros((9, 99), np.float32), np.ones((9, 99)))
+"""
+
+
+def test_a_layer_that_fails_says_so_in_few_lines(tmp_path):
+    (tmp_path / "test_it.py").write_text(FAILING)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "-p",
+         "no:cacheprovider", tmp_path / "test_it.py"], capture_output=True, text=True)
+    assert "AssertionError: an error of 1.0e+00 of the largest number, not 1.0e-05" in done.stdout
+    assert done.returncode == 1 and len(done.stdout.splitlines()) < 20, done.stdout
+
+
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "unet"])
 def test_a_missing_or_unknown_weight_is_an_error_that_names_it(name):
     inputs, weights = setting(name)

@@ -28,7 +28,8 @@ def test_a_narrow_weight_computes_as_a_wide_one(kind, form):
         operation = tiny_sd.FAST[name] if form == "fast" else getattr(tiny_sd, name).formula
         y = operation(x, weight)
         assert type(y) is np.ndarray and y.dtype == np.float32
-        np.testing.assert_array_equal(y, operation(x, wide))
+        expected = operation(x, wide)       # BLAS may add up in another order, for another layout
+        assert abs(y - expected).max() < 1e-6 * abs(expected).max()
 
 
 def test_what_is_prepared_is_kept_unless_the_weight_is_fleeting_and_no_longer_than_it():

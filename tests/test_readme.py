@@ -1,8 +1,12 @@
 """README.md's Python runs as it stands, and what it says of files and options is there."""
 
 import ast
+import contextlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 
@@ -18,11 +22,12 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def ran():
-    """The names that the examples leave, run one after the other."""
+def ran(tmp_path_factory):
+    """The names that the examples leave, run one after the other, in another folder than ours."""
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1:]:
-        exec(block, names)
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1:]:
+            exec(block, names)
     return names
 
 
@@ -56,6 +61,14 @@ def test_the_layer_shown_is_the_layer():
     layer = ast.parse(inspect.getsource(tiny_sd.resnet)).body[0]
     layer.body = layer.body[1:]
     assert ast.dump(shown) == ast.dump(layer)
+
+
+def test_a_program_in_another_folder_finds_the_library(tmp_path):
+    """As the README says it, by PYTHONPATH."""
+    (tmp_path / "mine.py").write_text("import tiny_sd; print(tiny_sd.load('emoji').name)")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "emoji\n" and "PYTHONPATH=path/to/tiny_sd python" in TEXT, done.stderr
 
 
 def test_links_and_options_exist():

@@ -496,6 +496,18 @@ def test_what_cannot_be_read_is_not_said_to_be_missing(here, name):
     assert name in err[0] and "Permission denied" in err[0]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+@pytest.mark.parametrize("flags", [
+    "-o kept/out.png", "--preview kept/p.png", "--show kept", "--show kept/new"])
+def test_a_folder_that_may_only_be_read_is_not_said_to_be_missing(here, flags):
+    """Nor is that found only at the end."""
+    under = possible(READ_WHAT_IS_ALLOWED) if ROOT_USER else []
+    Path("kept").mkdir(0o500)
+    status, out, err = program("red", *flags.split(), under=under)
+    assert (status, out, len(err)) == (2, "", 1)
+    assert "kept" in err[0] and err[0].endswith("cannot be written to")
+
+
 @linux
 def test_no_thread_can_be_started(here):
     """The program goes on with the one that it has."""

@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
-from extras import cli, formats, teach
+from extras import cli, files, formats, teach
 from helpers import write_model
 
 pytestmark = pytest.mark.slow
@@ -352,7 +353,7 @@ def test_captions(pictures, capsys):
     Image.new("L", (8, 8)).save(pictures / "more.JPG")
     (pictures / "list.csv").write_text("1")
     (pictures / ".hidden").write_text("1")
-    read = teach.read_folder(pictures, "cat")
+    read = files.read_captioned(pictures, "cat")
     assert [(path.name, words) for path, words in read] == [
         ("0.png", "a red apple"), ("1.png", "cat"), ("2.png", "apple 2"), ("more.JPG", "cat")]
     assert capsys.readouterr().err.endswith("nor captions of any: list.csv\n")
@@ -410,6 +411,7 @@ def there(name):
     (lambda _: ("--steps", "0"), "--steps 0 is not from 1"),
     (lambda _: ("--steps", "5", "--minutes", "5"), "--steps or --minutes, not both"),
     (lambda _: ("-o", "mine.ckpt"), "mine.ckpt does not end in .safetensors"),
+    (lambda _: ("--from-scratch", "--caption", "cat"), "give each picture its own caption"),
     (lambda _: ("--keep", "none.txt"), "none.txt cannot be read"),
     (lambda _: ("-o", "nowhere/mine.safetensors"), "the folder nowhere cannot be written to"),
 ], ids=str)
@@ -441,3 +443,18 @@ def test_it_runs_as_a_file(pictures, tiny):
 def test_the_lora_is_one_for_the_command_line(run, tiny):
     assert run("--steps", 1)[0] == 0
     assert cli.main(["apple", "-m", str(tiny), "--steps", "1", "--lora", "mine.safetensors"]) == 0
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_from_scratch(pictures):
+    """Through every stage of the recipe in weights/; its folder draws, and is never replaced."""
+    command = [sys.executable, ROOT / "extras/teach.py", "pictures", "-o", "mine", "--from-scratch",
+               "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not Path("mine/things.json").exists()
+    assert Image.open("mine.png").size == (12 * 64, 64)     # four seeds of three captions
+    assert cli.main(["apple 1", "-m", "mine", "--steps", "1", "-o", "apple.png"]) == 0
+    assert Image.open("apple.png").size == (64, 64)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "tiny_sd: mine is there already\n")

@@ -294,6 +294,20 @@ def check_vae(model, network, scale):
     same("another VAE", tiny_sd.encode(model, picture, NONE), scale * last(mean), 2e-5)
 
 
+def test_a_single_file_that_comes_without_a_vae(single_file, folder, tmp_path):
+    """With one it draws what the whole file draws; without, it says what to do."""
+    arrays = load_file(single_file("F32"))
+    bare = {name: a for name, a in arrays.items() if not name.startswith("first_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(tiny_sd.UserError, match="has no VAE: give one with --vae"):
+        formats.load(tmp_path / "bare.safetensors")
+    pictures = []
+    for model in (formats.load(single_file("F32")), load(tmp_path / "bare.safetensors", folder)):
+        *_, x = tiny_sd.generate(model, "a cat", steps=2)
+        pictures.append(tiny_sd.decode(model, x))
+    assert (pictures[0] == pictures[1]).all()
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_folder_has_its_own_scale(inside, folder, other, other_folder, tmp_path):
     path = other_folder

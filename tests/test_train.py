@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,13 @@ def test_drawings_of_ones_own(tmp_path):
     assert seen == {*range(40)}
 
 
+def test_the_form_that_the_readme_gives_for_them(tmp_path):
+    text = (ROOT / "weights/README.md").read_text(encoding="utf-8")
+    names, = re.findall(r"`(\[\[.*\]\])`", text)
+    data = write_data(tmp_path / "own.zip", names, re.findall(r"`(\d{4}-\w+\.png)`", text))
+    assert scenes.load_things(data, 32).names == json.loads(names)
+
+
 @pytest.mark.parametrize("names, files, said", [
     ([["a"], ["b"]], ["0000-noto.png"], "b has no drawing"), ([["a"]], ["0000-noto.png"], "two"),
     ({"a": 1}, [], "things.json"), ([["a"], []], [], "things.json"), (["a", "b"], [], "things"),
@@ -270,17 +278,16 @@ def copy_before(stage, state, path):
         os.link(state / name, path / name)
 
 
-def interrupt(stage, tmp_path, number):
-    """Send a signal once the stage has kept a step; return its exit status and what it said."""
+def kill(stage, tmp_path):
+    """Kill the stage outright once it has kept a step."""
     process = subprocess.Popen(command(stage, tmp_path, "--steps", 4, "--keep-every", 0),
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.DEVNULL)
     end = time.monotonic() + 200
     while not (tmp_path / f"{stage}.pt").exists() and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.005)
-    process.send_signal(number)
-    _, error = process.communicate()
-    return process.returncode, error
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("stage", train_py.STAGES)
@@ -291,7 +298,7 @@ def test_on_after_a_kill(stage, state, tmp_path):
     whose bank is filled anew, go on with the optimizers' state of that step.
     """
     copy_before(stage, state, tmp_path)
-    assert interrupt(stage, tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
+    kill(stage, tmp_path)
     killed = saved(tmp_path, stage)
     assert 0 < killed["step"] < 4
     train(stage, tmp_path, "--steps", 4)
@@ -308,10 +315,20 @@ def test_on_after_a_kill(stage, state, tmp_path):
 
 
 def test_ctrl_c(tmp_path):
-    """It keeps the last step, says at which it stopped and how to go on, without a traceback."""
-    status, error = interrupt("vae", tmp_path, signal.SIGINT)
+    """It keeps the last step, says at which it stopped and how to go on, without a traceback.
+
+    Before the first minute too, when nothing is kept yet.
+    """
+    process, said = subprocess.Popen(command("vae", tmp_path, "--steps", 4),
+                                     stderr=subprocess.PIPE, text=True), ""
+    while "vae: " not in said:      # the bar, which is there before the first step
+        letter = process.stderr.read(1)
+        assert letter, said
+        said += letter
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
     n = saved(tmp_path, "vae")["step"]
-    assert status == 130 and "Traceback" not in error and 0 < n < 4
+    assert process.returncode == 130 and "Traceback" not in error and 0 < n < 4
     assert f"train.py: vae: stopped at step {n}, kept in {tmp_path / 'vae.pt'}; " in error
     train("vae", tmp_path, "--steps", 4)
     assert saved(tmp_path, "vae")["step"] == 4

@@ -53,10 +53,12 @@ def write_model(out, params, things, setting, state):
     words = state.tokenizer(things.names)
     weights = {"text_encoder": params["text"], "vae": nest(state.vae()), "unet": params["unet"]}
     texts = folder_texts(words, setting, state.scaling_factor())
-    known = {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
-             "places": [place for place in PLACES if place]}
+    if things.drawings is not None:
+        texts["things.json"] = {
+            "things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
+            "places": [place for place in PLACES if place]}
     with folder_atomically(out) as folder:
-        for name, value in (texts | {"things.json": known}).items():
+        for name, value in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             indent = None if name == "things.json" else 2
             text = json.dumps(value, indent=indent, ensure_ascii=False)

@@ -422,6 +422,7 @@ def held_out_pairs(things, rng, n):
 
 def evaluate(out, things, limit, steps, device):
     """Measure the model in a folder; print a table and write OUT.json."""
+    tiny_sd.require(things.drawings is not None, "only models of the drawings can be evaluated")
     judge = Judge(tiny_sd.load(out, "torch", device), things, steps)
     rng, n = np.random.default_rng(1), min(limit, len(things.names))
     ids = rng.permutation(len(things.names))[:n].tolist()
@@ -477,6 +478,13 @@ PROMPTS = ["cat", "a cat in the noto style", "a cat in the blob style", "a cat i
            "a crown in the twemoji style on a red background", "a bee above a sunflower"]
 
 
+def sample_prompts(things):
+    """What sheets show while training proceeds: at most 24 prompts."""
+    if things.drawings is not None:
+        return PROMPTS
+    return [*dict.fromkeys(caption for caption, in things.names)][:24]
+
+
 def save_picture(picture, path):
     with replace_atomically(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
@@ -500,9 +508,12 @@ def write_sheet(out, things, steps, device):
     """OUT.png: 60 prompts of all kinds, unchosen, each from four seeds, three prompts a row.
 
     OUT-overview.png: see write_overview. OUT-guesses.png: the guesses without guidance.
-    OUT-strength.png: a cat on its way to a dog.
+    OUT-strength.png: a cat on its way to a dog. Of pictures with captions, OUT.png alone, of 24.
     """
     rng, model = np.random.default_rng(0), tiny_sd.load(out, "torch", device)
+    if things.drawings is None:
+        pictures = sheet(model, sample_prompts(things), range(4), 12, steps=steps)
+        return save_picture(pictures, out.with_suffix(".png"))
     drawings = drawings_by_style(things, True, rng, 12)
     styled = [in_style(article(things.names[i][0]), STYLES[s]) for i, s in drawings]
     grounds, _ = held_out_backgrounds(things, rng, 12)

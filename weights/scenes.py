@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tiny_sd import UserError  # noqa: E402
+from extras.files import read_captioned, read_picture  # noqa: E402
+from tiny_sd import UserError, require  # noqa: E402
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -277,8 +278,8 @@ def render(data, packages):
 
 class Things(NamedTuple):
     """What there is to draw."""
-    names: list         # [[name, alias, ...]] of each thing
-    drawings: np.ndarray    # (things, styles): which picture, or -1 where a style has none
+    names: list         # [[name, alias, ...]] of each thing; or [[caption]] of each picture
+    drawings: np.ndarray    # (things, styles): which picture, or -1 where a style has none; or None
     pictures: dict      # {side: (n, side, side, 4) uint8}, colours multiplied by opacity
 
 
@@ -306,6 +307,20 @@ def load_things(data, size):
             Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the rendered pictures in {data}: {error}") from None
     return Things(names, drawings, pictures)
+
+
+def load_captioned(folder, size):
+    """A folder's pictures, cropped to size x size pixels, as Things that have captions for names.
+
+    folder: a.png, a.txt, b.jpg, b.txt, ... UserError if that is not what is in it.
+    """
+    files = read_captioned(folder)
+    require(len(files) > 1, f"{folder} has one picture, which is too little to train on")
+    pictures = np.full((len(files), size, size, 4), 255, np.uint8)
+    for picture, (path, _) in zip(pictures, tqdm(files, "reading", leave=False)):
+        picture[..., :3] = read_picture(path, size, size)
+    return Things([[caption] for _, caption in files], None,
+                  {size: pictures, size // 2: pictures[:, ::2, ::2]})
 
 
 def check_names(names):
@@ -413,11 +428,27 @@ STYLE_ALONE = 0.15  # and how often such a caption names nothing else
 
 def draw_scene(things, rng):
     """A random scene that training may show."""
+    if things.drawings is None:
+        return captioned_scene(things, int(rng.integers(len(things.names))))
     kind = rng.choice([*KINDS], p=[*KINDS.values()])
     plain = kind == "plain" or kind != "colour" and rng.random() < 0.5
     colour = "white" if plain else str(rng.choice([*COLOURS][1:]))
     draw = draw_pair if kind == "pair" else draw_single
     return draw(things, rng, colour, kind) or draw_scene(things, rng)
+
+
+def captioned_scene(things, i):
+    """A picture that comes with its caption."""
+    return Scene([Part(i, 2, .5, .5)], COLOURS["white"], things.names[i][0])
+
+
+def every_scene(things):
+    """Each drawing on white, named with its style; or each picture that comes with its caption."""
+    if things.drawings is None:
+        return [captioned_scene(things, i) for i in range(len(things.names))]
+    return [Scene([Part(int(picture), 2, .5, .5)], COLOURS["white"], in_style(names[0], style))
+            for names, row in zip(things.names, things.drawings)
+            for style, picture in zip(STYLES, row) if picture >= 0]
 
 
 def draw_single(things, rng, colour, kind):

@@ -53,10 +53,9 @@ from scenes import (  # noqa: E402
     PAIRS,
     PLACES,
     STYLES,
-    Part,
-    Scene,
     draw_scene,
-    in_style,
+    every_scene,
+    load_captioned,
     load_things,
     paint,
     read,
@@ -378,6 +377,8 @@ class Bank:
         self.words, self.vae = state.tokenizer(things.names), nest(state.trained("vae"))
         self.groups, self.turn, self.scale = setting.vae["norm_num_groups"], 0, 1.0
         rng, filled = np.random.default_rng(schedule.seed), schedule.bank or filled
+        if things.drawings is None:     # each scene is a picture as it stands
+            filled = min(filled, len(things.names))
         self.ids, self.latents = self.make(self.scenes(min(1024, filled), rng))
         self.scale = state.scaling_factor(self.latents)
         self.latents *= self.scale
@@ -473,13 +474,8 @@ def train_clip(things, setting, schedule, state):
 
 @torch.no_grad()
 def retrieval(setting, params, bank):
-    """The fraction of captions of thing and style that find their own drawing among all."""
-    scenes = []
-    for names, row in zip(bank.things.names, bank.things.drawings):
-        scenes += [Scene([Part(int(picture), 2, .5, .5)], COLOURS["white"],
-                         in_style(names[0], style))
-                   for style, picture in zip(STYLES, row) if picture >= 0]
-    ids, latents = bank.make(scenes)
+    """The fraction of captions that find their own drawing among all."""
+    ids, latents = bank.make(every_scene(bank.things))
     text = torch.cat([embed_text(setting, params, part) for part in ids.split(256)])
     image = torch.cat([embed_image(setting, params, part) for part in latents.split(256)])
     nearest = (text @ image.T).argmax(1)
@@ -533,7 +529,7 @@ def train_unet(things, setting, schedule, state):
         folder = state.folder / "showing"
         write_model(folder, nest(params), things, setting, state)
         model = tiny_sd.load(folder, "torch", state.device)
-        return measure.sheet(model, measure.PROMPTS[:24], seeds=(0,), columns=8, steps=12)
+        return measure.sheet(model, measure.sample_prompts(things), seeds=(0,), columns=8, steps=12)
 
     begin = functools.partial(unet_parameters, setting, schedule, state)
     return fit("unet", begin, loss, draw, setting, schedule, state, show)
@@ -575,7 +571,7 @@ def run_command(args, setting, schedule, state):
     if args.command == "render":
         return print(data)
 
-    things = load_things(data, setting.size)
+    things = (load_captioned if data.is_dir() else load_things)(data, setting.size)
     if args.command in STAGES:
         run_stage(args.command, things, setting, schedule, state)
     if args.command == "all":
@@ -622,7 +618,8 @@ def parse_arguments():
         help="between sheets of samples (600)")
     add("--state", type=Path, default=HERE / "state",
         help="folder of what training keeps (weights/state)")
-    add("--data", type=Path, help="zip of rendered drawings (STATE/emoji.zip)")
+    add("--data", type=Path, help="zip of rendered drawings, or a folder of pictures with "
+                                  "captions: a.png, a.txt, ... (STATE/emoji.zip)")
     add("--out", type=Path, help="the model's folder (STATE/emoji)")
     add("--limit", type=int, default=10 ** 6,
         help="evaluate: at most so many things, and scenes of each kind")
