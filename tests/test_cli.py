@@ -207,6 +207,7 @@ def test_by_the_formulas_alone(run, monkeypatch):
     assert run("red", "--formulas")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, tolerance",
     [
@@ -843,6 +844,7 @@ def test_two_processes_share_the_prompts(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_preview_is_close_to_the_picture(tmp_path):
     """The linear map of the last latents, beside the decoder's picture in small."""
     picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
@@ -953,6 +955,7 @@ def test_a_name_filled_in_is_never_too_long(run):
     assert len(list(Path().iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out.jpg", "out.jpeg", "out.webp", "P.JPG"])
 def test_other_formats_tell_how_they_were_made(run, name):
     """As A1111 writes it, in EXIF's UserComment; --like reads it back."""
@@ -1141,6 +1144,7 @@ def test_a_batch_that_broke_off_goes_on(run):
     assert run("--prompts", "p.txt")[1] == []
 
 
+@pytest.mark.slow
 def test_an_edited_line_is_drawn_again(run):
     """By its prompt, its negative prompt and its seed; a picture that tells nothing is left."""
     Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
@@ -1196,6 +1200,7 @@ def test_a_line_of_a_million_spaces(run):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.slow
 def test_a_line_like_another_picture(run):
     assert run("red", "-o", "a.png", "-s", "4")[0] == 0
     Path("p.txt").write_text("apple --like a.png\nblue --like a.png -s 5\ngreen\n")
@@ -1243,6 +1248,7 @@ def test_a_sampler_says_its_spacing(registered, spacing, monkeypatch):
         assert [t for t, _, _ in steps] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["half-way", "Half way: mine, too"])
 def test_a_registered_sampler_goes_from_the_command_line_into_the_picture_and_back(
         name, monkeypatch, run):
@@ -1298,6 +1304,7 @@ def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
     assert f"the LoRA {name} is no file" in refuse("red", "--lora", name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
 def test_names_that_are_no_text(model, here):
     """Of bytes that no encoding has; the picture's text has question marks for them."""

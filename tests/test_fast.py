@@ -232,6 +232,7 @@ def test_parallel_keeps_order_nests_and_raises():
     assert fast.parallel(abs, [-1]) == [1]
 
 
+@pytest.mark.slow
 def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
     """Each with both halves of guidance, all meeting weights that are not yet prepared."""
     run = python("""if True:
@@ -248,6 +249,7 @@ def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
     assert run.stdout == "done\n", run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_child_made_by_fork_has_threads_of_its_own():
     """Those of its parent do not run in it: it would wait for them for ever."""
@@ -381,6 +383,7 @@ def test_clear_switches_every_form_off():
     assert run.stdout == "False\nTrue\n(1, 16, 16, 4)\n", run.stderr
 
 
+@pytest.mark.slow
 def test_a_reload_needs_the_forms_to_be_reloaded_too():
     """As the docstring says."""
     run = python("""if True:
@@ -410,6 +413,7 @@ def test_the_program_runs_by_the_formulas_alone(tmp_path):
 # ── What an import changes in its process ───────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["extras.fast", "tiny_sd"])
 def test_either_file_may_be_imported_first(first):
     run = python(f"import {first}, tiny_sd, extras.fast; "
@@ -460,6 +464,7 @@ def needs_openblas():
         pytest.skip("this NumPy brings no OpenBLAS of its own")
 
 
+@pytest.mark.slow
 def test_importing_tiny_sd_changes_nothing():
     """Where NumPy was imported before, as in a user's own program."""
     before, after, modules = in_host("""if True:
@@ -475,12 +480,14 @@ def test_importing_tiny_sd_changes_nothing():
         assert before["blas"][0][0] > 1
 
 
+@pytest.mark.slow
 def test_importing_tiny_sd_first_leaves_numpy_as_it_is():
     needs_openblas()
     assert in_host("import tiny_sd; print(json.dumps(blas()))") == in_host("""if True:
         import numpy; print(json.dumps(blas()))""")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["numpy, extras.fast", "extras.fast, numpy"])
 def test_blas_keeps_to_one_thread(order):
     """Whichever is imported first: its threads would fight with ours."""
@@ -494,6 +501,7 @@ def amd():
     return re.search("vendor_id.*AuthenticAMD", cpu) and re.search(r"cpu family.*\b25$", cpu, re.M)
 
 
+@pytest.mark.slow
 def test_kernels_of_blas():
     """AMD's family 25 gets those without AVX-512, any other what OpenBLAS chooses.
 
@@ -531,6 +539,7 @@ def test_fast_leaves_what_the_user_chose():
     assert (environ["OPENBLAS_NUM_THREADS"], environ["OPENBLAS_CORETYPE"]) == ("3", "Nehalem")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way to keep memory")
 def test_freed_memory_is_kept_from_the_first_large_array_on():
     """Not by the import of either file, and never by the formulas."""
@@ -547,6 +556,7 @@ def test_freed_memory_is_kept_from_the_first_large_array_on():
     assert found == [False, False, True]
 
 
+@pytest.mark.slow
 def test_no_line_of_the_library_changes_how_the_caller_is_warned():
     """A picture is read and one drawn: the filters of warnings are as they were."""
     before, after = in_host("""if True:

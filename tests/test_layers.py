@@ -352,6 +352,7 @@ def test():
 """
 
 
+@pytest.mark.slow
 def test_a_layer_that_fails_says_so_in_few_lines(tmp_path):
     (tmp_path / "test_it.py").write_text(FAILING)
     done = subprocess.run(

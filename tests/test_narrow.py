@@ -48,6 +48,7 @@ def test_what_is_prepared_is_kept_unless_the_weight_is_fleeting_and_no_longer_th
     assert prepared() == known
 
 
+@pytest.mark.slow
 def test_the_same_picture_from_weights_that_stay_in_their_file():
     pictures = []
     for low_memory in False, True:

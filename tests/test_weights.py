@@ -68,6 +68,7 @@ def weights_file(folder, part):
 
 # ── Layouts ───────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
 )
@@ -89,6 +90,7 @@ def test_single_file_draws_the_folders_picture(single_file, folder, backend):
     assert np.array_equal(*pictures) and pictures[0].std() > 20
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_single_file(single_file, folder, reference):
     """So its names are those of CompVis, as diffusers knows them."""
     pipe = StableDiffusionPipeline.from_single_file(
@@ -107,6 +109,7 @@ def test_single_file_without_text_model(single_file, plain, tmp_path):
     same_weights(formats.load(path), plain, lambda array: array.half().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_folder(dtype, folder_with, plain):
     """As diffusers' variant="fp16" names its files."""
@@ -134,6 +137,7 @@ OLD_VAE = rename(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, changes",
     {
@@ -226,6 +230,7 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
             assert name in str(error.value) or old in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, named", [
     ("model.diffusion_model.label_emb.0.0.weight", "add_embedding.linear_1.weight"),
     ("model.diffusion_model.input_blocks.x.0", "input_blocks.x.0"),
@@ -257,6 +262,7 @@ OTHERS = [      # as files hold them beside the networks
     "model_ema.diffusion_modelconv_inbias"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "state_dict."])
 def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, tmp_path, capsys):
     """And named in one line, the first five of many."""
@@ -269,6 +275,7 @@ def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, 
         f"tiny_sd: {path} holds more than a model, which is left out: {names}\n")
 
 
+@pytest.mark.slow
 def test_training_state_is_ignored(single_file, plain, tmp_path):
     """As in v1-5-pruned.safetensors: the moving averages and the schedule, of whatever type."""
     path = shutil.copy(single_file("F32"), tmp_path / "pruned.safetensors")
