@@ -41,7 +41,7 @@ from PIL import Image
 model = load("weights/emoji")
 
 
-def panel(prompt="red apple on a blue background", seed=0, steps=20, guidance=4.0):
+def panel(prompt="red apple on a blue background", seed=0, steps=20, guidance=2.0):
     """Draw a picture, and beneath it what the network guessed on the way."""
     guesses = []
 

@@ -188,6 +188,7 @@ def test_every_option_matters(draw, flags):
     assert abs(pixels(draw("red", *flags)) - pixels(draw("red", *flags[:2]))).max() > 0
 
 
+@pytest.mark.slow
 def test_the_library_draws_the_commands_picture(run, model):
     """Where nothing is said, both take the model's own sampler, steps and guidance."""
     folder = Path(shutil.copytree(model, "model"))

@@ -150,6 +150,7 @@ def test_tokenizer_on_random_texts(tokenizer, reference):
     same_ids(tokenizer, reference.tokenizer, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 def test_padding_and_truncation(pad, reference, tmp_path):
     """Stable Diffusion 1 pads with the end of text, 2 with "!"."""

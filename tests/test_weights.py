@@ -168,6 +168,7 @@ def test_older_folders(part, changes, folder_with, plain):
     same_weights(formats.load(folder), plain)
 
 
+@pytest.mark.slow
 def test_both_forms_of_tokenizer(folder_with):
     """tokenizer.json as written today, vocab.json and merges.txt as written before."""
     new, = folder_with(),

@@ -15,7 +15,7 @@ VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
-             "_guidance_scale": 4.0}    # the last is read by tiny_sd alone: what suits best
+             "_guidance_scale": 2.0}    # the last is read by tiny_sd alone: more costs variety
 
 
 def vae_config(size, channels, groups):

@@ -536,7 +536,7 @@ def write_sheet(out, things, steps, device):
 OVERVIEW = [    # (title, six prompts, the seed of each); the last two rows hold nothing ever shown
     ("six styles", [f"a frog in the {style} style" for style in STYLES], [0] * 6),
     ("six styles", [f"a hot dog in the {style} style" for style in STYLES], [0] * 6),
-    ("six seeds", ["a frog"] * 6, range(6)),
+    ("six seeds", ["a penguin"] * 6, range(6)),
     ("six seeds", ["a rocket"] * 6, range(6)),
     ("new backgrounds", ["a cat on a yellow background", "a dog on a pink background",
                          "a rocket on a turquoise background", "a fox on a blue background",
