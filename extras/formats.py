@@ -58,7 +58,7 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     if not low_memory:
         check_size(arrays, device, dtype, name)
     for part in arrays:
-        if arrays[part]:
+        if part != "vae" or not vae:
             check_weights(part, arrays[part], config[part])
     if loras:
         add_loras(arrays, loras)

@@ -198,7 +198,7 @@ def demo_picture(args):
 
 
 def demo_overfit(args):
-    """Draw extras/pictures/teach-overfit.png: one picture shown for ever longer, and then ten."""
+    """Draw extras/pictures/overfit.png: one picture shown for ever longer, and then ten."""
     one, prompts = args.folder / "one", ["a zorp on a red background", *ZORP_PROMPTS[:3],
                                          *ZORP_PROMPTS[4:]]
     if not one.exists():
@@ -213,7 +213,7 @@ def demo_overfit(args):
         titles.append(f"one picture, {steps} steps")
     rows.append(drawn(taught("zorp", args.folder), prompts))
     show.sheet(rows, down=[*titles, "ten pictures"], size=64).save(
-        ROOT / "extras/pictures/teach-overfit.png", optimize=True)
+        ROOT / "extras/pictures/overfit.png", optimize=True)
 
 
 DEMOS = {"zorp": demo_zorp, "ink": demo_ink, "ranks": demo_ranks, "overfit": demo_overfit,

@@ -307,7 +307,7 @@ def shown(tiny, *options):
     model = formats.load(tiny, "torch")
     args = teach.parse_arguments(["pictures", "-o", "x.safetensors", "-m", str(tiny), *options])
     teach.fill_in(args, model)
-    pictures = teach.read_folder(args.folder, args.caption)
+    pictures = files.read_captioned(args.folder, args.caption)
     return teach.lessons(model, pictures, teach.prompts_to_keep(args), args)
 
 
