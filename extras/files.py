@@ -105,7 +105,8 @@ def read_captioned(folder, caption=None):
 def read_caption(file, picture, caption):
     """Return what this file says, or else the caption, on one line."""
     words = " ".join((read_text(file) if file.exists() else caption or "").split())
-    require(words, f"{picture} has no caption: write one into {file}, or give --caption for all")
+    require(words, f"{picture} has no caption: write one into {file}, or give teach.py a --caption "
+                   "for all")
     return words
 
 

@@ -215,7 +215,7 @@ REFERENCES = {"torch", "diffusers", "transformers", "peft", "emoji", "resvg_py",
 
 
 def skip_if_missing(error):
-    """Skip what failed for want of a library that only the tests need."""
+    """Skip what failed because a library that only the tests need is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] in REFERENCES:
         pytest.skip(f"{error.name} is not installed")
 

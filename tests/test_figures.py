@@ -19,7 +19,7 @@ def test_the_notes_show_every_picture():
     files = sorted(ROOT.glob("extras/pictures/*"))
     drawn = sorted([*figures.PICTURES, "overfit", "teach"])
     assert sorted(shown) == drawn == [path.stem for path in files]
-    assert sum(path.stat().st_size for path in files) < 2e6
+    assert max(path.stat().st_size for path in files) < 250e3
 
 
 def draw_pictures(folder, monkeypatch):
