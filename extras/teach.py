@@ -351,7 +351,7 @@ def write(path, save):
 
 
 def train_from_scratch(args):
-    """Become the recipe in weights/, which makes a whole model of the folder; never returns."""
+    """Hand over to the recipe in weights/, which trains a whole model; does not return."""
     require(args.caption is None, "--from-scratch learns what words mean: give each picture its "
                                   "own caption, not --caption")
     files.read_captioned(args.folder)
