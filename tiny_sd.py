@@ -802,8 +802,8 @@ def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
 
 
 def drop_captions(captions, rng, rate=0.1):
-    """Empty some captions: the model then also learns the unprompted prediction of guidance."""
-    return [caption if rng.random() >= rate else "" for caption in captions]
+    """Leave out some captions: the model also learns the unprompted prediction of guidance."""
+    return [caption if rng.random() >= rate else None for caption in captions]
 
 
 def parameters(*networks):
@@ -824,12 +824,13 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
     for _ in range(steps):
         chosen = rng.integers(len(latents), size=batch_size)
         x_0 = latents[chosen]
-        context = encode_prompts(model, drop_captions([captions[i] for i in chosen], rng))
+        context, pooled = embed_prompts(model, drop_captions([captions[i] for i in chosen], rng))
+        condition = unet_conditions(model, batch_size, 1, pooled, x_0.shape)
         t = rng.integers(len(model.alpha_bars), size=batch_size)
         alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))
 
-        predict = functools.partial(network, t=t, context=context)
+        predict = functools.partial(network, t=t, context=context, condition=condition)
         loss = diffusion_loss(predict, config.scheduler.prediction_type, x_0, alpha_bar, eps).mean()
 
         optimizer.zero_grad()
@@ -1201,7 +1202,7 @@ def unet_conditions(model, n, guidance, pooled, shape):
     height, width = (model.factor * length for length in shape[1:3])
     sizes = timestep_embedding([height, width, 0, 0, height, width],
                                model.config.unet.addition_time_embed_dim)       # (6, 256)
-    return np.concatenate([to_numpy(pooled), np.tile(sizes.reshape(1, -1), (n, 1))], axis=1)
+    return concat(pooled, array_like(pooled, np.tile(sizes.reshape(1, -1), (n, 1))))
 
 
 def guidance_condition(dim, guidance):

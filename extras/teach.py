@@ -96,8 +96,8 @@ def lessons(model, pictures, prompts, args):
 # ── The LoRA ────────────────────────────────────────────────────────────────────────────────────
 
 # Which matrices are adapted in each part, and what kohya puts before their names.
-WITHIN = {"unet": ".attentions.", "text_encoder": "encoder.layers."}
-PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+WITHIN = {"unet": ".attentions.", "text_encoder": "encoder.layers.",
+          "text_encoder_2": "encoder.layers."}
 METADATA = {"format": "pt", "ss_network_module": "networks.lora"}   # how programs tell what it is
 
 
@@ -125,14 +125,20 @@ class Adapted:
         return y + F.linear(F.linear(x, adapted.down), adapted.up)
 
 
-def adapt(model, rank, parts=("unet",), seed=0):
+def adapt(model, rank, text=False, seed=0):
     """Return a model with W + B A for W, and {(part, name of W): (A, B)}, whose B are 0 at first.
 
-    All other weights are the given model's own.
+    text: whether to adapt the text encoders, too. All other weights are the given model's own.
     """
     adapted, pairs, random = copy.copy(model), {}, torch.Generator().manual_seed(seed)
-    for part in parts:
-        weights = flatten(getattr(model, part))
+    adapted.second = copy.copy(model.second)
+    places = {"unet": (adapted, "unet")}
+    if text:
+        places["text_encoder"] = adapted, "text_encoder"
+    if text and model.second:
+        places["text_encoder_2"] = adapted.second, "text_encoder"
+    for part, (owner, attribute) in places.items():
+        weights = flatten(getattr(owner, attribute))
         for name, weight in weights.items():
             if WITHIN[part] in name and name.endswith(".weight") and weight.ndim > 1:
                 inputs = weight[0].numel()
@@ -140,16 +146,18 @@ def adapt(model, rank, parts=("unet",), seed=0):
                 up = torch.zeros(len(weight), rank)
                 pairs[part, name] = [p.to(weight.device).requires_grad_() for p in (down, up)]
                 weights[name] = Adapted(weight, *pairs[part, name])
-        setattr(adapted, part, nest(weights))
+        setattr(owner, attribute, nest(weights))
     return adapted, pairs
 
 
-def kohya(adapted, pairs):
-    """Return {name: tensor} of a LoRA as kohya names it, which all programs read."""
-    arrays = {}
+def kohya(model, pairs):
+    """Return {name: tensor} of a model's LoRA as kohya names it, which all programs read."""
+    arrays, first, unet = {}, "te1" if model.second else "te", flatten(model.unet)
+    prefix = {"unet": "lora_unet_", "text_encoder": f"lora_{first}_text_model_",
+              "text_encoder_2": "lora_te2_text_model_"}
     for (part, name), (down, up) in pairs.items():
-        stem = PREFIX[part] + name.removesuffix(".weight").replace(".", "_")
-        kernel = [1] * (flatten(getattr(adapted, part))[name].weight.ndim - 2)  # of convolutions
+        stem = prefix[part] + name.removesuffix(".weight").replace(".", "_")
+        kernel = [1] * (unet[name].ndim - 2) if part == "unet" else []      # of convolutions
         for side, p in ("down", down), ("up", up):
             arrays[f"{stem}.lora_{side}.weight"] = p.detach().cpu().reshape(*p.shape, *kernel)
         arrays[f"{stem}.alpha"] = torch.tensor(float(len(down)))
@@ -180,8 +188,7 @@ class Teaching:
 
     def __init__(self, model, latents, captions, args):
         self.model, self.latents, self.captions, self.args = model, latents, captions, args
-        parts = ("unet", "text_encoder") if args.text else ("unet",)
-        self.adapted, self.pairs = adapt(model, args.rank, parts, args.seed)
+        self.adapted, self.pairs = adapt(model, args.rank, args.text, args.seed)
         self.matrices = [p for pair in self.pairs.values() for p in pair]
         self.optimizer = torch.optim.AdamW(self.matrices)
         self.losses, self.seconds, self.before = [], 0.0, None
@@ -281,7 +288,7 @@ OPTIONS = [     # (flags, type, default, help)
     ("--keep", Path, None, "prompts, one a line, to be drawn as before (the things that it knows)"),
     ("--flip", bool, False, "show the pictures mirrored, too"),
     ("--rank", int, 8, "how many rows A has, so how much it can hold (%(default)s)"),
-    ("--text", bool, False, "adapt the text encoder, too"),
+    ("--text", bool, False, "adapt the text encoder, or both, too"),
     ("--from-scratch", bool, False, "make no LoRA but a whole model, in the folder --output"),
     ("--config", ("small", "base"), "small", "of what size, from scratch (%(default)s)"),
     ("--minutes", float, None, "how long to teach (10)"),
@@ -387,7 +394,7 @@ def run(argv):
         tell(f"step {len(teaching.losses)} is kept in {state}: the same command goes on from there")
         raise
     draw()
-    arrays = kohya(teaching.adapted, teaching.pairs)
+    arrays = kohya(model, teaching.pairs)
     write(args.output, lambda file: save_file(arrays, file, METADATA))
     state.unlink(missing_ok=True)
     print(args.output)

@@ -60,13 +60,14 @@ class Failure(Exception):
     """What ends the program with one line."""
 
 
-# ── The model: random weights with the shapes of Stable Diffusion 1.5 ─────────────────────────────
+# ── The model: random weights with the shapes of Stable Diffusion 1.5, or of SDXL ─────────────────
 
-def configs(width=320):
-    """Stable Diffusion 1.5's configs, its channels as if the U-Net's first level had `width` of
-    them.
-    """
+def configs(model="sd15", width=320):
+    """A model's configs, its channels as if the U-Net's first level had `width` of them."""
+    return {"sd15": sd15_configs, "sdxl": sdxl_configs}[model](width)
 
+
+def sd15_configs(width):
     def scaled(n, step=32):
         return max(step, round(n * width / 320 / step) * step)
 
@@ -102,7 +103,30 @@ def configs(width=320):
     }
 
 
-def write_model(folder, width):
+def sdxl_configs(width):
+    config = sd15_configs(width)
+    words = config["text_encoder"]["hidden_size"]
+    second = max(64, round(1280 * width / 320 / 64) * 64)
+    widths = config["unet"]["block_out_channels"][:3]
+    config["text_encoder_2"] = config["text_encoder"] | {
+        "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
+        "hidden_size": second, "intermediate_size": 4 * second,
+        "num_attention_heads": second // 64, "projection_dim": second, "num_hidden_layers": 32,
+    }
+    config["vae"] |= {"scaling_factor": 0.13025, "sample_size": 1024}
+    config["unet"] |= {
+        "block_out_channels": widths, "attention_head_dim": [max(1, n // 64) for n in widths],
+        "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": words + second,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "use_linear_projection": True, "sample_size": 128, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": second + 6 * 256,
+    }
+    return config
+
+
+def write_model(folder, model, width):
     """A diffusers folder in float16.
 
     Matrices that keep the variance, scales of one, shifts of zero.
@@ -113,7 +137,7 @@ def write_model(folder, width):
     from extras import formats
     from extras.checks import SHAPES
     from tiny_sd import flatten, read_config
-    rng, tokenizer, config = np.random.default_rng(0), formats.clip_tokenizer(), configs(width)
+    rng, tokenizer, config = np.random.default_rng(0), formats.clip_tokenizer(), configs(model, width)
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
 
     def random(name, shape):
@@ -123,32 +147,51 @@ def write_model(folder, width):
             rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)
         ).astype(np.float16)
 
-    files = {f"{part}/config.json": config[part] for part in SHAPES if part in config} | {
-        "scheduler/scheduler_config.json": config["scheduler"],
-        "tokenizer/vocab.json": tokenizer.vocab,
-        "tokenizer/tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": tokenizer.EOS,
-            "unk_token": tokenizer.EOS,
-        },
-        "tokenizer/merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n",
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-            "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-        },
+    parts = [part for part in SHAPES if part in config]
+    index = {
+        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "PNDMScheduler"], "feature_extractor": [None, None],
     }
+    tokenizers = {"tokenizer": tokenizer.EOS}
+    if "text_encoder_2" in config:
+        tokenizers["tokenizer_2"] = "!"
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline", "image_encoder": [None, None],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    else:
+        index["safety_checker"] = [None, None]
+    files = {f"{part}/config.json": config[part] for part in parts} | {
+        "scheduler/scheduler_config.json": config["scheduler"], "model_index.json": index,
+    }
+    for name, pad in tokenizers.items():
+        files |= {
+            f"{name}/vocab.json": tokenizer.vocab,
+            f"{name}/tokenizer_config.json": {
+                "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad,
+                "unk_token": tokenizer.EOS,
+            },
+            f"{name}/merges.txt":
+                "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n",
+        }
     for name, content in files.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_text(
             content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
         )
-    for part, stem in (("text_encoder", "text_model."), ("vae", ""), ("unet", "")):
-        shapes = flatten(SHAPES[part](read_config(part, config[part])))
-        arrays = {stem + name: random(name, shape) for name, shape in shapes.items()}
-        file = "model" if stem else "diffusion_pytorch_model"
+    linear = config["unet"].get("use_linear_projection")
+    for part in parts:
+        shapes, arrays, is_text = (
+            flatten(SHAPES[part](read_config(part, config[part]))), {}, "text" in part,
+        )
+        for name, shape in shapes.items():
+            stem = "text_model." if is_text and "text_projection" not in name else ""
+            core = shape[:2] if linear and re.search(r"\.proj_(in|out)\.weight", name) else shape
+            arrays[stem + name] = random(name, core)
+        file = "model" if is_text else "diffusion_pytorch_model"
         save_file(arrays, unfinished / part / f"{file}.safetensors", {"format": "pt"})
     unfinished.rename(folder)
 
@@ -159,7 +202,7 @@ def inputs(args):
 
     rng, n, words = (
         np.random.default_rng(1), args.size // 8,
-        configs(args.width)["unet"]["cross_attention_dim"],
+        configs(args.model, args.width)["unet"]["cross_attention_dim"],
     )
     return [
         rng.standard_normal(shape, np.float32)
@@ -196,7 +239,7 @@ def measured(part, args, folder):
     def picture():
         *_, latents = sd.generate(
             model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
-            width=args.size, height=args.size,
+            guidance=args.guidance, width=args.size, height=args.size,
         )
         return sd.decode(model, latents) / np.float32(255)
 
@@ -324,20 +367,18 @@ def networks(part, args, folder, dtype):
 
 
 def pipeline(folder, device, dtype):
-    """diffusers' pipeline, and draw(prompt, size, batch, steps) -> PIL's pictures."""
+    """diffusers' pipeline, and draw(prompt, size, batch, steps, guidance) -> PIL's pictures."""
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     torch.set_num_threads(cores())
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), safety_checker=None
-    ).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(prompt, size, batch, steps):
+    def draw(prompt, size, batch, steps, guidance):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         return pipe(
-            prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=7.5,
+            prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=guidance,
             generator=streams, num_images_per_prompt=batch,
         ).images
 
@@ -376,7 +417,7 @@ def diffusers(part, args, folder, compiled=False):
         "picture": lambda: np.stack(
             [
                 np.float32(picture) / 255
-                for picture in draw(PROMPT, args.size, args.batch, args.steps)
+                for picture in draw(PROMPT, args.size, args.batch, args.steps, args.guidance)
             ]
         )
     }
@@ -419,11 +460,11 @@ def program(side, part, args, folder):
             : None if size else 12
         ]
         command = [
-            ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", "7.5",
+            ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", args.guidance,
             "--backend", args.backend, "-o", "out.png",
         ]
     else:
-        command = [__file__, "draw", *facts]
+        command = [__file__, "draw", *facts, args.guidance]
 
     def call():
         with tempfile.TemporaryDirectory() as here:
@@ -439,11 +480,11 @@ def program(side, part, args, folder):
     return {"file": call}
 
 
-def draw(folder, device, dtype, batch, prompt, steps, size):
+def draw(folder, device, dtype, batch, prompt, steps, size, guidance):
     """The peer's program: python benchmark.py draw ..."""
-    for i, picture in enumerate(
-        pipeline(folder, device, dtype)[1](prompt, int(size or 0) or None, int(batch), int(steps))
-    ):
+    _, draw = pipeline(folder, device, dtype)
+    size, batch, steps = int(size or 0) or None, int(batch), int(steps)
+    for i, picture in enumerate(draw(prompt, size, batch, steps, float(guidance))):
         picture.save(f"out-{i:03d}.png")
 
 
@@ -648,6 +689,8 @@ def parse_arguments():
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--threads", type=int, default=cores(), help="cores that each side may use (%(default)s)")
     add("--steps", type=int, default=20, help="of a picture (%(default)s)")
+    add("--guidance", type=float, default=7.5, help="of a picture (%(default)s)")
+    add("--model", choices=("sd15", "sdxl"), default="sd15", help="shapes of the random weights")
     add(
         "--size", type=int, dest="own_size", metavar="PIXELS",
         help="height and width (512; the bundled model's own)",
@@ -697,6 +740,10 @@ def parse_arguments():
             hasattr(os, "sched_setaffinity") or args.threads == cores(),
             "--threads: this system cannot restrict a process",
         ),
+        (
+            args.model == "sd15" or not {"unet", "vae", "text"} & {*args.part},
+            "--model sdxl draws whole pictures: --part picture or loaded",
+        ),
         (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
         (
             not args.json or args.json.parent.is_dir(),
@@ -720,14 +767,14 @@ def run(args):
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
     for part in args.part:
-        version = zlib.crc32(json.dumps(configs(args.width)).encode())
-        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.width}-{version:08x}")
+        version = zlib.crc32(json.dumps(configs(args.model, args.width)).encode())
+        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.model}-{args.width}-{version:08x}")
         folder = ROOT / "weights" / "emoji" if part == "bundled" else random
         if (
             part != "bundled" and not folder.exists()
         ):  # in a process of its own, to leave no memory behind
             writer = multiprocessing.get_context("spawn").Process(
-                target=write_model, args=(folder, args.width)
+                target=write_model, args=(folder, args.model, args.width)
             )
             writer.start()
             writer.join()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
+import helpers_xl
 from extras import cli, files, formats, teach
 from helpers import write_model
 
@@ -55,9 +56,9 @@ def run(pictures, tiny, capsys):
     return run
 
 
-def random_pairs(model, rank=3, parts=("unet", "text_encoder")):
+def random_pairs(model, rank=3, text=True):
     """A model with a LoRA, and the LoRA, whose B are not 0."""
-    adapted, pairs = teach.adapt(model, rank, parts)
+    adapted, pairs = teach.adapt(model, rank, text)
     for _, up in pairs.values():
         up.data.normal_(0, 0.3)
     return adapted, pairs
@@ -92,7 +93,7 @@ def test_an_adapted_weight_is_the_sum(kernel):
 
 def test_before_the_first_step_the_model_predicts_what_it_did(folder):
     model = formats.load(folder, "torch")
-    adapted, _ = teach.adapt(model, 4, ("unet", "text_encoder"))
+    adapted, _ = teach.adapt(model, 4, text=True)
     context = tiny_sd.encode_prompts(model, ["a cat"])
     assert torch.equal(tiny_sd.encode_prompts(adapted, ["a cat"]), context)
     assert loss_of(model, adapted.unet, context)[0] == loss_of(model, model.unet, context)[0]
@@ -102,8 +103,7 @@ def test_before_the_first_step_the_model_predicts_what_it_did(folder):
 def test_what_kohya_adapts_is_adapted(changes, folder_with, reference):
     """All linear layers and 1x1 convolutions of the transformers, by diffusers' class of them."""
     unet = make_unet(**changes)
-    _, pairs = teach.adapt(formats.load(folder_with(unet=unet), "torch"), 2,
-                           ("unet", "text_encoder"))
+    _, pairs = teach.adapt(formats.load(folder_with(unet=unet), "torch"), 2, text=True)
     expected = {("unet", f"{name}.{inner}.weight") for name, module in unet.named_modules()
                 if type(module).__name__ == "Transformer2DModel"
                 for inner, layer in module.named_modules()
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_peft(folder, reference):
     """Of all matrices of the U-Net, with diffusers' network and peft's layers."""
     peft = pytest.importorskip("peft")
     model = formats.load(folder, "torch")
-    adapted, pairs = random_pairs(model, parts=("unet",))
+    adapted, pairs = random_pairs(model, text=False)
     unet = make_unet()
     names = [name.removesuffix(".weight") for _, name in pairs]
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, target_modules=names))
@@ -171,22 +171,29 @@ def diffusers_picture(pipe, size):
                            height=size, generator=torch.Generator().manual_seed(3)).images[0])
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "emoji"])
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "emoji"])
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_draws_the_same(name, folder, folder_with, run):
+def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
     """By load_lora_weights, which must apply all of it; trained at a rate that shows."""
     pytest.importorskip("peft")
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
     if name == "emoji":
         folder = ROOT / "weights/emoji"
     if name == "Stable Diffusion 2":
         folder = folder_with(unet=make_unet(**SECOND), scheduler=DDIMScheduler(
             **SCHEDULER | {"prediction_type": "v_prediction"}))
+    if name == "SDXL":
+        tokenizer, folder = tmp_path / "tokenizer", tmp_path / "sdxl"
+        tokenizer.mkdir()
+        helpers_xl.make_pipeline(tokenizer).save_pretrained(folder)
     status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
                           "-W", 64, "-H", 64, model=folder)
     assert status == 0, said
+    if name == "SDXL":
+        parts = {key.split("_")[1] for key in load_file("mine.safetensors")}
+        assert parts == {"unet", "te1", "te2"}
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     before = diffusers_picture(pipe, 64).astype(int)
@@ -194,7 +201,7 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run):
     expected = diffusers_picture(pipe, 64).astype(int)
 
     model = formats.load(folder, loras=[("mine.safetensors", 1)])
-    *_, x = tiny_sd.generate(model, "a photo of a cat", "", (3,), 3, 5, "ddim", width=64, height=64)
+    *_, x = tiny_sd.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64, height=64)
     ours = tiny_sd.decode(model, x)[0].astype(int)
     assert abs(expected - before).max() > 20
     record(f"picture of a taught model, {name}, in 1/255", abs(ours - expected).max())

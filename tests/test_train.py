@@ -413,6 +413,23 @@ def test_the_most_variety_is_that_of_the_drawings():
     assert spread > 0.1 and found == np.mean(styles)
 
 
+def test_an_ideal_denoiser_draws_what_training_shows(state, things):
+    """Of a thing any of its drawings, of a style any thing's in it, and never one held out."""
+    judge = measure.IdealJudge(tiny_sd.load(state / "emoji", "torch"), things, steps=8)
+    blob = scenes.STYLES.index("blob")
+    shown = [[row[s] for s in scenes.styles_to_train(things, i)]
+             for i, row in enumerate(things.drawings)]
+    meant = {things.names[i][0]: shown[i] for i in range(3)}
+    meant["in the blob style"] = {row[blob] for row in things.drawings} & {*sum(shown, [])}
+    prompts = [prompt for prompt in meant for _ in range(8)]
+    pictures = judge.draw(prompts, [*range(8)] * len(meant)).astype(int)
+    originals = tiny_sd.decode(judge.model, judge.z.reshape(len(judge.z), 16, 16, 4)).astype(int)
+    errors = np.abs(pictures[:, None] - originals).max((2, 3, 4))
+    assert errors.min(1).max() <= 2
+    for prompt, drawn in zip(meant, errors.argmin(1).reshape(-1, 8)):
+        assert {*drawn} <= {*meant[prompt]} and len({*drawn}) > 1
+
+
 def test_evaluate(state):
     said = train("evaluate", state, "--limit", 3).stdout
     table = json.loads((state / "emoji.json").read_text())

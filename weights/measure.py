@@ -183,6 +183,56 @@ class Judge:
                 "pixels": self.verdict(signature, pictures, ids)}
 
 
+class IdealJudge(Judge):
+    """Judges what an ideal denoiser draws, which knows all drawings on white by heart.
+
+    The squared error is least where x̂_0 is the mean of all pictures that the caption may mean, each
+    weighted by how likely noise made this x_t of it, so by exp(-|x_t - √ᾱ z|² / 2 (1 - ᾱ)). What
+    guidance does to such a denoiser, no training can mend.
+    """
+
+    def __init__(self, model, things, steps=20):
+        super().__init__(model, things, steps)
+        self.z = self.originals(self.latents, max(things.pictures), WHITE)
+        self.z = self.z * np.float32(own(model, "vae", "scaling_factor"))
+        self.numbers = {names[0]: i for i, names in enumerate(things.names)}
+        self.often = np.zeros(len(self.z))      # how often training shows each
+        for thing, drawn in enumerate(things.drawings):
+            shown = drawn[styles_to_train(things, thing)]
+            self.often[shown] = 1 / len(shown)
+
+    def meant(self, text):
+        """How often each drawing has this caption: "cat", "in the blob style" or none at all."""
+        drawn, style = self.things.drawings, re.fullmatch(r"in the (\w+) style", text)
+        if style:
+            drawn = drawn[:, STYLES.index(style[1])]
+        elif text:
+            drawn = drawn[self.numbers[text]]
+        often, drawn = np.zeros(len(self.z)), drawn[drawn >= 0]
+        often[drawn] = self.often[drawn]
+        return often
+
+    def draw(self, prompts, seeds, negatives=None):
+        negatives, pictures = negatives or [""] * len(prompts), []
+        for i in tqdm(range(0, len(prompts), 64), "drawing ideally", leave=False):
+            part = slice(i, i + 64)
+            often = np.stack([*map(self.meant, [*negatives[part], *prompts[part]])])
+            denoise = functools.partial(self.denoise, often)
+            *_, x = tiny_sd.generate(self.model, "", seeds=[*map(int, seeds[part])],
+                                     steps=self.steps, guidance=1.0, denoiser=lambda *_: denoise)
+            pictures.append(tiny_sd.decode(self.model, x))
+        return np.concatenate(pictures)
+
+    def denoise(self, often, x_t, t, alpha_bar):
+        """(x̂_0, ε̂); often: (negatives and prompts, drawings)."""
+        distances = squared_distances(x_t.reshape(len(x_t), -1), math.sqrt(alpha_bar) * self.z)
+        with np.errstate(divide="ignore"):
+            scores = np.tile(-distances / (2 - 2 * alpha_bar), (2, 1)) + np.log(often)
+        uncond, cond = np.split(tiny_sd.softmax(scores) @ self.z, 2)
+        x_0 = tiny_sd.guide(uncond, cond, own(self.model, "scheduler", "_guidance_scale"))
+        return tiny_sd.split_prediction("sample", x_0.reshape(x_t.shape), x_t, alpha_bar)
+
+
 def crop(picture, part):
     """The square of a picture in which a Part stands."""
     side = part.halves * len(picture) // 2
@@ -251,6 +301,12 @@ def most_variety(things, ids, seeds=8):
     return {"drawings chosen at random differ, of what things differ": spread(pictures, seeds),
             f"different drawings among {seeds} chosen at random":
                 float(np.mean([len({*row}) for row in styles.tolist()]))}
+
+
+def ideal_variety(judge, ids):
+    """What variety() gives of an ideal denoiser."""
+    ideal = IdealJudge(judge.model, judge.things, judge.steps)
+    return {f"ideally, {name}": value for name, value in variety(ideal, ids).items()}
 
 
 def spread(pictures, seeds):
@@ -432,6 +488,7 @@ def evaluate(out, things, limit, steps, device):
         lambda: right_things(judge, ids),
         lambda: variety(judge, ids[:max(2, n // 5)]),
         lambda: most_variety(things, ids[:max(2, n // 5)]),
+        lambda: ideal_variety(judge, ids[:max(2, n // 5)]),
         lambda: named_styles(judge, shown, "style named"),
         lambda: named_styles(judge, unshown, "drawings never shown"),
         lambda: backgrounds(judge, *held_out_backgrounds(things, rng, few)),
