@@ -9,17 +9,18 @@ The same weights and work, in turn:
     python tests/benchmark.py --width 32 --size 64 --rounds 2          a quick look, small model
     python tests/benchmark.py --peer all --part unet --part loaded --device cuda \\
                               --dtype float16 --batch 8
+    python tests/benchmark.py --model sdxl --part picture --size 1024 --steps 1 --rounds 1
 
 `unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`:
 a picture in a process that holds the model already. `picture`: the same from the start of the
 process to the file. `bundled`: that with weights/emoji. A picture is 20 steps of DPM++ 2M at
 guidance 7.5; for its peak memory alone, --steps 1 is enough.
 
-All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, written
-once among the temporary files. Each side is a process that waits while another computes: first each
-gives a result, which must agree, then they are timed in turn; of programs that draw into a file,
-which begin anew each time, the first run counts. All stay in memory: where that is short, take one
-peer at a time. Memory counts the pages of mapped files.
+All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, or SDXL's,
+6.9 GB, written once among the temporary files. Each side is a process that waits while another
+computes: first each gives a result, which must agree, then they are timed in turn; of programs that
+draw into a file, which begin anew each time, the first run counts. All stay in memory: where that
+is short, take one peer at a time. Memory counts the pages of mapped files.
 """
 
 import argparse
@@ -137,7 +138,8 @@ def write_model(folder, model, width):
     from extras import formats
     from extras.checks import SHAPES
     from tiny_sd import flatten, read_config
-    rng, tokenizer, config = np.random.default_rng(0), formats.clip_tokenizer(), configs(model, width)
+    rng, tokenizer = np.random.default_rng(0), formats.clip_tokenizer()
+    config = configs(model, width)
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
 
     def random(name, shape):
@@ -768,7 +770,8 @@ def run(args):
             args.peer.remove(peer)
     for part in args.part:
         version = zlib.crc32(json.dumps(configs(args.model, args.width)).encode())
-        random = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-{args.model}-{args.width}-{version:08x}")
+        name = f"tiny_sd-benchmark-{args.model}-{args.width}-{version:08x}"
+        random = Path(tempfile.gettempdir(), name)
         folder = ROOT / "weights" / "emoji" if part == "bundled" else random
         if (
             part != "bundled" and not folder.exists()

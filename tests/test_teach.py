@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_xl import make_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
-import helpers_xl
 from extras import cli, files, formats, teach
 from helpers import write_model
 
@@ -185,7 +185,7 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
     if name == "SDXL":
         tokenizer, folder = tmp_path / "tokenizer", tmp_path / "sdxl"
         tokenizer.mkdir()
-        helpers_xl.make_pipeline(tokenizer).save_pretrained(folder)
+        make_pipeline(tokenizer).save_pretrained(folder)
     status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
                           "-W", 64, "-H", 64, model=folder)
     assert status == 0, said
@@ -201,7 +201,8 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
     expected = diffusers_picture(pipe, 64).astype(int)
 
     model = formats.load(folder, loras=[("mine.safetensors", 1)])
-    *_, x = tiny_sd.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64, height=64)
+    *_, x = tiny_sd.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64,
+                             height=64)
     ours = tiny_sd.decode(model, x)[0].astype(int)
     assert abs(expected - before).max() > 20
     record(f"picture of a taught model, {name}, in 1/255", abs(ours - expected).max())

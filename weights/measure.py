@@ -217,20 +217,26 @@ class IdealJudge(Judge):
         for i in tqdm(range(0, len(prompts), 64), "drawing ideally", leave=False):
             part = slice(i, i + 64)
             often = np.stack([*map(self.meant, [*negatives[part], *prompts[part]])])
-            denoise = functools.partial(self.denoise, often)
+            make = functools.partial(self.denoiser, often)
             *_, x = tiny_sd.generate(self.model, "", seeds=[*map(int, seeds[part])],
-                                     steps=self.steps, guidance=1.0, denoiser=lambda *_: denoise)
+                                     steps=self.steps, guidance=1.0, denoiser=make)
             pictures.append(tiny_sd.decode(self.model, x))
         return np.concatenate(pictures)
 
-    def denoise(self, often, x_t, t, alpha_bar):
-        """(x̂_0, ε̂); often: (negatives and prompts, drawings)."""
-        distances = squared_distances(x_t.reshape(len(x_t), -1), math.sqrt(alpha_bar) * self.z)
+    def denoiser(self, often, *_):
+        """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); often: (negatives and prompts, drawings)."""
+        guidance = own(self.model, "scheduler", "_guidance_scale")
         with np.errstate(divide="ignore"):
-            scores = np.tile(-distances / (2 - 2 * alpha_bar), (2, 1)) + np.log(often)
-        uncond, cond = np.split(tiny_sd.softmax(scores) @ self.z, 2)
-        x_0 = tiny_sd.guide(uncond, cond, own(self.model, "scheduler", "_guidance_scale"))
-        return tiny_sd.split_prediction("sample", x_0.reshape(x_t.shape), x_t, alpha_bar)
+            log_often = np.log(often)
+
+        def denoise(x_t, t, alpha_bar):
+            rows = x_t.reshape(len(x_t), -1)
+            scores = -squared_distances(rows, math.sqrt(alpha_bar) * self.z) / (2 - 2 * alpha_bar)
+            shares = tiny_sd.softmax(np.tile(scores, (2, 1)) + log_often)
+            x_0 = tiny_sd.guide(*np.split(shares @ self.z, 2), guidance).reshape(x_t.shape)
+            return tiny_sd.split_prediction("sample", x_0, x_t, alpha_bar)
+
+        return denoise
 
 
 def crop(picture, part):
