@@ -825,7 +825,7 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
         chosen = rng.integers(len(latents), size=batch_size)
         x_0 = latents[chosen]
         context, pooled = embed_prompts(model, drop_captions([captions[i] for i in chosen], rng))
-        condition = unet_conditions(model, batch_size, 1, pooled, x_0.shape)
+        condition = unet_conditions(model, batch_size, 1, pooled, x_0.shape)    # most have none
         t = rng.integers(len(model.alpha_bars), size=batch_size)
         alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))

@@ -17,9 +17,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
+from test_families import open_clip_names
 
 from extras import cli, files, formats, things
 from helpers import CONFIG, FILES, TWO_ENCODERS, random_arrays, sd, shapes_of, write_model
@@ -241,8 +243,11 @@ def single_file_spoilt(path, rng):
             )
             arrays[other] = arrays.pop(name)
         elif kind == 3:
-            prefix = rng.choice(["model.diffusion_model.", "first_stage_model.",
-                                 "cond_stage_model.transformer.", "cond_stage_model.model."])
+            prefix = rng.choice([
+                "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.",
+                "cond_stage_model.model.", "conditioner.embedders.0.transformer.text_model.",
+                "conditioner.embedders.1.model.", "conditioner.embedders.2.",
+            ])
             word = rng.choice(
                 [
                     "input_blocks.x.0", "input_blocks." + "1" * 5000 + ".0.op.weight", "", "out.0",
@@ -387,21 +392,30 @@ def prompt(rng):
     )
 
 
-def write_single_file(path):
-    """The same kind of model in the original layout, its vocabulary CLIP's."""
-    names = {
-        "text_encoder": "cond_stage_model.transformer.text_model.", "vae": "first_stage_model.",
-        "unet": "model.diffusion_model.",
+def write_single_file(path, encoders=1):
+    """The same kind of model in the original layout, its vocabulary CLIP's; or an SDXL."""
+    names = {"vae": "first_stage_model.", "unet": "model.diffusion_model."}
+    names |= {"text_encoder": "cond_stage_model.transformer.text_model."} if encoders == 1 else {
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
     }
-    config = {part: dict(CONFIG[part]) for part in names}
-    config["text_encoder"] |= {"vocab_size": 49408, "max_position_embeddings": 77,
-                               "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 1}
-    config["unet"] |= {"cross_attention_dim": 2, "norm_num_groups": 32, "attention_head_dim": 8,
-                       "block_out_channels": [32, 64]}
+    config = {part: dict((CONFIG if encoders == 1 else TWO_ENCODERS)[part]) for part in names}
+    for part in ("text_encoder", "text_encoder_2")[:encoders]:
+        config[part] |= {
+            "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 2,
+            "num_attention_heads": 1, "num_hidden_layers": encoders,
+        }
+    config["unet"] |= {"cross_attention_dim": 2 * encoders, "norm_num_groups": 32,
+                       "attention_head_dim": 8, "block_out_channels": [32, 64]}
     config["vae"] |= {"norm_num_groups": 32, "block_out_channels": [32, 32]}
     arrays = {}
     for part, prefix in names.items():
-        for name, array in random_arrays(shapes_of(part, config[part])).items():
+        weights = random_arrays(shapes_of(part, config[part]))
+        if part == "text_encoder_2":
+            weights = open_clip_names({k: torch.from_numpy(a) for k, a in weights.items()})
+            weights = {name: tensor.numpy() for name, tensor in weights.items()}
+            weights["text_projection"] = weights.pop("text_projection.weight").T.copy()
+        for name, array in weights.items():
             arrays[prefix + original_name(part, name)] = array
     save_file(arrays, path)
 
@@ -418,9 +432,11 @@ def original_name(part, name):
                          ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
             name = name.replace(new, old)
         return name
-    if part == "text_encoder":
+    if part.startswith("text_encoder"):
         return name
     for new, old in [
+        (r"^add_embedding\.linear_1", "label_emb.0.0"),
+        (r"^add_embedding\.linear_2", "label_emb.0.2"),
         (r"^time_embedding\.linear_1", "time_embed.0"), ("^conv_norm_out", "out.0"),
         (r"^time_embedding\.linear_2", "time_embed.2"), ("^conv_out", "out.2"),
         ("^conv_in", "input_blocks.0.0"), (r"^mid_block\.resnets\.0", "middle_block.0"),
@@ -446,7 +462,8 @@ def original_name(part, name):
 def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
     """So that what is spoilt in them is all that is wrong with them."""
     monkeypatch.chdir(folder / "original")
-    for flags in (["-m", "single.safetensors"], ["-m", "model", "--lora", "lora.safetensors"],
+    for flags in (["-m", "single.safetensors"], ["-m", "single-xl.safetensors"],
+                  ["-m", "model", "--lora", "lora.safetensors"],
                   ["-m", "single.ckpt"], ["-m", "model", "--lora", "lora.pt"], ["-m", "xl"],
                   ["-m", "model", "--embedding", "word.pt"], ["-m", "xl", "--low-memory"]):
         assert cli.main(["red", "--steps", "1", "-W", "16", "-H", "16", *flags]) == 0
@@ -513,8 +530,8 @@ def case(folder, rng):
     elif kind == 12:
         networks_spoilt(model, rng)
     elif kind == 13:
-        single_file_spoilt(folder / "single.safetensors", rng)
-        argv[1] = "single.safetensors"
+        argv[1] = rng.choice(["single.safetensors", "single.safetensors", "single-xl.safetensors"])
+        single_file_spoilt(folder / argv[1], rng)
     elif kind == 14:
         lora_spoilt(folder / "lora.safetensors", rng)
         argv += ["--lora", "lora.safetensors"]
@@ -626,10 +643,10 @@ def folder(tmp_path, monkeypatch):
     for name in ("like.jpg", "like.webp"):
         assert cli.main([*draw, "-o", name]) == 0
     write_single_file(tmp_path / "original/single.safetensors")
+    write_single_file(tmp_path / "original/single-xl.safetensors", encoders=2)
     single = load_file("single.safetensors")
     save_file({name: array for name, array in single.items() if name.startswith("first_stage")},
               "vae.safetensors")
-    torch = pytest.importorskip("torch")
     for name, new in ("single", "single.ckpt"), ("lora", "lora.pt"), ("word", "word.pt"):
         arrays = load_file(f"{name}.safetensors")
         torch.save({key: torch.from_numpy(array) for key, array in arrays.items()}, new)
