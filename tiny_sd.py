@@ -10,7 +10,7 @@
     python tiny_sd.py "red apple on a blue background"           the small model in weights/emoji
     python tiny_sd.py "a lighthouse in a storm" -m FOLDER        Stable Diffusion itself
 
-The same steps in Python:
+The same in Python, with the plainest sampler and other random numbers, so another picture:
 
     >>> model = load("weights/emoji")
     >>> context = encode_prompts(model, ["", "red apple on a blue background"])
@@ -23,7 +23,7 @@ Three conventions carry the whole file.
 
 1. A layer is a function of arrays.
 2. Its weights are a nested mapping with the checkpoint's names as keys, passed as keyword
-   arguments: `resnet(x, temb, groups, eps, **weights)`. An unknown name is a TypeError.
+   arguments: `resnet(x, temb, groups, eps, **weights)`. A name without a parameter is a TypeError.
 3. Images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
    convolution and the projections of attention are one operation, `x @ w.T`.
 
@@ -61,8 +61,8 @@ __version__ = "0.2.0"
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# Each operation is defined by its formula in NumPy. Given torch tensors, it calls torch's operation
-# of the same name, so that the networks below are written once and run on both.
+# Each operation is defined by its formula in NumPy. Given torch tensors, it calls the function of
+# the same name in torch_operations(), so that the networks below are written once and run on both.
 
 FAST = {}   # {name: quicker form of that primitive on NumPy arrays}; extras/fast.py fills it
 
@@ -198,7 +198,8 @@ def concat(*xs):
 def map_rows(x, function, *others):
     """Apply a function to x[0:1], x[1:2], ..., and the others' rows with them; join the results.
 
-    Rows must be independent: torch gets them all in one call.
+    Rows must be independent. NumPy takes one at a time, which needs less memory and lets
+    extras/fast.py give each a core; torch gets them all in one call.
     """
     rows = [[array[i:i + 1] for array in (x, *others)] for i in range(len(x))]
     return np.concatenate([function(*row) for row in rows])
@@ -218,9 +219,10 @@ def to_numpy(x):
 
 @functools.cache
 def torch_operations():
-    """Return {name: torch's operation}: all that this file knows of torch.
+    """Return {name: what computes that primitive in torch}. Only training, §7, uses more of torch.
 
-    torch.nn.functional takes images channels first; movedim shows it ours so, without a copy.
+    torch.nn.functional wants channels first: movedim reorders the axes of our images, without a
+    copy.
     """
     import torch
     import torch.nn.functional as F
@@ -288,6 +290,7 @@ class Tokenizer:
     tokens. length: how many ids the model takes. pad: the padding token.
     """
     BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+    # Unicode's White_Space; Python's \s has \x1c to \x1f as well
     SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
     def __init__(self, merges, vocab=None, length=77, pad=EOS):
@@ -343,7 +346,8 @@ class Tokenizer:
                 symbols.append(piece)
             else:
                 symbols += [symbol for word in self.words(piece) for symbol in self.merge(word)]
-        return [self.vocab.get(symbol, self.vocab[self.EOS]) for symbol in symbols]
+        unknown = self.vocab[self.EOS]      # of a vocabulary that lacks a symbol, as in CLIP
+        return [self.vocab.get(symbol, unknown) for symbol in symbols]
 
     def encode(self, text):
         """Return the model's ids (length,), and the text that did not fit."""
@@ -434,7 +438,8 @@ def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2,
 def vae_attention(x, groups, **weights):
     """Self-attention among all pixels of an image, with one head.
 
-    weights: the checkpoint's group_norm, to_q, to_k, to_v and to_out.
+    weights: the checkpoint's group_norm, to_q, to_k, to_v and to_out; as one mapping, since a
+    parameter named group_norm would hide the function.
     """
     B, H, W, C = x.shape
     h = group_norm(x, groups, 1e-6, **weights.pop("group_norm"))
@@ -760,7 +765,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_ancestr
 # Three networks are trained one after the other: first the VAE, on pictures; then the text
 # encoder, on pictures with captions, together with an image encoder that is discarded afterwards;
 # then the U-Net, on the VAE's latents and the text encoder's contexts. Autograd works through the
-# functions above unchanged. weights/train.py is a complete recipe.
+# functions above unchanged, so the losses take torch tensors. A full recipe: weights/train.py.
 
 
 def l1_loss(picture, reference):
@@ -852,9 +857,9 @@ class Model:
     vae: dict = field(repr=False)
     unet: dict = field(repr=False)
     second: SimpleNamespace = field(default=None, repr=False)   # a second text encoder: see §9
-    digest: str = ""                                # of a single file: the first of its SHA-256
-    vae_encode: Callable = field(default=vae_encode, repr=False)    # another kind of VAE brings
-    vae_decode: Callable = field(default=vae_decode, repr=False)    # its own
+    digest: str = ""                        # of a single file: the first ten digits of its SHA-256
+    vae_encode: Callable = field(default=vae_encode, repr=False)    # both are replaced where the
+    vae_decode: Callable = field(default=vae_decode, repr=False)    # VAE is of another kind
 
     @property
     def alpha_bars(self):
@@ -914,10 +919,10 @@ def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
         conditions = unet_conditions(model, len(context), guidance, pooled, x.shape)
 
-        def predict(words, condition):      # for each row of the context, all pictures
-            xs = array_like(context, np.concatenate([x] * len(words)))
-            row = np.arange(len(xs)) // len(x)      # which of the words each picture gets
-            return to_numpy(unet(xs, np.full(len(xs), t), words[row], config.n_head,
+        def predict(contexts, condition):       # all pictures with each of these contexts
+            xs = array_like(context, np.concatenate([x] * len(contexts)))
+            row = np.repeat(np.arange(len(contexts)), len(x))       # which context each gets
+            return to_numpy(unet(xs, np.full(len(xs), t), contexts[row], config.n_head,
                                  config.norm_num_groups, condition=condition[row], **model.unet))
 
         output = map_rows(context, predict, conditions)         # (rows * batch, h, w, 4)
@@ -1060,7 +1065,7 @@ def shorten(text, length=200):
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
               "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-KARRAS = ("euler", "euler_a", "dpm++2m")    # samplers that can take Karras' noise levels
+KARRAS = ("euler", "euler_a", "dpm++2m")    # can take Karras' levels; else "linspace" is usual
 
 
 def defaults(model):
@@ -1075,12 +1080,15 @@ def defaults(model):
 
 
 def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
-    """Return what generate() works with, as diffusers would choose it; UserError if it cannot."""
+    """Return generate()'s plan: the steps, noise and scale of x_T that diffusers would take.
+
+    What is None is the model's own. Raises UserError if the arguments do not fit together.
+    """
     own_sampler, own_steps, own_guidance = defaults(model)
-    n, guidance = (own if given is None else given
-                   for given, own in ((steps, own_steps), (guidance, own_guidance)))
-    names = [name for name, function in SAMPLERS.items() if function is sampler]
-    sampler = own_sampler if sampler is None else (names or [sampler])[0]
+    n = own_steps if steps is None else steps
+    guidance = own_guidance if guidance is None else guidance
+    sampler = own_sampler if sampler is None else sampler
+    sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
     require(callable(sampler) or sampler in SAMPLERS,
             f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")
     require(np.ndim(seeds) == 1 and len(seeds) > 0, f"seeds must be a list, not {seeds}")
@@ -1095,12 +1103,12 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
 
     scheduler = model.config.scheduler
     steps = sampling_steps(sampler, n, scheduler, model.alpha_bars, karras)
-    exact = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
+    scaled = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
     return SimpleNamespace(
         sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
-        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,
+        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # else it is an input
         noise=torch_noise(seeds, image_size(model, width, height)),
-        initial_scale=(1 - steps[0][1]) ** 0.5 if exact else 1.0)   # x_T's standard deviation
+        initial_scale=(1 - steps[0][1]) ** 0.5 if scaled else 1.0)  # x_T's standard deviation
 
 
 def image_size(model, width, height):
@@ -1397,8 +1405,8 @@ def to_backend(array, backend, device="cpu", dtype="float32"):
     if backend == "torch":
         return torch_operations()["from_numpy"](np.array(array, order="C"), device, dtype)
     if array.ndim == 4 and array.shape[1] > 1 and array.dtype != np.float64:
-        return array                                    # still mapped from the file
-    return np.asfortranarray(array, np.float32)         # x @ Wᵀ reads W by columns
+        return array            # a convolution's, as the file has it: in float16, too, and mapped
+    return np.asfortranarray(array, np.float32)     # so that x @ w.T reads w.T row by row
 
 
 def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
@@ -1412,7 +1420,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     config = {part: read_config(part, settings[part]) for part in settings}
     for tokenizer in tokenizers:
         limit = config["text_encoder"].max_position_embeddings
-        tokenizer.length = min(tokenizer.length, limit)     # 1e30: no limit
+        tokenizer.length = min(tokenizer.length, limit)     # some files say 1e30
 
     networks = {}
     for part in arrays:
@@ -1473,7 +1481,7 @@ OPTIONS = [     # (heading, flags, type or choices, default, help); extras/cli.p
     ("from a picture", "-i --init-img", str, None, "a picture to start from"),
     ("from a picture", "--strength", float, None, "how much to change it, 0 to 1 (0.75)"),
     ("output", "-o --output", Path, Path("out.png"), "the file to write (%(default)s)"),
-    ("hardware", "--backend", ("numpy", "torch"), None, "numpy, unless a GPU is asked for"),
+    ("hardware", "--backend", ("numpy", "torch"), None, "numpy; torch on a GPU, or not in float32"),
     ("hardware", "--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
     ("hardware", "--dtype", ("float32", "float16", "bfloat16"), "float32", "(%(default)s)"),
 ]

@@ -285,7 +285,7 @@ def variety(judge, ids, seeds=8):
     which = np.repeat(ids, seeds)
     numbers = [*range(seeds)] * len(ids)
     pictures = judge.draw(names, numbers)
-    report = {"seeds of one thing differ, of what things differ": spread(pictures, seeds)}
+    report = {"seeds of a thing differ, relative to things": spread(pictures, seeds)}
     styles = judge.verdict(judge.latents, pictures, which).styles
     found = [len({*row}) for row in styles.reshape(len(ids), seeds).tolist()]
     report[f"different drawings among {seeds} seeds of a thing"] = float(np.mean(found))
@@ -304,7 +304,7 @@ def most_variety(things, ids, seeds=8):
     styles = np.stack([rng.choice(styles_to_train(things, i), seeds) for i in ids])
     shown = things.drawings[np.repeat(ids, seeds), styles.ravel()]
     pictures = on_colour(things.pictures[side][shown], WHITE)
-    return {"drawings chosen at random differ, of what things differ": spread(pictures, seeds),
+    return {"drawings chosen at random differ, relative to things": spread(pictures, seeds),
             f"different drawings among {seeds} chosen at random":
                 float(np.mean([len({*row}) for row in styles.tolist()]))}
 
@@ -420,7 +420,7 @@ def first_guesses(judge, ids):
     """How blurred the first guess of a thing is beside the last."""
     guesses = guessing(judge.model, [judge.things.names[i][0] for i in ids[:64]], judge.steps)
     sharp = [sharpness(pictures) for pictures in guesses]
-    return {f"sharpness of guess {i + 1} of {len(sharp)}, of the last's": sharp[i] / sharp[-1]
+    return {f"sharpness of guess {i + 1} of {len(sharp)}, relative to last": sharp[i] / sharp[-1]
             for i in (0, len(sharp) // 4, len(sharp) // 2)}
 
 
