@@ -63,7 +63,7 @@ class Failure(Exception):
 
 # ── The model: random weights with the shapes of Stable Diffusion 1.5, or of SDXL ─────────────────
 
-def configs(model="sd15", width=320):
+def configs(width=320, model="sd15"):
     """A model's configs, its channels as if the U-Net's first level had `width` of them."""
     return {"sd15": sd15_configs, "sdxl": sdxl_configs}[model](width)
 
@@ -127,7 +127,7 @@ def sdxl_configs(width):
     return config
 
 
-def write_model(folder, model, width):
+def write_model(folder, width, model="sd15"):
     """A diffusers folder in float16.
 
     Matrices that keep the variance, scales of one, shifts of zero.
@@ -139,7 +139,7 @@ def write_model(folder, model, width):
     from extras.checks import SHAPES
     from tiny_sd import flatten, read_config
     rng, tokenizer = np.random.default_rng(0), formats.clip_tokenizer()
-    config = configs(model, width)
+    config = configs(width, model)
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
 
     def random(name, shape):
@@ -204,7 +204,7 @@ def inputs(args):
 
     rng, n, words = (
         np.random.default_rng(1), args.size // 8,
-        configs(args.model, args.width)["unet"]["cross_attention_dim"],
+        configs(args.width, args.model)["unet"]["cross_attention_dim"],
     )
     return [
         rng.standard_normal(shape, np.float32)
@@ -769,7 +769,7 @@ def run(args):
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
     for part in args.part:
-        version = zlib.crc32(json.dumps(configs(args.model, args.width)).encode())
+        version = zlib.crc32(json.dumps(configs(args.width, args.model)).encode())
         name = f"tiny_sd-benchmark-{args.model}-{args.width}-{version:08x}"
         random = Path(tempfile.gettempdir(), name)
         folder = ROOT / "weights" / "emoji" if part == "bundled" else random
@@ -777,7 +777,7 @@ def run(args):
             part != "bundled" and not folder.exists()
         ):  # in a process of its own, to leave no memory behind
             writer = multiprocessing.get_context("spawn").Process(
-                target=write_model, args=(folder, args.model, args.width)
+                target=write_model, args=(folder, args.width, args.model)
             )
             writer.start()
             writer.join()

@@ -110,10 +110,10 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--save-memory", action="store_true")
     args, processes = parser.parse_args(), multiprocessing.get_context("spawn")
-    version = zlib.crc32(json.dumps(benchmark.configs("sd15", args.width)).encode())
+    version = zlib.crc32(json.dumps(benchmark.configs(args.width)).encode())
     folder = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-sd15-{args.width}-{version:08x}")
     if not folder.exists():
-        benchmark.write_model(folder, "sd15", args.width)
+        benchmark.write_model(folder, args.width)
     for side in SIDES:
         ours, theirs = processes.Pipe()
         process = processes.Process(target=measured, args=(side, args, folder, theirs))
