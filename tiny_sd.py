@@ -1065,7 +1065,7 @@ def shorten(text, length=200):
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
               "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-KARRAS = ("euler", "euler_a", "dpm++2m")    # can take Karras' levels; else "linspace" is usual
+KARRAS = ("euler", "euler_a", "dpm++2m")    # can take Karras' levels; spaced by linspace as a rule
 
 
 def defaults(model):
@@ -1088,6 +1088,7 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     n = own_steps if steps is None else steps
     guidance = own_guidance if guidance is None else guidance
     sampler = own_sampler if sampler is None else sampler
+    # a function of the list goes by its name, which the spacing of its timesteps depends on
     sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
     require(callable(sampler) or sampler in SAMPLERS,
             f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")

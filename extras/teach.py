@@ -95,7 +95,7 @@ def lessons(model, pictures, prompts, args):
 
 # ── The LoRA ────────────────────────────────────────────────────────────────────────────────────
 
-# Which matrices are adapted in each part, and what kohya puts before their names.
+# Which matrices are adapted in each part: those with this in their names.
 WITHIN = {"unet": ".attentions.", "text_encoder": "encoder.layers.",
           "text_encoder_2": "encoder.layers."}
 METADATA = {"format": "pt", "ss_network_module": "networks.lora"}   # how programs tell what it is

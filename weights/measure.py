@@ -186,9 +186,9 @@ class Judge:
 class IdealJudge(Judge):
     """Judges what an ideal denoiser draws, which knows all drawings on white by heart.
 
-    The squared error is least where x̂_0 is the mean of all pictures that the caption may mean, each
-    weighted by how likely noise made this x_t of it, so by exp(-|x_t - √ᾱ z|² / 2 (1 - ᾱ)). What
-    guidance does to such a denoiser, no training can mend.
+    The squared error is least where x̂_0 is the mean of all drawings z that the caption may mean,
+    each weighted by how likely noise is to turn it into x_t: exp(-|x_t - √ᾱ z|² / 2 (1 - ᾱ)). What
+    guidance fails to do with this denoiser cannot be expected of one that learnt.
     """
 
     def __init__(self, model, things, steps=20):
@@ -213,6 +213,7 @@ class IdealJudge(Judge):
         return often
 
     def draw(self, prompts, seeds, negatives=None):
+        """What Judge.draw returns, by this denoiser."""
         negatives, pictures = negatives or [""] * len(prompts), []
         for i in tqdm(range(0, len(prompts), 64), "drawing ideally", leave=False):
             part = slice(i, i + 64)
