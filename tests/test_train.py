@@ -85,7 +85,8 @@ def test_scenes_hold_out(things):
         assert not any(scenes.held_out_style(names[i], scenes.STYLES[s]) for i, s in shown)
         if len(shown) == 2:
             assert not scenes.held_out_pair(*(names[i] for i, _ in shown))
-        assert not scenes.held_out_background(names[shown[0][0]], colours[scene.colour])
+        assert not any(scenes.held_out_background(names[i], colours[scene.colour])
+                       for i, _ in shown)
         assert words.encode(scene.caption)[1] == ""
         seen |= {*shown}
     assert len(seen) == sum(not scenes.held_out_style(name, style)

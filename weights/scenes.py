@@ -421,7 +421,7 @@ class Scene(NamedTuple):
     caption: str
 
 
-KINDS = {"plain": 0.44, "colour": 0.20, "placed": 0.13, "pair": 0.23}
+KINDS = {"plain": 0.36, "colour": 0.30, "placed": 0.12, "pair": 0.22}
 STYLED = 0.6        # how often a caption names its drawing's style,
 STYLE_ALONE = 0.15  # and how often such a caption names nothing else
 
@@ -471,10 +471,12 @@ def draw_single(things, rng, colour, kind):
 
 
 def draw_pair(things, rng, colour, kind):
-    """Two things, or None where they are held out together or lack a common style."""
+    """Two things, or None where they are held out, or lack a common style."""
     one, other = rng.choice(len(things.names), 2, replace=False).tolist()
     names = [things.names[i] for i in (one, other)]
-    if held_out_pair(names[0][0], names[1][0]) or held_out_background(names[0][0], colour):
+    if held_out_pair(names[0][0], names[1][0]):
+        return None
+    if any(held_out_background(options[0], colour) for options in names):
         return None
     how = str(rng.choice([*PAIRS]))
     said = [say(options, rng) for options in names]
