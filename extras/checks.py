@@ -54,7 +54,7 @@ CONFIG_FIELDS = {
         "set_alpha_to_one": {None, True, False}, "use_karras_sigmas": {None, True, False},
         "_guidance_scale": (0, 100)}}
 CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": WIDTH}
-MAY_LACK = {    # what a config may leave out beside tiny_sd.CONFIG_DEFAULTS
+MAY_LACK = {    # what a config may leave out besides tiny_sd.CONFIG_DEFAULTS
     "vae": {"in_channels": 3, "out_channels": 3},
     "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}}
 
@@ -101,7 +101,7 @@ def checked_config(part, settings):
         given = settings.get(name, value)
         levels = [value] * len(given) if isinstance(given, list) else None
         require(part == "scheduler" or given in (value, None) or given and given == levels,
-                f"the {part}'s {name} {shorten(repr(given))} is not computed here")
+                f"the {part}'s {name} {shorten(repr(given))} is not supported")
     levels = settings.get("block_out_channels")
     if part in ("unet", "vae"):
         require(allows([WIDTH], levels),
@@ -117,7 +117,7 @@ def checked_config(part, settings):
 
 
 def replaced_settings(settings):
-    """Return a line for each thing that a scheduler's config says and that is otherwise here."""
+    """Return a line for each setting of a scheduler's config that is not followed here."""
     scheduler, lines = settings["scheduler"], []
     for name, value in FIXED["scheduler"].items():
         given = scheduler.get(name, value)
@@ -156,8 +156,8 @@ def check_configs(settings, tokenizers):
     z = vae.latent_channels
     require(unet.out_channels == z,
             f"the unet gives {unet.out_channels} channels, the vae takes {z}")
-    require(unet.in_channels in (z, 2 * z + 1), f"a unet of {unet.in_channels} input channels, "
-            f"neither {z} nor, for inpainting, {2 * z + 1}, is none that is computed here")
+    require(unet.in_channels in (z, 2 * z + 1), f"a unet with {unet.in_channels} input channels is "
+            f"not supported: it has {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
     levels = alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
@@ -202,7 +202,7 @@ def check_added_conditions(unet, second):
     require(added == ("text_time", True, width), "with this text_encoder_2, the unet needs "
             f"addition_embed_type \"text_time\" and projection_class_embeddings_input_dim {width}")
     require(not unet.time_cond_proj_dim, "a unet with both added text and an embedded guidance "
-                                         "scale (time_cond_proj_dim) is not computed here")
+                                         "scale (time_cond_proj_dim) is not supported")
 
 
 # ── Shapes ──────────────────────────────────────────────────────────────────────────────────────
@@ -378,7 +378,7 @@ def check_weights(part, arrays, config):
 
 
 def check_shapes(what, arrays, expected):
-    """Raise UserError, which names all that are missing, unknown or misshapen.
+    """Raise UserError where weights are missing, unknown or misshapen, naming five at most.
 
     expected: {name: shape}.
     """

@@ -53,25 +53,22 @@ def output(text):
     return Path(text, "out.png") if text.endswith(("/", os.sep)) else Path(text)
 
 
-CHANGED = {     # what these options take here beside what they take in tiny_sd.py
-    "-W --width": (int, None, "in pixels (the model's own)"),
-    "-H --height": (int, None, "in pixels (the model's own)"),
-    "--cfg-scale --guidance-scale": (
-        float, None, "guidance: how much to stress the prompt (7.5, or the model's own)"),
-    "--strength": (float, None, "how much to change it, 0 to 1 (0.75, or 1 with --mask)"),
-    "--device": (("cpu", "cuda", "mps"), "cpu", "where to compute (%(default)s)"),
-    "--dtype": (("float32", "float16", "bfloat16"), "float32", "the numbers to compute with "
-                "(%(default)s); the VAE's are float32"),
-    "-s --seed": (int, 0, "the number that the noise is made from; -1 draws one at random "
-                  "(%(default)s)"),
-    "--steps": (int, None, "how many, from noise to the picture (20, fewer for distilled models)"),
-    "--backend": (("numpy", "torch"), None, "what computes (numpy, unless a GPU is asked for)"),
-    "-m --model": (str, None, "a folder, a .safetensors or .ckpt file, a name in weights/, "
-                   f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)"),
-    "--sampler": (sampler, None, f"{', '.join(SAMPLERS)}, by these names or those of other "
-                                 "programs (the model's own)"),
-    "-o --output": (output, Path("out.png"), "the .png, .jpg or .webp to write, or a folder/; "
-                    "{seed} and {prompt} in the name are filled in (%(default)s)"),
+TYPES = {"--sampler": sampler, "-o --output": output}       # in place of tiny_sd.py's
+HELP = {        # likewise
+    "-W --width": "in pixels (the model's own)",
+    "-H --height": "in pixels (the model's own)",
+    "--strength": "how much to change it, 0 to 1 (0.75, or 1 with --mask)",
+    "--device": "where to compute (%(default)s)",
+    "--dtype": "the numbers to compute with (%(default)s); the VAE's are float32",
+    "-s --seed": "the number that the noise is made from; -1 draws one at random (%(default)s)",
+    "--steps": "how many, from noise to the picture (20, fewer for distilled models)",
+    "--backend": "what computes (numpy, unless a GPU is asked for)",
+    "-m --model": "a folder, a .safetensors or .ckpt file, a name in weights/, OWNER/NAME on the "
+                  f"Hugging Face hub, or {', '.join(formats.HUB)} (emoji)",
+    "--sampler": f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's "
+                 "own)",
+    "-o --output": "the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the "
+                   "name are filled in (%(default)s)",
 }
 
 
@@ -99,7 +96,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def option_parser(**settings):
     """Return the parser of all options: those of tiny_sd.py, and these."""
-    table = [(heading, flags, *CHANGED.get(flags, rest)) for heading, flags, *rest in OPTIONS]
+    table = [(heading, flags, TYPES.get(flags, kind), default, HELP.get(flags, text))
+             for heading, flags, kind, default, text in OPTIONS]
     parser = tiny_sd.option_parser(table, usage="python tiny_sd.py PROMPT [option ...]",
                                    epilog=EXAMPLES, formatter_class=Help, **settings)
     for action in parser._actions:
@@ -121,7 +119,7 @@ def option_parser(**settings):
     model("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
                                         f"{' or '.join(tiny_vae.HUB)}, tiny ones (the model's own)")
     model("--embedding", action="append", default=[], metavar="FILE",
-          help="a textual inversion, a word for prompts that is called like the file; repeatable")
+          help="a textual inversion, a word for prompts with the name of its file; repeatable")
     model("--clip-skip", type=int, metavar="N",
           help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
     sampling("--prediction", choices=("epsilon", "v", "sample"),
@@ -440,7 +438,7 @@ def run(argv):
 
 
 def remarks(model, args, known):
-    """Yield lines on what is asked for and this model, or this program, does not do.
+    """Yield warnings about what was asked for and cannot be done.
 
     known: see things.known_things.
     """

@@ -4,11 +4,15 @@
     tiny_sd.FAST.clear()                from here on by its own formulas again
     importlib.reload(tiny_sd)           likewise, until this file is reloaded too
 
-Importing this file changes the process: OpenBLAS and Accelerate compute on one thread, since the
-threads here would fight with theirs, on AMD's Zen 3 and 4 without AVX-512, which those compute in
-halves (set as environment variables, which child processes inherit); and from the first
-operation on glibc keeps freed memory for the next one. Import it before NumPy where you can: the
-choice of kernels can be made only then.
+Importing this file changes the process:
+
+- OpenBLAS and Accelerate use one thread, since theirs would compete with the threads here;
+- on AMD's Zen 3 and 4 OpenBLAS uses its AVX2 kernels: Zen 4 computes AVX-512 in two halves, and is
+  slower with it;
+- from the first operation on, glibc keeps freed memory for the next one.
+
+The first two are environment variables, which child processes inherit. Import this file before
+NumPy where you can: the kernels can be chosen only then.
 
 A form stands for one exact formula. Edit the formula in tiny_sd.py, and its form steps aside with
 a line on stderr: what you see is what you wrote. tests/test_fast.py compares each form with its
@@ -86,9 +90,8 @@ def faster(*names):
 # ── Cores ───────────────────────────────────────────────────────────────────────── NOTES §12 ──
 #
 # Three ideas carry all the speed. Fewer multiplications: Winograd's convolution needs a quarter.
-# Short ways: the work goes block by block, so that what lies between two steps stays in the cache.
-# All cores: NumPy lets go of Python's lock inside each operation, so plain threads compute side by
-# side.
+# Short ways: the work goes block by block, so that intermediate results stay in the cache. All
+# cores: NumPy releases Python's lock inside each operation, so plain threads compute side by side.
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -193,8 +196,8 @@ def remembered(prepare):
     """Prepare each weight once for as long as it lives, or each time if it is fleeting.
 
     prepare(weight, ...) returns what a Preparation takes. The two halves of guidance come to a
-    weight at the same time: instead of waiting for the first, the second helps it. So replace a
-    weight rather than change it in place.
+    weight at the same time: instead of waiting for the first, the second helps it. Changing a
+    weight in place has no effect on what was prepared from it: replace it instead.
     """
     known, lock = {}, threading.Lock()
 

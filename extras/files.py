@@ -98,15 +98,15 @@ def read_captioned(folder, caption=None):
     captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]
     used = {*pictures, *(path.with_suffix(".txt") for path in pictures)}
     if unused := [path.name for path in paths if path not in used]:
-        tell(f"{folder}: these are no pictures, nor captions of any: {first_five(unused)}")
+        tell(f"{folder}: ignored, neither pictures nor their captions: {first_five(unused)}")
     return list(zip(pictures, captions))
 
 
 def read_caption(file, picture, caption):
     """Return what this file says, or else the caption, on one line."""
     words = " ".join((read_text(file) if file.exists() else caption or "").split())
-    require(words, f"{picture} has no caption: write one into {file}, or give teach.py a --caption "
-                   "for all")
+    require(words, f"{picture} has no caption: write one into {file} (for a LoRA, teach.py also "
+                   "takes one --caption for all)")
     return words
 
 
@@ -119,10 +119,10 @@ def read_text(file):
 
 
 @contextlib.contextmanager
-def write_atomically(path, inside=False):
-    """Yield a new name to write a file or folder to; what stays there in the end is removed.
+def unfinished_name(path, inside=False):
+    """Yield a new name to write a file or folder to; what is still there at the end is removed.
 
-    The name is beside path, or inside of it, if that is a folder on which nothing can be put.
+    The name is beside path; with inside, it is in the folder path, which itself is not replaced.
     """
     name = f".tiny_sd-{secrets.token_hex(8)}.part"
     unfinished = path / name if inside else path.with_name(name)
@@ -137,12 +137,21 @@ def write_atomically(path, inside=False):
             unfinished.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replace_atomically(path):
+    """Yield a name to write to, which then becomes path: nobody sees a half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_name(path) as unfinished:
+        yield unfinished
+        os.replace(unfinished, path)
+
+
 def save_picture(pixels, path, parameters):
     """Write a picture whole or not at all, under the first free name of a.png, a-1.png, ...
 
     parameters: the text to record in it. Returns the name taken.
     """
-    with write_atomically(path) as unfinished:
+    with unfinished_name(path) as unfinished:
         with open(unfinished, "xb") as file:
             write_picture(Image.fromarray(pixels), file, path.suffix.lower(), parameters)
         for target in free_names(path):
@@ -220,7 +229,7 @@ def vae_hash(name):
 
 
 def words_text(prompt, negative):
-    """Return the first lines of a picture's text, in which only the last mark is one."""
+    """Return the prompts' lines of a picture's text: "Negative prompt:" begins only the last."""
     negative = (negative or "").replace("\nNegative prompt:", " Negative prompt:")
     return f"{prompt}\nNegative prompt: {negative}\n"
 
@@ -256,14 +265,14 @@ READ_OTHERWISE = {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Schedule typ
 
 
 def recorded(path):
-    """Return a picture's {option: value or values} and {fact: value}, which made it."""
+    """Return ({option: value}, {fact: value}): how a picture says it was made."""
     words, _, line = recorded_text(path).rpartition("Steps: ")
     prompt, mark, negative = f"\n{words}".rpartition("\nNegative prompt:")
     facts = recorded_facts(f"Steps: {line}")
     title = facts.get("Sampler", "")
     sampler, karras = sampler_named(title) or (None, False)
-    require({"Steps", "Seed", "Size"} <= facts.keys() and sampler, f"{path} does not say how it "
-            f"was made, or by a sampler that is unknown here ({title or 'none'})")
+    require({"Steps", "Seed", "Size"} <= facts.keys() and sampler, f"{path} does not record its "
+            f"steps, seed and size, or names a sampler unknown here ({title or 'none'})")
 
     width, _, height = facts["Size"].partition("x")
     options = {"prompt": prompt[1:] if mark else words.removesuffix("\n"),

@@ -54,7 +54,6 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     settings, arrays, tokenizers, digest, notes = read(path)
     config = check_configs(settings, tokenizers)
     require(vae or arrays["vae"], f"{path} has no VAE: give one with --vae")
-    backend = backend or ("numpy" if (device, dtype) == ("cpu", "float32") else "torch")
     if not low_memory:
         check_size(arrays, device, dtype, name)
     for part in arrays:
@@ -251,7 +250,7 @@ UNET_NAMES = [
     (r"^middle_block\.2", "mid_block.resnets.1")]
 
 
-def current_name(part, name, levels, n):
+def from_original_name(part, name, levels, n):
     """Return the diffusers name of a weight in the original layout.
 
     levels: of the VAE; n: ResBlocks a level of the U-Net's way up.
@@ -360,7 +359,7 @@ def sort_out(file, family):
     arrays, others = {part: {} for part in prefixes}, []
     for name, array in file.items():
         part = next((part for part in prefixes if name.startswith(prefixes[part])), None)
-        new = part and current_name(part, name.removeprefix(prefixes[part]), levels, n)
+        new = part and from_original_name(part, name.removeprefix(prefixes[part]), levels, n)
         if part and re.match(INSIDE[part], new):
             arrays[part][new] = array
         elif not USUAL.match(name):
@@ -489,7 +488,7 @@ def read_off_unet(family, arrays):
 # it in the original layout.
 
 ENDINGS = re.compile(r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|alpha)"
-                     r"(?:_default\w*)?(?:_weight)?")
+                     r"(?:_default\w*)?(?:_weight)?\Z")
 PREFIXES = {    # the first that fits counts
     "te1_": "text_encoder", "te2_": "text_encoder_2", "te_": "text_encoder",
     "text_encoder_2_": "text_encoder_2", "text_encoder_": "text_encoder", "unet_": "unet",
@@ -502,7 +501,7 @@ def lora_target(name, n):
     n: ResBlocks a level of the U-Net's way up.
     """
     name = name.replace(".", "_")
-    ending = next((m for m in ENDINGS.finditer(name) if m.end() == len(name)), None)
+    ending = ENDINGS.search(name)
     if not ending:
         return None
     name = name[:ending.start()]
@@ -514,7 +513,7 @@ def lora_target(name, n):
     name = re.sub("_to_out$", "_to_out_0", name)
     if PREFIXES[prefix] == "unet":
         dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
-        name = current_name("unet", f"{dotted}.weight", 0, n).removesuffix(".weight")
+        name = from_original_name("unet", f"{dotted}.weight", 0, n).removesuffix(".weight")
     target = PREFIXES[prefix], name.replace(".", "_")
     return target, {"A": "down", "B": "up"}.get(ending[1], ending[1])
 
@@ -527,7 +526,7 @@ def add_loras(arrays, loras):
     n = max(1, count(arrays["unet"], "up_blocks.0.resnets"))
     for path, weight in loras:
         require(Path(path).exists(), f"there is no LoRA {path}")
-        require(Path(path).is_file(), f"the LoRA {path} is no file")
+        require(Path(path).is_file(), f"the LoRA {path} is not a file")
         pairs, wrong = {}, []
         for name, array in read_tensors(path).items():
             target, kind = lora_target(name, n) or (None, None)
@@ -535,7 +534,7 @@ def add_loras(arrays, loras):
                 pairs.setdefault(target, {})[kind] = widen(array)
             else:
                 wrong.append(name)
-        require(pairs or wrong, f"{path} is no LoRA: it holds no weights")
+        require(pairs or wrong, f"{path} is not a LoRA: it holds no weights")
         require(not wrong,
                 f"{path} does not fit the model, which has nothing for {first_five(wrong)}")
         alphas = lora_alphas(path)
@@ -556,7 +555,7 @@ def lora_alphas(path):
     except SafetensorError:     # torch's own files have none
         return {}
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: its lora_adapter_metadata is no JSON") from None
+        raise UserError(f"{path}: its lora_adapter_metadata is not JSON") from None
     return settings if isinstance(settings, dict) else {}
 
 

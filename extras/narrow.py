@@ -1,8 +1,8 @@
 """Weights that stay in their file, in the type that they have there, until they are used.
 
-It is the arrays' class that does this; no layer knows. extras/fast.py prepares each weight at its
-first use, on all cores, and keeps the result. With --low-memory it prepares it at every use, and
-the system can drop the file's pages and read them again.
+The arrays' class does this; the layers know nothing of it. extras/fast.py prepares each weight at
+its first use, on all cores, and keeps the result. With --low-memory it prepares it at every use,
+and the system can drop the file's pages and read them again.
 """
 
 import numpy as np

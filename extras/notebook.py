@@ -144,8 +144,8 @@ def link(cells):
                                 cell["source"])
 
 
-def goes_on(text, after):
-    """Does the block after this one belong to it, as an equation does and what is said of it?"""
+def continues(text, after):
+    """Does the next block belong to this one: an equation, or the prose about it?"""
     if text.startswith("```math"):
         return after != "" and not after.startswith(("#", "**"))     # a new subject
     return after.startswith("```math") or text.endswith((":", ","))
@@ -219,7 +219,7 @@ def make(notes, source):
             book.say(text)
             if not text.startswith("|"):        # a table sums up, it does not introduce
                 found += [book.by_name.get(name) for name in re.findall(r"`(\w+)`", text)]
-            if not goes_on(text, after):
+            if not continues(text, after):
                 for definition in found:
                     if definition in mine:
                         book.define(definition)

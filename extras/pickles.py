@@ -128,9 +128,9 @@ class Archive:
         """Return the Storage that a pickle refers to as ("storage", type, key, device, n)."""
         what, kind, key, _, n = reference
         require(what == "storage" and isinstance(kind, Name) and isinstance(key, str)
-                and type(n) is int and n >= 0, "it refers to something that is no storage")
-        require(kind.text in STORAGES, f"it holds a {shorten(repr(kind.text))}, which is no "
-                                       "storage of numbers known here")
+                and type(n) is int and n >= 0, "it refers to something that is not a storage")
+        require(kind.text in STORAGES, f"it holds a {shorten(repr(kind.text))}, which "
+                                       "is not a storage of numbers known here")
         dtype, numbers = STORAGES[kind.text], self.member(f"data/{key}")
         require(n * dtype.itemsize <= len(numbers), f"its data/{key} is too short")
         return Storage(numbers[:n * dtype.itemsize].view(dtype))
@@ -143,9 +143,9 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     could otherwise be as large as one likes.
     """
     require(isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
-            and len(size) == len(stride) <= 8, "a tensor's size or stride is no list of numbers")
+            and len(size) == len(stride) <= 8, "a tensor's size or stride is not a list of numbers")
     require(all(type(n) is int and n >= 0 for n in (offset, *size, *stride)),
-            "a tensor's offset, size or stride is negative or no whole number")
+            "a tensor's offset, size or stride is negative or not a whole number")
     numbers = storage.numbers
     if 0 in size:
         return np.zeros(size, numbers.dtype)
@@ -175,7 +175,7 @@ def set_item(target, key, value):
 
     A tuple is no key: it could hold itself a million times, and its hash take for ever.
     """
-    require(isinstance(target, dict), "it puts an item into something that is no dict")
+    require(isinstance(target, dict), "it puts an item into something that is not a dict")
     require(isinstance(key, (str, bytes, int, float, Name, type(None))),
             "a dict's key is neither a text nor a number")
     target[key] = value
@@ -305,12 +305,12 @@ class Machine:
             for key, value in zip(values[::2], values[1::2], strict=True):
                 set_item(target, key, value)
         elif name.startswith("APPEND"):
-            require(type(target) is list, "its pickle appends to something that is no list")
+            require(type(target) is list, "its pickle appends to something that is not a list")
             target += values
         elif isinstance(target, ParameterDict):
             target.update(ordered_dict(values[0]["_parameters"].items()))
         else:       # a state_dict has attributes, which say nothing of its weights
-            require(isinstance(target, dict), "its pickle changes something that is no dict")
+            require(isinstance(target, dict), "its pickle changes something that is not a dict")
 
     def named(self, name, argument):
         """Return the name that an instruction imports, or what its call stands for."""

@@ -38,7 +38,7 @@ def weighted_parts(text):
     """Return [(text, weight), ...] of a prompt, with (BREAK, -1) between chunks.
 
     A bracket that is never closed reaches to the end; one that was never opened is text. As in the
-    web UI, a BREAK inside brackets is weighted like a word, and so is one.
+    web UI, a BREAK inside brackets gets their weight, so it counts as a word.
     """
     parts, opened = [], {"(": [], "[": []}
 
@@ -76,7 +76,7 @@ def number(text):
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"the prompt's weight {shorten(text, 30)} is no number (--plain-prompt "
+        raise UserError(f"the prompt's weight {shorten(text, 30)} is not a number (--plain-prompt "
                         "takes a prompt as it is)") from None
 
 
@@ -139,9 +139,9 @@ def words_of(tokenizer, text):
 def embed_prompts(model, texts):
     """Do what tiny_sd.embed_prompts does, for texts of any length with weights in them.
 
-    Each chunk is encoded alone, and the contexts follow one another. To have as many chunks, the
-    texts are repeated, which attention cannot tell: softmax divides among the copies. A second
-    encoder's pooled vector is that of the first chunk.
+    Each chunk is encoded alone, and the contexts follow one another. Texts of fewer chunks are
+    repeated, which attention does not notice: softmax divides the weight among the copies. A
+    second encoder's pooled vector is that of the first chunk.
     """
     texts = [text if text is None else chunks_of(model.tokenizer, text) for text in texts]
     chunks = [chunk for text in texts for chunk in ([None] if text is None else text)]
@@ -242,7 +242,7 @@ CHANGING = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b
 
 
 def remarks(model, texts, plain=False):
-    """Yield lines on what prompts say and what is not done, or what is given and they do not say.
+    """Yield warnings: what in the prompts has no effect here, and learnt words that none uses.
 
     texts: the prompt and the negative prompt, without tags.
     """
@@ -377,8 +377,8 @@ def embedding_arrays(file):
     if arrays.keys() >= {"clip_l", "clip_g"}:
         arrays = {name: arrays[name] for name in ("clip_l", "clip_g")}
     else:
-        require(len(arrays) == 1, f"{file} is no embedding: it holds {len(arrays)} tensors instead "
-                                  "of one, or of clip_l and clip_g")
+        require(len(arrays) == 1, f"{file} is not an embedding: it holds {len(arrays)} tensors "
+                                  "instead of one, or of clip_l and clip_g")
         names += arrays.keys() - {"*", "emb_params"}
     return [name for name in names if isinstance(name, str) and name], [*arrays.values()]
 
@@ -396,7 +396,7 @@ def without_tags(text):
 
 
 def read_tag(tag):
-    """Return (name, weight) of a match of TAG; ValueError, which says why, if it is no LoRA."""
+    """Return (name, weight) of a match of TAG; ValueError, which says why, if it is not a LoRA."""
     name, *weights = tag[2].split(":")
     if tag[1] not in ("lora", "lyco"):
         raise ValueError("of such tags, <lora:name:weight> is known here")

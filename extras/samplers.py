@@ -45,7 +45,7 @@ SIGMA_DATA, TIMESTEP_SCALE, SOLVER_STEPS = 0.5, 10, 50      # of latent consiste
 def lcm(denoise, x, steps, noise):
     """Consistency sampling: each step leaps to the picture, all but the last noise it again.
 
-    Luo et al., 2023. The share of x_t in the leap makes that from t = 0 the identity.
+    Luo et al., 2023. x_t keeps a share in the leap, so that the one from t = 0 is the identity.
     """
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)

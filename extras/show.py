@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import prompts
-from extras.files import free_names, write_atomically
+from extras.files import free_names, unfinished_name
 from tiny_sd import require
 
 # ── Watching ──────────────────────────────────────────────────────────────────────────────────────
@@ -72,8 +72,8 @@ def probabilities(q, k):
 class Film:
     """What a run computes at each step: give it to tiny_sd.generate() as its denoiser, then save().
 
-    steps: for each guess t, a = ᾱ_t, x = x_t and x_0 = x̂_0 (batch, h, w, channels), push =
-    ε̂_c - ε̂_∅ of the same shape (None without guidance), and attention, see attention_maps.
+    steps: for each guess t, alpha_bar = ᾱ_t, x = x_t and x_0 = x̂_0 (batch, h, w, channels), push
+    = ε̂_c - ε̂_∅ of the same shape (None without guidance), and attention, see attention_maps.
     UserError if the folder to save to is in use, or cannot be made.
     """
 
@@ -89,7 +89,7 @@ class Film:
         denoise = tiny_sd.denoiser(model, context, *args)
         kind = model.config.scheduler.prediction_type
 
-        def watched(x, t, a):
+        def watched(x, t, alpha_bar):
             outputs, maps, calls, n = [], [], itertools.count(), len(x)
 
             def see_output(y, *_):
@@ -100,16 +100,16 @@ class Film:
                     maps.append(probabilities(q, k).mean(1))
 
             with watching(map_rows=see_output, dot_product_attention=see_attention):
-                x_0, eps = denoise(x, t, a)
+                x_0, eps = denoise(x, t, alpha_bar)
             push = None
             if len(outputs[-1]) == 2 * n:       # the second half is the prompt's
                 together = maps and len(maps[0]) == 2 * n
                 maps = [m[n:] for m in maps] if together else maps[len(maps) // 2:]
-                uncond, cond = (tiny_sd.split_prediction(kind, half, x, a)[1]
+                uncond, cond = (tiny_sd.split_prediction(kind, half, x, alpha_bar)[1]
                                 for half in np.split(outputs[-1], 2))
                 push = cond - uncond
             attention = attention_maps(maps, *x.shape[1:3])
-            self.steps.append(SimpleNamespace(t=t, a=a, x=x, x_0=x_0, push=push,
+            self.steps.append(SimpleNamespace(t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
                                               attention=attention))
             return x_0, eps
         return watched
@@ -121,7 +121,7 @@ class Film:
         filled. What others put there in the meantime stays, and the page goes beside it.
         """
         fill = self.folder.is_dir()
-        with write_atomically(self.folder, inside=fill) as unfinished:
+        with unfinished_name(self.folder, inside=fill) as unfinished:
             unfinished.mkdir()
             write_page(self, x, prompt, seeds, unfinished)
             if fill and list(self.folder.iterdir()) == [unfinished]:
@@ -185,10 +185,10 @@ def previewer(path: Path, inside=tiny_sd.denoiser) -> Callable:
         small = quick_decoder(model)
         denoise = inside(model, *args)
 
-        def watched(x, t, a):
-            x_0, eps = denoise(x, t, a)
+        def watched(x, t, alpha_bar):
+            x_0, eps = denoise(x, t, alpha_bar)
             pixels = np.concatenate(small(x_0), axis=1)
-            with write_atomically(path) as unfinished:
+            with unfinished_name(path) as unfinished:
                 picture = Image.fromarray(np.nan_to_num(pixels).clip(0, 255).astype(np.uint8))
                 picture.save(unfinished, "PNG", pnginfo=mark)
                 check_preview(path)
@@ -269,7 +269,7 @@ def font(size):
 
 
 def enlarged(picture, size):
-    """At least `size` pixels wide, in whole multiples."""
+    """Enlarged by the whole factor that brings it nearest to `size` pixels of width."""
     n = max(1, round(size / picture.width))
     return picture.resize((n * picture.width, n * picture.height), Image.Resampling.NEAREST)
 
@@ -352,7 +352,7 @@ class Page:
         self.body += lines
 
     def image(self, picture, name, words, wide=False):
-        """Saves a picture, and gives back the tag that shows it."""
+        """Save a picture; return the tag that shows it."""
         path = self.folder / f"{self.prefix}{name}.png"
         picture.save(path)
         return f'<img src="{path.name}" alt="{html.escape(words)}"{" class=wide" * wide}>'
@@ -368,12 +368,10 @@ def pieces(tokenizer, text):
     """[(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
     found = []
     for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
-        special = piece in (tokenizer.BOS, tokenizer.EOS)
-        found += (
-            [(piece, [piece])]
-            if special
-            else [(w, tokenizer.merge(w)) for w in tokenizer.words(piece)]
-        )
+        if piece in (tokenizer.BOS, tokenizer.EOS):
+            found.append((piece, [piece]))
+        else:
+            found += [(word, tokenizer.merge(word)) for word in tokenizer.words(piece)]
     return found
 
 
@@ -473,7 +471,7 @@ def film_section(page, steps, pairs, result):
 
 
 def sigma(step):
-    return math.sqrt(1 / step.a - 1)
+    return math.sqrt(1 / step.alpha_bar - 1)
 
 
 def visible(text):
@@ -485,7 +483,7 @@ def words_section(page, film, k, picture, prompt):
     sizes = list(film.steps[0].attention)
     thirds = [part for part in np.array_split(np.arange(len(film.steps)), 3) if len(part)]
     page.say(
-        "<h3>What each place listens to</h3><p>In cross-attention every place of the picture "
+        "<h3>What each pixel listens to</h3><p>In cross-attention every pixel of the latents "
         "divides its attention among the tokens of the prompt. A row shows where a word was "
         "listened to: first over all steps and resolutions, then at each resolution, then in each "
         "third of the way. Black is none, pale yellow the most in that map; the numbers are "
@@ -572,7 +570,8 @@ def tokens_text(tokenizer, prompt, weighted=False):
     """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
     words = prompt
     if weighted:
-        words = " ".join(text for text, weight in prompts.weighted_parts(prompt) if weight != -1)
+        words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
+                         if part != prompts.BREAK)
     lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
     for word, symbols in pieces(tokenizer, words):
         special = word in (tokenizer.BOS, tokenizer.EOS)
@@ -617,11 +616,8 @@ def part_of(network, name):
     """
     side = re.match(r"(encoder|decoder)\.", name) if network == "vae" else None
     network, name = (f"vae {side[1]}", name[side.end():]) if side else (network, name)
-    return (
-        network
-        + " "
-        + re.match(r"(down|up)_blocks\.\d+\.\w+|mid_block\.\w+|encoder\.layers|\w+", name)[0]
-    )
+    part = re.match(r"(down|up)_blocks\.\d+\.\w+|mid_block\.\w+|encoder\.layers|\w+", name)[0]
+    return f"{network} {part}"
 
 
 def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
@@ -692,7 +688,7 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
 
 
 def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False):
-    """Prints how the prompt is read, and what each part of the model gives out, holds and costs.
+    """Print how the prompt is read, and what each part of the model gives out, holds and costs.
 
     weighted: whether that is by extras.prompts.
     """
@@ -708,17 +704,9 @@ def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted
     print(f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}")
     for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
         rows = list(rows)
-        for name, row in [
-            *rows,
-            (
-                f"{network}, all of it",
-                SimpleNamespace(
-                    shape=(),
-                    parameters=sum(r.parameters for _, r in rows),
-                    flops=sum(r.flops for _, r in rows),
-                ),
-            ),
-        ]:
+        total = SimpleNamespace(shape=(), parameters=sum(row.parameters for _, row in rows),
+                                flops=sum(row.flops for _, row in rows))
+        for name, row in [*rows, (f"{network}, all of it", total)]:
             shape = " x ".join(map(str, row.shape))
             print(f"{name:40}{shape:>16}{row.parameters:>14,}{metric(row.flops):>10}")
 

@@ -213,7 +213,8 @@ class Teaching:
         with self.autocast():
             loss, = tiny_sd.train(self.adapted, self.optimizer, self.latents, self.captions, 1,
                                   args.batch_size, [args.seed, n])
-        require(math.isfinite(loss), f"the loss is {loss} at step {n}: lower --rate")
+        require(math.isfinite(loss), f"the loss is {loss} at step {n}: begin again with a lower "
+                f"--rate; if {state_of(args.output)} is there, remove it first")
         self.losses.append(loss)
 
     def facts(self):
@@ -284,14 +285,15 @@ def fit(teaching, begun, keep, draw):
 OPTIONS = [     # (flags, type, default, help)
     ("-o --output", Path, None, "the .safetensors to write, for --lora"),
     ("-m --model", str, tiny_sd.HERE / "weights" / "emoji", "as tiny_sd.py takes it (emoji)"),
-    ("--caption", str, None, "of the pictures that have none beside them"),
-    ("--keep", Path, None, "prompts, one a line, to be drawn as before (the things that it knows)"),
+    ("--caption", str, None, "for the pictures that have no .txt"),
+    ("--keep", Path, None, "file of prompts whose pictures should stay as they are, one a line "
+                           "(the things that the model says it knows)"),
     ("--flip", bool, False, "show the pictures mirrored, too"),
     ("--rank", int, 8, "how many rows A has, so how much it can hold (%(default)s)"),
-    ("--text", bool, False, "adapt the text encoder, or both, too"),
+    ("--text", bool, False, "adapt the text encoder, or both of SDXL's, too"),
     ("--from-scratch", bool, False, "make no LoRA but a whole model, in the folder --output"),
-    ("--config", ("small", "base"), "small", "of what size, from scratch (%(default)s)"),
-    ("--minutes", float, None, "how long to teach (10)"),
+    ("--config", ("small", "base"), "small", "the model's size, with --from-scratch (%(default)s)"),
+    ("--minutes", float, None, "how long to teach (10; 180 from scratch)"),
     ("--steps", int, None, "how many steps to take instead"),
     ("-b --batch-size", int, None, "pictures a step (one of 512 x 512, or as much of smaller)"),
     ("--rate", float, None, "the highest learning rate (lower, the wider the model)"),
@@ -352,18 +354,23 @@ def fill_in(args, model):
 
 def write(path, save):
     """Replace a file by what save(unfinished) writes, or leave it as it is."""
-    with files.write_atomically(path) as unfinished:
+    with files.replace_atomically(path) as unfinished:
         save(unfinished)
-        os.replace(unfinished, path)
 
 
 def train_from_scratch(args):
     """Hand over to the recipe in weights/, which trains a whole model; does not return."""
     require(args.caption is None, "--from-scratch learns what words mean: give each picture its "
                                   "own caption, not --caption")
+    for name in ("keep", "flip", "text", "width", "height", "save_memory"):
+        require(not getattr(args, name), f"--{name.replace('_', '-')} is for a LoRA, and does not "
+                                         "go with --from-scratch")
+    require(args.device != "mps", "--from-scratch trains with --device cpu or cuda")
     files.read_captioned(args.folder)
     how = {"data": args.folder, "out": args.output, "state": state_of(args.output),
            "config": args.config, "device": args.device, "seed": args.seed}
+    how |= {"batch": args.batch_size} if args.batch_size else {}
+    how |= {"rate": args.rate} if args.rate else {}
     how |= {"steps": args.steps} if args.steps else {"minutes": args.minutes or 180}
     recipe = tiny_sd.HERE / "weights" / "train.py"
     options = [text for name, value in how.items() for text in (f"--{name}", str(value))]

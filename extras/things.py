@@ -46,7 +46,8 @@ def unknown_prompt(known, prompt):
 def describe_things(known):
     """Return what a model knows as text: things with their aliases, then the rest."""
     if known is None:
-        raise UserError("this model does not say what it knows: it has no things.json")
+        raise UserError("this model does not say what it knows: it has no things.json, or "
+                        "one that cannot be read")
     names = sorted(known["things"], key=lambda names: names[0].lower())
     things = [first + (f" ({', '.join(others)})" if others else "") for first, *others in names]
     parts = [(f"{len(things)} things, other names in brackets", "; ".join(things)),

@@ -107,7 +107,7 @@ class Vae:
     def in_place_of(self, own):
         """Return the settings to use instead of the config of a model's own VAE.
 
-        What this one's do not say is as in that. UserError if it is for other latents.
+        Settings missing here are the model's own. UserError if it is for other latents.
         """
         settings = vars(own) | self.settings
         config, what = checked_config("vae", settings), f"the VAE {self.name}"
@@ -157,7 +157,8 @@ def fetch(name):
         return formats.download(repository, pin, licence, lambda has: files)
     except Exception as error:      # of whatever kind the HTTP library below raises
         raise UserError(f"there is no VAE {name}: no such file or folder; {' and '.join(files)} of "
-                        f"{repository} could not be fetched: {error}") from None
+                        f"{repository} could not be fetched: {error}; or put these two files into "
+                        "a folder, and name that with --vae") from None
 
 
 def read_folder(folder):
@@ -166,7 +167,7 @@ def read_folder(folder):
     files = [folder / f"{WEIGHTS}{end}.safetensors" for end in ("", ".fp16")]
     config = folder / "config.json"
     require(config.is_file() and any(map(Path.is_file, files)),
-            f"{folder} is no folder of a VAE, with config.json and {files[0].name}")
+            f"{folder} is not a VAE's folder, with config.json and {files[0].name}")
     settings = {**json.loads(config.read_text(encoding="utf-8"))}
     return settings, read_file(next(filter(Path.is_file, files)))
 
@@ -193,7 +194,7 @@ def read_file(path):
 def read_halves(path, arrays):
     """Return the arrays of a TAESD in two files, of which this is one, as diffusers names them.
 
-    There, the decoder's tanh is no layer.
+    There, the decoder's tanh is not counted as a layer.
     """
     side, other = "decoder", "encoder"
     if "0.weight" in arrays:
@@ -213,7 +214,7 @@ def read_tiny(name, settings, arrays):
     """Return the Vae of a TAESD, checked; its encoder may be missing."""
     for key, value in TINY.items():
         given = settings.get(key, value)
-        require(given == value, f"{name}: the {key} {shorten(repr(given))} is not computed here")
+        require(given == value, f"{name}: the {key} {shorten(repr(given))} is not supported")
     require("decoder.layers.0.weight" in arrays, f"{name} has no decoder")
     width, z = arrays["decoder.layers.0.weight"].shape[:2]
     shapes = {"decoder": tiny_shapes(DECODER, z, width, 3)}

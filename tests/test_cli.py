@@ -1302,7 +1302,7 @@ def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
         os.mkfifo(copy / file)
         assert f"{file} is not a file" in refuse("red", "-m", str(copy))
     assert "neither a folder nor a file" in refuse("red", "-m", name)
-    assert f"the LoRA {name} is no file" in refuse("red", "--lora", name)
+    assert f"the LoRA {name} is not a file" in refuse("red", "--lora", name)
 
 
 @pytest.mark.slow

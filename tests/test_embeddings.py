@@ -166,7 +166,7 @@ def test_the_model_given_stays_what_it_was(folder, tmp_path):
                                      "model's 128"),
     ({"clip_l": vectors(2), "clip_g": vectors(2)},
      "is for another model: its vectors have 128 and 128 numbers, the model's 128"),
-    ({"a": vectors(1), "b": vectors(1)}, "is no embedding: it holds 2 tensors instead of one"),
+    ({"a": vectors(1), "b": vectors(1)}, "is not an embedding: it holds 2 tensors instead of one"),
     ({"emb_params": torch.zeros(2, 2, WIDTH)}, "is for another model"),
     ({"emb_params": torch.zeros(0, WIDTH)}, "is for another model"),
     ({"emb_params": torch.tensor(1.0)}, "is for another model"),
@@ -179,7 +179,8 @@ def test_a_file_that_does_not_fit(folder, tmp_path, arrays, said):
 
 
 @pytest.mark.parametrize("saved, said", [
-    ({"string_to_param": {}}, "is no embedding: it holds 0 tensors"), ([1, 2], "holds 0 tensors"),
+    ({"string_to_param": {}}, "is not an embedding: it holds 0 tensors"),
+    ([1, 2], "holds 0 tensors"),
     ({"string_to_param": {"*": 3}}, "holds 0 tensors"), (print, "holds 0 tensors")])
 def test_a_pickle_that_is_none(folder, tmp_path, saved, said):
     torch.save(saved, tmp_path / "x.pt")

@@ -338,8 +338,8 @@ NAME = "lora_unet_mid_block_resnets_0_conv1"
         ),
         ({}, {"format": "pt"}, "it holds no weights"),
         ({}, {"lora_adapter_metadata": "{"}, "it holds no weights"),
-        (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is no JSON"),
-        (None, {"lora_adapter_metadata": "[" * 100_000}, "lora_adapter_metadata is no JSON"),
+        (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+        (None, {"lora_adapter_metadata": "[" * 100_000}, "lora_adapter_metadata is not JSON"),
         (
             None, {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + "0" * 400 + "}"},
             "conv1.weight",

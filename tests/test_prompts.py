@@ -71,7 +71,8 @@ def test_the_weights_of_a_prompt(text, parts):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("(a:1.2.3)", "the prompt's weight 1.2.3 is no number"), ("(a:.)", "weight . is no number"),
+    ("(a:1.2.3)", "the prompt's weight 1.2.3 is not a number"),
+    ("(a:.)", "weight . is not a number"),
     ("(a:" + "9" * 500 + ")", "beyond a million"), ("(" * 150 + "a", "beyond a million"),
     ("[a" * 200, "opens 200 brackets in one another"),
     ("a" * 10_001, "has 10001 letters, 10001 of them in one word: at most 100000 and 10000"),
@@ -345,7 +346,7 @@ def test_a_model_with_a_tokenizer_of_its_own_says_that_it_has_no_weights(run):
 
 @pytest.mark.parametrize("prompt, said", [
     ("(a:1.2.3)",
-     "the prompt's weight 1.2.3 is no number (--plain-prompt takes a prompt as it is)"),
+     "the prompt's weight 1.2.3 is not a number (--plain-prompt takes a prompt as it is)"),
     ("(" * 160 + "a", "the prompt weighs 'a' beyond a million")])
 def test_bad_weights_are_refused_in_one_line(run, tmp_path, prompt, said):
     for argv in [prompt], ["a", "-n", prompt]:

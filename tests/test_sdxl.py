@@ -299,7 +299,7 @@ def test_in_half_precision(folder):
     ("unet", {"transformer_layers_per_block": 0}, r"transformer_layers_per_block cannot be \[0, 0"),
     ("unet", {"transformer_layers_per_block": [1, [2], 3]}, "transformer_layers_per_block cannot"),
     ("unet", {"transformer_layers_per_block": [1, 2, 4]}, "transformer_blocks.3.* is missing"),
-    ("unet", {"reverse_transformer_layers_per_block": [3, 2, 1]}, "reverse_.* not computed here"),
+    ("unet", {"reverse_transformer_layers_per_block": [3, 2, 1]}, "reverse_.* is not supported"),
     ("unet", {"time_cond_proj_dim": 32}, "both added text and an embedded guidance scale"),
     ("text_encoder_2", {"projection_dim": 81}, "projection_class_embeddings_input_dim 273"),
     ("text_encoder_2", {"projection_dim": None}, "text_encoder_2's projection_dim cannot be None"),

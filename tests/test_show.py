@@ -75,10 +75,10 @@ def test_guesses_and_the_push_of_guidance(kind, model):
     context = sd.encode_prompts(model, ["app", "red apple"])
     uncond, cond = (sd.denoiser(model, context[i:i + 1], 1) for i in range(2))
     for step in filmed(model, "red apple", "app", seeds=(0, 7), steps=3)[0]:
-        halves = [denoise(step.x, step.t, step.a) for denoise in (uncond, cond)]
+        halves = [denoise(step.x, step.t, step.alpha_bar) for denoise in (uncond, cond)]
         x_0, eps = (sd.guide(*parts, 7.5) for parts in zip(*halves))
-        np.testing.assert_allclose(step.x, sd.add_noise(x_0, step.a, eps), atol=1e-4)
-        np.testing.assert_allclose(step.x_0, x_0, atol=1e-4 / math.sqrt(step.a))
+        np.testing.assert_allclose(step.x, sd.add_noise(x_0, step.alpha_bar, eps), atol=1e-4)
+        np.testing.assert_allclose(step.x_0, x_0, atol=1e-4 / math.sqrt(step.alpha_bar))
         np.testing.assert_allclose(step.push, halves[1][1] - halves[0][1], atol=1e-4)
 
 

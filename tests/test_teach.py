@@ -420,6 +420,8 @@ def there(name):
     (lambda _: ("--steps", "5", "--minutes", "5"), "--steps or --minutes, not both"),
     (lambda _: ("-o", "mine.ckpt"), "mine.ckpt does not end in .safetensors"),
     (lambda _: ("--from-scratch", "--caption", "cat"), "give each picture its own caption"),
+    (lambda _: ("--from-scratch", "--flip"), "--flip is for a LoRA"),
+    (lambda _: ("--from-scratch", "--device", "mps"), "trains with --device cpu or cuda"),
     (lambda _: ("--keep", "none.txt"), "none.txt cannot be read"),
     (lambda _: ("-o", "nowhere/mine.safetensors"), "the folder nowhere cannot be written to"),
 ], ids=str)

@@ -1,8 +1,8 @@
-"""The training loop of all stages in train.py: it goes on after a kill, in one process or several.
+"""The training loop shared by all stages of train.py, in one process or several; it resumes.
 
     fit(stage, begin, loss, draw, setting, schedule, state)
 
-lowers a loss of nested parameters and keeps in STATE what it needs to go on.
+lowers a loss of nested parameters and keeps in STATE what it needs to resume after a kill.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tiny_sd import UserError, flatten, nest
+from tiny_sd import UserError, flatten, nest, require
 
 # ── Several processes ───────────────────────────────────────────────────────────────────────────
 
@@ -132,7 +132,7 @@ class Training:
         return self.model.named(self.mean)
 
     def lower(self, batch, rate):
-        """One step: lower the loss of a batch, of which each process takes its share."""
+        """Take one step on a batch that the processes share among them."""
         rank, ranks = process()
         with torch.autocast(self.device, torch.bfloat16):
             value = self.run(*(part[rank::ranks] for part in batch))
@@ -186,9 +186,12 @@ def agree(device, seconds, loss, stop):
 def fit(stage, begin, loss, draw, setting, schedule, state, show=None):
     """Lower loss(nested params, *batch) until the schedule ends; return the averaged parameters.
 
-    begin() -> {name: tensor}, asked unless STATE/stage.pt is there, from which it goes on.
+    begin() -> {name: tensor}, called unless STATE/stage.pt exists, from which training resumes.
     draw(step, rng) -> batch; show(params) -> a picture for STATE/stage.png.
     """
+    batch, (_, ranks) = schedule.batch or setting.batch[stage], process()
+    require(batch % ranks == 0, f"{stage}: {batch} pictures a step cannot be shared by {ranks} "
+                                f"processes: give --batch a multiple of {ranks}")
     rate = schedule.rate or setting.rate[stage]
     training = restore(stage, begin, loss, rate, schedule, state)
     begun, stop = time.monotonic() - training.seconds, False

@@ -7,15 +7,16 @@ import shutil
 
 import numpy as np
 from safetensors.numpy import save_file
-from scenes import COLOURS, PLACES, STYLES, read
+from scenes import COLOURS, PLACES, STYLES
 
+from extras.files import read_text
 from tiny_sd import flatten, nest
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
-             "_guidance_scale": 2.0}    # the last is read by tiny_sd alone: more costs variety
+             "_guidance_scale": 2.0}    # tiny_sd's own, the default: a higher one costs variety
 
 
 def vae_config(size, channels, groups):
@@ -63,7 +64,7 @@ def write_model(out, params, things, setting, state):
             indent = None if name == "things.json" else 2
             text = json.dumps(value, indent=indent, ensure_ascii=False)
             (folder / name).write_text(text + "\n", encoding="utf-8")
-        merges = read(state.folder / "merges.txt")
+        merges = read_text(state.folder / "merges.txt")
         (folder / "tokenizer/merges.txt").write_text(merges, encoding="utf-8")
         for part, tree in weights.items():
             is_text = part == "text_encoder"

@@ -37,11 +37,11 @@ from scenes import (  # noqa: E402
     held_out_style,
     in_style,
     paint,
-    replace_atomically,
     styles_to_train,
 )
 
 import tiny_sd  # noqa: E402
+from extras.files import replace_atomically  # noqa: E402
 from extras.show import sheet as labelled  # noqa: E402
 
 WHITE = COLOURS["white"]
@@ -52,18 +52,26 @@ WHITE = COLOURS["white"]
 def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None, guesses=None):
     """Pictures (n, height, width, 3) of uint8, one for each prompt with its seed.
 
-    They are what tiny_sd.generate draws for each by itself, but 64 at a time. guesses: a list to
-    which each step's x̂_0 of the last 64 is appended.
+    They are what tiny_sd.generate draws for each by itself. guesses: a list that gets each step's
+    x̂_0, one batch after another; give 64 prompts at most with it.
     """
+    guidance = model.config.scheduler._guidance_scale if guidance is None else guidance
+
+    def make(negatives, prompts):
+        texts = [*negatives, *prompts] if guidance > 1 else prompts
+        context = tiny_sd.encode_prompts(model, texts)
+        return functools.partial(batched_denoiser, context, guidance, guesses)
+
+    return draw_batches(model, prompts, seeds, negatives, steps, make)
+
+
+def draw_batches(model, prompts, seeds, negatives, steps, make):
+    """Pictures (n, height, width, 3), 64 at a time; make(negatives, prompts): their denoiser."""
     negatives, pictures = negatives or [""] * len(prompts), []
-    guidance = own(model, "scheduler", "_guidance_scale") if guidance is None else guidance
     for i in tqdm(range(0, len(prompts), 64), "drawing", leave=False):
         part = slice(i, i + 64)
-        texts = [*negatives[part], *prompts[part]] if guidance > 1 else prompts[part]
-        context = tiny_sd.encode_prompts(model, texts)
-        make = functools.partial(batched_denoiser, context, guidance, guesses)
         *_, x = tiny_sd.generate(model, "", seeds=[*map(int, seeds[part])], steps=steps,
-                                 guidance=1.0, denoiser=make)
+                                 guidance=1.0, denoiser=make(negatives[part], prompts[part]))
         pictures.append(tiny_sd.decode(model, x))
     return np.concatenate(pictures)
 
@@ -73,8 +81,8 @@ def batched_denoiser(context, guidance, guesses, model, *_):
 
     context: (batch, tokens, width), or with guidance the negative prompts' and then the prompts'.
     """
-    heads, groups = own(model, "unet", "n_head"), own(model, "unet", "norm_num_groups")
-    prediction_type = own(model, "scheduler", "prediction_type")
+    heads, groups = model.config.unet.n_head, model.config.unet.norm_num_groups
+    prediction_type = model.config.scheduler.prediction_type
 
     def denoise(x_t, t, alpha_bar):
         n = len(context)
@@ -90,11 +98,6 @@ def batched_denoiser(context, guidance, guesses, model, *_):
         return x_0, eps
 
     return denoise
-
-
-def own(model, part, name):
-    """A value from the model's config."""
-    return getattr(getattr(model.config, part), name)
 
 
 # ── Judging ─────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +145,7 @@ class Judge:
 
     def latents(self, pictures):
         """The VAE's means for pictures (n, side, side, 3): (n, d)."""
-        vae, groups = self.model.vae, own(self.model, "vae", "norm_num_groups")
+        vae, groups = self.model.vae, self.model.config.vae.norm_num_groups
         means = []
         for i in range(0, len(pictures), 64):
             x = pictures[i:i + 64] / np.float32(127.5) - 1
@@ -194,7 +197,7 @@ class IdealJudge(Judge):
     def __init__(self, model, things, steps=20):
         super().__init__(model, things, steps)
         self.z = self.originals(self.latents, max(things.pictures), WHITE)
-        self.z = self.z * np.float32(own(model, "vae", "scaling_factor"))
+        self.z = self.z * np.float32(model.config.vae.scaling_factor)
         self.numbers = {names[0]: i for i, names in enumerate(things.names)}
         self.often = np.zeros(len(self.z))      # how often training shows each
         for thing, drawn in enumerate(things.drawings):
@@ -214,19 +217,15 @@ class IdealJudge(Judge):
 
     def draw(self, prompts, seeds, negatives=None):
         """What Judge.draw returns, by this denoiser."""
-        negatives, pictures = negatives or [""] * len(prompts), []
-        for i in tqdm(range(0, len(prompts), 64), "drawing ideally", leave=False):
-            part = slice(i, i + 64)
-            often = np.stack([*map(self.meant, [*negatives[part], *prompts[part]])])
-            make = functools.partial(self.denoiser, often)
-            *_, x = tiny_sd.generate(self.model, "", seeds=[*map(int, seeds[part])],
-                                     steps=self.steps, guidance=1.0, denoiser=make)
-            pictures.append(tiny_sd.decode(self.model, x))
-        return np.concatenate(pictures)
+        def make(negatives, prompts):
+            often = np.stack([*map(self.meant, [*negatives, *prompts])])
+            return functools.partial(self.denoiser, often)
+
+        return draw_batches(self.model, prompts, seeds, negatives, self.steps, make)
 
     def denoiser(self, often, *_):
         """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); often: (negatives and prompts, drawings)."""
-        guidance = own(self.model, "scheduler", "_guidance_scale")
+        guidance = self.model.config.scheduler._guidance_scale
         with np.errstate(divide="ignore"):
             log_often = np.log(often)
 
@@ -398,9 +397,7 @@ def image_to_image(judge, drawings):
 
 def from_picture(model, picture, prompt, strength, steps=20):
     """What image-to-image makes of a picture, from seed 0."""
-    guidance = own(model, "scheduler", "_guidance_scale")
-    *_, x = tiny_sd.generate(model, prompt, seeds=(0,), steps=steps, guidance=guidance,
-                             init=picture, strength=strength)
+    *_, x = tiny_sd.generate(model, prompt, steps=steps, init=picture, strength=strength)
     return tiny_sd.decode(model, x)[0]
 
 
@@ -486,32 +483,34 @@ def held_out_pairs(things, rng, n):
 def evaluate(out, things, limit, steps, device):
     """Measure the model in a folder; print a table and write OUT.json."""
     tiny_sd.require(things.drawings is not None, "only models of the drawings can be evaluated")
-    judge = Judge(tiny_sd.load(out, "torch", device), things, steps)
-    rng, n = np.random.default_rng(1), min(limit, len(things.names))
-    ids = rng.permutation(len(things.names))[:n].tolist()
-    shown, unshown = (drawings_by_style(things, held_out, rng, n) for held_out in (False, True))
-    few = min(n, 200)
-    measures = (
-        lambda: right_things(judge, ids),
-        lambda: variety(judge, ids[:max(2, n // 5)]),
-        lambda: most_variety(things, ids[:max(2, n // 5)]),
-        lambda: ideal_variety(judge, ids[:max(2, n // 5)]),
-        lambda: named_styles(judge, shown, "style named"),
-        lambda: named_styles(judge, unshown, "drawings never shown"),
-        lambda: backgrounds(judge, *held_out_backgrounds(things, rng, few)),
-        lambda: pairs(judge, *held_out_pairs(things, rng, few)),
-        lambda: image_to_image(judge, shown[:max(1, few // 8)]),
-        lambda: first_guesses(judge, ids),
-        lambda: reconstruction(judge, few),
-        lambda: {"seconds for one picture with NumPy, 20 steps": seconds_for_one(out),
-                 "megabytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6,
-                 "things": n, "drawings never shown": len(unshown),
-                 "backgrounds, and pairs, never shown": few})
-    report = {}
-    for measure in measures:
-        report |= measure()
+    judge, report = Judge(tiny_sd.load(out, "torch", device), things, steps), {}
+    for numbers in measures(judge, min(limit, len(things.names)), out):
+        report |= numbers
         write_report(out, report)
     print(table(report))
+
+
+def measures(judge, n, out):
+    """Yield {what: number}, one measure after another, of n things."""
+    things, rng, few = judge.things, np.random.default_rng(1), min(n, 200)
+    ids = rng.permutation(len(things.names))[:n].tolist()
+    fifth = ids[:max(2, n // 5)]
+    shown, unshown = (drawings_by_style(things, held_out, rng, n) for held_out in (False, True))
+    yield right_things(judge, ids)
+    yield variety(judge, fifth)
+    yield most_variety(things, fifth)
+    yield ideal_variety(judge, fifth)
+    yield named_styles(judge, shown, "style named")
+    yield named_styles(judge, unshown, "drawings never shown")
+    yield backgrounds(judge, *held_out_backgrounds(things, rng, few))
+    yield pairs(judge, *held_out_pairs(things, rng, few))
+    yield image_to_image(judge, shown[:max(1, few // 8)])
+    yield first_guesses(judge, ids)
+    yield reconstruction(judge, few)
+    yield {"seconds for one picture with NumPy, 20 steps": seconds_for_one(out),
+           "megabytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6,
+           "things": n, "drawings never shown": len(unshown),
+           "backgrounds, and pairs, never shown": few}
 
 
 def write_report(out, report):

@@ -7,10 +7,8 @@ Nothing here needs torch.
 """
 
 import collections
-import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,31 +24,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from extras.files import read_captioned, read_picture  # noqa: E402
+from extras.files import read_captioned, read_picture, read_text, replace_atomically  # noqa: E402
 from tiny_sd import UserError, require  # noqa: E402
-
-# ── Files ───────────────────────────────────────────────────────────────────────────────────────
-
-def read(path):
-    """Return a file's text; raise UserError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def replace_atomically(path):
-    """Yield a temporary name to write to, then rename it: nobody sees a half-written file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 # ── Rendering: six sets of drawings ─────────────────────────────────────────────────────────────
 
@@ -151,7 +126,7 @@ def squeeze(name):
 
 def read_icons(folder):
     """The drawings in an unpacked package of Iconify."""
-    data = json.loads(read(folder / "icons.json"))
+    data = json.loads(read_text(folder / "icons.json"))
     bodies = {name: icon["body"] for name, icon in data["icons"].items()}
     names = {squeeze(name): name for name in bodies}
     for alias, icon in data.get("aliases", {}).items():
@@ -160,7 +135,7 @@ def read_icons(folder):
     def size(icon):
         return tuple(icon.get(key, data.get(key, default)) for key, default in
                      (("left", 0), ("top", 0), ("width", 16), ("height", 16)))
-    chars = json.loads(read(folder / "chars.json"))
+    chars = json.loads(read_text(folder / "chars.json"))
     chars = {"".join(chr(int(c, 16)) for c in key.split("-")).replace("\ufe0f", ""): name
              for key, name in chars.items()}
     return Icons(names, chars, bodies, {name: size(i) for name, i in data["icons"].items()})
@@ -261,7 +236,7 @@ def render(data, packages):
     folders = install_sets(packages)
     icons = {s.word: read_icons(folder) for s, folder in zip(SETS, folders)}
     categories = {name: category for category, names in
-                  json.loads(read(folders[0] / "metadata.json"))["categories"].items()
+                  json.loads(read_text(folders[0] / "metadata.json"))["categories"].items()
                   for name in names}
     things = choose_things(icons, categories)
     with replace_atomically(data) as path, zipfile.ZipFile(path, "w") as archive:
@@ -297,7 +272,7 @@ def load_things(data, size):
         pictures = {side: np.empty((len(files), side, side, 4), np.uint8)
                     for side in (size, size // 2)}
         for i, file in enumerate(files):
-            drawings[place_of(file, len(names))] = i
+            drawings[parse_name(file, len(names))] = i
             picture = Image.open(io.BytesIO(archive.read(file))).convert("RGBA").convert("RGBa")
             for side, array in pictures.items():
                 array[i] = np.asarray(picture.resize((side, side), Image.BOX))
@@ -332,12 +307,12 @@ def check_names(names):
         raise ValueError("things.json is not [[name, alias, ...], ...] of two things or more")
 
 
-def place_of(file, n):
-    """The number of the thing, of n, and that of the style, of a file like 0000-noto.png."""
+def parse_name(file, n):
+    """(thing, style) as numbers, of a file like 0000-noto.png; n: how many things there are."""
     match = re.fullmatch(r"(\d{1,9})-(\w+)\.png", file)
     if not match or int(match[1]) >= n or match[2] not in STYLES:
-        raise ValueError(f"{file} is not the number of one of {n} things, from 0000, a hyphen and "
-                         f"one of {', '.join(STYLES)}")
+        raise ValueError(f"{file} is not named like 0000-noto.png: a number from 0000 to "
+                         f"{n - 1:04}, a hyphen, and one of {', '.join(STYLES)}")
     return int(match[1]), STYLES.index(match[2])
 
 

@@ -13,8 +13,7 @@ measure.py looks at what was learnt.
     python weights/train.py evaluate --out weights/emoji    the table in weights/README.md
     torchrun --nproc-per-node 8 weights/train.py unet --device cuda
 
-Ctrl-C keeps what was learnt, and so does a kill, but for the last minute: the same command goes
-on from there.
+Ctrl-C keeps what was learnt, and a kill loses a minute at most: the same command resumes.
 """
 
 import argparse
@@ -58,14 +57,13 @@ from scenes import (  # noqa: E402
     load_captioned,
     load_things,
     paint,
-    read,
     render,
-    replace_atomically,
 )
 
 import tiny_sd  # noqa: E402
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
 from extras.fast import keep_freed_memory  # noqa: E402
+from extras.files import read_text, replace_atomically  # noqa: E402
 from tiny_sd import (  # noqa: E402
     UserError,
     clip_loss,
@@ -73,6 +71,7 @@ from tiny_sd import (  # noqa: E402
     flatten,
     nest,
     read_config,
+    tell,
     vae_loss,
 )
 
@@ -185,7 +184,7 @@ class State:
             with replace_atomically(path) as temporary:
                 lines = ["#version: 0.2", *map(" ".join, merges), ""]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
-        merges = [tuple(line.split()) for line in read(path).split("\n")[1:-1]]
+        merges = [tuple(line.split()) for line in read_text(path).split("\n")[1:-1]]
         words = tiny_sd.Tokenizer(merges, length=LENGTH)
         words.merge = functools.cache(words.merge)      # captions say the same words again
         return words
@@ -196,7 +195,7 @@ class State:
         if not path.exists() and latents is not None:
             with replace_atomically(path) as temporary:
                 temporary.write_text(json.dumps(1 / latents.std().item()))
-        return json.loads(read(path))
+        return json.loads(read_text(path))
 
     def begin_from(self, folder):
         """Take what is missing here from an exported model, as though its stages had just begun."""
@@ -207,8 +206,8 @@ class State:
                 params = {name: p.float() for name, p in flatten(weights).items()}
                 self.save(stage, {"params": params, "mean": params, "step": 0, "seconds": 0.0,
                                   "losses": []})
-        factor = json.loads(read(folder / "vae/config.json"))["scaling_factor"]
-        for name, text in (("merges.txt", read(folder / "tokenizer/merges.txt")),
+        factor = json.loads(read_text(folder / "vae/config.json"))["scaling_factor"]
+        for name, text in (("merges.txt", read_text(folder / "tokenizer/merges.txt")),
                            ("scaling_factor.json", json.dumps(factor))):
             if not (self.folder / name).exists():
                 with replace_atomically(self.folder / name) as temporary:
@@ -373,17 +372,26 @@ class Bank:
     """
 
     def __init__(self, things, setting, schedule, state, filled, capacity):
-        self.things, self.device, self.capacity = things, state.device, capacity
+        self.things, self.device = things, state.device
         self.words, self.vae = state.tokenizer(things.names), nest(state.trained("vae"))
         self.groups, self.turn, self.scale = setting.vae["norm_num_groups"], 0, 1.0
         rng, filled = np.random.default_rng(schedule.seed), schedule.bank or filled
         if things.drawings is None:     # each scene is a picture as it stands
             filled = min(filled, len(things.names))
+            self.warn_of_long_captions()
+        self.capacity = max(capacity, filled)
         self.ids, self.latents = self.make(self.scenes(min(1024, filled), rng))
         self.scale = state.scaling_factor(self.latents)
         self.latents *= self.scale
         while len(self.ids) < filled:
             self.renew(min(1024, filled - len(self.ids)), rng)
+
+    def warn_of_long_captions(self):
+        """Say which captions are longer than what the text encoder reads."""
+        long = [caption for caption, in self.things.names if self.words.encode(caption)[1]]
+        if long and process()[0] == 0:
+            tell(f"{len(long)} captions have more than {LENGTH - 2} tokens, and their ends are not "
+                 f"learnt: {tiny_sd.shorten(long[0])}")
 
     def scenes(self, n, rng):
         return [draw_scene(self.things, rng) for _ in range(n)]
@@ -392,7 +400,7 @@ class Bank:
     def make(self, scenes):
         """Ids and latents of some scenes; each process encodes its share of them."""
         rank, ranks = process()
-        even = scenes + scenes[:-len(scenes) % ranks]
+        even = scenes + scenes[:1] * (-len(scenes) % ranks)
         pictures = [paint(scene, self.things) for scene in even[rank::ranks]]
         latents = []
         for i in range(0, len(pictures), 128):
@@ -492,7 +500,7 @@ def unet_parameters(setting, schedule, state):
 
 
 def loss_weight(alpha_bar):
-    """min(1, 5 (1 - ᾱ)), by which the error of v is that of x_0 times 1 to 5 at every noise level.
+    """min(1, 5 (1 - ᾱ)), which makes the error in v that in x_0 times min(5, 1 / (1 - ᾱ)).
 
     Where little of the picture is left, v asks for the picture and epsilon for next to nothing
     (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
@@ -603,7 +611,7 @@ def parse_arguments():
         help="the size of picture and networks (default: small)")
     add("--start", type=Path, metavar="FOLDER", help="go on from this model, not from nothing")
     add("--minutes", type=float, default=own.minutes, help="how long to train, in all (30)")
-    add("--steps", type=int, help="how many steps to train, in all, instead of minutes")
+    add("--steps", type=int, help="how many steps each stage takes in all, instead of minutes")
     add("--batch", type=int, help="pictures in a step, over all processes")
     add("--rate", type=float, help="the highest learning rate")
     add("--seed", type=int, default=own.seed)
@@ -636,7 +644,7 @@ def parse_arguments():
 
 
 def prefer_on_cpu(operations):
-    """Put in place of two of torch's operations what a CPU computes faster at these sizes."""
+    """Replace two of torch's operations by forms that are faster on a CPU at these sizes."""
     torch_group_norm = operations["group_norm"]
 
     def attention(q, k, v, causal=False):       # the formula; torch has a fused kernel
@@ -676,8 +684,8 @@ def main():
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as error:
-        print(f"train.py: {error or 'stopped; what was kept is in ' + str(args.state)}",
-              file=sys.stderr)
+        reason = str(error) or f"stopped; what was kept is in {args.state}"
+        print(f"train.py: {reason}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
