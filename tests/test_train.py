@@ -344,6 +344,23 @@ def test_two_processes_equal_one(stage, state, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=0.01)
 
 
+def test_a_batch_that_two_processes_cannot_share(state, tmp_path):
+    copy_before("clip", state, tmp_path)
+    done = run("clip", tmp_path, "--steps", 1, "--batch", 7, launcher=TORCHRUN)
+    assert done.returncode and "give --batch a multiple of 2" in done.stderr
+
+
+def test_a_bank_as_large_as_asked_for(state, things):
+    """Even where that is more than its capacity; then new scenes take the place of the oldest."""
+    kept, schedule = train_py.State(state), train_py.Schedule(bank=12)
+    bank = train_py.Bank(things, train_py.CONFIGS["small"], schedule, kept, filled=4, capacity=8)
+    assert len(bank.ids) == len(bank.latents) == 12
+    before = bank.latents.clone()
+    bank.renew(5, np.random.default_rng(1))
+    assert len(bank.latents) == 12 and torch.equal(bank.latents[5:], before[5:])
+    assert not torch.equal(bank.latents[:5], before[:5])
+
+
 def test_too_little_is_said(tmp_path):
     done = run("clip", tmp_path, "--steps", 1)
     message = f"train.py: {tmp_path / 'vae.pt'} is missing: run the stage vae first"
