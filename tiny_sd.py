@@ -41,7 +41,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +176,7 @@ def dot_product_attention(q, k, v, causal=False):
 
     q: (batch, heads, queries, d); k, v: (batch, heads, keys, d). Returns the shape of q.
     """
-    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]))    # (batch, heads, queries, keys)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])          # (batch, heads, queries, keys)
     if causal:      # a token sees itself and those before it
         scores = scores + np.triu(np.full(scores.shape[-2:], -np.inf, scores.dtype), 1)
     return softmax(scores) @ v
@@ -185,7 +185,7 @@ def dot_product_attention(q, k, v, causal=False):
 @primitive
 def upsample(x, height, width):
     """Double an image by repeating each pixel, then cut it to height and width (1.4)."""
-    return x[:, np.arange(height) // 2][:, :, np.arange(width) // 2]
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
 
 
 @primitive
@@ -219,7 +219,7 @@ def to_numpy(x):
 
 @functools.cache
 def torch_operations():
-    """Return {name: what computes that primitive in torch}. Only training, §7, uses more of torch.
+    """Return {name: torch's form of that primitive}. Besides these, only §7 and to_torch use torch.
 
     torch.nn.functional wants channels first: movedim reorders the axes of our images, without a
     copy.
@@ -244,12 +244,6 @@ def torch_operations():
     def attention(q, k, v, causal=False):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    def from_numpy(array, device, dtype):
-        library = getattr(torch, device.partition(":")[0], None)        # torch.cuda of cuda:1
-        found = device == "cpu" or hasattr(library, "is_available") and library.is_available()
-        require(found, f"torch finds no {device} device here")
-        return torch.from_numpy(array).to(device, getattr(torch, dtype))
-
     return {
         "linear": lambda x, weight, bias=None: F.linear(x, weight.reshape(len(weight), -1), bias),
         "conv2d": conv2d,
@@ -264,7 +258,6 @@ def torch_operations():
         "map_rows": lambda x, function, *others: function(x, *others),
         "array_like": lambda x, values: torch.as_tensor(values).to(x),
         "to_numpy": lambda x: x.detach().float().cpu().numpy(),
-        "from_numpy": from_numpy,
     }
 
 
@@ -320,7 +313,7 @@ class Tokenizer:
     def merge(self, word):
         """Return the word's symbols, merging the pair of lowest rank until no pair has a rank."""
         *head, last = (self.bytes[b] for b in word.encode(errors="replace"))
-        symbols = [*head, last + "</w>"]
+        symbols = [*head, last + "</w>"]        # which marks the end of a word
 
         while len(symbols) > 1:
             best = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
@@ -341,12 +334,12 @@ class Tokenizer:
         Special tokens written out in the text become their ids, as in CLIP.
         """
         symbols = []
-        for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+        for piece in re.split(f"({re.escape(self.BOS)}|{re.escape(self.EOS)})", text):
             if piece in (self.BOS, self.EOS):
                 symbols.append(piece)
             else:
                 symbols += [symbol for word in self.words(piece) for symbol in self.merge(word)]
-        unknown = self.vocab[self.EOS]      # of a vocabulary that lacks a symbol, as in CLIP
+        unknown = self.vocab[self.EOS]      # what a symbol not in the vocabulary becomes
         return [self.vocab.get(symbol, unknown) for symbol in symbols]
 
     def encode(self, text):
@@ -364,6 +357,7 @@ class Tokenizer:
         """Return the text of some ids: lower case, words separated by spaces."""
         byte = {symbol: b for b, symbol in self.bytes.items()}
         symbols = "".join(self.symbol[i] for i in ids).replace("</w>", " ")
+        # 32, a space, is what </w> became
         return bytes(byte.get(c, 32) for c in symbols).decode(errors="replace").strip()
 
 
@@ -409,7 +403,7 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
 def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm=None):
     """Turn token ids (batch, tokens) into the context (batch, tokens, width) for the U-Net.
 
-    CLIP's text encoder: Radford et al., 2021. Some models do without the final norm.
+    CLIP's text encoder: Radford et al., 2021. SDXL takes the context before the final norm (9.8).
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
@@ -453,7 +447,7 @@ def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=())
         x = resnet(x, None, groups, 1e-6, **resnet_weights)
         if attention_weights:
             x = vae_attention(x, groups, **attention_weights)
-    for layer in downsamplers:      # half the size; the zeros go to the right and the bottom only
+    for layer in downsamplers:      # one or none; halves, with zeros to the right and bottom only
         x = conv2d(x, **layer["conv"], stride=2, padding=(0, 1))
     for layer in upsamplers:
         x = conv2d(upsample(x, 2 * x.shape[1], 2 * x.shape[2]), **layer["conv"])
@@ -564,7 +558,7 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsam
 def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
     """One level on the way up: each ResNet block also sees a skip, the last one first (5.5).
 
-    size: (height, width) to upsample to, which the next skip has; doubling would miss odd ones.
+    size: (height, width) of the next skip. Doubling alone would turn 5, halved to 3, into 6.
     """
     for resnet_weights, attention_weights, skip in zip_longest(resnets, attentions, skips[::-1]):
         x = resnet(concat(x, skip), temb, groups, 1e-5, **resnet_weights)
@@ -580,13 +574,14 @@ def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up
     """Predict the noise in x_t (or x_0, or v: see split_prediction).
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); t: (batch,), times in
-    0..999; context: (batch, tokens, width); n_head: a number for each level, from the top;
-    groups: of every GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle; some models
-    add a condition (batch, n) to the time embedding, by add_embedding or as time_mlp does. One
-    pass of Stable Diffusion 1.5 (height, width, channels):
+    0..999; context: (batch, tokens, width); n_head: attention heads of each level, the largest
+    image first; groups: of every GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle;
+    some models add a condition (batch, n) to the time embedding, by add_embedding or as time_mlp
+    does. Each level of Stable Diffusion 1.5, as (height, width, channels) after its ResNet blocks,
+    and after it was resampled:
 
         level    on the way down                        on the way up
-          0      (64, 64,  320) -> (32, 32,  320)       -> (64, 64,  320)
+          0      (64, 64,  320) -> (32, 32,  320)       (64, 64,  320)
           1      (32, 32,  640) -> (16, 16,  640)       (32, 32,  640) -> (64, 64,  640)
           2      (16, 16, 1280) -> ( 8,  8, 1280)       (16, 16, 1280) -> (32, 32, 1280)
           3      ( 8,  8, 1280)                         ( 8,  8, 1280) -> (16, 16, 1280)
@@ -675,9 +670,9 @@ def evenly_spaced_steps(n, alpha_bars):
 
 
 # A sampler walks from noise to a picture. Its arguments: denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); the
-# first x_t; the steps; and noise(), which returns a fresh ε. It yields each x_t that it reaches
-# and goes on from the array that it yielded: callers may write into that. ddim and euler are the
-# same method in different coordinates; so are ddpm and euler_ancestral.
+# first x_t; the steps; and noise(), which returns a fresh ε. It yields each x_t; callers may change
+# the yielded array in place, and the next step starts from it. ddim and euler are the same method
+# in different coordinates; so are ddpm and euler_ancestral.
 
 
 def ddpm(denoise, x, steps, noise):
@@ -703,7 +698,7 @@ def ddim(denoise, x, steps, noise=None):
 
 
 def sigma_of(alpha_bar):
-    """Return σ = √(1 - ᾱ) / √ᾱ, noise per signal (6.5)."""
+    """Return σ = √(1 - ᾱ) / √ᾱ, the noise-to-signal ratio in amplitude (6.5)."""
     return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
@@ -788,16 +783,16 @@ def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
 def clip_loss(text, image, logit_scale):
     """Contrastive loss: each caption finds its picture, and each picture its caption (3.4).
 
-    text, image: (batch, width), rows of length 1, in the same order; logit_scale: the log of the
-    learnt factor on their scores. Radford et al., 2021.
+    text, image: (batch, width), unit vectors, in the same order; logit_scale: log(1/τ), learnt.
+    Radford et al., 2021.
     """
     scores = logit_scale.exp() * text @ image.T         # (captions, pictures)
-    own = scores.diagonal()
+    own = scores.diagonal()                             # each caption with its own picture
     return (scores.logsumexp(1) - own + scores.logsumexp(0) - own).mean() / 2
 
 
 def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
-    """Noise each picture, let the model predict, and return the squared errors (batch,) (7.3).
+    """Noise each picture, let the model predict, and return the mean squared errors (batch,) (7.3).
 
     predict: a function of x_t. x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1).
     """
@@ -807,7 +802,7 @@ def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
 
 
 def drop_captions(captions, rng, rate=0.1):
-    """Leave out some captions: the model also learns the unprompted prediction of guidance."""
+    """Replace some captions by None: the model also learns to predict without one (6.16)."""
     return [caption if rng.random() >= rate else None for caption in captions]
 
 
@@ -824,18 +819,20 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
     model.text_encoder), as weights/train.py does.
     """
     rng, config = np.random.default_rng(seed), model.config
-    network = functools.partial(unet, n_head=config.unet.n_head,
-                                groups=config.unet.norm_num_groups, **model.unet)
     for _ in range(steps):
         chosen = rng.integers(len(latents), size=batch_size)
-        x_0 = latents[chosen]
-        context, pooled = embed_prompts(model, drop_captions([captions[i] for i in chosen], rng))
+        x_0 = latents[chosen]                                       # (batch, h, w, 4)
+        shown = drop_captions([captions[i] for i in chosen], rng)
+        context, pooled = embed_prompts(model, shown)               # (batch, tokens, width)
         condition = unet_conditions(model, batch_size, 1, pooled, x_0.shape)    # most have none
+
         t = rng.integers(len(model.alpha_bars), size=batch_size)
         alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))
 
-        predict = functools.partial(network, t=t, context=context, condition=condition)
+        predict = functools.partial(unet, t=t, context=context, n_head=config.unet.n_head,
+                                    groups=config.unet.norm_num_groups, condition=condition,
+                                    **model.unet)
         loss = diffusion_loss(predict, config.scheduler.prediction_type, x_0, alpha_bar, eps).mean()
 
         optimizer.zero_grad()
@@ -847,19 +844,18 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
 # ── 8. From prompt to picture ────────────────────────────────────────────────────── NOTES §8 ──
 
 
-@dataclass
+@dataclass(repr=False)      # as text, the weights would fill the screen
 class Model:
     """A tokenizer, the nested weights of three networks, and their configs."""
     name: str
-    config: SimpleNamespace = field(repr=False)     # of text_encoder, vae, unet, scheduler
-    tokenizer: Tokenizer = field(repr=False)
-    text_encoder: dict = field(repr=False)
-    vae: dict = field(repr=False)
-    unet: dict = field(repr=False)
-    second: SimpleNamespace = field(default=None, repr=False)   # a second text encoder: see §9
-    digest: str = ""                        # of a single file: the first ten digits of its SHA-256
-    vae_encode: Callable = field(default=vae_encode, repr=False)    # both are replaced where the
-    vae_decode: Callable = field(default=vae_decode, repr=False)    # VAE is of another kind
+    config: SimpleNamespace             # of text_encoder, vae, unet, scheduler
+    tokenizer: Tokenizer
+    text_encoder: dict
+    vae: dict
+    unet: dict
+    second: SimpleNamespace = None      # a second text encoder: see §9
+    vae_encode: Callable = vae_encode   # another kind of VAE brings its own two functions,
+    vae_decode: Callable = vae_decode   # as in extras/tiny_vae.py
 
     @property
     def alpha_bars(self):
@@ -917,15 +913,16 @@ def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels
 
     def denoise(x_t, t, alpha_bar):
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
+        # what SDXL and distilled models take besides; of shape (1 or 2, 0) for all others
         conditions = unet_conditions(model, len(context), guidance, pooled, x.shape)
 
-        def predict(contexts, condition):       # all pictures with each of these contexts
+        def predict(contexts, condition):       # one context or both, for every picture
             xs = array_like(context, np.concatenate([x] * len(contexts)))
-            row = np.repeat(np.arange(len(contexts)), len(x))       # which context each gets
+            row = np.repeat(np.arange(len(contexts)), len(x))       # 0 0 0 1 1 1 for 3 pictures
             return to_numpy(unet(xs, np.full(len(xs), t), contexts[row], config.n_head,
                                  config.norm_num_groups, condition=condition[row], **model.unet))
 
-        output = map_rows(context, predict, conditions)         # (rows * batch, h, w, 4)
+        output = map_rows(context, predict, conditions)         # (contexts * batch, h, w, 4)
         if len(context) == 2:
             uncond, cond = np.split(output, 2)
             output = guide(uncond, cond, guidance)
@@ -949,6 +946,8 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     replaced. denoiser, embed_prompts: functions to use instead of the ones above. Raises UserError
     for values out of range.
     """
+    # what was asked for, checked, with the defaults filled in (§9): sampler, steps, noise(),
+    # guidance, guided, and initial_scale, the standard deviation of x_T
     plan = like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask)
     context, pooled = embed_prompts(model, [negative, prompt] if plan.guided else [prompt])
     make_denoiser = functools.partial(denoiser, model, context, plan.guidance, pooled)
@@ -960,8 +959,9 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
         x = plan.initial_scale * plan.noise()
     else:                                       # image to image: from the noised picture
         steps = last_steps(steps, strength)
+        _, alpha_bar, _ = steps[0]
         x_0 = encode(model, init, plan.noise())
-        x = add_noise(x_0, steps[0][1], plan.noise())
+        x = add_noise(x_0, alpha_bar, plan.noise())
     return plan.sampler(make_denoiser(), x, steps, plan.noise)
 
 
@@ -972,23 +972,26 @@ def inpaint(model, init, mask, strength, make_denoiser, plan):
     the rest is put back after each step.
     """
     steps = last_steps(plan.steps, strength)
+    _, alpha_bar, _ = steps[0]
     x_0 = None if strength == 1 and model.inpaints else encode(model, init, plan.noise())
     eps = plan.noise()
-    x = plan.initial_scale * eps if strength == 1 else add_noise(x_0, steps[0][1], eps)
+    x = plan.initial_scale * eps if strength == 1 else add_noise(x_0, alpha_bar, eps)
 
     mask_eps = plan.noise()     # drawn in either case, as diffusers does
-    hole = np.broadcast_to(mask[::model.factor, ::model.factor, None], (*x.shape[:3], 1))
+    hole = mask[::model.factor, ::model.factor, None]                   # (h, w, 1)
+    hole = np.broadcast_to(hole, (*x.shape[:3], 1))                     # (batch, h, w, 1)
     if model.inpaints:
-        rest = encode(model, np.where(mask[..., None], 127.5, init), mask_eps)
-        seen = np.concatenate([hole, rest], axis=-1, dtype=np.float32)      # (batch, h, w, 5)
-        return plan.sampler(make_denoiser(seen), x, steps, plan.noise)
+        gray = np.where(mask[..., None], 127.5, init)                   # 127.5 becomes 0
+        masked = encode(model, gray, mask_eps)                          # (batch, h, w, 4)
+        extra_channels = np.concatenate([hole, masked], axis=-1, dtype=np.float32)
+        return plan.sampler(make_denoiser(extra_channels), x, steps, plan.noise)
     path = plan.sampler(make_denoiser(), x, steps, plan.noise)
     return blend_known(path, steps, ~hole, x_0, eps)
 
 
 def blend_known(path, steps, known, x_0, eps):
     """After each step, reset the known part to x_0, noised to the level reached."""
-    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]       # at last x_0 itself
+    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]       # after the last step, x_0
     for x, alpha_bar in zip(path, levels):
         np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
         yield x
@@ -996,8 +999,8 @@ def blend_known(path, steps, known, x_0, eps):
 
 def last_steps(steps, strength):
     """Return the last `strength` of the steps, those that image-to-image takes (8.2)."""
-    n = min(len(steps), int(round(len(steps) * strength, 9)))   # 50 * 0.58 is 28.999999999999996
     require(0 < strength <= 1, f"--strength {strength} is not above 0 and up to 1")
+    n = int(round(len(steps) * strength, 9))    # 50 * 0.58 is 28.999999999999996
     require(n > 0, f"--strength {strength} of {len(steps)} steps leaves no step")
     return steps[-n:]
 
@@ -1009,7 +1012,7 @@ def encode(model: Model, picture: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """
     config = model.config.vae
     pixels = picture[None].astype(np.float32) / 127.5 - 1
-    pixels = array_like(model.vae["quant_conv"]["bias"], pixels)
+    pixels = array_like(model.vae["quant_conv"]["bias"], pixels)     # its library and device
     mean, logvar = map(to_numpy, model.vae_encode(pixels, model.vae, config.norm_num_groups))
     return (mean + np.exp(0.5 * logvar) * eps) * config.scaling_factor
 
@@ -1053,7 +1056,7 @@ def tell(message):
 
 
 def shorten(text, length=200):
-    """Cut a text that is longer."""
+    """Cut a text to this length, and mark the cut with " ..."."""
     return text if len(text) <= length else text[:length] + " ..."
 
 
@@ -1065,7 +1068,7 @@ def shorten(text, length=200):
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
               "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-KARRAS = ("euler", "euler_a", "dpm++2m")    # can take Karras' levels; spaced by linspace as a rule
+KARRAS = ("euler", "euler_a", "dpm++2m")    # may take Karras' levels; else linspace
 
 
 def defaults(model):
@@ -1088,7 +1091,7 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     n = own_steps if steps is None else steps
     guidance = own_guidance if guidance is None else guidance
     sampler = own_sampler if sampler is None else sampler
-    # a function of the list goes by its name, which the spacing of its timesteps depends on
+    # replace a function in SAMPLERS by its name, which the spacing of timesteps depends on
     sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
     require(callable(sampler) or sampler in SAMPLERS,
             f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")
@@ -1107,7 +1110,7 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     scaled = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
     return SimpleNamespace(
         sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
-        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # else it is an input
+        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # or it is an input
         noise=torch_noise(seeds, image_size(model, width, height)),
         initial_scale=(1 - steps[0][1]) ** 0.5 if scaled else 1.0)  # x_T's standard deviation
 
@@ -1183,7 +1186,7 @@ def add_second_encoder(model, texts, context):
     """Put a second text encoder's context beside the first's; return it and the pooled vectors.
 
     Podell et al., 2023 (9.8). The vectors (len(texts), n) are what CLIP itself makes of a text: the
-    last layer's output where it ends, projected. Of a text that is None, all is zero.
+    last layer's output where it ends, projected. A text that is None gives zeros.
     """
     second, config = model.second, model.config.text_encoder_2
     heads, activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
@@ -1321,14 +1324,15 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
 
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}
     arrays = {}
-    for name in header.keys() - {"__metadata__"}:
-        kind, (begin, end) = header[name]["dtype"], header[name]["data_offsets"]
-        require(kind in types, f"{path}: {name} is {kind}; weights are F32, F16 or BF16")
-        array = data[start + begin:start + end].view(types[kind])
-        arrays[name] = array.reshape(header[name]["shape"])
+    for name, entry in header.items():      # in the file's order, the same in every process
+        dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+        require(dtype in types, f"{path}: {name} is {dtype}; weights are F32, F16 or BF16")
+        array = data[start + begin:start + end].view(types[dtype])
+        arrays[name] = array.reshape(entry["shape"])
     return arrays
 
 
@@ -1353,7 +1357,7 @@ def read_folder(folder):
                             f"{name}: {shorten(str(error))}") from None
 
     def read_json(name):
-        return read(name, lambda text: {**json.loads(text)})
+        return read(name, lambda text: {**json.loads(text)})     # TypeError unless an object
 
     settings, arrays = {"scheduler": read_json("scheduler/scheduler_config.json")}, {}
     second = {"text_encoder_2": "model"} if (folder / "text_encoder_2").exists() else {}
@@ -1372,8 +1376,9 @@ def read_folder(folder):
     else:
         model = read("tokenizer/tokenizer.json", lambda text: {**json.loads(text)["model"]})
         vocab, merges = model.get("vocab"), model.get("merges")
-    tokenizers = [read_tokenizer(read_json(f"tokenizer{end}/tokenizer_config.json"), vocab, merges)
-                  for end in ("", *("_2" for _ in second))]     # they differ in padding alone
+    folders = ["tokenizer", "tokenizer_2"] if second else ["tokenizer"]
+    tokenizers = [read_tokenizer(read_json(f"{name}/tokenizer_config.json"), vocab, merges)
+                  for name in folders]      # the two differ in padding alone
     return settings, arrays, tokenizers
 
 
@@ -1404,10 +1409,19 @@ def to_backend(array, backend, device="cpu", dtype="float32"):
     array = widen(array)
     array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
     if backend == "torch":
-        return torch_operations()["from_numpy"](np.array(array, order="C"), device, dtype)
+        return to_torch(array, device, dtype)
     if array.ndim == 4 and array.shape[1] > 1 and array.dtype != np.float64:
-        return array            # a convolution's, as the file has it: in float16, too, and mapped
+        return array            # a 3x3 convolution stays as in the file: mapped, perhaps float16
     return np.asfortranarray(array, np.float32)     # so that x @ w.T reads w.T row by row
+
+
+def to_torch(array, device, dtype):
+    """Copy an array to a torch device; UserError if torch finds no such device here."""
+    import torch
+    library = getattr(torch, device.partition(":")[0], None)        # torch.cuda for "cuda:1"
+    found = device == "cpu" or hasattr(library, "is_available") and library.is_available()
+    require(found, f"torch finds no {device} device here")
+    return torch.from_numpy(np.array(array, order="C")).to(device, getattr(torch, dtype))
 
 
 def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
@@ -1425,8 +1439,8 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
 
     networks = {}
     for part in arrays:
-        kind = "float32" if part == "vae" else dtype        # VAEs overflow in float16
-        networks[part] = nest({key: to_backend(array, backend, device, kind)
+        part_dtype = "float32" if part == "vae" else dtype      # VAEs overflow in float16
+        networks[part] = nest({key: to_backend(array, backend, device, part_dtype)
                                for key, array in arrays[part].items()})
     if "text_encoder_2" in networks:
         networks["second"] = second_encoder(networks, tokenizers[1])
@@ -1434,7 +1448,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
 
 
 def second_encoder(networks, tokenizer):
-    """Take the second text encoder out of the networks, and both last layers out of the way.
+    """Move the second text encoder, its last layer apart, to a record; drop the first one's last.
 
     The context of a model with two is what goes into their last layers (9.8).
     """

@@ -55,7 +55,7 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
 # ── Which form stands for which formula ─────────────────────────────────────────────────────────
 
 FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
-    "conv2d": "ca01228e", "dot_product_attention": "8056ed04", "gelu": "ab9e3eba",
+    "conv2d": "ca01228e", "dot_product_attention": "c2bc283e", "gelu": "ab9e3eba",
     "group_norm": "345ae5cf", "layer_norm": "a82d26ba", "linear": "d6a3e2f9",
     "map_rows": "063971eb", "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
 

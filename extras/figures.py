@@ -147,7 +147,7 @@ def flow_picture(model, film, x):
     draw = ImageDraw.Draw(page)
     for path in paths.T:
         draw.line([(2 * i, (top - y) / (2 * top) * 480) for i, y in enumerate(path)], "#7fd0ff", 2)
-    return with_axes(page, "noise per signal, from sigma = 14.6 to 0.03", (-top, top))
+    return with_axes(page, "noise-to-signal ratio, from sigma = 14.6 to 0.03", (-top, top))
 
 
 def strength_picture(model, film, x):

@@ -205,11 +205,12 @@ def parameters_text(args, model, seed, width, height):
         pairs = [f"{plain(Path(file).stem)}: {hash_of(file)}".replace('"', "'") for file in files]
         return pairs and json.dumps(", ".join(pairs), ensure_ascii=False)
 
+    digest = getattr(model, "digest", "")
     sampler = plain(TITLES.get(args.sampler, args.sampler)) + (" Karras" if args.karras else "")
     loras = " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)
     empty = args.negative_prompt == ""      # which some models tell from none
     facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg_scale, "Seed": seed,
-             "Size": f"{width}x{height}", "Model hash": model.digest, "Model": plain(model.name),
+             "Size": f"{width}x{height}", "Model hash": digest, "Model": plain(model.name),
              "Denoising strength": args.strength if args.init_img else "",
              "Clip skip": args.clip_skip or "", "Plain prompt": args.plain_prompt or "",
              "Empty negative": "encoded" if empty else "",
@@ -350,7 +351,8 @@ def facts_left(facts):
 def other_files(facts, args, model):
     """Yield the names of the files in use that are not those which a picture was made with."""
     model_hash, ours = facts.get("Model hash", ""), vae_hash(args.vae)
-    if model.digest and len(model_hash) >= 10 and model_hash[:10] != model.digest:
+    digest = getattr(model, "digest", "")
+    if digest and len(model_hash) >= 10 and model_hash[:10] != digest:
         yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
     if ours and facts.get("VAE hash", ours)[:10] != ours:
         yield f"VAE {Path(args.vae).stem}"

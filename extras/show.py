@@ -455,7 +455,7 @@ def film_section(page, steps, pairs, result):
         "<h3>The film</h3><p>At each step the program holds a noisy x<sub>t</sub> (left). From it "
         "the network guesses the clean picture x̂<sub>0</sub> (right): the mean of all that could "
         "hide in the noise, a blur at first. The sampler goes a part of the way there, and asks "
-        "again. σ is the noise per signal. Both are shown as the decoder sees them.</p>",
+        "again. σ is the noise-to-signal ratio. Both are shown as the decoder sees them.</p>",
         f'<img class="wide" src="{page.prefix}film.png" alt="the same, moving">',
         '<div class="row">',
     )

@@ -321,9 +321,9 @@ def operations(sd, call):
 
 
 def networks(part, args, folder, dtype):
-    """diffusers' and transformers' networks as {operation.
+    """Return {operation: (module, its inputs)} of diffusers' and transformers' networks.
 
-    (module, its inputs)}; each gives one tensor.
+    Each module gives one tensor.
     """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -40,6 +40,11 @@ TWO_ENCODERS = CONFIG | {       # as in SDXL
 FILES = sd.WEIGHT_FILES
 
 
+def contents(folder="."):
+    """Return {path: its bytes, or None of a folder} of all that is in a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
 def shapes_of(part, config):
     """Return {name: shape} of a part's weights, as a checkpoint with this config holds them."""
     return sd.flatten(SHAPES[part](sd.read_config(part, config)))

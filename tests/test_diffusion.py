@@ -338,6 +338,14 @@ def test_guidance_of_one_is_the_prompt_alone(model):
 
 
 @SAMPLERS
+def test_a_sampler_given_as_a_function_takes_the_steps_of_its_name(model, sampler):
+    """The spacing depends on the name: linspace for euler, leading for ddim."""
+    by_name, by_function = (last(model, "red apple", steps=4, sampler=which)
+                            for which in (sampler, sd.SAMPLERS[sampler]))
+    assert np.array_equal(by_name, by_function)
+
+
+@SAMPLERS
 def test_a_seed_means_the_same_picture_in_any_batch(model, sampler):
     three, one = (last(model, "red apple", seeds=seeds, steps=4, sampler=sampler)
                   for seeds in ((5, 6, 7), (6,)))

@@ -305,15 +305,14 @@ def test_two_forms_of_the_bound():
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_the_weights_of_the_small_models_loss(t):
-    """Around (7.4): an error of v weighted by min(1, 5 (1 - ᾱ)) is one of the picture.
+    """Around (7.4): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
+    from train import loss_weight
 
-    Weighted by min(SNR + 1, 5).
-    """
     a, snr = ALPHA_BAR[t], ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
     x_t, v, w = 0.3, 1.1, 1.4
     one, other = (sd.split_prediction("v_prediction", answer, x_t, a)[0] for answer in (v, w))
-    of_velocity = min(1, 5 * (1 - a)) * (v - w) ** 2
-    assert of_velocity == pytest.approx(min(snr + 1, 5) * (one - other) ** 2)
+    weight, = loss_weight(torch.tensor(a).reshape(1, 1, 1, 1)).tolist()
+    assert weight * (v - w) ** 2 == pytest.approx(min(snr + 1, 5) * (one - other) ** 2)
 
 
 def test_velocity():

@@ -4,6 +4,7 @@ make_golden.py took it from torch, diffusers and transformers; layers.py says wh
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny_sd as sd
-from conftest import ROOT, SCHEDULER
+from conftest import REFERENCES, ROOT, SCHEDULER
 from layers import (
     LAYERS,
     PRIMITIVES,
@@ -82,14 +83,18 @@ def test_the_file_is_what_the_references_compute():
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--collect-only"], ["tests/test_golden.py", "-k", "test_layer"]])
 def test_nothing_but_numpy_is_needed_to_collect_the_tests_and_to_run_these(argv):
+    """A test that asks for a missing library is skipped, so all of these must have passed."""
     script = f"""
 import sys
-missing = ["torch", "diffusers", "transformers", "peft", "nbformat", "emoji"]
+missing = {sorted(REFERENCES)}
 sys.modules.update(dict.fromkeys(missing))      # an import of them raises ModuleNotFoundError
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *{argv}]))"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "error" not in done.stdout.splitlines()[-1]
+    last = done.stdout.splitlines()[-1]
     if "--collect-only" in argv:
+        assert "error" not in last
         assert "test_cli.py::" in done.stdout and "test_parity.py::" not in done.stdout
+    else:
+        assert re.match(f"{2 * len(LAYERS)} passed", last) and "skipped" not in last, last

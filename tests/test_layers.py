@@ -243,11 +243,14 @@ def test_a_word_sees_no_later_word(place):
     assert (abs(after - before)[:, :, 4:] > 1e-3).all()
 
 
-def test_group_norm_far_from_zero():
-    """Where the mean is a thousand deviations, E[x²] - E[x]² would leave nothing right."""
+@pytest.mark.parametrize("place", ["formula", "numpy"], indirect=True)
+def test_group_norm_far_from_zero(place):
+    """Where the mean is 500 deviations, E[x²] - E[x]² leaves nothing right, as torch's own shows."""
     x, weight, bias = random_arrays({"x": PICTURE, "weight": (4,), "bias": (4,)}).values()
-    ours = sd.group_norm(500 + x, 2, 1e-5, weight, bias)
-    assert_close(ours, norm(2, 1e-5)(*each(in_float64, [500 + x, weight, bias])), 2e-3)
+    given = [500 + x, weight, bias]
+    x, weight, bias = each(place, given)
+    ours = sd.group_norm(x, 2, 1e-5, weight, bias)
+    assert_close(ours, norm(2, 1e-5)(*each(in_float64, given)), 2e-3)
 
 
 def test_timestep_embedding(place):
@@ -343,7 +346,6 @@ def test_layer(name, place):
     assert_unchanged(given, setting(name))
 
 
-# all but the unet, which is made of the others
 FAILING = """
 import numpy as np
 from layers import assert_close
@@ -362,6 +364,7 @@ def test_a_layer_that_fails_says_so_in_few_lines(tmp_path):
     assert done.returncode == 1 and len(done.stdout.splitlines()) < 20, done.stdout
 
 
+# all but the unet, which is made of the others
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "unet"])
 def test_a_missing_or_unknown_weight_is_an_error_that_names_it(name):
     inputs, weights = setting(name)

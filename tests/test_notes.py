@@ -1,14 +1,15 @@
 """NOTES.md beside the program: sections, names, equations, links, and the numbers that it states.
 
-A code span of the notes that holds nothing but a name, dotted or called (`unet`, `Noise.normal`,
-`resnet(x, **weights)`), is a name of tiny_sd.py, in §12 of extras/fast.py. With the name of one of
-the other files before it, as in `formats.fetch`, it belongs to that file.
+A code span of the notes that holds nothing but a name, dotted or called (`unet`, `Noise.uniform`,
+`resnet(x, **weights)`), must be a name in tiny_sd.py or, in §12, in extras/fast.py. With another
+file's name before it, as in `formats.fetch`, it must be a name in that file.
 """
 
 import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import math
 import re
@@ -328,21 +329,19 @@ def test_table_of_noise_levels():
 
 @pytest.mark.parametrize("t, s", [(999, 998), (981, 961), (500, 20), (1, 0)])
 def test_weights_of_the_bound(t, s):
-    """(6.8) into (6.11); and (6.19) with the posterior's variance is (6.18)."""
+    """(6.8) into (6.11); and (6.19) with the posterior's variance is (6.18), as ddpm takes it."""
     a, b = ALPHA_BAR[t], ALPHA_BAR[s]
-    beta, alpha = 1 - a / b, a / b
-    variance = beta * (1 - b) / (1 - a)
-    weight = (math.sqrt(b) * beta / (1 - a)) ** 2 / (2 * variance)
-    assert weight == pytest.approx((b / (1 - b) - a / (1 - a)) / 2)
-    of_noise = math.sqrt(alpha) * (1 - b) / math.sqrt(1 - a)
-    assert math.sqrt(1 - b - variance) == pytest.approx(of_noise)
 
-    def drawn(x_0, noise):      # by the program
-        def denoise(*_):
-            return x_0, None
-        return next(sd.ddpm(denoise, 0.7, [(t, a, b)], lambda: noise))
-    slope, spread = drawn(1.0, 0.0) - drawn(0.0, 0.0), drawn(0.0, 1.0) - drawn(0.0, 0.0)
+    def drawn(x_t, x_0, noise):
+        return next(sd.ddpm(lambda *_: (x_0, None), x_t, [(t, a, b)], lambda: noise))
+    slope = drawn(0.7, 1.0, 0.0) - drawn(0.7, 0.0, 0.0)
+    spread = drawn(0.7, 0.0, 1.0) - drawn(0.7, 0.0, 0.0)
+    weight = (b / (1 - b) - a / (1 - a)) / 2
     assert slope ** 2 / (2 * spread ** 2) == pytest.approx(weight)
+
+    x_0, eps, z, variance = 0.4, -1.1, 0.8, (1 - a / b) * (1 - b) / (1 - a)
+    expected = math.sqrt(b) * x_0 + math.sqrt(1 - b - variance) * eps + math.sqrt(variance) * z
+    assert drawn(sd.add_noise(x_0, a, eps), x_0, z) == pytest.approx(expected)
 
 
 def test_how_much_more_the_bound_weighs_step_2_than_step_500():
@@ -356,14 +355,17 @@ def test_how_much_more_the_bound_weighs_step_2_than_step_500():
 
 
 def test_the_ideal_noise_is_the_score():
-    """(6.13), against the slope of log q."""
+    """(6.13): the ε̂ that split_prediction makes of E[x_0 | x_t], against the slope of log q."""
     a, x, h = 0.3, np.linspace(-3, 3, 13), 1e-5
+    guess, _ = denoise_two(x, 0, a)
+    _, eps = sd.split_prediction("sample", guess, x, a)
+    variance = (0.2 * sd.add_noise(1.0, a, 0.0)) ** 2 + sd.add_noise(0.0, a, 1.0) ** 2
 
     def log_q(x):
-        return np.log(sum(np.exp(-(x - k * math.sqrt(a)) ** 2 / (2 * (a * 0.04 + 1 - a)))
+        return np.log(sum(np.exp(-(x - sd.add_noise(k, a, 0.0)) ** 2 / (2 * variance))
                           for k in (1, -1)))
     slope = (log_q(x + h) - log_q(x - h)) / (2 * h)
-    np.testing.assert_allclose(slope, -denoise_two(x, 0, a)[1] / math.sqrt(1 - a), atol=1e-8)
+    np.testing.assert_allclose(slope, -eps / math.sqrt(1 - a), atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -435,17 +437,25 @@ def test_table_of_errors():
         assert [float(cell) for cell in cells] == pytest.approx(errors, rel=0.06, abs=0.0006)
 
 
-def test_means_and_sums():
-    """(7.2), and the numbers below it."""
-    rng = np.random.default_rng(0)
-    errors, divergences, w = rng.random(48 * 5), rng.random(5), 1e-6
-    assert (errors.sum() + w * divergences.sum()) / errors.size == pytest.approx(
-        errors.mean() + w * divergences.size / errors.size * divergences.mean())
-    assert 512 * 512 * 3 / (64 * 64 * 4) == 48 and w / 48 == pytest.approx(2.1e-8, rel=0.01)
-    config = sd.load("weights/emoji").config
-    factor = 2 ** (len(config.vae.block_out_channels) - 1)
-    assert factor ** 2 * 3 / config.vae.latent_channels == 12
-    assert 1e-4 * 12 == pytest.approx(1.2e-3) and 2 / 255 == pytest.approx(7.8e-3, rel=0.01)
+def test_means_and_sums(monkeypatch):
+    """(7.2): vae_loss, whose weight is one between means, beside the sums; the numbers below it."""
+    torch = pytest.importorskip("torch")
+    rng, w = np.random.default_rng(0), 0.3
+    picture, drawn = torch.tensor(rng.standard_normal((2, 1, 16, 8, 3)))
+    mean, logvar = torch.tensor(rng.standard_normal((2, 1, 2, 1, 4)))
+    monkeypatch.setattr(sd, "vae_encode", lambda *_: (mean, logvar))
+    monkeypatch.setattr(sd, "vae_decode", lambda *_: drawn)
+    sums = (drawn - picture).abs().sum() + w * (mean ** 2 + logvar.exp() - 1 - logvar).sum() / 2
+    n_x, n_z = picture.numel(), mean.numel()
+    loss = sd.vae_loss(picture, torch.zeros_like(mean), {}, 1, kl_weight=w * n_z / n_x)
+    assert loss.item() == pytest.approx(sums.item() / n_x)
+
+    assert 512 * 512 * 3 / (64 * 64 * 4) == 48 and 1e-6 / 48 == pytest.approx(2.1e-8, rel=0.01)
+    model = sd.load("weights/emoji")
+    quotient = model.factor ** 2 * 3 / model.config.vae.latent_channels
+    weight = inspect.signature(sd.vae_loss).parameters["kl_weight"].default
+    assert quotient == 12 and weight * quotient == pytest.approx(1.2e-3)
+    assert 2 / 255 == pytest.approx(7.8e-3, rel=0.01)
 
 
 @pytest.mark.parametrize("t", [0, 300, 999])

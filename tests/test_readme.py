@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 
@@ -98,3 +99,9 @@ def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
     for function in (tiny_sd.generate, tiny_sd.decode, tiny_sd.encode, tiny_sd.encode_prompts,
                      tiny_sd.denoiser):
         assert hints(function)["model"] is tiny_sd.Model
+
+
+def test_the_project_file_agrees_with_the_program_and_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert project["version"] == tiny_sd.__version__ and {*project["dependencies"]} <= {*lines}

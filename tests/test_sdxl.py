@@ -210,7 +210,6 @@ def with_sampler(model, sampler):
     return dataclasses.replace(model, config=SimpleNamespace(**config))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("negative", [None, "", "a dog"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_text_to_image(sampler, negative, model, reference_picture):
@@ -219,12 +218,11 @@ def test_text_to_image(sampler, negative, model, reference_picture):
 
 
 def test_one_picture(model, reference_picture):
-    """As quickly as it goes."""
+    """Without a negative prompt, at another size."""
     same_pictures("pictures of SDXL", drawn(model, None, steps=2, width=64, height=72),
                   reference_picture(negative=None, num_inference_steps=2, width=64, height=72))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_to_image(sampler, model, reference_picture, pipe):
     picture = some_picture(1, 72, 104)
@@ -235,7 +233,6 @@ def test_image_to_image(sampler, model, reference_picture, pipe):
     same_pictures("pictures of SDXL from pictures", ours, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpainting_with_an_ordinary_model(sampler, strength, model, reference_picture):
@@ -250,7 +247,6 @@ def test_inpainting_with_an_ordinary_model(sampler, strength, model, reference_p
     same_pictures("pictures of SDXL inpainted", ours, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"negative": None}, {"negative": ""}, {"original_size": (9, 999)}, {"target_size": (999, 9)},
     {"crops_coords_top_left": (50, 7)}, {"prompt_2": "a tree"}, {"sampler": "euler_a"}],
@@ -532,7 +528,6 @@ def test_loras(naming, folder, pairs, backend, tmp_path, monkeypatch):
     assert largest_error(model, plain, pairs, names, 1.0) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_diffusers_draws_the_same_with_a_lora(naming, folder, pairs, backend, tmp_path):
     pytest.importorskip("peft")

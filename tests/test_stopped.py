@@ -42,7 +42,7 @@ sys.setprofile(watch)
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Each test in a folder of its own, with two files that must stay."""
+    """Each test in a folder of its own, with a file and an empty folder that must stay."""
     monkeypatch.chdir(tmp_path)
     Path("out.png").write_text("mine")
     Path("seen").mkdir()

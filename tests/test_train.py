@@ -1,6 +1,7 @@
 """weights/train.py on 24 things: every stage from nothing, on after a kill, in two processes."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import tiny_sd
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))
+import fitting  # noqa: E402
 import measure  # noqa: E402
 import scenes  # noqa: E402
 import train as train_py  # noqa: E402
@@ -385,6 +388,41 @@ def test_a_state_that_cannot_be_used(tmp_path):
     assert (tmp_path / "vae.pt").read_text() == "no checkpoint"
 
 
+def test_a_loss_that_is_not_finite_is_said():
+    training = SimpleNamespace(step=0, seconds=0.0, losses=[], device="cpu",
+                               lower=lambda *_: math.nan)
+    with pytest.raises(tiny_sd.UserError, match="vae: the loss is nan at step 0; lower --rate"):
+        fitting.step("vae", training, lambda *_: (), 1e-3, train_py.Schedule(steps=4), 0.0, [])
+
+
+def test_the_tokenizer_is_learnt_from_captions():
+    """Words become a token each; idle pairs fill the vocabulary; parts come before wholes."""
+    merges = train_py.train_tokenizer([["cat", "kitty"], ["hot dog"]])
+    assert len(merges) == len({*merges}) == train_py.VOCABULARY - 514
+    words = tiny_sd.Tokenizer(merges)
+    for word in ("cat", "kitty", "dog", "background", "turquoise", "twemoji"):
+        assert words.merge(word) == [f"{word}</w>"]
+    known = {symbol + end for symbol in words.bytes.values() for end in ("", "</w>")}
+    for one, other in merges:
+        assert {one, other} <= known
+        known.add(one + other)
+
+
+def test_what_a_cpu_prefers_is_the_same():
+    torch.manual_seed(0)
+    torchs = tiny_sd.torch_operations()
+    ours = dict(torchs)
+    train_py.prefer_on_cpu(ours)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    for causal in (False, True):
+        one, other = (form["dot_product_attention"](q, k, v, causal) for form in (ours, torchs))
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    x, weight, bias = torch.randn(2, 5, 3, 8), torch.randn(8), torch.randn(8)
+    one, other = (form["group_norm"](x, 4, 1e-5, weight, bias) for form in (ours, torchs))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert ours["group_norm"](x.bfloat16(), 4, 1e-5, weight, bias).dtype == torch.bfloat16
+
+
 # ── Measuring ───────────────────────────────────────────────────────────────────────────────────
 
 def test_many_pictures_at_once(state):
@@ -408,6 +446,14 @@ def test_the_judge_knows_the_drawings(state, things):
         for space in (judge.latents, measure.signature):
             verdict = judge.verdict(space, pictures, ids, colour)
             assert verdict.top(1) == 1 and (verdict.styles == styles).all()
+
+
+@pytest.mark.parametrize("colour, lab", [
+    ((255, 255, 255), (100, 0, 0)), ((255, 0, 0), (53.24, 80.09, 67.20)),
+    ((0, 0, 255), (32.30, 79.19, -107.86))])
+def test_lab(colour, lab):
+    """CIE's values of white, red and blue under D65."""
+    assert measure.to_lab(colour) == pytest.approx(lab, abs=0.1)
 
 
 def test_spread():

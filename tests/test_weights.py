@@ -171,7 +171,7 @@ def test_older_folders(part, changes, folder_with, plain):
 @pytest.mark.slow
 def test_both_forms_of_tokenizer(folder_with):
     """tokenizer.json as written today, vocab.json and merges.txt as written before."""
-    new, = folder_with(),
+    new = folder_with()
     assert (new / "tokenizer/tokenizer.json").exists() and not (
         new / "tokenizer/merges.txt"
     ).exists()
@@ -384,6 +384,27 @@ def test_a_type_that_numpy_does_not_compute_in_means_torch(load, tmp_path):
         load(folder, "jax")
 
 
+def test_weights_come_in_the_order_of_their_file(folder_with):
+    """The same in every process: a training that is resumed depends on it."""
+    path = next(folder_with().glob("unet/*.safetensors"))
+    data = path.read_bytes()
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    header.pop("__metadata__", None)
+    assert [*tiny_sd.read_safetensors(path)] == [*header]
+
+
+@pytest.mark.parametrize("part, key", [("unet", "block_out_channels"),
+                                       ("text_encoder", "max_position_embeddings")])
+def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
+    folder = write_model(tmp_path / "tiny")
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(tiny_sd.UserError, match=f"its configs do not describe .*{key}"):
+        tiny_sd.load(folder)
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [
@@ -393,6 +414,9 @@ def test_a_type_that_numpy_does_not_compute_in_means_torch(load, tmp_path):
         ({"height": 8}, "--height 8"), ({"sampler": "ddim", "karras": True}, "--karras"),
         ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
         ({"init": np.zeros((64, 64, 4))}, "3), not (64, 64, 4)"),
+        ({"mask": np.zeros((64, 64), bool)}, "a mask needs a picture of its size"),
+        ({"init": np.zeros((64, 64, 3)), "mask": np.zeros((64, 72), bool)},
+         "a mask needs a picture of its size"),
     ],
 )
 def test_one_clear_error(plain, settings, named):
