@@ -245,7 +245,7 @@ def test_a_word_sees_no_later_word(place):
 
 @pytest.mark.parametrize("place", ["formula", "numpy"], indirect=True)
 def test_group_norm_far_from_zero(place):
-    """Where the mean is 500 deviations, E[x²] - E[x]² leaves nothing right, as torch's own shows."""
+    """Where the mean is 500 deviations, E[x²] - E[x]² leaves nothing right: see torch."""
     x, weight, bias = random_arrays({"x": PICTURE, "weight": (4,), "bias": (4,)}).values()
     given = [500 + x, weight, bias]
     x, weight, bias = each(place, given)
