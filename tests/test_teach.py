@@ -373,7 +373,7 @@ def test_captions(pictures, capsys):
     read = files.read_captioned(pictures, "cat")
     assert [(path.name, words) for path, words in read] == [
         ("0.png", "a red apple"), ("1.png", "cat"), ("2.png", "apple 2"), ("more.JPG", "cat")]
-    assert capsys.readouterr().err.endswith("nor captions of any: list.csv\n")
+    assert capsys.readouterr().err.endswith("neither pictures nor their captions: list.csv\n")
 
 
 def broken(pictures):
