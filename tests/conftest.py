@@ -160,10 +160,15 @@ def compvis_name(part, name):
     return "first_stage_model." + compvis_vae_name(name)
 
 
-def compvis_unet_name(name):
+def compvis_unet_name(name, n=3, attends=False):
+    """Return CompVis' name of an array of a U-Net.
+
+    n: ResBlocks a level of the way up. attends: whether the smallest level attends to the text.
+    """
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
     outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     if match := re.match("|".join(map(re.escape, outer)), name):
         return outer[match[0]] + name[match.end():]
@@ -172,18 +177,19 @@ def compvis_unet_name(name):
     else:
         match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(conv\.)?", name)
         side, level, kind, i = match[1], int(match[2]), match[3], int(match[4])
-        index = 3 * level + (i + 1 if side == "down" else i)
+        index = n * level + (i + 1 if side == "down" else i)
         blocks = "input_blocks" if side == "down" else "output_blocks"
+        last = 2 if level or attends else 1     # behind ResBlock and transformer
         prefix = {"resnets": f"{blocks}.{index}.0.",
                   "attentions": f"{blocks}.{index}.1.",
-                  "downsamplers": f"input_blocks.{3 * level + 3}.0.op.",
-                  "upsamplers": f"output_blocks.{3 * level + 2}.{2 if level else 1}.conv."}[kind]
+                  "downsamplers": f"input_blocks.{n * level + n}.0.op.",
+                  "upsamplers": f"output_blocks.{n * level + n - 1}.{last}.conv."}[kind]
     return prefix + re.sub(r"^\w+", lambda m: resnet.get(m[0], m[0]), name[match.end():])
 
 
-def compvis_vae_name(name):
+def compvis_vae_name(name, levels=LEVELS):
     def level(match):       # CompVis counts the decoder's levels from below
-        return f"decoder.up.{LEVELS - 1 - int(match[1])}"
+        return f"decoder.up.{levels - 1 - int(match[1])}"
 
     for new, old in [(r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"),
                      (r"\.resnets\.(\d)", r".block.\1"), (r"decoder\.up_blocks\.(\d)", level),

@@ -76,11 +76,4 @@ def original_name(part, name):
 
 def unet_name(name):
     """Return the name in the original layout of an array of the U-Net."""
-    for new, old in ("add_embedding.linear_1", "label_emb.0.0"), (
-            "add_embedding.linear_2", "label_emb.0.2"):
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    if "upsamplers" in name:        # behind a ResBlock and a transformer on both levels
-        level = int(name.split(".")[1])
-        return f"output_blocks.{3 * level + 2}.2.conv.{name.rpartition('.')[2]}"
-    return compvis_unet_name(name)
+    return compvis_unet_name(name, attends=True)

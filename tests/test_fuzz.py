@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 from test_families import open_clip_names
 
+from conftest import compvis_unet_name, compvis_vae_name
 from extras import cli, files, formats, things
 from helpers import (
     CONFIG,
@@ -430,42 +431,10 @@ def write_single_file(path, encoders=1):
 
 
 def original_name(part, name):
-    """CompVis' name of a weight of this model, whose networks have two levels of one ResBlock."""
+    """Return CompVis' name of a weight of this model, whose networks have two levels."""
     if part == "vae":
-        name = re.sub(r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{1 - int(m[1])}", name)
-        for new, old in [("encoder.down_blocks", "encoder.down"), (".resnets.", ".block."),
-                         ("samplers.0", "sample"), ("mid_block.block.0", "mid.block_1"),
-                         ("mid_block.block.1", "mid.block_2"), ("to_out.0", "proj_out"),
-                         ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-                         ("mid_block.attentions.0.", "mid.attn_1."), ("attn_1.to_", "attn_1."),
-                         ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
-            name = name.replace(new, old)
-        return name
-    if part.startswith("text_encoder"):
-        return name
-    for new, old in [
-        (r"^add_embedding\.linear_1", "label_emb.0.0"),
-        (r"^add_embedding\.linear_2", "label_emb.0.2"),
-        (r"^time_embedding\.linear_1", "time_embed.0"), ("^conv_norm_out", "out.0"),
-        (r"^time_embedding\.linear_2", "time_embed.2"), ("^conv_out", "out.2"),
-        ("^conv_in", "input_blocks.0.0"), (r"^mid_block\.resnets\.0", "middle_block.0"),
-        (r"^mid_block\.resnets\.1", "middle_block.2"),
-        (r"^mid_block\.attentions\.0", "middle_block.1"),
-        (r"^down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0"),
-        (r"^down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1"),
-        (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
-        (
-            r"^up_blocks\.(\d)\.(resnets|attentions)\.(\d)",
-            lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{'ra'.index(m[2][0])}",
-        ),
-        (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.1.1"), (r"norm1(?=\.)", "in_layers.0"),
-        (r"conv1(?=\.)", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
-        ("conv_shortcut", "skip_connection"), (r"conv2(?=\.)", "out_layers.3"),
-        (r"(?<!\d\.)norm2(?=\.)", "out_layers.0"),
-    ]:
-        if new.startswith("^") or "transformer_blocks" not in name:
-            name = re.sub(new, old, name)
-    return name.replace(".norm2.", ".out_layers.0.") if "transformer" not in name else name
+        return compvis_vae_name(name, levels=2)
+    return compvis_unet_name(name, n=2) if part == "unet" else name
 
 
 def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
