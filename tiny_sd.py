@@ -1068,7 +1068,7 @@ def shorten(text, length=200):
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
               "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-KARRAS = ("euler", "euler_a", "dpm++2m")    # may take Karras' levels; else linspace
+KARRAS = ("euler", "euler_a", "dpm++2m")    # may take Karras' levels; by default linspace
 
 
 def defaults(model):
@@ -1110,7 +1110,7 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     scaled = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
     return SimpleNamespace(
         sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
-        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # or it is an input
+        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # else an input
         noise=torch_noise(seeds, image_size(model, width, height)),
         initial_scale=(1 - steps[0][1]) ** 0.5 if scaled else 1.0)  # x_T's standard deviation
 
@@ -1448,7 +1448,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
 
 
 def second_encoder(networks, tokenizer):
-    """Move the second text encoder, its last layer apart, to a record; drop the first one's last.
+    """Set the second text encoder and its last layer apart, and drop the first one's last layer.
 
     The context of a model with two is what goes into their last layers (9.8).
     """

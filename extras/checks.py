@@ -157,7 +157,7 @@ def check_configs(settings, tokenizers):
     require(unet.out_channels == z,
             f"the unet gives {unet.out_channels} channels, the vae takes {z}")
     require(unet.in_channels in (z, 2 * z + 1), f"a unet with {unet.in_channels} input channels is "
-            f"not supported: it has {z}, or {2 * z + 1} for inpainting")
+            f"not supported, but {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
     levels = alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)

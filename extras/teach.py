@@ -7,7 +7,7 @@ pictures/ holds pictures of any size with a caption beside each: a.png, a.txt, b
 Each matrix W in the transformers of the U-Net becomes W + B A, and only B (out, r) and A (r, in)
 are trained (Hu et al., 2021), by tiny_sd.train. NOTES §7 says what that can do. Needs torch.
 
-mine.safetensors.state keeps what was reached: after Ctrl-C or a kill the same command goes on from
+mine.safetensors.state keeps what was reached: after Ctrl-C or a kill the same command resumes from
 there. mine.png shows some captions drawn without what was learnt, and with it, from fixed seeds.
 
 With some thousands of pictures, train a model of your own on them, by the recipe in weights/:
@@ -398,7 +398,7 @@ def run(argv):
             fit(teaching, begun, keep, draw)
     except (KeyboardInterrupt, SystemExit):
         keep()
-        tell(f"step {len(teaching.losses)} is kept in {state}: the same command goes on from there")
+        tell(f"step {len(teaching.losses)} is kept in {state}: the same command resumes from there")
         raise
     draw()
     arrays = kohya(model, teaching.pairs)

@@ -130,7 +130,7 @@ def read_vae(name):
     """Return the Vae that a name in HUB, OWNER/NAME on the hub, a folder or a file stands for.
 
     A folder is one of diffusers, or has a vae/ in it; a file has weights under diffusers' names or
-    the original ones, or one half of a TAESD, the other of which lies beside it.
+    the original ones, or one half of a TAESD, whose other half lies beside it.
     """
     path = Path(name) if Path(name).exists() else fetch(name)
     try:
@@ -192,7 +192,7 @@ def read_file(path):
 
 
 def read_halves(path, arrays):
-    """Return the arrays of a TAESD in two files, of which this is one, as diffusers names them.
+    """Return the arrays of a TAESD in two files, this and the one beside it, by diffusers' names.
 
     There, the decoder's tanh is not counted as a layer.
     """

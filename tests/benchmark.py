@@ -19,7 +19,7 @@ guidance 7.5; for its peak memory alone, --steps 1 is enough.
 All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, or SDXL's,
 6.9 GB, written once among the temporary files. Each side is a process that waits while another
 computes: first each gives a result, which must agree, then they are timed in turn; of programs that
-draw into a file, which begin anew each time, the first run counts. All stay in memory: where that
+draw into a file, which start again each time, the first run counts. All stay in memory: where that
 is short, take one peer at a time. Memory counts the pages of mapped files.
 """
 
@@ -518,7 +518,7 @@ def peak_memory(part, device):
         peak = (
             int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
         )
-        Path("/proc/self/clear_refs").write_text("5")       # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")       # the peak starts again
         return peak
 
 

@@ -247,8 +247,9 @@ TOKENIZER = {"tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokeniz
 def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
     """Nothing but what is needed.
 
-    It says what comes, how much, whence and under which licence; the picture is that of the folder
-    itself, and names the model. The second time, nothing is asked, nor with the hub switched off.
+    It says what comes, how much, from where and under which licence; the picture is that of the
+    folder itself, and names the model. The second time, nothing is asked, nor with the hub switched
+    off.
     """
     hub = serve()
     status, out, said, _ = run(hub, "-m", REPOSITORY)

@@ -403,7 +403,8 @@ TENSORS = {
     "a way out": (tensor(reference=(*FLOATS[:2], "../../../etc/passwd", "cpu", 12)), "passwd"),
     "a key that is a number": (tensor(reference=(*FLOATS[:2], 0, "cpu", 12)), "not a storage"),
     "no type": (tensor(reference=("storage", None, *FLOATS[2:])), "not a storage"),
-    "a type as text": (tensor(reference=("storage", "torch.FloatStorage", *FLOATS[2:])), "not a s"),
+    "a type as text": (tensor(reference=("storage", "torch.FloatStorage", *FLOATS[2:])),
+                       "not a storage"),
     "a type that is none": (tensor(reference=("storage", OrderedDict, *FLOATS[2:])), "OrderedDict"),
     "complex": (tensor(reference=("storage", torch.ComplexFloatStorage, *FLOATS[2:])), "Complex"),
     "no storage": (tensor(reference=("module", *FLOATS[1:])), "not a storage"),
@@ -426,7 +427,7 @@ def test_a_tensor_out_of_bounds_is_refused(name, path):
 @pytest.mark.parametrize("reference", [5, "storage", b"abcde", None, [], ("storage",)])
 def test_a_reference_of_the_wrong_type_is_refused(reference, path):
     program = pickle.dumps(reference, 2)[:-1] + b"Q."
-    assert re.search("not a storage|not a whole", refusal(write(path, program)))
+    assert "unpack" in refusal(write(path, program))
 
 
 # ── Zips that are none ──────────────────────────────────────────────────────────────────────────

@@ -299,7 +299,7 @@ def test_on_after_a_kill(stage, state, tmp_path):
     """Killed outright, a stage goes on from the last step kept.
 
     The VAE's and its decoder's end bit for bit where they would have ended undisturbed; the others,
-    whose bank is filled anew, go on with the optimizers' state of that step.
+    whose bank is filled again, go on with the optimizers' state of that step.
     """
     copy_before(stage, state, tmp_path)
     kill(stage, tmp_path)

@@ -209,7 +209,7 @@ def fit(stage, begin, loss, draw, setting, schedule, state, show=None):
     keep(stage, training, state)
     if stop:
         raise Stopped(f"{stage}: stopped at step {training.step}, kept in {state.path(stage)}; "
-                      "the same command goes on from there")
+                      "the same command resumes from there")
     save_sample(stage, training, state, show)
     return training.averaged()
 
@@ -237,7 +237,7 @@ def step(stage, training, draw, rate, schedule, begun, pressed):
     training.losses.append(loss)
     if not math.isfinite(loss):
         raise UserError(f"{stage}: the loss is {loss} at step {training.step}; lower --rate and "
-                        "run it again, which goes on from what was kept before")
+                        "run it again, which resumes from what was kept before")
     return stop
 
 

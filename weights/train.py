@@ -500,7 +500,7 @@ def unet_parameters(setting, schedule, state):
 
 
 def loss_weight(alpha_bar):
-    """min(1, 5 (1 - ᾱ)), which makes the error in v that in x_0 times min(5, 1 / (1 - ᾱ)).
+    """min(1, 5 (1 - ᾱ)): so weighted, the error of v is that of x_0 times min(5, 1 / (1 - ᾱ)).
 
     Where little of the picture is left, v asks for the picture and epsilon for next to nothing
     (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
