@@ -28,8 +28,8 @@ Three conventions carry the whole file.
    convolution and the projections of attention are one operation, `x @ w.T`.
 
 Shapes beside the code are those of Stable Diffusion 1.5 drawing 512x512 pixels. (6.2) is an
-equation in NOTES.md, whose sections follow this file's. extras/ holds what the lesson can do
-without: all options, speed, other file formats.
+equation in NOTES.md, whose sections follow this file's. Training (§7) needs torch, for gradients.
+extras/ holds what the lesson can do without: all options, speed, other file formats.
 """
 
 import argparse
@@ -230,7 +230,8 @@ def torch_operations():
     def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
         before, after = padding
         if before != after:     # F.conv2d pads both sides alike
-            x, before = F.pad(x, (0, 0, before, after, before, after)), 0
+            x = F.pad(x, (0, 0, before, after, before, after))      # channels, width, height
+            before = 0
         x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
         return F.conv2d(x, weight, bias, stride, before).movedim(1, -1)
 
@@ -304,9 +305,9 @@ class Tokenizer:
         """
         text = unicodedata.normalize("NFC", text)
         text = "".join(c.lower() for c in text)     # text.lower() would make a final Σ a ς
-        kinds = {c: unicodedata.category(c)[0] for c in set(text)}
-        letters = "a-z" + "".join(re.escape(c) for c in kinds if kinds[c] == "L")
-        digits = "0-9" + "".join(re.escape(c) for c in kinds if kinds[c] == "N")
+        # a-z and 0-9 keep the classes from being empty
+        letters = "a-z" + "".join(filter(str.isalpha, set(text)))
+        digits = "0-9" + "".join(c for c in set(text) if unicodedata.category(c)[0] == "N")
         return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{digits}]"
                           rf"|[^{self.SPACE}{letters}{digits}]+", text)
 
@@ -392,8 +393,8 @@ def attention(x, context, n_head, to_q, to_k, to_v, to_out, causal=False):
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     """A Transformer layer: causal self-attention, then an MLP, each added to its input (3.2)."""
     h = layer_norm(x, **layer_norm1)                            # (batch, 77, 768)
-    q, k, v, out = (self_attn[f"{name}_proj"] for name in ("q", "k", "v", "out"))
-    x = x + attention(h, h, n_head, q, k, v, [out], causal=True)
+    x = x + attention(h, h, n_head, self_attn["q_proj"], self_attn["k_proj"], self_attn["v_proj"],
+                      [self_attn["out_proj"]], causal=True)
 
     h = layer_norm(x, **layer_norm2)
     h = activation(linear(h, **mlp["fc1"]))                     # (batch, 77, 3072)
@@ -403,7 +404,8 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
 def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm=None):
     """Turn token ids (batch, tokens) into the context (batch, tokens, width) for the U-Net.
 
-    CLIP's text encoder: Radford et al., 2021. SDXL takes the context before the final norm (9.8).
+    CLIP's text encoder: Radford et al., 2021. SDXL's context is the output of the last layer but
+    one, without the final norm (9.8).
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
@@ -502,12 +504,13 @@ def timestep_embedding(t, dim):
 def time_mlp(x, t, linear_1, linear_2, cond_proj=None, condition=None):
     """Return the time embedding that every ResNet block gets, (batch, 1280) (5.2).
 
-    Some distilled models also embed a condition (batch, n), through cond_proj.
+    x says only which library, dtype and device. Some distilled models also embed a condition
+    (batch, n), through cond_proj.
     """
-    temb = array_like(x, timestep_embedding(t, linear_1["weight"].shape[1]))    # (batch, 320)
+    h = array_like(x, timestep_embedding(t, linear_1["weight"].shape[1]))       # (batch, 320)
     if cond_proj:
-        temb = temb + linear(array_like(x, condition), **cond_proj)
-    return linear(silu(linear(temb, **linear_1)), **linear_2)
+        h = h + linear(array_like(x, condition), **cond_proj)
+    return linear(silu(linear(h, **linear_1)), **linear_2)
 
 
 def feed_forward(x, net):
@@ -558,7 +561,8 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsam
 def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
     """One level on the way up: each ResNet block also sees a skip, the last one first (5.5).
 
-    size: (height, width) of the next skip. Doubling alone would turn 5, halved to 3, into 6.
+    size: (height, width) of the next skip, since a size can be odd: 5 halves to 3, and 3 doubles
+    to 6.
     """
     for resnet_weights, attention_weights, skip in zip_longest(resnets, attentions, skips[::-1]):
         x = resnet(concat(x, skip), temb, groups, 1e-5, **resnet_weights)
@@ -623,12 +627,15 @@ def alpha_bars(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
 
 
 def forward_step(x, beta, eps):
-    """Take one small step towards noise: x_t = √(1 - β) x_{t-1} + √β ε (6.1). Ho et al., 2020."""
+    """Take one small step towards noise: x_t = √(1 - β) x_{t-1} + √β ε (6.1). Ho et al., 2020.
+
+    Only the derivation needs it: add_noise takes all the steps at once.
+    """
     return (1 - beta) ** 0.5 * x + beta ** 0.5 * eps
 
 
 def add_noise(x_0, alpha_bar, eps):
-    """Take all t steps at once: x_t = √ᾱ x_0 + √(1 - ᾱ) ε (6.2).
+    """Noise a picture to a level: x_t = √ᾱ x_0 + √(1 - ᾱ) ε (6.2).
 
     alpha_bar: a number, or an array that broadcasts against x_0, one level for each picture.
     """
@@ -661,8 +668,8 @@ def guide(uncond, cond, scale):
 def evenly_spaced_steps(n, alpha_bars):
     """Return n steps from the noisiest level to the clean picture, evenly spaced in t.
 
-    A step is a triple (t, ᾱ_t, ᾱ of the next level); the last step's next level is 1.
-    n: 1 to 999.
+    A step is a triple (t, ᾱ_t, ᾱ of the next level); after the last step ᾱ is 1.
+    n: 1 to len(alpha_bars) - 1.
     """
     t = np.linspace(len(alpha_bars) - 1, 0, n + 1).round().astype(int)[:-1]
     levels = alpha_bars[t].tolist()
@@ -676,10 +683,10 @@ def evenly_spaced_steps(n, alpha_bars):
 
 
 def ddpm(denoise, x, steps, noise):
-    """Draw each x_t from the posterior q(x_{t-1} | x_t, x̂_0) (6.18). Ho et al., 2020."""
+    """Draw x at each next level s from the posterior q(x_s | x_t, x̂_0) (6.18). Ho et al., 2020."""
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
-        alpha = alpha_bar / alpha_bar_next
+        alpha = alpha_bar / alpha_bar_next      # of the whole step between the two levels
         beta = 1 - alpha
 
         mean = (alpha_bar_next ** 0.5 * beta * x_0
@@ -814,9 +821,9 @@ def parameters(*networks):
 def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
     """Train the U-Net, whose weights change in place; yield the loss of each step.
 
-    latents: (n, h, w, 4), scaled, of n pictures with n captions. optimizer: of torch.optim, over
-    parameters(model.unet), as Stable Diffusion did it, or over parameters(model.unet,
-    model.text_encoder), as weights/train.py does.
+    model: loaded with backend="torch". latents: (n, h, w, 4), scaled, of n pictures with n
+    captions. optimizer: one of torch.optim's, over parameters(model.unet), as Stable Diffusion did
+    it, or over parameters(model.unet, model.text_encoder), as weights/train.py does.
     """
     rng, config = np.random.default_rng(seed), model.config
     for _ in range(steps):
@@ -885,7 +892,8 @@ def encode_prompts(model: Model, texts: list[str | None]):
 def embed_prompts(model, texts):
     """Return the context of some texts and their pooled vectors, None without a second encoder.
 
-    Warns on stderr about text that did not fit. None counts as an empty text.
+    Warns on stderr about text that did not fit. None, which is no text, is encoded like an empty
+    one, but as zeros where there are two text encoders.
     """
     rows = []
     for text in texts:
@@ -913,7 +921,7 @@ def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels
 
     def denoise(x_t, t, alpha_bar):
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
-        # what SDXL and distilled models take besides; of shape (1 or 2, 0) for all others
+        # further inputs of SDXL and distilled models, (contexts, n); n is 0 for all others
         conditions = unet_conditions(model, len(context), guidance, pooled, x.shape)
 
         def predict(contexts, condition):       # one context or both, for every picture
@@ -948,7 +956,8 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     """
     # what was asked for, checked, with the defaults filled in (§9): sampler, steps, noise(),
     # guidance, guided, and initial_scale, the standard deviation of x_T
-    plan = like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask)
+    plan = plan_like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height,
+                               init, mask)
     context, pooled = embed_prompts(model, [negative, prompt] if plan.guided else [prompt])
     make_denoiser = functools.partial(denoiser, model, context, plan.guidance, pooled)
     if mask is not None:
@@ -991,7 +1000,8 @@ def inpaint(model, init, mask, strength, make_denoiser, plan):
 
 def blend_known(path, steps, known, x_0, eps):
     """After each step, reset the known part to x_0, noised to the level reached."""
-    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]       # after the last step, x_0
+    # in the end it is x_0 itself, even where the last step's own ᾱ_next is below 1 (§9)
+    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]
     for x, alpha_bar in zip(path, levels):
         np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
         yield x
@@ -1000,7 +1010,7 @@ def blend_known(path, steps, known, x_0, eps):
 def last_steps(steps, strength):
     """Return the last `strength` of the steps, those that image-to-image takes (8.2)."""
     require(0 < strength <= 1, f"--strength {strength} is not above 0 and up to 1")
-    n = int(round(len(steps) * strength, 9))    # 50 * 0.58 is 28.999999999999996
+    n = int(round(len(steps) * strength, 9))    # 29 of 50 at 0.58: floats give 28.999999999999996
     require(n > 0, f"--strength {strength} of {len(steps)} steps leaves no step")
     return steps[-n:]
 
@@ -1035,7 +1045,7 @@ def decode(model: Model, x: np.ndarray) -> np.ndarray:
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 # The lesson ends here. What follows matches diffusers, reads weights, and is a small command line
-# for a folder that holds this file alone.
+# for where this file stands alone, without extras/.
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1060,15 +1070,16 @@ def shorten(text, length=200):
     return text if len(text) <= length else text[:length] + " ..."
 
 
-# ── 9. As other programs do it ───────────────────────────────────────────────────── NOTES §9 ──
+# ── 9. Matching diffusers ────────────────────────────────────────────────────────── NOTES §9 ──
 #
-# The same prompt, seed and settings give the same picture here and in diffusers. This needs its
-# timesteps, which depend on the scheduler, and torch's random numbers.
+# The same prompt, seed and settings give the same picture here and in diffusers. That takes
+# diffusers' timesteps, which depend on the scheduler, and torch's random numbers.
 
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_a",
               "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-KARRAS = ("euler", "euler_a", "dpm++2m")    # may take Karras' levels; by default linspace
+# These may use Karras' noise levels, and diffusers spaces their timesteps by linspace by default.
+KARRAS = ("euler", "euler_a", "dpm++2m")
 
 
 def defaults(model):
@@ -1082,7 +1093,7 @@ def defaults(model):
     return sampler, 20, scheduler._guidance_scale
 
 
-def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
+def plan_like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
     """Return generate()'s plan: the steps, noise and scale of x_T that diffusers would take.
 
     What is None is the model's own. Raises UserError if the arguments do not fit together.
@@ -1094,7 +1105,7 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     # replace a function in SAMPLERS by its name, which the spacing of timesteps depends on
     sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
     require(callable(sampler) or sampler in SAMPLERS,
-            f"there is no sampler {sampler}, but {', '.join(SAMPLERS)}")
+            f"there is no sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
     require(np.ndim(seeds) == 1 and len(seeds) > 0, f"seeds must be a list, not {seeds}")
     require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
             "which needs a picture and a mask (--init-img, --mask)")
@@ -1110,12 +1121,13 @@ def like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height
     scaled = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
     return SimpleNamespace(
         sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
-        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,   # else an input
-        noise=torch_noise(seeds, image_size(model, width, height)),
+        # distilled models take the scale as an input instead
+        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,
+        noise=torch_noise(seeds, latent_shape(model, width, height)),
         initial_scale=(1 - steps[0][1]) ** 0.5 if scaled else 1.0)  # x_T's standard deviation
 
 
-def image_size(model, width, height):
+def latent_shape(model, width, height):
     """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
     config, factor = model.config, model.factor
     for name, n in ("width", width), ("height", height):
@@ -1126,14 +1138,14 @@ def image_size(model, width, height):
 
 
 def timestep_spacing(sampler, scheduler):
-    """Return how the timesteps are spaced: the sampler's own way, the config's, or the usual."""
-    usual = "linspace" if sampler in KARRAS else "leading"
+    """Return how to space the timesteps: the sampler's own way, the config's, or the default."""
+    default = "linspace" if sampler in KARRAS else "leading"
     own = getattr(SAMPLERS.get(sampler, sampler), "spacing", None)
-    return own or scheduler.timestep_spacing or usual
+    return own or scheduler.timestep_spacing or default
 
 
 def timesteps(sampler, n, scheduler):
-    """Return n times t, from the noisiest down (9.1)."""
+    """Return n timesteps, the noisiest first (9.1)."""
     T, spacing = scheduler.num_train_timesteps, timestep_spacing(sampler, scheduler)
     if custom := getattr(SAMPLERS.get(sampler, sampler), "timesteps", None):
         return custom(n, T)
@@ -1163,10 +1175,11 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
         sigma, t = karras_levels(sampler, sigma, sigmas)
     levels = (1 / (1 + sigma ** 2)).tolist()
 
-    clean = scheduler.set_alpha_to_one if sampler in ("ddim", "plms") else True
-    if clean is None:
-        clean = sampler == "ddim"
-    return list(zip(t.tolist(), levels, [*levels[1:], 1.0 if clean else float(alpha_bars[0])]))
+    ends_clean = sampler != "plms"
+    if sampler in ("ddim", "plms") and scheduler.set_alpha_to_one is not None:
+        ends_clean = scheduler.set_alpha_to_one
+    last = 1.0 if ends_clean else float(alpha_bars[0])
+    return list(zip(t.tolist(), levels, [*levels[1:], last]))
 
 
 def karras_levels(sampler, sigma, sigmas):
@@ -1185,8 +1198,8 @@ def karras_levels(sampler, sigma, sigmas):
 def add_second_encoder(model, texts, context):
     """Put a second text encoder's context beside the first's; return it and the pooled vectors.
 
-    Podell et al., 2023 (9.8). The vectors (len(texts), n) are what CLIP itself makes of a text: the
-    last layer's output where it ends, projected. A text that is None gives zeros.
+    Podell et al., 2023 (9.8). Pooled vectors, (len(texts), n), are CLIP's own embeddings of the
+    texts: the last layer's output at EOS, normalised and projected. None gives zeros.
     """
     second, config = model.second, model.config.text_encoder_2
     heads, activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
@@ -1279,10 +1292,11 @@ def read_config(part, settings):
     """Return the config.json of a part as a record, with the defaults filled in."""
     config = SimpleNamespace(**CONFIG_DEFAULTS[part] | settings)
     if part == "scheduler":
-        for name, known in ("beta_schedule", ("scaled_linear",)), (
-                "prediction_type", ("epsilon", "v_prediction", "sample")):
+        known = {"beta_schedule": ["scaled_linear"],
+                 "prediction_type": ["epsilon", "v_prediction", "sample"]}
+        for name, values in known.items():
             value = getattr(config, name)
-            require(value in known, f"the scheduler's {name} cannot be {shorten(repr(value))}")
+            require(value in values, f"the scheduler's {name} cannot be {shorten(repr(value))}")
     if part == "unet":      # one number of heads, or one for each level, under either name
         heads = config.num_attention_heads or config.attention_head_dim
         levels = len(config.block_out_channels)
@@ -1308,7 +1322,7 @@ def nest(flat):
         key, _, rest = name.partition(".")
         groups.setdefault(key, {})[rest] = leaf
     tree = {key: group[""] if "" in group else nest(group) for key, group in groups.items()}
-    if all(map(str.isdigit, tree)):
+    if tree and all(map(str.isdecimal, tree)):
         return [tree.get(str(i)) for i in range(1 + max(map(int, tree)))]
     return tree
 
@@ -1330,7 +1344,7 @@ def read_safetensors(path):
     arrays = {}
     for name, entry in header.items():      # in the file's order, the same in every process
         dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-        require(dtype in types, f"{path}: {name} is {dtype}; weights are F32, F16 or BF16")
+        require(dtype in types, f"{path}: {name} is {dtype}, not one of {', '.join(types)}")
         array = data[start + begin:start + end].view(types[dtype])
         arrays[name] = array.reshape(entry["shape"])
     return arrays
@@ -1429,7 +1443,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     """Return the Model of what read_folder returns; see load."""
     plain = (device, dtype) == ("cpu", "float32")
     backend = backend or ("numpy" if plain else "torch")
-    require(backend in ("numpy", "torch"), f"there is no backend {backend}, but numpy, torch")
+    require(backend in ("numpy", "torch"), f"there is no backend {backend}: choose numpy or torch")
     require(plain or backend == "torch", "NumPy computes in float32 on the CPU: "
             f"--device {device} --dtype {dtype} need --backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
@@ -1448,7 +1462,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
 
 
 def second_encoder(networks, tokenizer):
-    """Set the second text encoder and its last layer apart, and drop the first one's last layer.
+    """Split the second text encoder's last layer from the rest; drop the first encoder's.
 
     The context of a model with two is what goes into their last layers (9.8).
     """
@@ -1536,13 +1550,13 @@ def draw(args):
     folder, init = args.model or HERE / "weights" / "emoji", None
     model = load(folder, args.backend, args.device, args.dtype)
     if args.init_img:
-        h, w, _ = image_size(model, args.width, args.height)
+        h, w, _ = latent_shape(model, args.width, args.height)
         picture = ImageOps.exif_transpose(Image.open(args.init_img)).convert("RGB")
         size = w * model.factor, h * model.factor
         init = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
     walk = generate(model, prompt, args.negative_prompt, [args.seed], args.steps, args.cfg_scale,
-                    args.sampler, False, args.width, args.height, init,
-                    0.75 if args.strength is None else args.strength)
+                    args.sampler, width=args.width, height=args.height, init=init,
+                    strength=0.75 if args.strength is None else args.strength)
     *_, x = tqdm(walk, unit="step")
 
     png = io.BytesIO()

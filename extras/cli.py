@@ -417,7 +417,7 @@ def run(argv):
         model.config.scheduler.prediction_type = kind
     if args.explain:
         from extras import show
-        h, w, _ = tiny_sd.image_size(model, args.width, args.height)
+        h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
         return show.explain(model, words_of(args), w * model.factor, h * model.factor,
                             prompts.reads_weights(model) and not args.plain_prompt)
 
@@ -501,7 +501,7 @@ def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
     While the last of all are drawn, this program's model loses each network that has done its
     work: the rest need the memory.
     """
-    h, w, _ = tiny_sd.image_size(model, args.width, args.height)
+    h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
     height, width = h * model.factor, w * model.factor
     fill_in(model, args)
     check_picture_memory(model, args, width, height)

@@ -51,7 +51,7 @@ from tiny_sd import UserError, flatten, nest, require, tell
 
 def encode_pictures(model, pictures, args):
     """Return the scaled latents (1, h, w, 4) and captions; with --flip, each also mirrored."""
-    size = tiny_sd.image_size(model, args.width, args.height)
+    size = tiny_sd.latent_shape(model, args.width, args.height)
     noise, notes, latents, captions = tiny_sd.torch_noise([args.seed], size), [], [], []
     for path, caption in tqdm(pictures, "encoding", leave=False):
         picture = files.read_picture(path, args.width, args.height, notes)
@@ -345,7 +345,7 @@ def fill_in(args, model):
     """Set what is not given to what suits the model."""
     require(not model.inpaints and not model.config.unet.time_cond_proj_dim, "a model for "
             "inpainting, or a distilled one, is not taught here: teach the one it was made from")
-    h, w, _ = tiny_sd.image_size(model, args.width, args.height)
+    h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
     args.height, args.width = h * model.factor, w * model.factor
     args.batch_size = args.batch_size or max(1, 64 * 64 // (h * w))
     args.rate = args.rate or 0.2 / max(model.config.unet.block_out_channels)

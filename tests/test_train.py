@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from types import SimpleNamespace
@@ -282,33 +281,38 @@ def copy_before(stage, state, path):
         os.link(state / name, path / name)
 
 
-def kill(stage, tmp_path):
-    """Kill the stage outright once it has kept a step."""
-    process = subprocess.Popen(command(stage, tmp_path, "--steps", 4, "--keep-every", 0),
-                               stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 200
-    while not (tmp_path / f"{stage}.pt").exists() and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+def signalled(name):
+    """What starts weights/train.py so that it gets this signal after its second step."""
+    return ["-c", f"""
+import os, signal, sys
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import fitting, train
+
+def advance(bar, training, schedule, before=fitting.advance):
+    before(bar, training, schedule)
+    if training.step == 2:
+        os.kill(os.getpid(), signal.{name})
+
+fitting.advance = advance
+train.main()
+"""]
 
 
 @pytest.mark.parametrize("stage", train_py.STAGES)
 def test_on_after_a_kill(stage, state, tmp_path):
-    """Killed outright, a stage goes on from the last step kept.
+    """Killed outright, a stage goes on from the last step kept, here the first.
 
     The VAE's and its decoder's end bit for bit where they would have ended undisturbed; the others,
     whose bank is filled again, go on with the optimizers' state of that step.
     """
     copy_before(stage, state, tmp_path)
-    kill(stage, tmp_path)
+    done = run(stage, tmp_path, "--steps", 4, "--keep-every", 0, launcher=signalled("SIGKILL"))
     killed = saved(tmp_path, stage)
-    assert 0 < killed["step"] < 4
+    assert (done.returncode, killed["step"]) == (-signal.SIGKILL, 1)
     train(stage, tmp_path, "--steps", 4)
     ours, undisturbed = saved(tmp_path, stage), saved(state, stage)
-    n = killed["step"]
-    assert ours["losses"][:n] == killed["losses"] == undisturbed["losses"][:n]
+    assert ours["losses"][:1] == killed["losses"] == undisturbed["losses"][:1]
     for final in (ours, undisturbed):
         assert {int(s["step"]) for s in final["optimizers"][1]["state"].values()} == {4}
     assert len(ours["losses"]) == 4 and np.isfinite(ours["losses"]).all()
@@ -319,21 +323,14 @@ def test_on_after_a_kill(stage, state, tmp_path):
 
 
 def test_ctrl_c(tmp_path):
-    """It keeps the last step, says at which it stopped and how to go on, without a traceback.
+    """It takes the step that has begun, keeps it, and says how to go on, without a traceback.
 
-    Before the first minute too, when nothing is kept yet.
+    In the first minute too, when nothing is kept yet.
     """
-    process, said = subprocess.Popen(command("vae", tmp_path, "--steps", 4),
-                                     stderr=subprocess.PIPE, text=True), ""
-    while "vae: " not in said:      # the bar, which is there before the first step
-        letter = process.stderr.read(1)
-        assert letter, said
-        said += letter
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    n = saved(tmp_path, "vae")["step"]
-    assert process.returncode == 130 and "Traceback" not in error and 0 < n < 4
-    assert f"train.py: vae: stopped at step {n}, kept in {tmp_path / 'vae.pt'}; " in error
+    done = run("vae", tmp_path, "--steps", 4, launcher=signalled("SIGINT"))
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert f"train.py: vae: stopped at step 3, kept in {tmp_path / 'vae.pt'}; " in done.stderr
+    assert saved(tmp_path, "vae")["step"] == 3
     train("vae", tmp_path, "--steps", 4)
     assert saved(tmp_path, "vae")["step"] == 4
 

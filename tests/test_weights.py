@@ -409,7 +409,7 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
     "settings, named",
     [
         ({"seeds": 0}, "seeds"), ({"seeds": ()}, "seeds"),
-        ({"sampler": "x"}, "no sampler x, but ddpm"), ({"steps": 0}, "--steps 0"),
+        ({"sampler": "x"}, "no sampler x: choose one of ddpm"), ({"steps": 0}, "--steps 0"),
         ({"steps": 2.0}, "--steps 2.0"), ({"width": 65}, "--width 65"),
         ({"height": 8}, "--height 8"), ({"sampler": "ddim", "karras": True}, "--karras"),
         ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
