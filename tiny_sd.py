@@ -1101,6 +1101,7 @@ def plan_like_diffusers(model, seeds, steps, guidance, sampler, karras, width, h
     own_sampler, own_steps, own_guidance = defaults(model)
     n = own_steps if steps is None else steps
     guidance = own_guidance if guidance is None else guidance
+    require(math.isfinite(guidance), f"--cfg-scale {guidance} is not a finite number")
     sampler = own_sampler if sampler is None else sampler
     # replace a function in SAMPLERS by its name, which the spacing of timesteps depends on
     sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
@@ -1573,6 +1574,9 @@ def main(argv=None):
     except (UserError, OSError, ImportError) as error:
         tell(str(error))
         return 2
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
     return 0
 
 

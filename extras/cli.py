@@ -23,6 +23,7 @@ import tiny_sd
 from extras import files, formats, prompts, things, tiny_vae
 from extras.checks import check_memory, nearest
 from extras.samplers import sampler_named
+from extras.start import import_problem
 from tiny_sd import KARRAS, OPTIONS, SAMPLERS, UserError, require, tell
 
 tqdm.monitor_interval = 0       # needs no thread of its own
@@ -43,8 +44,8 @@ def sampler(text):
     """
     name, karras = sampler_named(text) or (None, False)
     if name is None:
-        raise argparse.ArgumentTypeError(f"there is no {text!r}, but {', '.join(SAMPLERS)}"
-                                         f"{nearest(text, SAMPLERS)}")
+        raise argparse.ArgumentTypeError(
+            f"there is no {text!r}: choose one of {', '.join(SAMPLERS)}{nearest(text, SAMPLERS)}")
     return name + " Karras" * karras
 
 
@@ -68,7 +69,7 @@ HELP = {        # likewise
     "--sampler": f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's "
                  "own)",
     "-o --output": "the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the "
-                   "name are filled in (%(default)s)",
+                   "name are filled in, and if it is there, out-1.png is next (%(default)s)",
 }
 
 
@@ -83,7 +84,7 @@ EXAMPLES = """examples:
   python tiny_sd.py "a (red:1.3) lighthouse, [fog]" -m sd15         words with more and less weight
   python tiny_sd.py "a boat <lora:ink:0.8>" -m model.safetensors    with loras/ink.safetensors
   python tiny_sd.py --like cat.png -s 8                             again, but for the seed
-  python tiny_sd.py --prompts prompts.txt -o pictures/a.png         a picture for each line
+  python tiny_sd.py --prompts prompts.txt -o cards.png              a picture for each line
 """
 
 
@@ -106,7 +107,8 @@ def option_parser(**settings):
         parser.sections[heading].add_argument for heading in
         ("what to draw", "model", "sampling", "from a picture", "output", "hardware"))
     what("-b", "--batch-size", type=int, default=1, metavar="N",
-         help="pictures, out-000.png and so on, with the seeds seed, seed + 1, ... (%(default)s)")
+         help="how many pictures, out-000.png and so on, of the seeds seed, seed + 1, ... "
+              "(%(default)s)")
     what("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of "
                                            "its own; # begins a comment")
     what("--like", metavar="PNG", help="draw that picture again, but for the flags given")
@@ -127,7 +129,8 @@ def option_parser(**settings):
     sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
     start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
     files_out("--preview", type=Path, metavar="PNG",
-              help="a new file, or a preview, to show in small what each step expects")
+              help="a file that shows in small what the picture looks like so far, written anew "
+                   "at each step")
     files_out("--show", type=Path, metavar="DIR",
               help="a new folder for pictures of what is computed on the way")
     files_out("--explain", action="store_true",
@@ -172,7 +175,7 @@ def parse_arguments(argv, **settings):
 
 def flags_like(args):
     """Return the flags that draw the picture of --like again, its facts, and lines on the rest."""
-    options, facts = files.recorded(args.like)
+    options, facts = files.recorded(args.like, args.sampler)
     if args.sampler and args.sampler not in KARRAS:
         options.pop("karras", None)
     left = files.facts_left(facts)
@@ -191,7 +194,7 @@ def flags_like(args):
 
 HINTS = {   # the beginning of a fact's name: what to do about it, or what it was
     "Model": "give it with --model", "Lora": "give it with --lora", "VAE": "give it with --vae",
-    "Embedding": "give it with --embedding",
+    "Embedding": "give it with --embedding", "Mask": "give it with --mask",
     "Denoising strength": "give the picture it began from with --init-img",
     "RNG": "the noise came from a graphics card, and is other noise here",
     "Hires": "the picture was enlarged and drawn over (Hires fix)",
@@ -209,7 +212,7 @@ def not_taken_up(args, left):
     Facts that have a hint in common have one line.
     """
     given = {"Model": args.model, "Lora": args.lora, "Embedding": args.embedding, "VAE": args.vae,
-             "Denoising strength": args.init_img}
+             "Denoising strength": args.init_img, "Mask": args.mask}
     lines = {}
     for fact, value in left.items():
         key = next((key for key in HINTS if fact.startswith(key)), fact)
@@ -248,6 +251,8 @@ def complete(args):
     args.any_seed = args.seed == -1
     if args.any_seed:
         args.seed = secrets.randbelow(2 ** 32)
+    if args.strength is not None and not args.init_img and not args.like:
+        args.notes.append("--strength does nothing without --init-img")
     if args.strength is None:
         args.strength = 0.75 if args.mask is None else 1.0
     if args.backend is None:
@@ -309,7 +314,8 @@ def read_prompts(args, argv):
     try:
         text = Path(args.prompts).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"the prompts cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts {args.prompts} cannot be read: {reason}") from None
     jobs = []
     for number, line in enumerate(text.split("\n"), 1):
         words = " ".join(line.split())
@@ -317,6 +323,8 @@ def read_prompts(args, argv):
         prompt, *flags = re.split(r" (?=--?[A-Za-z])", kept.strip(), maxsplit=1)
         if not prompt:
             continue
+        require(not re.match("--?[A-Za-z]", prompt), f"{args.prompts}, line {number}: a line "
+                f"begins with its prompt, not with {prompt.split()[0]}; flags follow it")
         target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
         try:
             job = line_arguments(args, [*argv, f"--prompts={args.prompts}",
@@ -331,6 +339,7 @@ def read_prompts(args, argv):
             job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a "
                              "comment")
         jobs.append(job)
+    require(jobs, f"--prompts {args.prompts} has no prompt in it")
     return jobs
 
 
@@ -347,25 +356,14 @@ def line_arguments(args, argv):
 
 
 def is_drawn(job):
-    """Is each picture of a line there already, with its prompts and seed recorded in it?"""
-    words = files.words_text(job.prompt, job.negative_prompt)
+    """Is each picture of a line there already, with its prompts and options recorded in it?"""
     for seed, path in zip(seeds_of(job), output_names(job)):
         for name in files.free_names(path):
             if not os.path.lexists(name):
                 return False
-            text = recorded_text(name)
-            same_seed = job.any_seed or f", Seed: {seed}," in text
-            same_seed &= ("Empty negative: " in text) == (job.negative_prompt == "")
-            if not text or text.startswith(f"{words}Steps: ") and same_seed:
+            if files.records(name, job, None if job.any_seed else seed):
                 break
     return True
-
-
-def recorded_text(path):
-    """Return the text recorded in a picture, none if it is no picture."""
-    with contextlib.suppress(UserError):
-        return files.recorded_text(path)
-    return ""
 
 
 def seeds_of(args):
@@ -404,7 +402,7 @@ def run(argv):
     else:
         take_up_loras(args)
     if not jobs and ranks == 1:
-        return tell(f"{args.prompts} has no prompt whose picture is not there yet")
+        return tell(f"{args.prompts}: every picture is there already")
 
     film, denoiser = watchers(args)
     vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
@@ -421,12 +419,12 @@ def run(argv):
         return show.explain(model, words_of(args), w * model.factor, h * model.factor,
                             prompts.reads_weights(model) and not args.plain_prompt)
 
-    start, notes = time.monotonic(), set()
+    begun, notes = time.monotonic(), set()
     for number, job in enumerate(jobs):
         job.notes = [note for note in [*job.notes, *remarks(model, job, known)]
                      if note not in notes]
         notes |= set(job.notes)
-        title = queue_title(number, len(jobs), time.monotonic() - start)
+        title = queue_title(number, len(jobs), time.monotonic() - begun)
         x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
     if film:
         if prompts.reads_weights(model) and not args.plain_prompt:
@@ -442,8 +440,8 @@ def remarks(model, args, known):
 
     known: see things.known_things.
     """
-    if known and (line := things.unknown_prompt(known, args.prompt)):
-        yield line
+    if known and not (args.lora or args.embedding):     # which teach new words
+        yield from things.remarks(known, words_of(args))
     for name in files.other_files(args.facts, args, model):
         yield f"--like {args.like}: the {name} is another file than the picture was made with"
     yield from prompts.remarks(model, [words_of(args), args.negative_prompt or ""],
@@ -539,10 +537,11 @@ def save_pictures(model, x, paths, texts):
 
 def start_walk(model, args, width, height, denoiser):
     """Return the generator of latents that args ask for."""
-    init, mask = (None if file is None else files.read_picture(file, width, height, args.notes)
-                  for file in (args.init_img, args.mask))
-    if mask is not None:
-        mask = mask.mean(axis=-1) > 127.5
+    init = mask = None
+    if args.init_img is not None:
+        init = files.read_picture(args.init_img, width, height, args.notes)
+    if args.mask is not None:
+        mask = files.read_mask(args.mask, args.init_img, width, height, args.notes)
     return tiny_sd.generate(model, words_of(args), args.negative_prompt, seeds_of(args), args.steps,
                             args.cfg_scale, args.sampler, args.karras, width, height, init,
                             args.strength, mask, denoiser, embedder(model, args))
@@ -583,7 +582,10 @@ def main(argv=None, run=run):
     except MemoryError as error:
         tell(str(error) or "there is not enough memory")
         return 2
-    except (UserError, OSError, ImportError, RuntimeError) as error:
+    except ImportError as error:
+        tell(import_problem(error))
+        return 2
+    except (UserError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise       # torch reports a lack of memory this way
         tell(str(error))

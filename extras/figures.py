@@ -6,6 +6,7 @@ From one seed and the bundled model; two of them from small trainings of their o
 torch.
 """
 
+import argparse
 import dataclasses
 import io
 import itertools
@@ -407,4 +408,6 @@ def draw_pictures(folder=None):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw_pictures()

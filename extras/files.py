@@ -65,22 +65,43 @@ def eight_bits(picture):
     return picture
 
 
-def read_picture(path, width, height, notes=None):
+def read_picture(path, width, height, notes=None, ground="white"):
     """Return a picture file as (height, width, 3) uint8.
 
-    It is turned upright, laid on white where it is transparent, resized and cut at the centre.
+    It is turned upright, laid on a ground where it is transparent, resized and cut at the centre.
     notes: a list that gets a line if something is cut off.
     """
     with opened(path) as file:
         picture = eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+        picture = picture.convert("RGB")
         w, h = picture.size
         if notes is not None and abs(w * height - h * width) >= max(w, h):
             notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         return np.asarray(picture)
+
+
+def read_mask(path, init, width, height, notes):
+    """Return a mask file as (height, width) of bool, true where it is white; see read_picture.
+
+    init: the picture file that it belongs to, whose proportions it must have.
+    """
+    (w, h), (init_w, init_h) = map(upright_size, (path, init))
+    require(abs(w * init_h - h * init_w) < max(w, h, init_w, init_h),
+            f"--mask {path} is {w} x {h}, and {init} is {init_w} x {init_h}: they must have the "
+            "same shape")
+    mask = read_picture(path, width, height, ground="black").mean(axis=-1) > 127.5
+    if not mask.any():
+        notes.append(f"{path} has no white, and so nothing is replaced")
+    return mask
+
+
+def upright_size(path):
+    """Return the (width, height) of a picture file after it is turned upright."""
+    with opened(path) as picture:
+        return ImageOps.exif_transpose(picture).size
 
 
 def read_captioned(folder, caption=None):
@@ -196,32 +217,62 @@ def printable(text):
     return text.encode(errors="replace").decode()
 
 
+def plain(text):
+    """Return a text as the value of a fact: without commas and colons."""
+    return re.sub("[,:]", " ", printable(text))
+
+
+def facts_of(args, seed):
+    """Return {fact: value} of what the arguments say, whatever the model; None or "" is left out.
+
+    In the order in which they are recorded, with room for what the model says.
+    """
+    sampler = plain(TITLES.get(args.sampler, args.sampler) or "")
+    size = f"{args.width}x{args.height}" if args.width and args.height else ""
+    empty = args.negative_prompt == ""      # which some models tell from none
+    return {"Steps": args.steps, "Sampler": sampler and sampler + " Karras" * args.karras,
+            "CFG scale": args.cfg_scale, "Seed": seed, "Size": size, "Model hash": "", "Model": "",
+            "Denoising strength": args.strength if args.init_img else "",
+            "Mask": plain(Path(args.mask or "").name),
+            "Clip skip": args.clip_skip or "", "Plain prompt": args.plain_prompt or "",
+            "Empty negative": "encoded" if empty else "",
+            "VAE hash": vae_hash(args.vae), "VAE": plain(Path(args.vae or "").name),
+            "Lora": plain(" ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)),
+            "Lora hashes": "", "TI hashes": "", "Prediction": args.prediction or ""}
+
+
 def parameters_text(args, model, seed, width, height):
     """Return how a picture was made, as other programs read it from a PNG's `parameters`."""
-    def plain(text):        # no comma or colon inside a value
-        return re.sub("[,:]", " ", printable(text))
-
     def hashes(files, hash_of):     # but in quotes: "name: hash, name: hash"
         pairs = [f"{plain(Path(file).stem)}: {hash_of(file)}".replace('"', "'") for file in files]
         return pairs and json.dumps(", ".join(pairs), ensure_ascii=False)
 
-    digest = getattr(model, "digest", "")
-    sampler = plain(TITLES.get(args.sampler, args.sampler)) + (" Karras" if args.karras else "")
-    loras = " ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)
-    empty = args.negative_prompt == ""      # which some models tell from none
-    facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg_scale, "Seed": seed,
-             "Size": f"{width}x{height}", "Model hash": digest, "Model": plain(model.name),
-             "Denoising strength": args.strength if args.init_img else "",
-             "Clip skip": args.clip_skip or "", "Plain prompt": args.plain_prompt or "",
-             "Empty negative": "encoded" if empty else "",
-             "VAE hash": vae_hash(args.vae), "VAE": plain(Path(args.vae or "").name),
-             "Lora": plain(loras),
-             "Lora hashes": hashes([file for file, _ in args.lora], lambda f: lora_hashes(f)[0]),
-             "TI hashes": hashes(args.embedding, file_hash),
-             "Prediction": args.prediction or "", "RNG": "CPU",
-             "Version": f"tiny_sd {tiny_sd.__version__}"}
+    facts = facts_of(args, seed) | {
+        "Size": f"{width}x{height}", "Model hash": getattr(model, "digest", ""),
+        "Model": plain(model.name),
+        "Lora hashes": hashes([file for file, _ in args.lora], lambda file: lora_hashes(file)[0]),
+        "TI hashes": hashes(args.embedding, file_hash), "RNG": "CPU",
+        "Version": f"tiny_sd {tiny_sd.__version__}"}
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if value not in ("", []))
     return f"{words_text(args.prompt, args.negative_prompt)}{line}"
+
+
+def records(path, args, seed):
+    """Does a picture file say that it was made from these arguments?
+
+    What they leave to the model may be anything.
+    """
+    try:
+        words, mark, line = recorded_text(path).rpartition("Steps: ")
+    except UserError:
+        return False
+    found, wanted = recorded_facts(mark + line), facts_of(args, seed)
+    for fact in ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model hash", "Model",
+                 "Lora hashes", "TI hashes"):
+        if wanted[fact] in (None, ""):
+            del wanted[fact]
+    return words == words_text(args.prompt, args.negative_prompt) and all(
+        str(value) == found.get(fact, "") for fact, value in wanted.items())
 
 
 def vae_hash(name):
@@ -265,15 +316,20 @@ READ_OTHERWISE = {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Schedule typ
                   "Lora", "TI hashes", "RNG"}
 
 
-def recorded(path):
-    """Return ({option: value}, {fact: value}): how a picture says it was made."""
+def recorded(path, sampler=None):
+    """Return ({option: value}, {fact: value}): how a picture says it was made.
+
+    sampler: what is taken instead of its own, which then may be unknown.
+    """
     words, _, line = recorded_text(path).rpartition("Steps: ")
     prompt, mark, negative = f"\n{words}".rpartition("\nNegative prompt:")
     facts = recorded_facts(f"Steps: {line}")
     title = facts.get("Sampler", "")
-    sampler, karras = sampler_named(title) or (None, False)
-    require({"Steps", "Seed", "Size"} <= facts.keys() and sampler, f"{path} does not record its "
-            f"steps, seed and size, or names a sampler unknown here ({title or 'none'})")
+    sampler, karras = sampler_named(title) or (sampler, False)
+    require({"Steps", "Seed", "Size"} <= facts.keys(),
+            f"{path} does not record its steps, seed and size as AUTOMATIC1111 does")
+    require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
+                     "add --sampler NAME")
 
     width, _, height = facts["Size"].partition("x")
     options = {"prompt": prompt[1:] if mark else words.removesuffix("\n"),

@@ -8,6 +8,7 @@ it names, as cells that run in order. Change one, run on, and see the picture ch
 Needs nbformat.
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -239,6 +240,8 @@ def make(notes, source):
 
 def main():
     """Write tiny_sd.ipynb."""
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     notebook = make((HERE / "NOTES.md").read_text(encoding="utf-8"),
                     (HERE / "tiny_sd.py").read_text(encoding="utf-8"))
     nbformat.write(notebook, HERE / "tiny_sd.ipynb")

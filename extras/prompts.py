@@ -28,7 +28,7 @@ from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, 
 
 # ── Weights ─────────────────────────────────────────────────────────────────────────────────────
 
-MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:([+-]?[.\d]+)\)|[^\\()\[\]:]+|:")
+MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
 PAUSE = re.compile(r"\s*\bBREAK\b\s*")
 BREAK = ("BREAK", -1)
 LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes for ever

@@ -63,6 +63,14 @@ def quiet_interrupt(kind, *error):
         sys.__excepthook__(kind, *error)
 
 
+def import_problem(error):
+    """Return what an ImportError says in one line, and how to install a package that is missing."""
+    text, name = " ".join(str(error).split()), getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and name and "." not in name:
+        text += f": pip install {'pillow' if name == 'PIL' else name}"
+    return text
+
+
 def program(name="extras.cli"):
     """Run the main() of this module and end the process with its status."""
     sys.excepthook = quiet_interrupt
@@ -77,7 +85,7 @@ def program(name="extras.cli"):
     except SystemExit as end:       # after --help, or a signal
         status = end.code
     except ImportError as error:    # one of the four packages
-        print("tiny_sd:", " ".join(str(error).split()), file=sys.stderr)
+        print("tiny_sd:", import_problem(error), file=sys.stderr)
         status = 2
     if status:
         os._exit(status)    # at once: threads may still be in the middle of a step

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -335,8 +335,8 @@ def check_output(args):
     output = args.output
     require(args.from_scratch or output.suffix == ".safetensors",
             f"--output {output} does not end in .safetensors")
-    require(output.parent.is_dir() and os.access(output.parent, os.W_OK),
-            f"the folder {output.parent} cannot be written to")
+    require(output.parent.is_dir(), f"there is no folder {output.parent} to write to")
+    require(os.access(output.parent, os.W_OK), f"the folder {output.parent} cannot be written to")
     for path in [output] + [output.with_suffix(".png")] * (not state_of(output).exists()):
         require(not path.exists(), f"{path} is there already")
 
@@ -352,10 +352,10 @@ def fill_in(args, model):
     args.minutes = args.minutes or 10
 
 
-def write(path, save):
-    """Replace a file by what save(unfinished) writes, or leave it as it is."""
+def write(path, fill):
+    """Replace a file by what fill(unfinished) writes, or leave it as it is."""
     with files.replace_atomically(path) as unfinished:
-        save(unfinished)
+        fill(unfinished)
 
 
 def train_from_scratch(args):
@@ -402,7 +402,7 @@ def run(argv):
         raise
     draw()
     arrays = kohya(model, teaching.pairs)
-    write(args.output, lambda file: save_file(arrays, file, METADATA))
+    write(args.output, lambda file: file.write_bytes(save(arrays, METADATA)))
     state.unlink(missing_ok=True)
     print(args.output)
 

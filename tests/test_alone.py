@@ -67,6 +67,7 @@ REFUSED = {
     "red -H 2": "--height 2", "red -i none.png": "none.png", "red -i tiny": "tiny",
     "red -i in.png --strength 0": "--strength 0", "red -i in.png --strength 2": "--strength 2",
     "red -i in.png --strength 0.01": "--strength 0.01", "red -i in.png --strength nan": "nan",
+    "red --cfg-scale nan": "--cfg-scale nan",
     "red --device cuda --backend numpy": "cuda",
     "red --dtype float16 --backend numpy": "float16", "red --backend jax": "jax",
     "red -o in.png": "in.png is there already", "red -o none/out.png": "there is no folder none to",

@@ -676,6 +676,17 @@ def start(*argv, without=()):
     return launch(*argv, PYTHONPATH="lacking")
 
 
+@pytest.mark.parametrize("module, package", [("PIL", "pillow"), ("numpy", "numpy")])
+def test_a_missing_package_is_named(module, package):
+    """With what to do about it."""
+    Path("lacking").mkdir()
+    Path(f"lacking/{module}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    status, out, err = finish(launch("apple", PYTHONPATH="lacking"))
+    said = f"tiny_sd: No module named {module}: pip install {package}\n"
+    assert (status, out, err) == (2, "", said)
+
+
 def test_numpy_is_enough(model):
     """With torch, diffusers and transformers out of reach.
 
@@ -795,11 +806,11 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(run) == 0 and capsys.readouterr() == (
         "",
-        f"tiny_sd: {lines} has no prompt whose picture is not there yet\n",
+        f"tiny_sd: {lines}: every picture is there already\n",
     )
     for line, said in (
         ("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"),
-        ("red -m x", "model"),
+        ("red -m x", "model"), ("--prompt red", "not with --prompt"),
     ):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2
@@ -893,8 +904,8 @@ def test_samplers_by_the_names_of_other_programs(draw, name, sampler, karras):
     ("red -m emogi", "did you mean emoji?"), ("red --clip_skip 2", "did you mean --clip-skip?"),
     ("red --embeding x", "did you mean --embedding?"),
     ("red apple", 'quote the prompt: "red apple"'), ("-p red -s 3 apple pie", 'quote the prompt'),
-    ("red --sampler 'DPM++ 2M SDE'", "there is no 'DPM++ 2M SDE', but ddpm, ddim, euler"),
-    ("red --sampler x", "there is no 'x', but ddpm")])
+    ("red --sampler 'DPM++ 2M SDE'", "there is no 'DPM++ 2M SDE': choose one of ddpm, ddim,"),
+    ("red --sampler x", "there is no 'x': choose one of ddpm")])
 def test_a_hint(refuse, argv, hint):
     assert hint in refuse(*shlex.split(argv))
 
@@ -1046,6 +1057,18 @@ def test_like_without_a_lora_says_so_and_draws(run):
         "here"]
 
 
+def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):
+    write_facts("a.png", "red\nSteps: 2, Sampler: UniPC, Seed: 3, Size: 16x16, RNG: CPU")
+    assert "a.png was drawn with UniPC" in refuse("--like", "a.png")
+    assert run("--like", "a.png", "--sampler", "ddim")[0] == 0
+    assert parse(Image.open("out.png"))[2]["Sampler"] == "DDIM"
+
+
+def test_a_strength_for_nothing_is_said(run):
+    said = cli_lines(run, "red", "--strength", ".5")[2]
+    assert said == ["--strength does nothing without --init-img"]
+
+
 def test_an_empty_negative_prompt_is_not_none(run):
     assert run("red", "-n", "", "-o", "a.png")[0] == run("red", "-o", "b.png")[0] == 0
     assert cli.parse_arguments(["--like", "a.png"]).negative_prompt == ""
@@ -1129,16 +1152,35 @@ def test_a_batch_that_broke_off_goes_on(run):
 
 @pytest.mark.slow
 def test_an_edited_line_is_drawn_again(run):
-    """By its prompt, its negative prompt and its seed; a picture that tells nothing is left."""
+    """By its prompts and options; a file that tells nothing is none of its pictures."""
     Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
     assert len(run("--prompts", "p.txt")[1]) == 4
     PLAIN.save("out-0004.png")
-    Path("p.txt").write_text("red apple\napple -s 6\nblue -n y\nyellow\n")
-    again = ["out-0001-1.png", "out-0002-1.png", "out-0003-1.png"]
+    Path("p.txt").write_text("red apple\napple -s 6\nblue -n y\ngreen\n")
+    again = ["out-0001-1.png", "out-0002-1.png", "out-0003-1.png", "out-0004-1.png"]
     assert run("--prompts", "p.txt")[1] == again
     assert run("--prompts", "p.txt")[1] == []
-    Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
+    Path("p.txt").write_text("red\napple -s 5\nblue -n x\n")
     assert run("--prompts", "p.txt")[1] == []
+
+
+@pytest.mark.parametrize("option", [
+    "--steps 3", "--cfg-scale 3", "--sampler euler", "--sampler dpm++2m --karras", "-W 32 -H 16",
+    "--clip-skip 1", "--plain-prompt", "-i in.png", "-i in.png --mask in.png", "-n ''"])
+def test_other_options_draw_a_line_again(run, option):
+    """And so does leaving them out again, unless the model's own are the same."""
+    PLAIN.save("in.png")
+    Path("p.txt").write_text("red")
+    assert run("--prompts", "p.txt")[1] == ["out-0001.png"]
+    Path("p.txt").write_text(f"red {option}")
+    assert run("--prompts", "p.txt")[1] == ["out-0001-1.png"]
+    assert run("--prompts", "p.txt")[1] == []
+
+
+@pytest.mark.parametrize("text", ["", "# none\n\n"])
+def test_a_list_without_prompts(refuse, text):
+    Path("p.txt").write_text(text)
+    assert refuse("--prompts", "p.txt") == "tiny_sd: --prompts p.txt has no prompt in it"
 
 
 def test_seeds_at_random_are_drawn_once(run):
@@ -1372,6 +1414,39 @@ def test_what_is_cut_off_is_said(run):
     assert "tiny_sd: in.png, 48 x 16, is cut to the shape of 16 x 16" in err
     Image.new("RGB", (321, 320), "red").save("in.png")
     assert not any("cut" in line for line in run("red", "-i", "in.png")[2])
+
+
+def test_a_mask_has_the_shape_of_its_picture(run, refuse):
+    PLAIN.resize((32, 16)).save("in.png")
+    Image.new("L", (64, 32), 255).save("mask.png")
+    assert run("red", "-i", "in.png", "--mask", "mask.png")[0] == 0
+    Image.new("L", (16, 16), 255).save("mask.png")
+    assert refuse("red", "-i", "in.png", "--mask", "mask.png") == (
+        "tiny_sd: --mask mask.png is 16 x 16, and in.png is 32 x 16: they must have the same shape")
+
+
+def test_a_mask_is_black_where_it_is_transparent(run):
+    """Like the layers that GIMP and Photoshop export."""
+    PLAIN.resize((16, 16)).save("in.png")
+    drawn = {}
+    for mode, white, clear in ("L", 255, 0), ("RGBA", (255,) * 4, (255, 255, 255, 0)):
+        mask = Image.new(mode, (16, 16), clear)
+        mask.paste(white, (0, 0, 8, 16))
+        mask.save("mask.png")
+        drawn[mode] = np.asarray(Image.open(run("red", "-i", "in.png", "--mask", "mask.png")[1][0]))
+    np.testing.assert_array_equal(drawn["L"], drawn["RGBA"])
+    Image.new("RGBA", (16, 16)).save("mask.png")
+    err = run("red", "-i", "in.png", "--mask", "mask.png")[2]
+    assert "tiny_sd: mask.png has no white, and so nothing is replaced" in err
+
+
+def test_a_mask_is_recorded(run):
+    PLAIN.resize((16, 16)).save("in.png")
+    Image.new("L", (16, 16), 255).save("mask.png")
+    assert run("red", "-i", "in.png", "--mask", "mask.png", "-o", "a.png")[0] == 0
+    said = cli_lines(run, "--like", "a.png", "-i", "in.png")[2]
+    assert said == ["--like a.png: Mask mask.png is not taken up: give it with --mask"]
+    assert cli_lines(run, "--like", "a.png", "-i", "in.png", "--mask", "mask.png")[2] == []
 
 
 def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):

@@ -1,6 +1,7 @@
 """extras/figures.py: the pictures of NOTES.md, and the two small trainings behind two of them."""
 
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +21,16 @@ def test_the_notes_show_every_picture():
     drawn = sorted([*figures.PICTURES, "overfit", "teach"])
     assert sorted(shown) == drawn == [path.stem for path in files]
     assert max(path.stat().st_size for path in files) < 250e3
+
+
+@pytest.mark.parametrize("module", ["figures", "notebook"])
+def test_help_draws_and_writes_nothing(module, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in ROOT.glob("extras/pictures/*")}
+    before[ROOT / "tiny_sd.ipynb"] = (ROOT / "tiny_sd.ipynb").stat().st_mtime_ns
+    done = subprocess.run([sys.executable, "-m", f"extras.{module}", "--help"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and f"python -m extras.{module}" in done.stdout
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def draw_pictures(folder, monkeypatch):

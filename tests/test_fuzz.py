@@ -539,7 +539,8 @@ def case(folder, rng):
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
          r"|--like \S+: .* is (not taken up|another file)|.* on, this is a comment$"
-         r"|no prompt says |.* is read as it stands: |the model knows nothing in "
+         r"|no prompt says |.* is read as it stands: |the model (knows nothing in|never learnt) "
+         r"|--strength does nothing without |\S+ has no white, and so nothing is replaced"
          r"|\S+ holds more than |\S+, \d+ x \d+, is cut to the shape of "
          r"|the prompt is too long to be recorded)")
 

@@ -25,8 +25,23 @@ def model(tmp_path):
     ("rocket", True), ("", True), ("hot", False), ("astronaut riding a horse", False),
     ("a category", False)])
 def test_a_prompt_is_known_if_it_names_a_thing(prompt, known):
-    line = things.unknown_prompt(KNOWN, prompt)
-    assert (line is None) == known and (known or "--things" in line and "3 things" in line)
+    said = [line for line in things.remarks(KNOWN, prompt) if "--things" in line]
+    assert bool(said) == (not known) and all("3 things" in line for line in said)
+
+
+@pytest.mark.parametrize("prompt, new", [
+    ("a small cat on a light blue background", ""),
+    ("kitty next to a hot dog in the flat style", ""),
+    ("masterpiece, best cat", '"masterpiece", ",", "best"'), ("(cat)", '"(", ")"'),
+    ("1 2 3 4 5 6 cat", '"1", "2", "3", "4", "5", ...')])
+def test_words_that_were_never_learnt(prompt, new):
+    said = [f"the model never learnt {new}: that can spoil the picture"] if new else []
+    assert [*things.remarks(KNOWN, prompt)] == said
+
+
+@pytest.mark.parametrize("prompt", ["🐱", "!!!"])
+def test_signs_are_no_things(prompt):
+    assert "--things" in [*things.remarks(KNOWN, prompt)][0]
 
 
 def test_things_are_listed(model, capsys):

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from scenes import COLOURS, PLACES, STYLES
 
 from extras.files import read_text
@@ -71,7 +71,8 @@ def write_model(out, params, things, setting, state):
             name = "model" if is_text else "diffusion_pytorch_model"
             arrays = {("text_model." if is_text else "") + key: to_file(p)
                       for key, p in flatten(tree).items()}
-            save_file(arrays, folder / part / f"{name}.safetensors", {"format": "pt"})
+            file = folder / part / f"{name}.safetensors"
+            file.write_bytes(save(arrays, {"format": "pt"}))    # save_file lets only us read it
 
 
 def to_file(p):
