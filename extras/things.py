@@ -51,7 +51,7 @@ def remarks(known, prompt):
     new = [f'"{word}"' for word in dict.fromkeys(words) if word not in learnt]
     if new:
         more = ", ..." if len(new) > 5 else ""
-        yield f"the model never learnt {', '.join(new[:5])}{more}: that can spoil the picture"
+        yield f"the model never learnt {', '.join(new[:5])}{more}: they can spoil the picture"
 
 
 def describe_things(known):

@@ -35,7 +35,7 @@ def test_a_prompt_is_known_if_it_names_a_thing(prompt, known):
     ("masterpiece, best cat", '"masterpiece", ",", "best"'), ("(cat)", '"(", ")"'),
     ("1 2 3 4 5 6 cat", '"1", "2", "3", "4", "5", ...')])
 def test_words_that_were_never_learnt(prompt, new):
-    said = [f"the model never learnt {new}: that can spoil the picture"] if new else []
+    said = [f"the model never learnt {new}: they can spoil the picture"] if new else []
     assert [*things.remarks(KNOWN, prompt)] == said
 
 
