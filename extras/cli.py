@@ -77,13 +77,13 @@ METAVARS = {"negative_prompt": "PROMPT", "seed": "N", "steps": "N", "cfg_scale":
             "sampler": "NAME", "width": "N", "height": "N", "init_img": "FILE", "strength": "X",
             "output": "FILE"}
 EXAMPLES = """examples:
-  python tiny_sd.py "a cat on a light blue background" -s 7 -o cat.png
+  python tiny_sd.py "a fox on a light blue background" -s 7 -o fox.png
   python tiny_sd.py "lion" -n yellow --sampler euler_a -b 4         four pictures, seeds 0 to 3
-  python tiny_sd.py "tiger face" -i cat.png --strength 0.4          from a picture
-  python tiny_sd.py "crown" -i cat.png --mask mask.png              where the mask is white
+  python tiny_sd.py "frog" -i fox.png --strength 0.7                from a picture
+  python tiny_sd.py "rabbit face" -i fox.png --mask ears.png        where the mask is white
   python tiny_sd.py "a (red:1.3) lighthouse, [fog]" -m sd15         words with more and less weight
   python tiny_sd.py "a boat <lora:ink:0.8>" -m model.safetensors    with loras/ink.safetensors
-  python tiny_sd.py --like cat.png -s 8                             again, but for the seed
+  python tiny_sd.py --like fox.png -s 8                             again, but for the seed
   python tiny_sd.py --prompts prompts.txt -o cards.png              a picture for each line
 """
 
