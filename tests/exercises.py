@@ -152,7 +152,7 @@ def half_the_heads():
 
 
 def no_mask():
-    changed = change(("q, k, v, [out], causal=True)", "q, k, v, [out])"))
+    changed = change(("]], causal=True)", "]])"))
     spread = []
     for program in (plain(), changed):
         one, other = program.encode_prompts(bundled(program), ["red apple", "blue cat"])[:, 0]

@@ -432,7 +432,7 @@ def there(name):
     (lambda _: ("--from-scratch", "--flip"), "--flip is for a LoRA"),
     (lambda _: ("--from-scratch", "--device", "mps"), "trains with --device cpu or cuda"),
     (lambda _: ("--keep", "none.txt"), "none.txt cannot be read"),
-    (lambda _: ("-o", "nowhere/mine.safetensors"), "the folder nowhere cannot be written to"),
+    (lambda _: ("-o", "nowhere/mine.safetensors"), "there is no folder nowhere to write to"),
 ], ids=str)
 def test_a_user_error_is_one_line_before_anything_is_loaded(prepare, said, run, pictures,
                                                             monkeypatch):
