@@ -1045,7 +1045,7 @@ def decode(model: Model, x: np.ndarray) -> np.ndarray:
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 # The lesson ends here. What follows matches diffusers, reads weights, and is a small command line
-# for where this file stands alone, without extras/.
+# for use without extras/.
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 
 

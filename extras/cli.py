@@ -69,7 +69,8 @@ HELP = {        # likewise
     "--sampler": f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's "
                  "own)",
     "-o --output": "the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the "
-                   "name are filled in, and if it is there, out-1.png is next (%(default)s)",
+                   "name are filled in; a file that is there is kept, and out-1.png taken "
+                   "(%(default)s)",
 }
 
 
@@ -129,8 +130,7 @@ def option_parser(**settings):
     sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
     start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
     files_out("--preview", type=Path, metavar="PNG",
-              help="a file that shows in small what the picture looks like so far, written anew "
-                   "at each step")
+              help="a file that shows, in small, what the picture looks like after each step")
     files_out("--show", type=Path, metavar="DIR",
               help="a new folder for pictures of what is computed on the way")
     files_out("--explain", action="store_true",

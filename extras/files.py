@@ -223,22 +223,25 @@ def plain(text):
 
 
 def facts_of(args, seed):
-    """Return {fact: value} of what the arguments say, whatever the model; None or "" is left out.
+    """Return {fact: value} of what the arguments say, in the order in which it is recorded.
 
-    In the order in which they are recorded, with room for what the model says.
+    A value is "" where nothing is to be recorded, and None where the model decides.
     """
-    sampler = plain(TITLES.get(args.sampler, args.sampler) or "")
-    size = f"{args.width}x{args.height}" if args.width and args.height else ""
+    sampler = size = None
+    if args.sampler:
+        sampler = plain(TITLES.get(args.sampler, args.sampler)) + " Karras" * args.karras
+    if args.width and args.height:
+        size = f"{args.width}x{args.height}"
     empty = args.negative_prompt == ""      # which some models tell from none
-    return {"Steps": args.steps, "Sampler": sampler and sampler + " Karras" * args.karras,
-            "CFG scale": args.cfg_scale, "Seed": seed, "Size": size, "Model hash": "", "Model": "",
+    return {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg_scale, "Seed": seed,
+            "Size": size, "Model hash": None, "Model": None,
             "Denoising strength": args.strength if args.init_img else "",
             "Mask": plain(Path(args.mask or "").name),
             "Clip skip": args.clip_skip or "", "Plain prompt": args.plain_prompt or "",
             "Empty negative": "encoded" if empty else "",
             "VAE hash": vae_hash(args.vae), "VAE": plain(Path(args.vae or "").name),
             "Lora": plain(" ".join(f"{Path(file).stem} {weight}" for file, weight in args.lora)),
-            "Lora hashes": "", "TI hashes": "", "Prediction": args.prediction or ""}
+            "Lora hashes": None, "TI hashes": None, "Prediction": args.prediction or ""}
 
 
 def parameters_text(args, model, seed, width, height):
@@ -260,19 +263,16 @@ def parameters_text(args, model, seed, width, height):
 def records(path, args, seed):
     """Does a picture file say that it was made from these arguments?
 
-    What they leave to the model may be anything.
+    What they leave to the model may be anything; so may the seed, if it is None.
     """
     try:
         words, mark, line = recorded_text(path).rpartition("Steps: ")
     except UserError:
         return False
-    found, wanted = recorded_facts(mark + line), facts_of(args, seed)
-    for fact in ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model hash", "Model",
-                 "Lora hashes", "TI hashes"):
-        if wanted[fact] in (None, ""):
-            del wanted[fact]
+    found = recorded_facts(mark + line)
     return words == words_text(args.prompt, args.negative_prompt) and all(
-        str(value) == found.get(fact, "") for fact, value in wanted.items())
+        value is None or str(value) == found.get(fact, "")
+        for fact, value in facts_of(args, seed).items())
 
 
 def vae_hash(name):

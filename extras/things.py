@@ -28,7 +28,7 @@ def texts(values):
     return ["".join(c if c.isprintable() else " " for c in str(value)) for value in values]
 
 
-def words_of(text):
+def split_words(text):
     """Return a text's words in lower case, and each other sign by itself."""
     return re.findall(r"[\w']+|[^\w\s]", text.lower())
 
@@ -39,15 +39,15 @@ FRAME = "a an small and next to above below in the style on background"
 
 def remarks(known, prompt):
     """Yield a line if a prompt names none of the known things, or has words beside them."""
-    words = words_of(prompt)
-    names = [words_of(name) for names in known["things"] for name in names]
+    words = split_words(prompt)
+    names = [split_words(name) for names in known["things"] for name in names]
     if words and not any(name == words[i:i + len(name)] for name in names
                          for i in range(len(words))):
         yield (f"the model knows nothing in \"{prompt[:100]}\": --things lists the "
                f"{len(known['things'])} things that it can draw")
         return
     texts = [FRAME, *known["styles"], *known["backgrounds"], *known["places"]]
-    learnt = {word for name in [*names, *map(words_of, texts)] for word in name}
+    learnt = {word for name in [*names, *map(split_words, texts)] for word in name}
     new = [f'"{word}"' for word in dict.fromkeys(words) if word not in learnt]
     if new:
         more = ", ..." if len(new) > 5 else ""

@@ -1168,7 +1168,7 @@ def test_an_edited_line_is_drawn_again(run):
     "--steps 3", "--cfg-scale 3", "--sampler euler", "--sampler dpm++2m --karras", "-W 32 -H 16",
     "--clip-skip 1", "--plain-prompt", "-i in.png", "-i in.png --mask in.png", "-n ''"])
 def test_other_options_draw_a_line_again(run, option):
-    """And so does leaving them out again, unless the model's own are the same."""
+    """A line that leaves them to the model takes any."""
     PLAIN.save("in.png")
     Path("p.txt").write_text("red")
     assert run("--prompts", "p.txt")[1] == ["out-0001.png"]

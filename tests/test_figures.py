@@ -24,7 +24,7 @@ def test_the_notes_show_every_picture():
 
 
 @pytest.mark.parametrize("module", ["figures", "notebook"])
-def test_help_draws_and_writes_nothing(module, tmp_path):
+def test_help_draws_and_writes_nothing(module):
     before = {path: path.stat().st_mtime_ns for path in ROOT.glob("extras/pictures/*")}
     before[ROOT / "tiny_sd.ipynb"] = (ROOT / "tiny_sd.ipynb").stat().st_mtime_ns
     done = subprocess.run([sys.executable, "-m", f"extras.{module}", "--help"], cwd=ROOT,

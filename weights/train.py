@@ -512,7 +512,7 @@ def loss_weight(alpha_bar):
 def shifted(u, shift=2):
     """Times in [0, 1), moved towards noise: for uniform u, twice as many near 1, half near 0.
 
-    What to draw is settled while x_t is nearly all noise (Esser et al., 2024, section 5.3.2).
+    What to draw is settled while x_t is nearly all noise (the formula: Esser et al., 2024).
     """
     return shift * u / (1 + (shift - 1) * u)
 
