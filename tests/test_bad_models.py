@@ -1,0 +1,291 @@
+"""Models that are broken, odd, or changed while they are in use."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from extras import cli, formats
+from helpers import finish, sd
+from helpers_cli import *  # noqa: F403
+from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
+
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("settings, said", [
+    ({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler is not known here: dpm++2m"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is False here, not True"),
+    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'dpmsolver++' here"),
+    ({"solver_order": 3}, "solver_order is 2 here, not 3"),
+    ({"trained_betas": [0.1]}, "trained_betas is None here"),
+    ({"clip_sample": True}, "clip_sample is False here, not True")])
+def test_what_a_scheduler_asks_for_and_does_not_get(run, model, settings, said):
+    change(SCHEDULER, **settings)(Path(shutil.copytree(model, "model")))
+    status, out, err = run("red", "-m", "model")
+    lines = [line for line in err if line.startswith("tiny_sd: ")]
+    assert status == 0 and len(lines) == 1 and said in lines[0]
+
+
+def test_the_default_model_is_the_bundled_one(here):
+    """Whatever is called emoji in the current folder."""
+    Path("emoji").mkdir()
+    assert cli.main(["red apple", "--steps", "1"]) == 0
+    assert parse(Image.open("out.png"))[2]["Model"] == "emoji"
+    assert cli.main(["--like", "out.png"]) == 0
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "fifo"])
+def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has neither")
+    os.mkfifo("fifo")
+    for file in (UNET, "vae/config.json", "tokenizer/vocab.json"):
+        copy = Path(shutil.copytree(model, f"m{len(list(here.iterdir()))}"))
+        (copy / file).unlink()
+        os.mkfifo(copy / file)
+        assert f"{file} is not a file" in refuse("red", "-m", str(copy))
+    assert "neither a folder nor a file" in refuse("red", "-m", name)
+    assert f"the LoRA {name} is not a file" in refuse("red", "--lora", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_names_that_are_no_text(model, here):
+    """Of bytes that no encoding has; the picture's text has question marks for them."""
+    folder, lora, output = map(os.fsdecode, (b"m\xff", b"l\xff.safetensors", b"o\xff.png"))
+    shutil.copytree(model, folder)
+    write_lora(lora)
+    status, out, err = finish(
+        start("apple", "-m", folder, "--lora", lora, "--steps", "1", "-o", output)
+    )
+    assert status == 0 and "Traceback" not in err
+    text = Image.open(output).text["parameters"]
+    assert text.count("Model: m?") == text.count("Lora: l? 1.0") == 1
+
+
+@pytest.mark.parametrize("shape", [[2 ** 62, 0], [1] * 65, [0] * 65, [2 ** 64, 0]])
+def test_shapes_that_numpy_does_not_have(refuse, model, shape):
+    path = Path(shutil.copytree(model, "model")) / UNET
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    empty = 0 in shape
+    header["more"] = {"dtype": "F32", "shape": shape,
+                      "data_offsets": [len(data) - end, len(data) - end + 4 * (not empty)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:] + b"\0" * 4 * (not empty))
+    refuse("red", "-m", "model")
+
+
+def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
+    """Written into: refused. Replaced by another file: the old one is still what is read."""
+    path = Path(shutil.copytree(model, "model")) / UNET
+    generate = sd.generate
+
+    def write_it():
+        path.write_bytes(path.read_bytes())
+
+    def replace_it():
+        Path("new").write_bytes(path.read_bytes())
+        os.replace("new", path)
+
+    def then(change):
+        def walk(path):
+            yield from path
+            change()
+        return lambda *args, **settings: walk(generate(*args, **settings))
+
+    monkeypatch.setattr(sd, "generate", then(write_it))
+    status, out, err = run("red", "-m", "model")
+    assert (status, out) == (2, []) and "was changed while it was in use" in err[-1]
+    monkeypatch.setattr(sd, "generate", then(replace_it))
+    assert run("red", "-m", "model")[:2] == (0, ["out.png"])
+
+
+def test_a_loaded_model_prints_as_one_line(model):
+    assert len(repr(formats.load(model))) < 100
+
+
+# ── Folders that are broken ───────────────────────────────────────────────────────────────────────
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(part):
+    return lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[part])
+
+
+def arrays(edit):
+    def rewrite(folder):
+        weights = load_file(folder / UNET)
+        edit(weights)
+        save_file(weights, folder / UNET)
+    return rewrite
+
+
+def remove(name):
+    return lambda folder: (
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    )
+
+
+MODELS = {  # what was done to the folder, and what the line must name
+    "weights, empty": (write(UNET, b""), UNET),
+    "weights, cut in the header": (cut(slice(300)), UNET),
+    "weights, cut at the end": (cut(slice(-1)), UNET),
+    "weights, a web page": (write(UNET, b"<!DOCTYPE html><title>Sign in</title>"), UNET),
+    "weights, a pickle": (write(UNET, pickle.dumps(Bomb())), UNET),
+    "weights, header without end": (write(UNET, b"\xff" * 8 + b"{}"), UNET),
+    "weights, none": (remove(UNET), UNET),
+    "an array too many": (
+        arrays(lambda w: w.update({"conv_in.gain": np.ones(8, np.float32)})),
+        "conv_in.gain is unknown",
+    ),
+    "an array too few": (arrays(lambda w: w.pop("conv_in.bias")), "conv_in.bias is missing"),
+    "an array too short": (
+        arrays(lambda w: w.update({"conv_in.bias": np.ones(7, np.float32)})),
+        "conv_in.bias has shape (7,)",
+    ),
+    "an array of bytes": (
+        arrays(lambda w: w.update({"conv_in.bias": np.ones(8, np.uint8)})),
+        "conv_in.bias is U8",
+    ),
+    "an array named in two lines": (
+        arrays(lambda w: w.update({"a\nb": np.ones(8, np.float32)})),
+        "is unknown",
+    ),
+    "config, none": (remove("vae/config.json"), "vae/config.json"),
+    "config, no JSON": (write("vae/config.json", b"{'a': 1}"), "vae/config.json"),
+    "config, no text": (write("vae/config.json", b"\xff\xfe"), "vae/config.json"),
+    "config, a list": (write("vae/config.json", b"[]"), "vae"),
+    "config, a key too few": (
+        change("unet/config.json", cross_attention_dim=None),
+        "cross_attention_dim",
+    ),
+    "config, other widths": (change("unet/config.json", block_out_channels=[8, 24]), "unet"),
+    "config, groups that do not divide": (change("vae/config.json", norm_num_groups=3), "vae"),
+    "config, heads that do not divide": (
+        change("text_encoder/config.json", num_attention_heads=5),
+        "text_encoder",
+    ),
+    "config, an unknown activation": (
+        change("text_encoder/config.json", hidden_act="relu"),
+        "relu",
+    ),
+    "scheduler, none": (remove("scheduler"), "scheduler_config.json"),
+    "scheduler, a list": (write("scheduler/scheduler_config.json", b"[]"), "scheduler"),
+    "scheduler, an unknown schedule": (
+        change("scheduler/scheduler_config.json", beta_schedule="cosine"),
+        "'cosine'",
+    ),
+    "scheduler, an unknown spacing": (
+        change("scheduler/scheduler_config.json", timestep_spacing="wide"),
+        "'wide'",
+    ),
+    "scheduler, an unknown prediction": (
+        change("scheduler/scheduler_config.json", prediction_type="flow"),
+        "'flow'",
+    ),
+    "tokenizer, none": (remove("tokenizer"), "tokenizer"),
+    "tokenizer, no text": (write("tokenizer/merges.txt", b"\xff\xfe"), "tokenizer"),
+    "tokenizer, a list": (write("tokenizer/vocab.json", b'["a"]'), "tokenizer"),
+    "tokenizer, longer than the model": (
+        change("tokenizer/tokenizer_config.json", model_max_length=20),
+        "20",
+    ),
+    "tokenizer, an unknown pad token": (
+        change("tokenizer/tokenizer_config.json", pad_token="nothing"),
+        "nothing",
+    ),
+    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
+    "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
+    "scheduler, beta_end 1": (change(SCHEDULER, beta_end=1), "beta_end"),
+    "scheduler, beta_end -1": (change(SCHEDULER, beta_end=-1), "beta_end"),
+    "scheduler, beta_end a text": (change(SCHEDULER, beta_end="0.012"), "beta_end"),
+    "scheduler, beta_end null": (write(SCHEDULER, b'{"beta_end": null}'), "beta_end"),
+    "scheduler, both betas 0": (change(SCHEDULER, beta_start=0, beta_end=0), "beta_start"),
+    "scheduler, betas that fall": (change(SCHEDULER, beta_start=0.02), "below"),
+    "scheduler, 1000.0 timesteps": (change(SCHEDULER, num_train_timesteps=1000.0), "1000.0"),
+    "scheduler, -5 timesteps": (change(SCHEDULER, num_train_timesteps=-5), "-5"),
+    "scheduler, null timesteps": (write(SCHEDULER, b'{"num_train_timesteps": null}'), "timesteps"),
+    "scheduler, 10^7 timesteps": (change(SCHEDULER, num_train_timesteps=10**7), "10000000"),
+    "scheduler, steps_offset null": (write(SCHEDULER, b'{"steps_offset": null}'), "steps_offset"),
+    "scheduler, steps_offset a text": (change(SCHEDULER, steps_offset="1"), "steps_offset"),
+    "scheduler, a class that is a list": (change(SCHEDULER, _class_name=[]), "_class_name"),
+    "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10**400), "_guidance_scale"),
+    "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
+    "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),
+    "tokenizer, nested 100,000 deep": (write("tokenizer/vocab.json", b"[" * 100_000), "vocab"),
+    "config, 10^10 layers": (
+        change("text_encoder/config.json", num_hidden_layers=10**10),
+        "10000000000",
+    ),
+    "config, too few heads": (change("unet/config.json", num_attention_heads=[2]), "heads"),
+    "config, words of another width": (
+        change("unet/config.json", cross_attention_dim=16),
+        "words of 16",
+    ),
+    "config, 3 channels given": (change("unet/config.json", out_channels=3), "gives 3 channels"),
+    "config, 8 input channels": (change("unet/config.json", in_channels=8), "8 input channels"),
+    "config, 5 input channels": (change("unet/config.json", in_channels=5), "5 input channels"),
+    "config, a VAE of one channel": (change("vae/config.json", in_channels=1), "in_channels"),
+    "config, a VAE of four": (change("vae/config.json", out_channels=4), "out_channels"),
+    "config, another norm": (change("unet/config.json", norm_eps=1e-6), "norm_eps"),
+    "config, another activation": (change("unet/config.json", act_fn="mish"), "mish"),
+    "config, sines first": (change("unet/config.json", flip_sin_to_cos=False), "flip_sin_to_cos"),
+    "config, shifted by the time": (
+        change("unet/config.json", resnet_time_scale_shift="scale_shift"),
+        "resnet_time_scale_shift",
+    ),
+    "config, words alone": (change("unet/config.json", only_cross_attention=True), "only_cross"),
+    "config, deep transformers": (
+        change("unet/config.json", transformer_layers_per_block=[1, 2, 3]),
+        "transformer_layers",
+    ),
+    "config, a VAE of another activation": (change("vae/config.json", act_fn="gelu"), "act_fn"),
+    "config, another layer norm": (
+        change("text_encoder/config.json", layer_norm_eps=1e-6),
+        "layer_norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_models(refuse, model, name):
+    damage, named = MODELS[name]
+    damage(Path(shutil.copytree(model, "model")))
+    assert named in refuse("apple", "-m", "model")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.safetensors", b""), ("b.safetensors", pickle.dumps(Bomb())),
+        ("c.ckpt", pickle.dumps(Bomb())), ("d.txt", b"hello"),
+        ("e.safetensors", b"\2" + b"\0" * 7 + b"{}"),
+    ],
+)
+def test_bad_single_files(refuse, name, content):
+    Path(name).write_bytes(content)
+    assert name in refuse("apple", "-m", name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_weights_that_are_not_finite(run, model, value):
+    arrays(lambda w: w["conv_in.bias"].fill(value))(Path(shutil.copytree(model, "model")))
+    status, out, err = run("apple", "-m", "model")
+    assert status == 2 and out == [] and "not finite" in err[-1] and not list(Path().glob("out*"))

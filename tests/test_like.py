@@ -1,0 +1,185 @@
+"""--like: pictures drawn again from what they record, by this program and by others."""
+
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from conftest import ROOT
+from extras import cli, files
+from helpers import write_model
+from helpers_cli import *  # noqa: F403
+from helpers_cli import PLAIN, cli_lines, parse, write_facts
+
+
+def test_like_draws_the_picture_again(tmp_path):
+    first, again, other, model = (
+        tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png",
+        str(write_model(tmp_path / "m")),
+    )
+    prompt = "red, apple: Steps: 3\nNegative prompt: x"
+    how = [
+        "-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale",
+        "3.5", "-W", "20", "-H", "12",
+    ]
+    assert cli.main([prompt, "-m", model, "-o", str(first), *how]) == 0
+    words, negative, facts = parse(Image.open(first))
+    assert (words, negative, facts["Seed"]) == (prompt, "a, b: c", "7")
+    assert cli.main(["--like", str(first), "-m", model, "-o", str(again)]) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert cli.main(["blue", "--like", str(first), "-m", model, "-o", str(other), "-s", "8"]) == 0
+    words, _, facts = parse(Image.open(other))
+    assert (words, facts["Seed"], facts["Sampler"]) == ("blue", "8", "Euler Karras")
+
+
+def test_like_reads_what_other_programs_write(tmp_path):
+    info = PngInfo()
+    info.add_text(
+        "parameters",
+        "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, "
+        "Schedule type: Karras, CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
+        "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1",
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
+    assert (
+        args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale,
+        args.seed, args.width, args.height,
+    ) == ("a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
+
+
+def test_like_says_what_it_does_not_take_up(run):
+    PLAIN.save("in.png")
+    write_facts(
+        "a.png",
+        "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
+        "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
+        "Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV",
+    )
+    _, _, err = cli_lines(run, "--like", "a.png", model=False)
+    assert err == ["--like a.png: " + line for line in [
+        "Denoising strength 0.5 is not taken up: give the picture it began from with --init-img",
+        "Eta 0.5 is not taken up",
+        "Hires upscale 2 is not taken up: the picture was enlarged and drawn over (Hires fix)",
+        "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
+        "RNG NV is not taken up: the noise came from a graphics card, and is other noise here",
+        "Model /etc/other is not taken up: give it with --model",
+        "Lora some 0.8 other 1 is not taken up: give it with --lora"]]
+    status, out, err = cli_lines(run, "--like", "a.png", "-i", "in.png")
+    assert status == 0 and not any("Model" in line or "Denoising" in line for line in err)
+
+
+@pytest.mark.parametrize("facts, line", [
+    ("Version: v1.10.1", "RNG GPU is not taken up"), ("User: me", "RNG GPU is not taken up"),
+    ("Version: f2.0.1v1.10.1-previous", "RNG GPU is not taken up"),
+    ("RNG: CPU, Version: v1.10.1", None), ("Version: ComfyUI", "Emphasis ComfyUI's is not taken"),
+    ("RNG: CPU, Refiner: x, Refiner switch at: 0.8", "Refiner x is not taken up: a second model"),
+    ("RNG: CPU, Face restoration: CodeFormer", "Face restoration CodeFormer is not taken up"),
+    ("RNG: CPU, Token merging ratio: 0.5", "Token merging ratio 0.5 is not taken up"),
+    ("RNG: CPU, Variation seed: 3, Variation seed strength: 0.1", "Variation seed 3 is not taken"),
+    ('RNG: CPU, ControlNet 0: "Module: canny, Weight: 1"', "ControlNet 0 Module: canny, Weight: 1"),
+    ('RNG: CPU, Hashes: {"model": "ab", "lora:x": "cd"}, Batch size: 2, Batch pos: 1', None)])
+def test_like_names_what_other_programs_do(facts, line):
+    write_facts("a.png", f"a (cat:1.2)\nSteps: 2, Sampler: Euler, Seed: 3, Size: 8x8, {facts}")
+    notes = cli.parse_arguments(["--like", "a.png"]).notes
+    assert len(notes) == (line is not None)
+    assert not line or notes[0].startswith(f"--like a.png: {line}")
+
+
+def test_like_a_picture_of_the_web_ui(model):
+    """With all that it records of a prompt, and no negative prompt."""
+    write_facts("a.png", "a (cat:1.2) <lora:some thing:0.8>, neg-emb\nSteps: 20, Sampler: Euler a, "
+                "Schedule type: Automatic, CFG scale: 7, Seed: 42, Size: 512x768, Model hash: "
+                "6ce0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, "
+                'TI hashes: "neg-emb: c74b4e810b03, neg-emb: c74b4e810b03", '
+                'Lora hashes: "some thing: 0123456789ab", RNG: CPU, Version: v1.10.1')
+    Path("loras").mkdir()
+    for name in "loras/some thing.safetensors", "neg-emb.pt", "v1-5-pruned-emaonly.safetensors":
+        Path(name).touch()
+    args = cli.parse_arguments(["--like", "a.png"])
+    cli.take_up_loras(args)
+    assert args.notes == [] and args.model == "v1-5-pruned-emaonly.safetensors"
+    assert args.prompt.startswith("a (cat:1.2) <lora") and args.negative_prompt is None
+    assert (args.sampler, args.clip_skip, args.seed) == ("euler_a", 2, 42)
+    (lora, weight), (embedding,) = *args.lora, args.embedding
+    assert Path(lora).samefile("loras/some thing.safetensors") and weight == 0.8
+    assert Path(embedding).samefile("neg-emb.pt")
+
+
+def test_like_without_a_lora_says_so_and_draws(run):
+    write_facts("a.png", "red <lora:none:0.8> <hypernet:x:1>\nSteps: 2, Sampler: Euler, Seed: 3, "
+                         "Size: 16x16, RNG: CPU")
+    status, out, err = cli_lines(run, "--like", "a.png")
+    assert (status, out) == (0, ["out.png"]) and err == [
+        "--like a.png: <lora:none:0.8> is not taken up: there is no such LoRA beside the model, in "
+        "loras/ or here: --lora FILE names one elsewhere",
+        "--like a.png: <hypernet:x:1> is not taken up: of such tags, <lora:name:weight> is known "
+        "here"]
+
+
+def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):
+    write_facts("a.png", "red\nSteps: 2, Sampler: UniPC, Seed: 3, Size: 16x16, RNG: CPU")
+    assert "a.png was drawn with UniPC" in refuse("--like", "a.png")
+    assert run("--like", "a.png", "--sampler", "ddim")[0] == 0
+    assert parse(Image.open("out.png"))[2]["Sampler"] == "DDIM"
+
+
+def test_an_empty_negative_prompt_is_not_none(run):
+    assert run("red", "-n", "", "-o", "a.png")[0] == run("red", "-o", "b.png")[0] == 0
+    assert cli.parse_arguments(["--like", "a.png"]).negative_prompt == ""
+    assert cli.parse_arguments(["--like", "b.png"]).negative_prompt is None
+
+
+def test_like_takes_no_model_from_a_strangers_picture(here):
+    for name in (str(here), "..", "a/b", "../weights/emoji", "state\0"):
+        write_facts("a.png", f"red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model: {name}")
+        assert cli.parse_arguments(["--like", "a.png"]).model == str(ROOT / "weights" / "emoji")
+
+
+@pytest.mark.parametrize("negative", [
+    "blue Negative prompt: green", "Negative prompt: green", "a\nNegative prompt: b", " a ", "\n",
+    "Steps: 3", "a, b: c\n"])
+def test_a_negative_prompt_stays_where_it_is(run, negative):
+    assert run("red", "-n", negative, "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("prompt", ["red\nNegative prompt: x", "\n\nred\n", "Steps: 5, Sampler: x",
+                                    "\ud800", "", "a\0b", "🍎\r\n"])
+def test_any_prompt_is_drawn_again(run, prompt):
+    assert run(f"--prompt={prompt}", "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["v", "sample", "epsilon"])
+def test_what_is_predicted_is_recorded(run, kind):
+    assert run("red", "--prediction", kind, "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_like_with_another_sampler_leaves_karras(run):
+    assert run("red", "--sampler", "euler", "--karras", "-o", "a.png")[0] == 0
+    assert run("--like", "a.png", "--sampler", "ddim", "-o", "b.png")[0] == 0
+    assert parse(Image.open("b.png"))[2]["Sampler"] == "DDIM"
+    assert run("--like", "a.png", "--sampler", "dpm++2m", "-o", "c.png")[0] == 0
+    assert parse(Image.open("c.png"))[2]["Sampler"] == "DPM++ 2M Karras"
+
+
+@pytest.mark.parametrize("text", ["a" * 10 ** 6, "a: " * 330_000, "A " * 500_000, '"' * 10 ** 6])
+def test_a_million_letters_that_tell_nothing(refuse, text):
+    write_facts("a.png", f"Steps: 2, {text}")
+    start = time.process_time()
+    assert "a.png" in refuse("--like", "a.png")
+    assert time.process_time() - start < 20
+
+
+def test_quoted_facts_of_other_programs():
+    facts = files.recorded_facts('Steps: 2, Lora hashes: "a: 1, b: 2", Seed: 3')
+    assert facts == {"Steps": "2", "Lora hashes": "a: 1, b: 2", "Seed": "3"}
+    facts = files.recorded_facts('Steps: 2, Hashes: {"model": "a", "b": "c"}, X: "\\"a\\\\", Y: 4')
+    assert facts == {"Steps": "2", "Hashes": '{"model": "a", "b": "c"}', "X": '"a\\', "Y": "4"}

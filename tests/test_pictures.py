@@ -1,0 +1,418 @@
+"""Pictures in and out: what --init-img and --mask read, where pictures go, and previews."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from extras import cli, files, show
+from helpers import sd
+from helpers_cli import *  # noqa: F403
+from helpers_cli import PLAIN, RNG, cli_lines, pixels, start, write_lora
+
+# ── From a picture ────────────────────────────────────────────────────────────────────────────────
+
+GREY, PALETTE, TURNED = PLAIN.convert("L"), PLAIN.quantize(16), Image.Exif()
+TURNED[0x112] = 6                       # the orientation: to be turned clockwise
+HOLES = RNG.random((16, 24)) < 0.5
+
+
+def around(colour, width, height):
+    """PLAIN in the middle of a larger picture."""
+    picture = Image.new("RGB", (width, height), colour)
+    picture.paste(PLAIN, ((width - 24) // 2, (height - 16) // 2))
+    return picture
+
+
+def on_white(picture, holes):
+    return Image.composite(
+        Image.new("RGB", picture.size, "white"), picture.convert("RGB"), Image.fromarray(holes)
+    )
+
+
+def with_alpha(picture, alpha):
+    picture = picture.copy()
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+PICTURES = {  # the picture as it is saved, the file, settings, and the plain picture that it means
+    "RGBA": (PLAIN.convert("RGBA"), "in.png", {}, PLAIN),
+    "transparent": (
+        with_alpha(PLAIN, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(PLAIN, HOLES),
+    ),
+    "greyscale": (GREY, "in.png", {}, GREY.convert("RGB")),
+    "greyscale, transparent": (
+        with_alpha(GREY, np.uint8(255 * ~HOLES)), "in.png", {}, on_white(GREY, HOLES),
+    ),
+    "16 bits": (
+        Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.png", {},
+        GREY.convert("RGB"),
+    ),
+    "16 bits, TIFF": (
+        Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "in.tiff", {},
+        GREY.convert("RGB"),
+    ),
+    "black and white": (PLAIN.convert("1"), "in.png", {}, PLAIN.convert("1").convert("RGB")),
+    "palette": (PALETTE, "in.png", {}, PALETTE.convert("RGB")),
+    "palette, GIF": (PALETTE, "in.gif", {}, PALETTE.convert("RGB")),
+    "palette, transparent": (
+        PALETTE, "in.png", {"transparency": 3}, on_white(PALETTE, np.asarray(PALETTE) == 3),
+    ),
+    "CMYK": (PLAIN.convert("CMYK"), "in.tiff", {}, PLAIN),
+    "turned": (PLAIN.transpose(Image.Transpose.ROTATE_90), "in.png", {"exif": TURNED}, PLAIN),
+    "too wide": (around("red", 48, 16), "in.png", {}, PLAIN),
+    "too high": (around("red", 24, 36), "in.png", {}, PLAIN),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_from_any_picture(draw, name):
+    """The same as from the plain picture that it means."""
+    picture, file, settings, plain = PICTURES[name]
+    picture.save(file, **settings)
+    plain.save("plain.png")
+    ours, reference = (
+        draw(*"apple -W 24 -H 16 --strength 0.5 -i".split(), path) for path in (file, "plain.png")
+    )
+    assert ours.size == (24, 16) and np.array_equal(pixels(ours), pixels(reference))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (500, 300)])
+def test_from_a_picture_of_any_size(draw, size):
+    Image.new("RGB", size, "red").save("in.png")
+    assert draw("apple", "-i", "in.png").size == (16, 16)
+
+
+def test_strength_leads_away_from_the_picture(run, monkeypatch):
+    """Counted in steps; the fewer of them, the less noise the sampler starts from."""
+    PLAIN.save("in.png")
+    started = []
+    monkeypatch.setitem(
+        sd.SAMPLERS, "ddim", lambda denoise, x, levels, noise: started.append(levels) or iter([x])
+    )
+    for strength in ("0.1", "0.58", "1"):
+        run(*f"apple -i in.png --steps 50 --sampler ddim --strength {strength}".split())
+    assert [len(levels) for levels in started] == [5, 29, 50]
+    assert started[0][0][1] > started[1][0][1] > started[2][0][1]
+
+
+# ── Pictures of any depth ─────────────────────────────────────────────────────────────────────────
+
+RAMP = np.arange(16 * 24).reshape(16, 24) % 256
+DEEP = {  # the file, its numbers, and the 8 bits that they mean
+    "in.pgm": (RAMP.astype(np.uint16) * 257, RAMP),
+    "in16.tiff": (RAMP.astype(np.uint16) * 257, RAMP),
+    "in32.tiff": (RAMP.astype(np.int32) * 257, RAMP),
+    "float.tiff": (RAMP.astype(np.float32) / 255, RAMP),
+    "float255.tiff": (RAMP.astype(np.float32), RAMP),
+    "nan.tiff": (np.where(RAMP == 3, np.nan, RAMP / 255).astype(np.float32), RAMP * (RAMP != 3)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_pictures_of_16_and_32_bits_and_floats(name):
+    values, expected = DEEP[name]
+    Image.fromarray(values).save(name)
+    read = files.read_picture(name, 24, 16)
+    assert abs(read.astype(int) - expected[..., None]).max() <= 1
+
+
+def test_what_is_cut_off_is_said(run):
+    Image.new("RGB", (48, 16), "red").save("in.png")
+    err = run("red", "-i", "in.png")[2]
+    assert "tiny_sd: in.png, 48 x 16, is cut to the shape of 16 x 16" in err
+    Image.new("RGB", (321, 320), "red").save("in.png")
+    assert not any("cut" in line for line in run("red", "-i", "in.png")[2])
+
+
+def test_a_mask_has_the_shape_of_its_picture(run, refuse):
+    PLAIN.resize((32, 16)).save("in.png")
+    Image.new("L", (64, 32), 255).save("mask.png")
+    assert run("red", "-i", "in.png", "--mask", "mask.png")[0] == 0
+    Image.new("L", (16, 16), 255).save("mask.png")
+    assert refuse("red", "-i", "in.png", "--mask", "mask.png") == (
+        "tiny_sd: --mask mask.png is 16 x 16, and in.png is 32 x 16: they must have the same shape")
+
+
+def test_a_mask_is_black_where_it_is_transparent(run):
+    """Like the layers that GIMP and Photoshop export."""
+    PLAIN.resize((16, 16)).save("in.png")
+    drawn = {}
+    for mode, white, clear in ("L", 255, 0), ("RGBA", (255,) * 4, (255, 255, 255, 0)):
+        mask = Image.new(mode, (16, 16), clear)
+        mask.paste(white, (0, 0, 8, 16))
+        mask.save("mask.png")
+        drawn[mode] = np.asarray(Image.open(run("red", "-i", "in.png", "--mask", "mask.png")[1][0]))
+    np.testing.assert_array_equal(drawn["L"], drawn["RGBA"])
+    Image.new("RGBA", (16, 16)).save("mask.png")
+    err = run("red", "-i", "in.png", "--mask", "mask.png")[2]
+    assert "tiny_sd: mask.png has no white, and so nothing is replaced" in err
+
+
+def test_a_mask_is_recorded(run):
+    PLAIN.resize((16, 16)).save("in.png")
+    Image.new("L", (16, 16), 255).save("mask.png")
+    assert run("red", "-i", "in.png", "--mask", "mask.png", "-o", "a.png")[0] == 0
+    said = cli_lines(run, "--like", "a.png", "-i", "in.png")[2]
+    assert said == ["--like a.png: Mask mask.png is not taken up: give it with --mask"]
+    assert cli_lines(run, "--like", "a.png", "-i", "in.png", "--mask", "mask.png")[2] == []
+
+
+def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
+    """A MemoryError has no text of its own."""
+    PLAIN.save("in.png")
+
+    def fail(*args):
+        raise MemoryError
+    monkeypatch.setattr(files, "eight_bits", fail)
+    assert refuse("red", "-i", "in.png") == "tiny_sd: there is not enough memory"
+
+
+# ── Where it writes ───────────────────────────────────────────────────────────────────────────────
+
+def test_an_existing_file_stays_and_the_next_free_name_is_printed(run):
+    mine = ["out.png", "out-1.png", "out-001.png", "out-2.png.part"]
+    for name in mine:
+        Path(name).write_text("mine")
+    for argv, names in [
+        ("a", ["out-2.png"]), ("a", ["out-3.png"]), ("a -b 2", ["out-000.png", "out-001-1.png"]),
+    ]:
+        assert run(*argv.split())[1] == names
+    assert {path.name for path in Path().iterdir() if path.read_bytes() == b"mine"} == set(mine)
+    assert len(list(Path().iterdir())) == len(mine) + 4
+
+
+@pytest.mark.parametrize("name", ["sub folder/picture.png", "P.PNG", "a.b.png"])
+def test_output(run, name):
+    Path("sub folder").mkdir()
+    assert run("apple", "-o", name)[:2] == (0, [name])
+    assert Image.open(name).size == (16, 16) and not list(Path().rglob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["/proc/out.png", "a" * 300 + ".png"], ids=["/proc", "long"])
+def test_an_output_that_cannot_be_written(run, name):
+    if not Path(name).parent.is_dir():
+        pytest.skip(f"there is no {Path(name).parent} here")
+    status, out, err = run("apple", "-o", name)
+    assert (status, out) == (2, []) and err[-1].startswith("tiny_sd: ")
+    assert not list(Path().iterdir())
+
+
+def test_an_output_whose_name_leaves_no_room_for_a_suffix(run):
+    name = "a" * 249 + ".png"
+    assert run("apple", "-o", name)[:2] == (0, [name])
+    assert [path.name for path in Path().iterdir()] == [name]
+
+
+def test_a_name_that_a_picture_cannot_have(run, refuse):
+    if Path("/proc").is_dir():
+        assert (
+            run("apple", "-o", "/proc/out.png")[2][-1]
+            == "tiny_sd: /proc/out.png cannot be written: No such file or directory"
+        )
+    assert (
+        refuse("apple", "--preview", "no/such.png") == "tiny_sd: there is no folder no to write to"
+    )
+
+
+def test_into_a_folder(run, refuse):
+    Path("sub").mkdir()
+    assert run("apple", "-o", "sub/")[1] == ["sub/out.png"]
+    assert run("apple", "-o", "sub/")[1] == ["sub/out-1.png"]
+    assert "--output sub is a folder: sub/ writes into it" in refuse("apple", "-o", "sub")
+    assert "there is no folder none" in refuse("apple", "-o", "none/")
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
+        ("-o {prompt}.png", ["red-apple-on-a-b.png"]),
+        ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
+        ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
+        ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"]),
+    ],
+)
+def test_names_filled_in(run, flags, names):
+    assert run("red/apple, on a: ../b.", *flags.split())[:2] == (0, names)
+    assert sorted(path.name for path in Path().iterdir()) == names
+
+
+def test_a_name_filled_in_is_never_too_long(run):
+    assert run("🍎" * 300, "-o", "{prompt}{seed}.png")[0] == 0
+    assert run("苹" * 300, "-o", "{prompt}{seed}.png")[0] == 0
+    assert len(list(Path().iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["out.jpg", "out.jpeg", "out.webp", "P.JPG"])
+def test_other_formats_tell_how_they_were_made(run, name):
+    """As A1111 writes it, in EXIF's UserComment; --like reads it back."""
+    flags = "--steps 3 -s 9 --sampler euler --karras -n".split() + ["x: y, z"]
+    assert run("灯台 apple", "-o", name, *flags)[:2] == (0, [name])
+    comment = Image.open(name).getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    assert run("灯台 apple", *flags)[0] == 0
+    assert comment[8:].decode("utf-16-be") == Image.open("out.png").text["parameters"]
+    assert run.bare("--like", name, "-o", "again.png", "-m", run.model)[0] == 0
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def test_a_prompt_too_long_for_a_jpeg(run):
+    status, out, err = run("x " * 30000, "-o", "out.jpg")
+    assert (status, out) == (0, ["out.jpg"]) and any(
+        "too long to be recorded" in line for line in err
+    )
+    Image.open("out.jpg").load()
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, monkeypatch):
+    """With its number, too, and with the one that it gets where it is taken."""
+    monkeypatch.setattr(sd, "generate", None)
+    refuse("apple", "-o", "a" * 300 + ".png")
+    refuse("apple", "-b", "2", "-o", "a" * 249 + ".png")
+    Path("a" * 251 + ".png").touch()
+    assert "too long" in refuse("apple", "-o", "a" * 251 + ".png")
+
+
+# ── Previews ──────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.slow
+def test_preview_is_close_to_the_picture(tmp_path):
+    """The linear map of the last latents, beside the decoder's picture in small."""
+    picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
+    assert (
+        cli.main(
+            [
+                "red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview",
+                str(preview), "--steps", "8",
+            ]
+        )
+        == 0
+    )
+    small = np.asarray(Image.open(preview)).astype(float)
+    large = np.asarray(
+        Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)
+    ).astype(float)
+    assert small.shape == (16, 16, 3) and np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8
+
+
+def test_preview_replaces_only_a_preview(run, refuse):
+    PLAIN.save("mine.png")
+    Path("text.png").write_text("mine")
+    for name in ("mine.png", "text.png"):
+        assert (
+            refuse("apple", "--preview", name)
+            == f"tiny_sd: --preview {name} is there already, and no preview: name another file"
+        )
+    for seed in "12":
+        assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
+        assert Image.open("new.png").size == (8, 8)
+    assert "are both out.png" in refuse("apple", "--preview", "out.png", "-o", "out.png")
+
+
+def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
+    """Such as the one that another process was drawing."""
+    fit = show.colour_map
+
+    def colour_map(model):
+        PLAIN.save("mine.png")
+        return fit(model)
+    monkeypatch.setattr(show, "colour_map", colour_map)
+    status, out, err = run("apple", "--preview", "mine.png")
+    assert (status, out) == (2, []) and "no preview" in err[-1]
+    assert np.array_equal(pixels(Image.open("mine.png")), pixels(PLAIN))
+
+
+# ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
+
+def test_a_file_system_without_links(run, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", link)
+    Path("out.png").write_text("mine")
+    Path("out-1.png").symlink_to("nowhere")
+    assert run("apple")[:2] == (0, ["out-2.png"]) and Image.open("out-2.png").size == (16, 16)
+    assert (
+        Path("out.png").read_text() == "mine"
+        and Path("out-1.png").is_symlink()
+        and len(list(Path().iterdir())) == 3
+    )
+
+
+def test_nobody_reads_the_names(model):
+    """As after "| head -1": the pictures that are drawn already are saved all the same."""
+    process = start("red", "-m", model, "-b", "3", "--steps", "1")
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 2 and err.endswith("tiny_sd: [Errno 32] Broken pipe\n")
+    for name in ("out-000.png", "out-001.png", "out-002.png"):
+        Image.open(name).load()
+
+
+def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
+    """Its hash was recorded before."""
+    write_lora("l.safetensors")
+    generate = sd.generate
+
+    def gone(*args, **settings):
+        walk = generate(*args, **settings)
+        Path("l.safetensors").unlink()
+        return walk
+    monkeypatch.setattr(sd, "generate", gone)
+    assert run("red", "--lora", "l.safetensors")[:2] == (0, ["out.png"])
+
+
+def test_each_picture_is_saved_before_the_next_is_decoded(run, monkeypatch):
+    decode = sd.decode
+
+    def interrupted(model, x):
+        if Path("out-001.png").exists():
+            raise KeyboardInterrupt
+        return decode(model, x)
+    monkeypatch.setattr(sd, "decode", interrupted)
+    assert run("red", "-b", "3")[:2] == (130, ["out-000.png", "out-001.png"])
+
+
+def test_threads_that_save_under_one_name(here):
+    """Each picture once, whole, under a name of its own."""
+    threads = [threading.Thread(target=lambda k=k: files.save_picture(
+        np.full((4, 4, 3), k, np.uint8), Path("a.png"), str(k))) for k in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted((int(Image.open(path).text["parameters"]), pixels(Image.open(path)).max())
+                   for path in Path().iterdir())
+    assert found == [(k, k) for k in range(24)]
+
+
+@pytest.mark.parametrize("left", ["link", "folder"])
+def test_processes_of_one_number(run, monkeypatch, left):
+    """Of two containers that share a folder: the unfinished file's name is not the process's."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    Path("precious").write_text("mine")
+    if left == "link":
+        Path(".tiny_sd-1.part").symlink_to("precious")
+    else:
+        Path(".tiny_sd-1.part").mkdir()
+    assert run("red")[:2] == (0, ["out.png"]) and Path("precious").read_text() == "mine"
+
+
+def test_an_unfinished_name_that_is_taken_is_not_followed(run, monkeypatch):
+    Path("precious").write_text("mine")
+    Path(".tiny_sd-x.part").symlink_to("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "x")
+    assert run("red")[0] == 2 and Path("precious").read_text() == "mine"
+
+
+def test_file_systems_without_links_lose_nothing_either(here, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", link)
+    test_threads_that_save_under_one_name(here)
