@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes
-from extras.show import Film, curve, font, grey, heat, over, places_of_words, sheet
+from extras.show import Film, font, grey, heat, one_chunk, over, positions_of_words, sheet
 
 BUNDLED = tiny_sd.HERE / "weights" / "emoji"
 PROMPT = "a fox on a light blue background"
@@ -75,7 +75,8 @@ def words_picture(model, film, x):
     """The attention to each word of the prompt, over all steps, at the finest resolution."""
     size = max(film.steps[0].attention)
     maps = np.mean([s.attention[size][0] for s in film.steps], axis=0)
-    words = places_of_words(model.tokenizer, PROMPT)[1:-1]
+    chunks = one_chunk(model.tokenizer, PROMPT)
+    words = positions_of_words(model.tokenizer, chunks, model.tokenizer.length)[1:-1]
     picture = tiny_sd.decode(model, x)[0]
     cells = [over(picture, maps[places].sum(0)) for _, places in words]
     return sheet([cells], [word for word, _ in words], size=128)
@@ -104,6 +105,29 @@ def film_picture(model, film, x):
     steps = film.steps[::3]
     rows = [[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]]
     return sheet(rows, [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
+
+
+def curve(values, names, title, size=(640, 240)):
+    """A line through values, from 0 up, with names under some of its points."""
+    (w, h), write = size, font(13)
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    top = max(values) or 1
+    at = [
+        (60 + i * (w - 90) / max(1, len(values) - 1), h - 35 - v / top * (h - 75))
+        for i, v in enumerate(values)
+    ]
+    for y, label in ((h - 35, "0"), (40, f"{top:.3g}")):
+        draw.line((60, y, w - 30, y), "#ccc")
+        draw.text((52, y), label, "black", write, "rm")
+    every = -(-len(values) // 10)
+    for (x, _), name in list(zip(at, names))[::every]:
+        draw.text((x, h - 20), name, "black", write, "mm")
+    draw.text((60, 18), title, "black", write, "lm")
+    draw.line(at, "#b3262e", 3)
+    for x, y in at:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), "#b3262e")
+    return page
 
 
 def push_picture(model, film, x):

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 # isort: split      (first of all fast: it sets up BLAS before NumPy is loaded)
 from extras import fast  # noqa: F401
@@ -33,7 +34,7 @@ from extras import prompts
 from extras.files import free_names, unfinished_name
 from tiny_sd import require
 
-# ── Watching ──────────────────────────────────────────────────────────────────────────────────────
+# ── Watching ────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -50,17 +51,10 @@ def watching(**watchers):
             return result
         return wrapped
 
-    originals = {name: getattr(tiny_sd, name) for name in watchers}
-    threaded = tiny_sd.FAST.pop("map_rows", None)
-    try:
-        for name, watcher in watchers.items():
-            setattr(tiny_sd, name, watched(originals[name], watcher))
+    wrapped = {name: watched(getattr(tiny_sd, name), f) for name, f in watchers.items()}
+    with mock.patch.multiple(tiny_sd, **wrapped), mock.patch.dict(tiny_sd.FAST):
+        tiny_sd.FAST.pop("map_rows", None)
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(tiny_sd, name, function)
-        if threaded:
-            tiny_sd.FAST["map_rows"] = threaded
 
 
 def probabilities(q, k):
@@ -199,17 +193,12 @@ def previewer(path: Path, inside=tiny_sd.denoiser) -> Callable:
 
 
 def check_preview(path):
-    """UserError if there is a file that --preview must not replace."""
-    require(not os.path.lexists(path) or is_preview(path),
-            f"--preview {path} is there already, and no preview: name another file")
-
-
-def is_preview(path):
-    """Is this file one that previewer() wrote?"""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return b"tiny_sd preview" in file.read(99)
+    """UserError if there is a file that --preview must not replace: one that it did not write."""
+    ours = not os.path.lexists(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            ours = b"tiny_sd preview" in file.read(99)
+    require(ours, f"--preview {path} is there already, and no preview: name another file")
 
 
 def quick_decoder(model):
@@ -232,32 +221,26 @@ def colour_map(model):
     return fit
 
 
-# ── Drawing, with Pillow alone ────────────────────────────────────────────────────────────────────
+# ── Drawing, with Pillow alone ──────────────────────────────────────────────────────────────────
 
-HEAT = np.array(
-    [(0, 0, 0), (80, 20, 110), (190, 55, 85), (250, 145, 20), (255, 255, 170)]
-)  # from little to much
+HEAT = np.array([(0, 0, 0), (80, 20, 110), (190, 55, 85), (250, 145, 20), (255, 255, 170)])
 
 
 def heat(values, most=None):
-    """An array (h, w) from 0 to `most` as colours."""
+    """Return an array (h, w) from 0 to `most` as a picture, from black to pale yellow."""
     v = np.clip(values / (most or values.max() or 1), 0, 1)
-    return Image.fromarray(
-        np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in HEAT.T], -1)
-        .round()
-        .astype(np.uint8)
-    )
+    colours = np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in HEAT.T], -1)
+    return Image.fromarray(colours.round().astype(np.uint8))
 
 
 def grey(values, most):
-    """An array (h, w) from -most, black, to most, white."""
-    return Image.fromarray(
-        (np.clip(values / most / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
-    ).convert("RGB")
+    """Return an array (h, w) as a picture, from -most, black, to most, white."""
+    pixels = (np.clip(values / most / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def over(picture, values, most=None, smooth=True):
-    """A heat map over the picture (h, w, 3)."""
+    """Return a heat map of values (h, w) over a picture (height, width, 3)."""
     picture = Image.fromarray(picture)
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(picture.size, how))
@@ -265,24 +248,24 @@ def over(picture, values, most=None, smooth=True):
 
 
 def font(size):
+    """Return the font of labels."""
     return ImageFont.load_default(size)
 
 
 def enlarged(picture, size):
-    """Enlarged by the whole factor that brings it nearest to `size` pixels of width."""
+    """Return a picture larger by the whole factor that brings its width nearest to size."""
     n = max(1, round(size / picture.width))
     return picture.resize((n * picture.width, n * picture.height), Image.Resampling.NEAREST)
 
 
 def sheet(rows, across=(), down=(), size=96, gap=4):
-    """Rows of pictures of one size as one, with words above the columns and before the rows."""
+    """Return rows of pictures of one size as one, with words above columns and before rows."""
     rows = [[enlarged(cell, size) for cell in row] for row in rows]
     write, (w, h) = font(13), rows[0][0].size
     left = max([0, *(math.ceil(write.getlength(word)) + 12 for word in down)])
     top = 22 * bool(across)
-    page = Image.new(
-        "RGB", (left + len(rows[0]) * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white"
-    )
+    whole = left + len(rows[0]) * (w + gap) - gap, top + len(rows) * (h + gap) - gap
+    page = Image.new("RGB", whole, "white")
     draw = ImageDraw.Draw(page)
     for i, word in enumerate(across):
         draw.text((left + i * (w + gap) + w / 2, 10), word, "black", write, "mm")
@@ -294,30 +277,71 @@ def sheet(rows, across=(), down=(), size=96, gap=4):
     return page
 
 
-def curve(values, names, title, size=(640, 240)):
-    """A line through values, from 0 up, with names under some of its points."""
-    (w, h), write = size, font(13)
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    top = max(values) or 1
-    at = [
-        (60 + i * (w - 90) / max(1, len(values) - 1), h - 35 - v / top * (h - 75))
-        for i, v in enumerate(values)
-    ]
-    for y, label in ((h - 35, "0"), (40, f"{top:.3g}")):
-        draw.line((60, y, w - 30, y), "#ccc")
-        draw.text((52, y), label, "black", write, "rm")
-    every = -(-len(values) // 10)
-    for (x, _), name in list(zip(at, names))[::every]:
-        draw.text((x, h - 20), name, "black", write, "mm")
-    draw.text((60, 18), title, "black", write, "lm")
-    draw.line(at, "#b3262e", 3)
-    for x, y in at:
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), "#b3262e")
-    return page
+# ── What a film shows ───────────────────────────────────────────────────────────────────────────
 
 
-# ── The page of one run ───────────────────────────────────────────────────────────────────────────
+def positions_of_words(tokenizer, chunks, n):
+    """Return [(word, its positions)] in a context of n tokens, (start) first and the rest last.
+
+    chunks: those of extras.prompts, which the context holds one or more times. A word has its
+    weight beside it, unless that is 1.
+    """
+    length, words, used = tokenizer.length, [], []
+    specials = tokenizer.BOS, tokenizer.EOS, ""     # "": all but the first vector of a learnt word
+    for start, chunk in zip(range(0, n, length), chunks):
+        ended = True
+        for position, (i, weight) in enumerate(chunk, start + 1):
+            symbol = tokenizer.symbol[i]
+            if ended and symbol:
+                words.append(([], [], weight))
+            words[-1][0].append(i)
+            words[-1][1].append(position)
+            ended = symbol in specials or symbol.endswith("</w>")
+        used += range(start, start + 1 + len(chunk))
+
+    whole = length * len(chunks)
+    found = [("(start)", range(0, whole, length))]
+    found += [(tokenizer.decode(ids) + f" × {weight:.3g}" * (weight != 1), positions)
+              for ids, positions, weight in words]
+    found.append(("(end and padding)", sorted({*range(whole)} - {*used})))
+    return [(word, np.add.outer(range(0, n, whole), [*positions]).reshape(-1).astype(int))
+            for word, positions in found]
+
+
+def one_chunk(tokenizer, prompt):
+    """Return the chunks, one, of a prompt that is read as it stands."""
+    ids = tokenizer.tokens(prompt[:40 * tokenizer.length])      # as Tokenizer.encode cuts it
+    return [[(i, 1.0) for i in ids[:tokenizer.length - 2]]]
+
+
+def word_maps(steps, positions, k):
+    """Return {resolution: (steps, h, w)}, the attention to a word in picture k, and their mean.
+
+    The mean is over the resolutions, at the largest of them.
+    """
+    sizes = list(steps[0].attention)
+    maps = {size: np.array([step.attention[size][k, positions].sum(0) for step in steps])
+            for size in sizes}
+    return maps, np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
+
+
+def enlarge(values, size):
+    """Return an array (h, w) at another size (height, width), its mean kept."""
+    picture = Image.fromarray(values.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def push_maps(steps, k):
+    """Return (steps, h, w), the length over the channels of what guidance adds to picture k."""
+    return np.array([np.sqrt(np.square(step.push[k]).sum(-1)) for step in steps])
+
+
+def sigma(step):
+    """Return the noise-to-signal ratio of a step."""
+    return math.sqrt(1 / step.alpha_bar - 1)
+
+
+# ── The page of one run ─────────────────────────────────────────────────────────────────────────
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -334,6 +358,7 @@ figcaption, td, th {{ font-size: .85rem; text-align: left; vertical-align: top }
 .row {{ display: flex; flex-wrap: wrap; gap: 1rem }}
 .pair {{ display: flex; gap: 2px }}
 .scroll {{ overflow-x: auto }}
+.curve {{ max-width: 40rem; fill: currentColor; font-size: .8rem }}
 </style></head>
 <body>
 {body}
@@ -349,137 +374,76 @@ class Page:
         self.folder, self.body, self.prefix = folder, [], ""
 
     def say(self, *lines):
+        """Add lines of HTML."""
         self.body += lines
 
-    def image(self, picture, name, words, wide=False):
+    def image(self, picture, name, words):
         """Save a picture; return the tag that shows it."""
         path = self.folder / f"{self.prefix}{name}.png"
         picture.save(path)
-        return f'<img src="{path.name}" alt="{html.escape(words)}"{" class=wide" * wide}>'
+        return f'<img src="{path.name}" alt="{html.escape(words)}">'
+
+    def figures(self, pictures):
+        """Show [(picture, name, caption)] side by side."""
+        self.say('<div class="row">')
+        for picture, name, caption in pictures:
+            self.say(f"<figure>{self.image(picture, name, caption)}"
+                     f"<figcaption>{caption}</figcaption></figure>")
+        self.say("</div>")
 
     def write(self, title, width, rendering):
-        text = PAGE.format(
-            title=html.escape(title), width=width, rendering=rendering, body="\n".join(self.body)
-        )
+        """Write index.html, with pictures of this width in CSS pixels."""
+        text = PAGE.format(title=html.escape(title), width=width, rendering=rendering,
+                           body="\n".join(self.body))
         (self.folder / "index.html").write_text(text, encoding="utf-8")
 
 
-def pieces(tokenizer, text):
-    """[(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
-    found = []
-    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
-        if piece in (tokenizer.BOS, tokenizer.EOS):
-            found.append((piece, [piece]))
-        else:
-            found += [(word, tokenizer.merge(word)) for word in tokenizer.words(piece)]
-    return found
-
-
-def places_of_words(tokenizer, prompt):
-    """Return [(word, slice of its tokens)]: the start, the words that fit, and the rest."""
-    found, end, room = [("(start)", slice(0, 1))], 1, tokenizer.length - 1
-    for word, symbols in pieces(tokenizer, prompt):
-        if end < room:
-            found.append((word, slice(end, min(end + len(symbols), room))))
-            end = found[-1][1].stop
-    return [*found, ("(end and padding)", slice(end, tokenizer.length))]
-
-
-def places_in_chunks(tokenizer, chunks, n):
-    """Return [(word, its places)] of extras.prompts' chunks in a context of n tokens.
-
-    It holds the chunks one or more times. A word has its weight beside it.
-    """
-    length, words, used = tokenizer.length, [], []
-    for start, chunk in zip(range(0, n, length), chunks):
-        ended = True
-        for place, (i, weight) in enumerate(chunk, start + 1):
-            symbol = tokenizer.symbol[i]
-            if ended and symbol:        # all but the first vector of a learnt word have none
-                words.append(([], [], weight))
-            words[-1][0].append(i)
-            words[-1][1].append(place)
-            ended = not symbol or symbol.endswith("</w>")
-        used += [start, *range(start + 1, start + 1 + len(chunk))]
-
-    whole = length * len(chunks)
-    found = [("(start)", range(0, whole, length))]
-    found += [(tokenizer.decode(ids) + f" × {weight:.3g}" * (weight != 1), places)
-              for ids, places, weight in words]
-    found.append(("(end and padding)", sorted({*range(whole)} - {*used})))
-    return [(word, np.add.outer(range(0, n, whole), [*places]).reshape(-1).astype(int))
-            for word, places in found]
-
-
 def write_page(film, x, prompt, seeds, folder):
-    """index.html and its pictures, for each seed a part."""
+    """Write index.html and its pictures, a part for each seed."""
     page, final = Page(folder), tiny_sd.decode(film.model, x)
     decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
                for s in tqdm(film.steps, desc="pictures", unit="step")]
-    page.say(
-        f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
-        f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd {tiny_sd.__version__} with "
-        "the model "
-        f"{html.escape(film.model.name)}. NOTES.md has the mathematics.</p>",
-    )
+    page.say(f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
+             f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd "
+             f"{tiny_sd.__version__} with the model {html.escape(film.model.name)}. NOTES.md has "
+             "the mathematics.</p>")
     for k, seed in enumerate(seeds):
         page.prefix = f"{seed}-" if len(seeds) > 1 else ""
-        result = Image.fromarray(final[k])
-        page.say(f"<h2>Seed {seed}</h2>", page.image(result, "picture", prompt))
-        film_section(
-            page,
-            film.steps,
-            [[Image.fromarray(both[k]) for both in pair] for pair in decoded],
-            result,
-        )
+        page.say(f"<h2>Seed {seed}</h2>",
+                 page.image(Image.fromarray(final[k]), "picture", prompt))
+        pairs = [[Image.fromarray(pictures[k]) for pictures in pair] for pair in decoded]
+        film_section(page, film.steps, pairs, Image.fromarray(final[k]))
         if film.steps[0].attention:
             words_section(page, film, k, final[k], prompt)
         if film.steps[0].push is not None:
             guidance_section(page, film.steps, k)
         latents_section(page, film, k, x[k])
-    page.write(
-        prompt or "tiny_sd", *((128, "pixelated") if final.shape[2] < 256 else (192, "auto"))
-    )
+    page.write(prompt or "tiny_sd",
+               *((128, "pixelated") if final.shape[2] < 256 else (192, "auto")))
 
 
 def film_section(page, steps, pairs, result):
+    """Show x_t and the guess at each step, and the same as one moving picture."""
     frames = [sheet([pair], size=128) for pair in [*pairs, (result, result)]]
-    frames[0].save(
-        page.folder / f"{page.prefix}film.png",
-        save_all=True,
-        append_images=frames[1:],
-        loop=0,
-        duration=[300] * len(pairs) + [2000],
-    )
+    frames[0].save(page.folder / f"{page.prefix}film.png", save_all=True, loop=0,
+                   append_images=frames[1:], duration=[300] * len(pairs) + [2000])
     page.say(
         "<h3>The film</h3><p>At each step the program holds a noisy x<sub>t</sub> (left). From it "
         "the network guesses the clean picture x̂<sub>0</sub> (right): the mean of all that could "
         "hide in the noise, a blur at first. The sampler goes a part of the way there, and asks "
         "again. σ is the noise-to-signal ratio. Both are shown as the decoder sees them.</p>",
         f'<img class="wide" src="{page.prefix}film.png" alt="the same, moving">',
-        '<div class="row">',
-    )
-    for i, (step, pair) in enumerate(zip(steps, pairs)):
-        tags = [page.image(picture, f"film-{i + 1:03d}-{name}", f"{name} at step {i + 1}")
+        '<div class="row">')
+    for i, (step, pair) in enumerate(zip(steps, pairs), 1):
+        tags = [page.image(picture, f"film-{i:03d}-{name}", f"{name} at step {i}")
                 for picture, name in zip(pair, ("x", "x0"))]
-        page.say(
-            f'<figure><div class="pair">{"".join(tags)}</div>'
-            f"<figcaption>step {i + 1}: t = {step.t:.0f}, "
-            f"σ = {sigma(step):.3g}</figcaption></figure>"
-        )
+        page.say(f'<figure><div class="pair">{"".join(tags)}</div><figcaption>step {i}: '
+                 f"t = {step.t:.0f}, σ = {sigma(step):.3g}</figcaption></figure>")
     page.say("</div>")
 
 
-def sigma(step):
-    return math.sqrt(1 / step.alpha_bar - 1)
-
-
-def visible(text):
-    """Return a text with spaces in the place of all that does not print, such as ESC."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def words_section(page, film, k, picture, prompt):
+    """Show the attention to each word: over all, at each resolution, in each third of the way."""
     sizes = list(film.steps[0].attention)
     thirds = [part for part in np.array_split(np.arange(len(film.steps)), 3) if len(part)]
     page.say(
@@ -490,67 +454,81 @@ def words_section(page, film, k, picture, prompt):
         "the mean and the largest share. Start and padding take what no word wants.</p>",
         '<div class="scroll"><table><tr><th>word<th>mean',
         *(f"<th>at {h} × {w}" for h, w in sizes),
-        *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds),
-        "</tr>",
-    )
-    tokens = film.steps[0].attention[sizes[0]].shape[1]
-    words = (places_in_chunks(film.model.tokenizer, film.chunks, tokens) if film.chunks
-             else places_of_words(film.model.tokenizer, prompt))
-    for n, (word, places) in enumerate(words):
-        maps = {size: np.array([s.attention[size][k, places].sum(0) for s in film.steps])
-                for size in sizes}
-        whole = np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
-        cells = [(whole.mean(0), True), *((maps[size].mean(0), False) for size in sizes),
-                 *((whole[part].mean(0), True) for part in thirds)]
+        *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
+    tokenizer, tokens = film.model.tokenizer, film.steps[0].attention[sizes[0]].shape[1]
+    chunks = film.chunks or one_chunk(tokenizer, prompt)
+    for n, (word, positions) in enumerate(positions_of_words(tokenizer, chunks, tokens)):
+        maps, mean = word_maps(film.steps, positions, k)
+        cells = [(mean.mean(0), True), *((maps[size].mean(0), False) for size in sizes),
+                 *((mean[part].mean(0), True) for part in thirds)]
         page.say(f"<tr><th>{html.escape(word)}")
         for i, (m, smooth) in enumerate(cells):
-            heated = over(picture, m, smooth=smooth)
-            tag = page.image(heated, f"word-{n:02d}-{i}", f"attention to {word}")
+            tag = page.image(over(picture, m, smooth=smooth), f"word-{n:02d}-{i}",
+                             f"attention to {word}")
             page.say(f"<td>{tag}{m.mean():.1%}, {m.max():.1%}")
         page.say("</tr>")
     page.say("</table></div>")
 
 
-def enlarge(values, size):
-    """An array (h, w) at another size (height, width), its mean kept."""
-    return np.asarray(
-        Image.fromarray(values.astype(np.float32)).resize(size[::-1], Image.Resampling.NEAREST)
-    )
-
-
 def guidance_section(page, steps, k):
-    pushes = [np.sqrt(np.square(step.push[k]).sum(-1)) for step in steps]
-    lengths, most = [math.sqrt(np.square(p).sum()) for p in pushes], max(p.max() for p in pushes)
+    """Show where the prompt has something to say at each step, and how much over all."""
+    pushes = push_maps(steps, k)
+    lengths = np.sqrt(np.square(pushes).sum((1, 2)))
     page.say(
         "<h3>What the prompt changes</h3><p>The network answers twice, with the prompt "
         "(ε<sub>c</sub>) and with the negative one (ε<sub>∅</sub>). Guidance exaggerates the "
         "difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the channels, shows where "
-        "the prompt has something to say at each step; all maps have one scale.</p>",
-        page.image(curve(lengths, [f"t = {s.t:.0f}" for s in steps],
-                         "length of the difference, over the whole picture"),
-                   "guidance", "a curve", True),
-        '<div class="row">')
-    for i, push in enumerate(pushes, 1):
-        tag = page.image(heat(push, most), f"guidance-{i:03d}", f"guidance at step {i}")
-        page.say(f"<figure>{tag}<figcaption>step {i}: {lengths[i - 1]:.3g}</figcaption></figure>")
-    page.say("</div>")
+        "the prompt has something to say at each step; all maps have one scale. The curve is the "
+        "length over the whole picture.</p>", curve(lengths, [f"t = {s.t:.0f}" for s in steps]))
+    page.figures((heat(push, pushes.max()), f"guidance-{i:03d}", f"step {i}: {length:.3g}")
+                 for i, (push, length) in enumerate(zip(pushes, lengths), 1))
+
+
+def curve(values, names):
+    """Return an SVG of a line through values, from 0 up, with names under some of its points."""
+    top, every = max(values) or 1, -(-len(values) // 10)
+    points = [(60 + 550 * i / max(1, len(values) - 1), 160 - 140 * v / top)
+              for i, v in enumerate(values)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    text = [(x, 184, "middle", name) for (x, _), name in [*zip(points, names)][::every]]
+    text += [(52, 165, "end", "0"), (52, 25, "end", f"{top:.3g}")]
+    return ('<svg viewBox="0 0 640 200" class="curve"><path d="M60 20H610M60 160H610" '
+            f'stroke="#8888"/><polyline points="{line}" fill="none" stroke="#b3262e" '
+            'stroke-width="3"/>' + "".join(
+                f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{word}</text>'
+                for x, y, anchor, word in text) + "</svg>")
 
 
 def latents_section(page, film, k, latents):
-    channels, (h, w, _), factor = np.moveaxis(latents, -1, 0), latents.shape, film.model.factor
+    """Show the channels of the latents."""
+    h, w, n = latents.shape
     page.say(
         "<h3>The latent picture</h3><p>The channels of the result, which the decoder turns into "
-        f"the picture: {' × '.join(map(str, latents.shape))} numbers for "
-        f"{factor ** 2 * 3 * h * w:,}. Black is −3, white 3; the scale of the model makes their "
-        "spread about 1.</p>", '<div class="row">')
-    for i, channel in enumerate(channels):
-        page.say(f"<figure>{page.image(grey(channel, 3), f'latent-{i}', f'channel {i}')}"
-                 f"<figcaption>channel {i}: mean {channel.mean():.2f}, spread "
-                 f"{channel.std():.2f}</figcaption></figure>")
-    page.say("</div>")
+        f"the picture: {h} × {w} × {n} numbers for {film.model.factor ** 2 * 3 * h * w:,}. Black "
+        "is −3, white 3; the scale of the model makes their spread about 1.</p>")
+    channels = np.moveaxis(latents, -1, 0)
+    page.figures((grey(channel, 3), f"latent-{i}",
+                  f"channel {i}: mean {channel.mean():.2f}, spread {channel.std():.2f}")
+                 for i, channel in enumerate(channels))
 
 
-# ── The prompt's tokens and the model's parts ─────────────────────────────────────────────────────
+# ── The prompt's tokens and the model's parts ───────────────────────────────────────────────────
+
+
+def visible(text):
+    """Return a text with spaces in the place of all that does not print, such as ESC."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def pieces(tokenizer, text):
+    """Return [(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
+    found = []
+    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+        if piece in (tokenizer.BOS, tokenizer.EOS):
+            found.append((piece, [piece]))
+        else:
+            found += [(word, tokenizer.merge(word)) for word in tokenizer.words(piece)]
+    return found
 
 
 def merging(tokenizer, word):
@@ -603,7 +581,7 @@ def chunks_lines(tokenizer, prompt):
     lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
              f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
     for chunk in chunks:
-        words = places_in_chunks(tokenizer, [chunk], tokenizer.length)[1:-1]
+        words = positions_of_words(tokenizer, [chunk], tokenizer.length)[1:-1]
         lines += ["  " + ", ".join(word for word, _ in words),
                   "    " + " ".join(str(i) for i, _ in chunk)]
     return lines
@@ -620,6 +598,21 @@ def part_of(network, name):
     return f"{network} {part}"
 
 
+def weights_by_part(model):
+    """Return {id of a weight: its part}, and {part: record of shape, parameters, flops}."""
+    owner, table = {}, {}
+    networks = {"text_encoder": model.text_encoder}
+    if model.second:
+        tail = {name: part for name, part in vars(model.second).items() if isinstance(part, dict)}
+        networks["text_encoder_2"] = tail.pop("text_encoder") | tail
+    for network, weights in (networks | {"unet": model.unet, "vae": model.vae}).items():
+        for name, array in tiny_sd.flatten(weights).items():
+            part = owner[id(array)] = part_of(network, name)
+            row = table.setdefault(part, SimpleNamespace(shape=(), parameters=0, flops=0))
+            row.parameters += math.prod(array.shape)
+    return owner, table
+
+
 def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
 
@@ -627,18 +620,7 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     counted by watching that. flops: the multiplications and additions of all matrix products,
     which are next to everything.
     """
-    owner, table, order = {}, {}, []
-    networks = {"text_encoder": model.text_encoder}
-    if model.second:
-        tail = {name: part for name, part in vars(model.second).items() if isinstance(part, dict)}
-        networks["text_encoder_2"] = tail.pop("text_encoder") | tail
-    for network, weights in (networks | {"unet": model.unet, "vae": model.vae}).items():
-        for name, array in tiny_sd.flatten(weights).items():
-            owner[id(array)] = part_of(network, name)
-            row = table.setdefault(
-                part_of(network, name), SimpleNamespace(shape=(), parameters=0, flops=0)
-            )
-            row.parameters += math.prod(array.shape)
+    (owner, table), order = weights_by_part(model), []
 
     def count(y, flops, weight=None):
         order.append(order[-1] if weight is None else owner[id(weight)])
@@ -651,7 +633,7 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     def conv2d(y, x, weight, bias=None, **how):
         count(y, 2 * math.prod(y.shape) * math.prod(weight.shape[1:]), weight)
 
-    def attention(y, q, k, v, causal=False):
+    def dot_product_attention(y, q, k, v, causal=False):
         count(y, 4 * math.prod(q.shape) * k.shape[-2])
 
     def group_norm(y, x, groups, eps, weight, bias):
@@ -660,27 +642,17 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     def layer_norm(y, x, weight, bias):
         count(y, 0, weight)
 
-    x = np.zeros(
-        (1, height // model.factor, width // model.factor, model.config.vae.latent_channels),
-        np.float32,
-    )
+    h, w, channels = tiny_sd.latent_shape(model, width, height)
+    x = np.zeros((1, h, w, channels), np.float32)
 
     def step():
         context, pooled = tiny_sd.embed_prompts(model, [prompt])
         tiny_sd.denoiser(model, context, 1, pooled)(x, 500, 0.5)
 
-    runs = [
-        step,
-        lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
-        lambda: tiny_sd.decode(model, x),
-    ]
-    with watching(
-        linear=linear,
-        conv2d=conv2d,
-        dot_product_attention=attention,
-        group_norm=group_norm,
-        layer_norm=layer_norm,
-    ):
+    runs = [step, lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
+            lambda: tiny_sd.decode(model, x)]
+    with watching(linear=linear, conv2d=conv2d, group_norm=group_norm, layer_norm=layer_norm,
+                  dot_product_attention=dot_product_attention):
         for work in tqdm(runs, desc="counting", unit="part", leave=False):
             work()
     names = [*(table.keys() - set(order)), *dict.fromkeys(order)]
@@ -694,13 +666,11 @@ def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted
     """
     print(tokens_text(model.tokenizer, prompt, weighted))
     table = sizes(model, "" if weighted else prompt, width, height)
-    print(
-        f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
-        "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
-        "convolutions, attention). One step of sampling is the U-Net once, and\ntwice with "
-        "guidance; the others run once a picture, the VAE's encoder only to start from a picture."
-        "\n"
-    )
+    print(f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
+          "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
+          "convolutions, attention). One step of sampling is the U-Net once, and\ntwice with "
+          "guidance; the others run once a picture, the VAE's encoder only to start from a "
+          "picture.\n")
     print(f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}")
     for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
         rows = list(rows)
@@ -712,7 +682,7 @@ def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted
 
 
 def metric(n):
-    """12 G for 12,000,000,000, nothing for 0."""
+    """Return 12 G for 12,000,000,000, nothing for 0."""
     power = 0
     while n >= 1000:
         n, power = n / 1000, power + 1

@@ -486,7 +486,7 @@ def test_hashes_tell_another_file(run, beside, lora, single_file):
 
 def test_places_of_words_in_chunks(tokenizer):
     chunks = prompts.chunks_of(tokenizer, "a (hippopotamus:1.5) BREAK b")
-    found = {word: places.tolist() for word, places in show.places_in_chunks(
+    found = {word: places.tolist() for word, places in show.positions_of_words(
         tokenizer, chunks, 4 * 77)}
     length = len(tokenizer.tokens("hippopotamus"))
     assert found["(start)"] == [0, 77, 154, 231] and found["a"] == [1, 155]

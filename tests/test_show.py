@@ -22,10 +22,8 @@ from conftest import ROOT
 from extras import checks, cli, fast, formats, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
-    None,
-)
+NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 PRIMITIVES = {name: value for name, value in vars(sd).items() if hasattr(value, "formula")}
 
 
@@ -57,11 +55,11 @@ def filmed(model, *args, **settings):
     return film.steps, x
 
 
-# ── What is heard ─────────────────────────────────────────────────────────────────────────────────
+# ── What is heard ───────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"guidance": 1}, {"sampler": "euler_a"}, {"width": 10, "height": 18}]
-)
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 1}, {"sampler": "euler_a"},
+                                      {"width": 10, "height": 18}])
 def test_watching_changes_nothing(kind, model, settings):
     settings = {"seeds": (0, 7), "steps": 3, **settings}
     *_, plain = sd.generate(model, "red apple", "app", **settings)
@@ -87,10 +85,8 @@ def test_attention_is_the_prompts(model):
     of a batch.
     """
     guided = filmed(model, "red apple", "app", seeds=(0, 7), steps=1)[0][0].attention
-    assert {size: m.shape for size, m in guided.items()} == {
-        (8, 8): (2, 12, 8, 8),
-        (4, 4): (2, 12, 4, 4),
-    }
+    shapes = {size: m.shape for size, m in guided.items()}
+    assert shapes == {(8, 8): (2, 12, 8, 8), (4, 4): (2, 12, 4, 4)}
     for k, seed in enumerate((0, 7)):
         alone = filmed(model, "red apple", seeds=(seed,), steps=1, guidance=1)[0][0].attention
         for size, m in guided.items():
@@ -116,23 +112,29 @@ def test_watchers_leave_when_something_fails():
     assert nothing_is_watched()
 
 
-def test_places_of_words():
-    """Of the start, of each word that fits, and of the rest: every place once."""
+def test_positions_of_words():
+    """Of the start, of each word that fits, and of the rest: every position once."""
     tokenizer = sd.Tokenizer([("a", "p")], length=8)
-    assert show.places_of_words(tokenizer, "red Ap") == [
-        ("(start)", slice(0, 1)), ("red", slice(1, 4)), ("ap", slice(4, 6)),
-        ("(end and padding)", slice(6, 8)),
-    ]
-    assert show.places_of_words(tokenizer, "red <|endoftext|> apple pie")[1:] == [
-        ("red", slice(1, 4)), ("<|endoftext|>", slice(4, 5)), ("apple", slice(5, 7)),
-        ("(end and padding)", slice(7, 8)),
-    ]
+
+    def positions(prompt):
+        chunks = show.one_chunk(tokenizer, prompt)
+        found = show.positions_of_words(tokenizer, chunks, tokenizer.length)
+        return [(word, positions.tolist()) for word, positions in found]
+
+    assert positions("red Ap") == [("(start)", [0]), ("red", [1, 2, 3]), ("ap", [4, 5]),
+                                   ("(end and padding)", [6, 7])]
+    assert positions("red <|endoftext|> apple pie")[1:] == [
+        ("red", [1, 2, 3]), ("<|endoftext|>", [4]), ("app", [5, 6]), ("(end and padding)", [7])]
 
 
 # ── The page ──────────────────────────────────────────────────────────────────────────────────────
 
 class Parsed(html.parser.HTMLParser):
     """The pictures and tags of a page; fails if tags do not nest."""
+
+    ATTRIBUTES = {"svg": {"viewbox", "class"}, "path": {"d", "stroke"},
+                  "polyline": {"points", "fill", "stroke", "stroke-width"},
+                  "text": {"x", "y", "text-anchor"}}
 
     def __init__(self, text):
         super().__init__()
@@ -141,14 +143,18 @@ class Parsed(html.parser.HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in ("meta", "img", "th", "td", "tr"):        # the last three may be left open
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
         self.tags.add(tag)
         attributes = dict(attributes)
-        assert attributes.keys() <= {"lang", "charset", "name", "content", "class", "src", "alt"}
+        assert attributes.keys() <= self.ATTRIBUTES.get(tag, {
+            "lang", "charset", "name", "content", "class", "src", "alt"})
         if tag == "img":
             assert "alt" in attributes
             self.images.append(attributes["src"])
-        if tag not in ("meta", "img", "th", "td", "tr"):        # the last three may be left open
-            self.open.append(tag)
 
     def handle_endtag(self, tag):
         if tag != "tr":
@@ -163,21 +169,14 @@ def run(tiny, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         status = cli.main(["--model", str(tiny), "--steps", "2", *argv])
         out, err = capsys.readouterr()
-        return (
-            status, out.splitlines(),
-            [line for line in err.splitlines() if line.startswith("tiny_sd: ")],
-        )
-
+        lines = [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
+        return status, out.splitlines(), lines
     return run
 
 
-@pytest.mark.parametrize(
-    "flags, pictures, steps, guided",
-    [
-        ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False),
-        ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True),
-    ],
-)
+@pytest.mark.parametrize("flags, pictures, steps, guided", [
+    ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False),
+    ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True)])
 def test_the_page(run, flags, pictures, steps, guided):
     """Of every picture.
 
@@ -191,15 +190,12 @@ def test_the_page(run, flags, pictures, steps, guided):
     assert status == 0 and err == [] and Path(out[-1]) == Path("seen/index.html").resolve()
     text = Path("seen/index.html").read_text(encoding="utf-8")
     page, words = Parsed(text), len(["(start)", "<", "red", ">", "&", '"', "apple", '"', "(rest)"])
-    assert (
-        "script" not in page.tags
-        and "://" not in text
-        and "&lt;red&gt; &amp; &quot;apple&quot;" in text
-    )
+    assert "script" not in page.tags and "://" not in text
+    assert "&lt;red&gt; &amp; &quot;apple&quot;" in text
     assert sorted(page.images) == sorted(path.name for path in Path("seen").glob("*.png"))
     assert len(page.images) == pictures * (
-        1 + 1 + 2 * steps + words * (3 + min(3, steps)) + (1 + steps) * guided + 4
-    )
+        1 + 1 + 2 * steps + words * (3 + min(3, steps)) + steps * guided + 4)
+    assert text.count("<svg") == pictures * guided
     for name in page.images:
         Image.open(f"seen/{name}").load()
     assert all(path.name[0] != "." for path in Path().iterdir())
@@ -207,31 +203,22 @@ def test_the_page(run, flags, pictures, steps, guided):
 
 def test_the_film_shows_each_step(run):
     assert run("apple", "--show", "seen", "--steps", "3")[0] == 0
-    film, frame = (
-        Image.open("seen/film.png"),
-        lambda name: np.asarray(Image.open(f"seen/{name}.png").resize((128, 128), 0)),
-    )
+    film = Image.open("seen/film.png")
     assert film.n_frames == 4
-    for i in range(4):
+    pairs = [(f"film-{i:03d}-x", f"film-{i:03d}-x0") for i in range(1, 4)]
+    for i, pair in enumerate([*pairs, ("picture", "picture")]):
         film.seek(i)
-        left, right = (
-            (f"film-{i + 1:03d}-x", f"film-{i + 1:03d}-x0") if i < 3 else ("picture", "picture")
-        )
         both = np.asarray(film.convert("RGB"))
-        assert np.array_equal(both[:, :128], frame(left)) and np.array_equal(
-            both[:, -128:], frame(right)
-        )
+        for half, name in zip((both[:, :128], both[:, -128:]), pair):
+            frame = Image.open(f"seen/{name}.png").resize((128, 128), Image.Resampling.NEAREST)
+            assert np.array_equal(half, np.asarray(frame))
 
 
 def test_the_picture_is_the_same_as_without(run):
-    assert (
-        run("apple", "-o", "plain.png")[0]
-        == run("apple", "-o", "shown.png", "--show", "seen")[0]
-        == 0
-    )
-    plain, *shown = (
-        np.asarray(Image.open(path)) for path in ("plain.png", "shown.png", "seen/picture.png")
-    )
+    assert run("apple", "-o", "plain.png")[0] == 0
+    assert run("apple", "-o", "shown.png", "--show", "seen")[0] == 0
+    plain, *shown = (np.asarray(Image.open(path))
+                     for path in ("plain.png", "shown.png", "seen/picture.png"))
     assert all(np.array_equal(plain, other) for other in shown)
 
 
@@ -341,17 +328,15 @@ def test_a_large_file_is_not_read_to_see_that_it_is_no_preview(run):
     assert (status, out) == (2, []) and "no preview" in err[0]
 
 
-@pytest.mark.parametrize(
-    "error, status", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
-)
+@pytest.mark.parametrize("error, status", [(OSError(28, "No space left on device"), 2),
+                                           (KeyboardInterrupt(), 130)])
 def test_a_page_half_written_is_taken_away(run, monkeypatch, error, status):
     def fail(*args):
         raise error
     monkeypatch.setattr(show, "latents_section", fail)
     result, out, err = run("apple", "--show", "seen")
-    assert (result, out, len(err)) == (status, ["out.png"], 1) and [
-        path.name for path in Path().iterdir()
-    ] == ["out.png"]
+    assert (result, out, len(err)) == (status, ["out.png"], 1)
+    assert [path.name for path in Path().iterdir()] == ["out.png"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
@@ -366,18 +351,13 @@ def test_the_page_in_a_browser(run):
             i => [i.getAttribute("src"), i.complete && i.naturalWidth, i.width]),
         width: document.documentElement.scrollWidth, window: innerWidth,
         asked: performance.getEntriesByType("resource").map(e => e.name)})})</script>"""
-    Path("seen/asked.html").write_text(
-        text.replace("</body>", question + "</body>"), encoding="utf-8"
-    )
+    asked = Path("seen/asked.html")
+    asked.write_text(text.replace("</body>", question + "</body>"), encoding="utf-8")
     for width in (1280, 500):
         done = subprocess.run(
-            [
-                BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
-                f"--user-data-dir={Path('profile').resolve()}", f"--window-size={width},900",
-                "--dump-dom", Path("seen/asked.html").resolve().as_uri(),
-            ],
-            capture_output=True, text=True, timeout=120,
-        )
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             f"--user-data-dir={Path('profile').resolve()}", f"--window-size={width},900",
+             "--dump-dom", asked.resolve().as_uri()], capture_output=True, text=True, timeout=120)
         answer = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.S)[1]))
         assert [name for name, _, _ in answer["images"]] == Parsed(text).images
         assert all(natural > 0 and shown > 0 for _, natural, shown in answer["images"])
@@ -385,7 +365,8 @@ def test_the_page_in_a_browser(run):
         assert all(name.startswith("file:") for name in answer["asked"])
 
 
-# ── The prompt and the parts ──────────────────────────────────────────────────────────────────────
+# ── The prompt and the parts ────────────────────────────────────────────────────────────────────
+
 
 @pytest.mark.parametrize("word", ["emoji", "internationalization", "aaaaaaa", "é🍎", "x"])
 def test_merges_step_by_step(word):
@@ -398,18 +379,9 @@ def test_merges_step_by_step(word):
     ranks = []
     for before, after in zip(steps, steps[1:]):
         assert "".join(before) == "".join(after)
-        new = next(
-            symbol
-            for symbol in after
-            if symbol not in before or after.count(symbol) > before.count(symbol)
-        )
-        ranks.append(
-            min(
-                rank
-                for pair, rank in clip.rank.items()
-                if "".join(pair) == new and pair[0] in before and pair[1] in before
-            )
-        )
+        new = next(s for s in after if after.count(s) > before.count(s))
+        ranks.append(min(rank for pair, rank in clip.rank.items()
+                         if "".join(pair) == new and {*pair} <= {*before}))
     assert ranks == sorted(ranks)
 
 
@@ -417,11 +389,8 @@ def test_explain(run):
     status, out, err = run("Red apple " * 6, "--explain")
     text = "\n".join(out)
     assert status == 0 and not list(Path().glob("*.png"))
-    assert (
-        "  red: bytes 72 65 64\n      r e d</w>\n    → re d</w>\n    → red</w>\n      513\n"
-        "  apple: "
-        in text
-    )
+    assert ("  red: bytes 72 65 64\n      r e d</w>\n    → re d</w>\n    → red</w>\n      513\n"
+            "  apple: ") in text
     assert "Cut off, because it does not fit: red apple\n" in text and "nothing" not in text.lower()
     ids = TOKENIZER.encode("red apple " * 6)[0]
     assert " ".join(map(str, ids)) + "\n" in text
@@ -444,19 +413,12 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
     for name, row in show.sizes(formats.load(tiny, backend), "red apple", width, height).items():
         ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
     context = sd.encode_prompts(model, ["red apple"])
-    works = {
-        "text_encoder": lambda: sd.encode_prompts(model, ["red apple"]),
-        "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
-        "vae": lambda: (
-            sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
-            sd.decode(model, x),
-        ),
-    }
-    for name, work in works.items():
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):  # attention as plain products
+    works = {"text_encoder": lambda: sd.encode_prompts(model, ["red apple"]),
+             "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
+             "vae": lambda: (sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
+                             sd.decode(model, x))}
+    for name, work in works.items():        # with attention as plain products
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             work()
         assert ours[name] == counter.get_total_flops() > 0
 
@@ -465,14 +427,9 @@ def test_letters_that_the_terminal_has_not(tiny):
     """A token of two bytes of an apple is no letter of any code page of Windows."""
     done = subprocess.run(
         [sys.executable, ROOT / "tiny_sd.py", "🍎 æ", "-m", tiny, "--explain"], capture_output=True,
-        text=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252",
-    )
-    assert (
-        done.returncode == 0
-        and "Traceback" not in done.stderr
-        and "\\" in done.stdout
-        and "æ" in done.stdout
-    )
+        text=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "\\" in done.stdout and "æ" in done.stdout
 
 
 def test_nothing_that_controls_a_terminal_is_printed(run):
