@@ -1,4 +1,4 @@
-"""Stable Diffusion in one file of NumPy: every layer, how it learns, and how it draws.
+"""Stable Diffusion in one file of NumPy: every layer, how it draws, and how it learns.
 
     "red apple" --> tokenizer --> text encoder --> context (1, 77, 768) --+
                                                                           |
@@ -10,7 +10,7 @@
     python tiny_sd.py "red apple on a blue background"           the small model in weights/emoji
     python tiny_sd.py "a lighthouse in a storm" -m FOLDER        Stable Diffusion itself
 
-The same in Python, with the plainest sampler and other random numbers, so another picture:
+The same in Python:
 
     >>> model = load("weights/emoji")
     >>> context = encode_prompts(model, ["", "red apple on a blue background"])
@@ -23,13 +23,28 @@ Three conventions carry the whole file.
 
 1. A layer is a function of arrays.
 2. Its weights are a nested mapping with the checkpoint's names as keys, passed as keyword
-   arguments: `resnet(x, temb, groups, eps, **weights)`. A name without a parameter is a TypeError.
+   arguments: `resnet(x, temb, groups, delta, **weights)`. If the checkpoint holds a name that the
+   function does not take, Python raises TypeError.
+
+       >>> model.unet["down_blocks"][0]["resnets"][0]["conv1"]["weight"].shape
+       (64, 3, 3, 64)
+
 3. Images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
    convolution and the projections of attention are one operation, `x @ w.T`.
 
-Shapes beside the code are those of Stable Diffusion 1.5 drawing 512x512 pixels. (6.2) is an
-equation in NOTES.md, whose sections follow this file's. Training (§7) needs torch, for gradients.
-extras/ holds what the lesson can do without: all options, speed, other file formats.
+Shapes beside the code are those of Stable Diffusion 1.5. The bundled model is the same, smaller:
+
+                             Stable Diffusion 1.5       bundled
+    picture                  512 x 512                  64 x 64
+    latents                  64 x 64 x 4                16 x 16 x 4
+    channels of the U-Net    320, 640, 1280, 1280       64, 128, 192
+    tokens, and their width  77, 768                    32, 192
+    the U-Net predicts       the noise                  the velocity (6.14)
+
+(6.2) is an equation in NOTES.md, whose sections follow this file's. Training (§8) needs torch, for
+gradients. extras/ holds what the lesson can do without: all options, speed, other file formats, and
+the timesteps and random numbers of other programs. Where extras/ is beside this file, the command
+runs through it; without it, the small program at the end draws, another picture for the same seed.
 """
 
 import argparse
@@ -40,42 +55,62 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__" and (HERE / "extras/start.py").exists():
-    # The full command line runs here and does not return. Without extras/ beside this file, the
-    # small program at its end draws.
     sys.path.insert(0, str(HERE))
     from extras.start import program
-    program()
+    program()       # the command line: prepares the process, loads NumPy, draws, and ends here
 
-import numpy as np  # noqa: E402  (the program prepares the process before NumPy is loaded)
+import numpy as np  # noqa: E402
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
+
+
+class UserError(ValueError):
+    """An error to report to the user in one line; the program's exit status is 2."""
+
+
+def require(condition, message):
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def shorten(text, length=200):
+    """Cut a text to this length, and mark the cut with " ..."."""
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def tell(message):
+    """Print one line on stderr, with control characters removed."""
+    letters = "".join(c if c.isprintable() else " " for c in message)
+    print("tiny_sd:", " ".join(letters.split())[:2000], file=sys.stderr)
 
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# Each operation is defined by its formula in NumPy. Given torch tensors, it calls the function of
-# the same name in torch_operations(), so that the networks below are written once and run on both.
+# Each primitive is defined by its formula in NumPy. Given a torch tensor it runs torch's operation
+# of the same name instead, so the networks below are written once and run on both libraries.
 
-FAST = {}   # {name: quicker form of that primitive on NumPy arrays}; extras/fast.py fills it
+FAST = {}       # {name: a quicker form for NumPy arrays}; extras/fast.py fills it
 
 
 def primitive(formula):
-    """Decorate a NumPy formula: called with torch tensors, it runs torch's operation instead."""
+    """Dispatch on the array's type: NumPy runs this formula, torch its own form of it (TORCH)."""
     name = formula.__name__
 
     @functools.wraps(formula)
     def operation(x, *args, **kwargs):
         if isinstance(x, (np.ndarray, np.generic)):
             return FAST.get(name, formula)(x, *args, **kwargs)
-        return torch_operations()[name](x, *args, **kwargs)
+        return TORCH[name](x, *args, **kwargs)
 
     operation.formula = formula
     return operation
@@ -108,23 +143,23 @@ def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
 
 
 @primitive
-def group_norm(x, groups, eps, weight, bias):
+def group_norm(x, groups, delta, weight, bias):
     """Normalise each group of channels of each image, then scale and shift (1.5).
 
-    Wu and He, 2018. x: (batch, height, width, channels).
+    Wu and He, 2018. x: (batch, height, width, channels). delta keeps the root from being 0.
     """
     B, H, W, C = x.shape
     g = x.reshape(B, H * W, groups, C // groups)        # mean and variance over axes 1 and 3
     g = g - g.mean(axis=(1, 3), keepdims=True)
-    g = g / np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + eps)
+    g = g / np.sqrt((g * g).mean(axis=(1, 3), keepdims=True) + delta)
     return g.reshape(B, H, W, C) * weight + bias
 
 
 @primitive
-def layer_norm(x, weight, bias, eps=1e-5):
+def layer_norm(x, weight, bias, delta=1e-5):
     """Normalise each row, the last axis, then scale and shift (1.5). Ba et al., 2016."""
     x = x - x.mean(axis=-1, keepdims=True)
-    x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + delta)
     return x * weight + bias
 
 
@@ -195,19 +230,8 @@ def concat(*xs):
 
 
 @primitive
-def map_rows(x, function, *others):
-    """Apply a function to x[0:1], x[1:2], ..., and the others' rows with them; join the results.
-
-    Rows must be independent. NumPy takes one at a time, which needs less memory and lets
-    extras/fast.py give each a core; torch gets them all in one call.
-    """
-    rows = [[array[i:i + 1] for array in (x, *others)] for i in range(len(x))]
-    return np.concatenate([function(*row) for row in rows])
-
-
-@primitive
 def array_like(x, values):
-    """Convert values to an array of x's library, type and device."""
+    """Convert values to an array of x's library, dtype and device."""
     return np.asarray(values, x.dtype)
 
 
@@ -215,51 +239,6 @@ def array_like(x, values):
 def to_numpy(x):
     """Convert x to a float32 NumPy array."""
     return np.asarray(x, np.float32)
-
-
-@functools.cache
-def torch_operations():
-    """Return {name: torch's form of that primitive}. Besides these, only §7 and to_torch use torch.
-
-    torch.nn.functional wants channels first: movedim reorders the axes of our images, without a
-    copy.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
-        before, after = padding
-        if before != after:     # F.conv2d pads both sides alike
-            x = F.pad(x, (0, 0, before, after, before, after))      # channels, width, height
-            before = 0
-        x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
-        return F.conv2d(x, weight, bias, stride, before).movedim(1, -1)
-
-    def group_norm(x, groups, eps, weight, bias):
-        return F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps).movedim(1, -1)
-
-    def upsample(x, height, width):
-        y = F.interpolate(x.movedim(-1, 1), scale_factor=2.0).movedim(1, -1)
-        return y[:, :height, :width]
-
-    def attention(q, k, v, causal=False):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    return {
-        "linear": lambda x, weight, bias=None: F.linear(x, weight.reshape(len(weight), -1), bias),
-        "conv2d": conv2d,
-        "group_norm": group_norm,
-        "layer_norm": lambda x, weight, bias, eps=1e-5: F.layer_norm(
-            x, x.shape[-1:], weight, bias, eps),
-        "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
-        "softmax": lambda x: F.softmax(x, -1),
-        "dot_product_attention": attention,
-        "upsample": upsample,
-        "concat": lambda *xs: torch.cat(xs, -1),
-        "map_rows": lambda x, function, *others: function(x, *others),
-        "array_like": lambda x, values: torch.as_tensor(values).to(x),
-        "to_numpy": lambda x: x.detach().float().cpu().numpy(),
-    }
 
 
 # ── 2. Tokenizer ─────────────────────────────────────────────────────────────────── NOTES §2 ──
@@ -401,33 +380,35 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
     return x + linear(h, **mlp["fc2"])
 
 
-def text_encoder(ids, n_head, activation, embeddings, encoder, final_layer_norm=None):
-    """Turn token ids (batch, tokens) into the context (batch, tokens, width) for the U-Net.
+def text_encoder(ids, n_head, activation, embeddings, layers):
+    """Return the states after each layer, a list of (batch, tokens, width), of token ids.
 
-    CLIP's text encoder: Radford et al., 2021. SDXL's context is the output of the last layer but
-    one, without the final norm (9.8).
+    CLIP's text encoder: Radford et al., 2021. ids: (batch, tokens).
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
-    for layer in encoder["layers"]:
+
+    states = []
+    for layer in layers:
         x = text_layer(x, n_head, activation, **layer)
-    return layer_norm(x, **final_layer_norm) if final_layer_norm else x
+        states.append(x)
+    return states
 
 
 # ── 4. VAE ───────────────────────────────────────────────────────────────────────── NOTES §4 ──
 
 
-def resnet(x, temb, groups, eps, norm1, conv1, norm2, conv2,
+def resnet(x, temb, groups, delta, norm1, conv1, norm2, conv2,
            time_emb_proj=None, conv_shortcut=None):
     """A ResNet block: x plus two rounds of GroupNorm, SiLU, 3x3 convolution (4.5).
 
     He et al., 2015. x: (batch, height, width, in). Returns (batch, height, width, out). temb: the
     time embedding (batch, 1280), which tells the U-Net the noise level; None in the VAE.
     """
-    h = conv2d(silu(group_norm(x, groups, eps, **norm1)), **conv1)      # in -> out channels
+    h = conv2d(silu(group_norm(x, groups, delta, **norm1)), **conv1)      # in -> out channels
     if time_emb_proj:
         h = h + linear(silu(temb), **time_emb_proj)[:, None, None]      # (batch, 1, 1, out)
-    h = conv2d(silu(group_norm(h, groups, eps, **norm2)), **conv2)
+    h = conv2d(silu(group_norm(h, groups, delta, **norm2)), **conv2)
     return h + (linear(x, **conv_shortcut) if conv_shortcut else x)
 
 
@@ -445,6 +426,7 @@ def vae_attention(x, groups, **weights):
 
 def vae_block(x, groups, resnets, attentions=(), downsamplers=(), upsamplers=()):
     """The ResNet blocks of one level (the middle has attention between them), then resampling."""
+    # zip_longest: most levels have no attentions, and the middle has one fewer than ResNet blocks
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, None, groups, 1e-6, **resnet_weights)
         if attention_weights:
@@ -477,6 +459,7 @@ def vae_encode(picture, vae, groups):
 
     Kingma and Welling, 2014. picture: (batch, 8 h, 8 w, 3) in [-1, 1].
     """
+    picture = array_like(vae["quant_conv"]["bias"], picture)
     h = vae_encoder(picture, groups, **vae["encoder"])
     moments = linear(h, **vae["quant_conv"])                    # (batch, h, w, 8)
     n = moments.shape[-1] // 2
@@ -485,6 +468,7 @@ def vae_encode(picture, vae, groups):
 
 def vae_decode(z, vae, groups):
     """Turn unscaled latents z (batch, h, w, 4) into pictures (batch, 8 h, 8 w, 3) in [-1, 1]."""
+    z = array_like(vae["post_quant_conv"]["bias"], z)
     return vae_decoder(linear(z, **vae["post_quant_conv"]), groups, **vae["decoder"])
 
 
@@ -501,15 +485,12 @@ def timestep_embedding(t, dim):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def time_mlp(x, t, linear_1, linear_2, cond_proj=None, condition=None):
+def time_mlp(x, t, linear_1, linear_2):
     """Return the time embedding that every ResNet block gets, (batch, 1280) (5.2).
 
-    x says only which library, dtype and device. Some distilled models also embed a condition
-    (batch, n), through cond_proj.
+    t: (batch,), times in 0..999. x is used only for its library, dtype and device.
     """
     h = array_like(x, timestep_embedding(t, linear_1["weight"].shape[1]))       # (batch, 320)
-    if cond_proj:
-        h = h + linear(array_like(x, condition), **cond_proj)
     return linear(silu(linear(h, **linear_1)), **linear_2)
 
 
@@ -541,12 +522,11 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
     return x + linear(h.reshape(B, H, W, C), **proj_out)
 
 
-def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
-    """One level on the way down, or the middle: return its output and the skips for the way up.
+def down_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
+    """One level on the way down, or the middle: return its output, and push skips for the way up.
 
     x: (batch, height, width, channels). Each ResNet block, and the downsampler, leaves a skip.
     """
-    skips = []
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, temb, groups, 1e-5, **resnet_weights)
         if attention_weights:
@@ -555,34 +535,30 @@ def down_block(x, temb, context, n_head, groups, resnets, attentions=(), downsam
     for layer in downsamplers:
         x = conv2d(x, **layer["conv"], stride=2)                # half the size
         skips.append(x)
-    return x, skips
-
-
-def up_block(x, skips, size, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
-    """One level on the way up: each ResNet block also sees a skip, the last one first (5.5).
-
-    size: (height, width) of the next skip, since a size can be odd: 5 halves to 3, and 3 doubles
-    to 6.
-    """
-    for resnet_weights, attention_weights, skip in zip_longest(resnets, attentions, skips[::-1]):
-        x = resnet(concat(x, skip), temb, groups, 1e-5, **resnet_weights)
-        if attention_weights:
-            x = transformer(x, context, n_head, groups, **attention_weights)
-    for layer in upsamplers:
-        x = conv2d(upsample(x, *size), **layer["conv"])         # twice the size
     return x
 
 
-def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up_blocks,
-         conv_norm_out, conv_out, mid_block=None, add_embedding=None, condition=None):
+def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
+    """One level on the way up: each ResNet block also sees a skip, the latest left (5.5)."""
+    for resnet_weights, attention_weights in zip_longest(resnets, attentions):
+        x = resnet(concat(x, skips.pop()), temb, groups, 1e-5, **resnet_weights)
+        if attention_weights:
+            x = transformer(x, context, n_head, groups, **attention_weights)
+    for layer in upsamplers:
+        _, height, width, _ = skips[-1].shape       # twice the size, or one less: 5 -> 3 -> 5
+        x = conv2d(upsample(x, height, width), **layer["conv"])
+    return x
+
+
+def unet(x, temb, context, n_head, groups, conv_in, down_blocks, up_blocks, conv_norm_out, conv_out,
+         mid_block=None, time_embedding=None, add_embedding=None):
     """Predict the noise in x_t (or x_0, or v: see split_prediction).
 
-    Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); t: (batch,), times in
-    0..999; context: (batch, tokens, width); n_head: attention heads of each level, the largest
-    image first; groups: of every GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle;
-    some models add a condition (batch, n) to the time embedding, by add_embedding or as time_mlp
-    does. Each level of Stable Diffusion 1.5, as (height, width, channels) after its ResNet blocks,
-    and after it was resampled:
+    Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); temb: the time embedding
+    (batch, 1280), which embed_time made with the last two arguments; context: (batch, tokens,
+    width); n_head: attention heads of each level, the largest image first; groups: of every
+    GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle. Each level of Stable
+    Diffusion 1.5, as (height, width, channels) after its ResNet blocks, and after resampling:
 
         level    on the way down                        on the way up
           0      (64, 64,  320) -> (32, 32,  320)       (64, 64,  320)
@@ -590,25 +566,17 @@ def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up
           2      (16, 16, 1280) -> ( 8,  8, 1280)       (16, 16, 1280) -> (32, 32, 1280)
           3      ( 8,  8, 1280)                         ( 8,  8, 1280) -> (16, 16, 1280)
     """
-    temb = time_mlp(x, t, condition=condition, **time_embedding)        # (batch, 1280)
-    if add_embedding:
-        h = silu(linear(array_like(x, condition), **add_embedding["linear_1"]))
-        temb = temb + linear(h, **add_embedding["linear_2"])
     x = conv2d(x, **conv_in)                                            # (batch, 64, 64, 320)
 
-    skips = [x]
+    skips = [x]     # a stack, 12 in the end: 1 of conv_in, then 3 + 3 + 3 + 2
     for heads, block in zip(n_head, down_blocks):
-        x, new_skips = down_block(x, temb, context, heads, groups, **block)
-        skips = skips + new_skips       # 12 in the end: 1 of conv_in, then 3 + 3 + 3 + 2
+        x = down_block(x, skips, temb, context, heads, groups, **block)
 
     if mid_block:
-        x, _ = down_block(x, temb, context, n_head[-1], groups, **mid_block)
+        x = down_block(x, [], temb, context, n_head[-1], groups, **mid_block)
 
     for heads, block in zip(reversed(n_head), up_blocks):
-        n = len(block["resnets"])
-        skips, block_skips = skips[:-n], skips[-n:]
-        size = skips[-1].shape[1:3] if skips else None
-        x = up_block(x, block_skips, size, temb, context, heads, groups, **block)
+        x = up_block(x, skips, temb, context, heads, groups, **block)
 
     x = silu(group_norm(x, groups, 1e-5, **conv_norm_out))              # (batch, 64, 64, 320)
     return conv2d(x, **conv_out)                                        # (batch, 64, 64, 4)
@@ -617,10 +585,10 @@ def unet(x, t, context, n_head, groups, time_embedding, conv_in, down_blocks, up
 # ── 6. Diffusion ─────────────────────────────────────────────────────────────────── NOTES §6 ──
 
 
-def alpha_bars(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
+def scaled_linear_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
     """Return ᾱ_t, the fraction of x_t's variance that is signal, for t = 0 .. T - 1 (6.4).
 
-    This schedule is known as "scaled_linear": linear in √β.
+    Linear in √β, from one step's smallest share of noise to its largest.
     """
     beta = np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_train_timesteps) ** 2
     return np.cumprod(1 - beta)
@@ -678,8 +646,7 @@ def evenly_spaced_steps(n, alpha_bars):
 
 # A sampler walks from noise to a picture. Its arguments: denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂); the
 # first x_t; the steps; and noise(), which returns a fresh ε. It yields each x_t; callers may change
-# the yielded array in place, and the next step starts from it. ddim and euler are the same method
-# in different coordinates; so are ddpm and euler_ancestral.
+# the yielded array in place, and the next step starts from it. More of them: extras/samplers.py.
 
 
 def ddpm(denoise, x, steps, noise):
@@ -709,32 +676,6 @@ def sigma_of(alpha_bar):
     return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
-def euler(denoise, x, steps, noise=None):
-    """Follow dx̄/dσ = ε̂, where x̄ = x_t / √ᾱ, by Euler's method (6.22): ddim in other coordinates.
-
-    Karras et al., 2022.
-    """
-    for t, alpha_bar, alpha_bar_next in steps:
-        _, eps = denoise(x, t, alpha_bar)
-        x_bar = x / alpha_bar ** 0.5
-        x_bar = x_bar + (sigma_of(alpha_bar_next) - sigma_of(alpha_bar)) * eps
-        x = alpha_bar_next ** 0.5 * x_bar
-        yield x
-
-
-def euler_ancestral(denoise, x, steps, noise):
-    """Step below the next level, then back up to it with fresh noise (6.23)."""
-    for t, alpha_bar, alpha_bar_next in steps:
-        _, eps = denoise(x, t, alpha_bar)
-        sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
-        sigma_up = sigma_next / sigma * (sigma ** 2 - sigma_next ** 2) ** 0.5
-        sigma_down = (sigma_next ** 2 - sigma_up ** 2) ** 0.5
-
-        x_bar = x / alpha_bar ** 0.5 + (sigma_down - sigma) * eps
-        x = alpha_bar_next ** 0.5 * (x_bar + sigma_up * noise())
-        yield x
-
-
 def dpm_pp_2m(denoise, x, steps, noise=None):
     """DPM-Solver++ (2M): a step in λ = -log σ that extrapolates x̂_0 from the last two (6.28).
 
@@ -758,16 +699,262 @@ def dpm_pp_2m(denoise, x, steps, noise=None):
         yield x
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_ancestral,
-            "dpm++2m": dpm_pp_2m}       # extras/samplers.py adds plms and lcm
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_pp_2m}       # extras/samplers.py adds to it
 
 
-# ── 7. Training ──────────────────────────────────────────────────────────────────── NOTES §7 ──
+# ── 7. From prompt to picture ────────────────────────────────────────────────────── NOTES §7 ──
+
+
+class Encoder(NamedTuple):
+    """A text encoder, and the tokenizer that it was trained with."""
+    tokenizer: Tokenizer
+    config: SimpleNamespace
+    weights: dict
+
+
+def embed_time(model, x, t, pooled=None, guidance=1.0):
+    """Return the U-Net's time embedding (batch, 1280) of the times t (batch,).
+
+    Loaders put another function into Model.embed_time where it depends on more: in SDXL on the
+    pooled text and the picture's size (9.9), in some distilled models on the guidance.
+    """
+    return time_mlp(x, t, **model.unet["time_embedding"])
+
+
+@dataclass(repr=False)      # as text, the weights would fill the screen
+class Model:
+    """The nested weights of the three networks, with their configs."""
+    name: str
+    config: SimpleNamespace             # of vae, unet and scheduler
+    encoders: list[Encoder]             # one, or two in SDXL
+    vae: dict
+    unet: dict
+    alpha_bars: np.ndarray              # ᾱ_t of t = 0 .. 999, the levels that it was trained on
+    guidance: float = 7.5               # the scale that suits it
+    embed_time: Callable = embed_time
+    vae_encode: Callable = vae_encode   # another kind of VAE brings its own two functions,
+    vae_decode: Callable = vae_decode   # as in extras/tiny_vae.py
+    digest: str = ""                    # of the file that it came from, where pictures name it
+    files: dict = field(default_factory=dict)       # that it still reads: see extras/formats.py
+
+    @property
+    def factor(self):
+        """Pixels per latent along each axis: 8 in Stable Diffusion."""
+        return 2 ** (len(self.config.vae.block_out_channels) - 1)
+
+    @property
+    def inpaints(self):
+        """Does the U-Net see a mask and the rest of a picture beside x_t?"""
+        return self.config.unet.in_channels > self.config.vae.latent_channels
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None):
+    """Return the context (len(texts), tokens, width) of some texts, and their pooled vectors.
+
+    skip: how many of the last layers to leave out (0; 1 with two encoders). Models with two also
+    need pooled vectors, CLIP's own embeddings of the texts (9.8), and encode None, which is no
+    text, as zeros; with one it is an empty text. Warns on stderr about text that did not fit.
+    """
+    two, contexts, pooled = len(model.encoders) == 2, [], None
+    for tokenizer, config, weights in model.encoders:
+        rows, cuts = zip(*(tokenizer.encode(text or "") for text in texts))
+        ids, norm = np.stack(rows), weights["final_layer_norm"]
+        states = text_encoder(ids, config.num_attention_heads, ACTIVATIONS[config.hidden_act],
+                              weights["embeddings"], weights["encoder"]["layers"])
+        x = states[-1 - (two if skip is None else skip)]
+        contexts.append(x if two else layer_norm(x, **norm))    # SDXL takes it without the norm
+
+    for text, cut in zip(texts, cuts):
+        if cut:
+            tell(f"the prompt {shorten(repr(text), 30)} has more than {len(ids[0]) - 2} tokens; "
+                 f"the model does not see: {shorten(cut)}")
+    if not two:
+        return contexts[0], None
+
+    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)        # of the second encoder's ids
+    last = layer_norm(states[-1], **norm)[np.arange(len(ids)), ends]
+    pooled = linear(last, **weights["text_projection"])
+    given = array_like(x, [[text is not None] for text in texts])
+    return concat(*contexts) * given[..., None], pooled * given
+
+
+def encode_prompts(model: Model, texts: list[str | None]):
+    """Return the context (len(texts), tokens, width) of some texts."""
+    return embed_prompts(model, texts)[0]
+
+
+def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
+    """Return the U-Net's output, a NumPy array like x (batch, h, w, channels), for all at time t.
+
+    context: (batch, tokens, width); pooled: (batch, n), if any.
+    """
+    config, x = model.config.unet, array_like(context, x)
+    temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
+    return to_numpy(unet(x, temb, context, config.n_head, config.norm_num_groups, **model.unet))
+
+
+def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None) -> Callable:
+    """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
+
+    context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
+    prompt and the prompt; pooled: their pooled vectors, if any. extra_channels: (batch, h, w, n)
+    that an inpainting model sees beside x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy
+    arrays whatever the model's library.
+    """
+    def ask(x, t, i):       # with context i, for every picture
+        rows = [i] * len(x)
+        pooled_rows = None if pooled is None else pooled[rows]
+        return predict(model, x, t, context[rows], pooled_rows, guidance)
+
+    def denoise(x_t, t, alpha_bar):
+        x = x_t if extra_channels is None else concat(x_t, extra_channels)
+        output = ask(x, t, -1)                          # with the prompt
+        if len(context) == 2:
+            uncond = ask(x, t, 0)                       # with the negative prompt
+            output = guide(uncond, output, guidance)
+        return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
+
+    return denoise
+
+
+def encode(model: Model, picture: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """Draw scaled latents from q(z | picture) (4.4).
+
+    picture: (height, width, 3) in 0..255; eps: standard normal (batch, h, w, 4).
+    """
+    config = model.config.vae
+    pixels = picture[None].astype(np.float32) / 127.5 - 1
+    mean, logvar = map(to_numpy, model.vae_encode(pixels, model.vae, config.norm_num_groups))
+    return (mean + np.exp(0.5 * logvar) * eps) * config.scaling_factor
+
+
+def decode(model: Model, x: np.ndarray) -> np.ndarray:
+    """Turn scaled latents (batch, h, w, 4) into pictures (batch, height, width, 3) of uint8 (7.1).
+
+    Raises UserError if a pixel is not a number, as after an overflow in float16.
+    """
+    config = model.config.vae
+    require(x.ndim == 4 and len(x), f"latents are (batch, h, w, channels), not {x.shape}")
+    z = x / config.scaling_factor
+    pictures = [to_numpy(model.vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
+                for i in range(len(z))]     # one by one: the VAE needs the most memory
+    pixels = np.concatenate(pictures)
+    require(np.isfinite(pixels).all(), "the picture is not finite: the weights are broken, or "
+                                       "float16 overflowed (take float32)")
+    return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+def latent_shape(model, width=None, height=None):
+    """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
+    config, factor = model.config, model.factor
+    for name, n in ("width", width), ("height", height):
+        require(n is None or hasattr(n, "__index__") and n % factor == 0
+                and 2 * factor <= n <= 4096,
+                f"{name} {n} is not a multiple of {factor} from {2 * factor} to 4096")
+    h, w = (config.unet.sample_size if n is None else n // factor for n in (height, width))
+    return h, w, config.vae.latent_channels
+
+
+def numpy_noise(seeds, shape):
+    """Return noise(), which draws (len(seeds), *shape) numbers, each picture's from its seed."""
+    streams = [np.random.default_rng(seed) for seed in seeds]
+    return lambda: np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
+
+
+def last_steps(steps, strength):
+    """Return the last `strength` of the steps, those that image-to-image takes (7.2)."""
+    require(0 < strength <= 1, f"strength {strength} is not above 0 and up to 1")
+    n = int(round(len(steps) * strength, 9))    # 29 of 50 at 0.58: floats give 28.999999999999996
+    require(n > 0, f"strength {strength} of {len(steps)} steps leaves no step")
+    return steps[-n:]
+
+
+def check_start(model, picture, mask):
+    """UserError unless a picture to start from and its mask suit each other and the model."""
+    require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
+            "which needs a picture and a mask")
+    require(picture is None or picture.ndim == 3 and picture.shape[2] == 3,
+            f"a picture to start from is (height, width, 3), not {np.shape(picture)}")
+    require(mask is None or picture is not None and mask.shape == picture.shape[:2],
+            "a mask needs a picture of its size to start from")
+    require(mask is None or mask.dtype == bool, "a mask is an array of bool")
+
+
+def latent_mask(mask, factor, x):
+    """Return a mask (height, width) as (batch, h, w, 1), for latents x."""
+    return np.broadcast_to(mask[::factor, ::factor, None], (*x.shape[:3], 1))
+
+
+def inpainting_channels(model, picture, mask, hole, eps):
+    """Return what an inpainting model sees beside x_t: mask and rest, (batch, h, w, 5)."""
+    gray = np.where(mask[..., None], 127.5, picture)        # 127.5 becomes 0
+    return np.concatenate([hole, encode(model, gray, eps)], axis=-1, dtype=np.float32)
+
+
+def blend_known(path, steps, known, x_0, eps):
+    """Inpaint with an ordinary model: after each step, reset the known region to the noised x_0.
+
+    The last time it is x_0 itself, even where the last step does not end at ᾱ = 1.
+    """
+    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]
+    for x, alpha_bar in zip(path, levels):
+        np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
+        yield x
+
+
+def generate(model: Model, prompt: str, negative: str | None = None,
+             guidance: float | None = None, sampler: Callable = ddim, steps: list | None = None,
+             noise: Callable | None = None, picture: np.ndarray | None = None, strength=0.75,
+             mask: np.ndarray | None = None, make_denoiser=denoiser,
+             embed=embed_prompts) -> Iterator[np.ndarray]:
+    """Return a generator of the latents x_t (batch, h, w, 4) after each step; decode() draws them.
+
+    guidance: the scale (the model's own); 1 turns it off. steps: triples as from
+    evenly_spaced_steps (20 of them). noise: a function that returns a fresh standard normal array
+    (batch, h, w, 4), whose shape says how many pictures to draw and how large (one of the model's
+    size, from seed 0). picture: (height, width, 3) of uint8 to start from, noised to `strength` of
+    the way. mask: (height, width) of bool, true where the picture is to be replaced; strength 1
+    then ignores what was there. make_denoiser, embed: what to use instead of denoiser and
+    embed_prompts. Raises UserError for values out of range.
+    """
+    check_start(model, picture, mask)
+    height, width = (None, None) if picture is None else picture.shape[:2]
+    noise = noise or numpy_noise([0], latent_shape(model, width, height))
+    steps = steps or evenly_spaced_steps(20, model.alpha_bars)
+    guidance = model.guidance if guidance is None else guidance
+    context, pooled = embed(model, [prompt] if guidance == 1 else [negative, prompt])
+
+    # Where to begin: at noise alone, or at the picture noised to a level on the way.
+    fresh = picture is None or mask is not None and strength == 1
+    if picture is not None:
+        steps = last_steps(steps, strength)
+    needed = picture is not None and not (fresh and model.inpaints)
+    x_0 = encode(model, picture, noise()) if needed else None
+    eps = noise()
+    x = eps if fresh else add_noise(x_0, steps[0][1], eps)
+
+    extra_channels = None
+    if mask is not None:
+        hole, mask_eps = latent_mask(mask, model.factor, x), noise()
+        if model.inpaints:
+            extra_channels = inpainting_channels(model, picture, mask, hole, mask_eps)
+
+    denoise = make_denoiser(model, context, guidance, pooled, extra_channels)
+    path = sampler(denoise, x, steps, noise)
+    if mask is None or model.inpaints:
+        return path
+    return blend_known(path, steps, ~hole, x_0, eps)
+
+
+# ── 8. Training ──────────────────────────────────────────────────────────────────── NOTES §8 ──
 #
 # Three networks are trained one after the other: first the VAE, on pictures; then the text
 # encoder, on pictures with captions, together with an image encoder that is discarded afterwards;
 # then the U-Net, on the VAE's latents and the text encoder's contexts. Autograd works through the
-# functions above unchanged, so the losses take torch tensors. A full recipe: weights/train.py.
+# functions above unchanged, so the losses take torch tensors. A full recipe: extras/training.
 
 
 def l1_loss(picture, reference):
@@ -776,7 +963,7 @@ def l1_loss(picture, reference):
 
 
 def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
-    """Return the error of a picture reconstructed from sampled latents, plus a small KL (7.1).
+    """Return the error of a picture reconstructed from sampled latents, plus a small KL (8.1).
 
     picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). Stable
     Diffusion's own VAE was trained with LPIPS and a discriminator in addition.
@@ -799,7 +986,7 @@ def clip_loss(text, image, logit_scale):
 
 
 def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
-    """Noise each picture, let the model predict, and return the mean squared errors (batch,) (7.3).
+    """Noise each picture, let the model predict, and return the mean squared errors (batch,) (8.3).
 
     predict: a function of x_t. x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1).
     """
@@ -813,34 +1000,57 @@ def drop_captions(captions, rng, rate=0.1):
     return [caption if rng.random() >= rate else None for caption in captions]
 
 
+def flatten(tree, prefix=""):
+    """Turn {"a": [{"b": leaf}]} into {"a.0.b": leaf}, the names of a checkpoint."""
+    flat = {}
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, (dict, list)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def parameters(*networks):
     """Return all weights of some networks (torch tensors), with requires_grad set."""
     return [array.requires_grad_() for weights in networks for array in flatten(weights).values()]
 
 
-def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
-    """Train the U-Net, whose weights change in place; yield the loss of each step.
-
-    model: loaded with backend="torch". latents: (n, h, w, 4), scaled, of n pictures with n
-    captions. optimizer: one of torch.optim's, over parameters(model.unet), as Stable Diffusion did
-    it, or over parameters(model.unet, model.text_encoder), as weights/train.py does.
-    """
-    rng, config = np.random.default_rng(seed), model.config
-    for _ in range(steps):
+def random_batches(latents, captions, batch_size, rng):
+    """Yield (x_0, captions) of batch_size pictures drawn at random, without end."""
+    while True:
         chosen = rng.integers(len(latents), size=batch_size)
-        x_0 = latents[chosen]                                       # (batch, h, w, 4)
-        shown = drop_captions([captions[i] for i in chosen], rng)
-        context, pooled = embed_prompts(model, shown)               # (batch, tokens, width)
-        condition = unet_conditions(model, batch_size, 1, pooled, x_0.shape)    # most have none
+        yield latents[chosen], [captions[i] for i in chosen]
 
-        t = rng.integers(len(model.alpha_bars), size=batch_size)
-        alpha_bar = array_like(x_0, model.alpha_bars[t])[:, None, None, None]
+
+def uniform_times(n, T, rng):
+    """Draw n times, each of 0 .. T - 1 equally likely."""
+    return rng.integers(T, size=n)
+
+
+def train(model: Model, optimizer, batches, rng, times=uniform_times, weight=np.ones_like):
+    """Train the U-Net, whose weights change in place; yield the loss of each step (8.3).
+
+    model: loaded with backend="torch". optimizer: one of torch.optim's, over
+    parameters(model.unet), as Stable Diffusion did it, or over the text encoder's weights too, as
+    extras/training does. batches: of scaled latents (batch, h, w, 4) with their captions, as
+    random_batches yields them. times: a function like uniform_times. weight: a function from the
+    levels ᾱ (batch,) to the weights of their errors.
+    """
+    config = model.config
+    for x_0, captions in batches:
+        context, pooled = embed_prompts(model, drop_captions(captions, rng))
+
+        t = times(len(x_0), len(model.alpha_bars), rng)
+        levels = model.alpha_bars[t]                                # (batch,)
+        alpha_bar = array_like(x_0, levels)[:, None, None, None]
         eps = array_like(x_0, rng.standard_normal(x_0.shape))
 
-        predict = functools.partial(unet, t=t, context=context, n_head=config.unet.n_head,
-                                    groups=config.unet.norm_num_groups, condition=condition,
-                                    **model.unet)
-        loss = diffusion_loss(predict, config.scheduler.prediction_type, x_0, alpha_bar, eps).mean()
+        temb = model.embed_time(model, x_0, t, pooled)
+        predict_x = functools.partial(unet, temb=temb, context=context, n_head=config.unet.n_head,
+                                      groups=config.unet.norm_num_groups, **model.unet)
+        errors = diffusion_loss(predict_x, config.scheduler.prediction_type, x_0, alpha_bar, eps)
+        loss = (array_like(errors, weight(levels)) * errors).mean()
 
         optimizer.zero_grad()
         loss.backward()
@@ -848,432 +1058,69 @@ def train(model, optimizer, latents, captions, steps, batch_size=16, seed=0):
         yield loss.item()
 
 
-# ── 8. From prompt to picture ────────────────────────────────────────────────────── NOTES §8 ──
-
-
-@dataclass(repr=False)      # as text, the weights would fill the screen
-class Model:
-    """A tokenizer, the nested weights of three networks, and their configs."""
-    name: str
-    config: SimpleNamespace             # of text_encoder, vae, unet, scheduler
-    tokenizer: Tokenizer
-    text_encoder: dict
-    vae: dict
-    unet: dict
-    second: SimpleNamespace = None      # a second text encoder: see §9
-    vae_encode: Callable = vae_encode   # another kind of VAE brings its own two functions,
-    vae_decode: Callable = vae_decode   # as in extras/tiny_vae.py
-
-    @property
-    def alpha_bars(self):
-        """The noise levels ᾱ_t that the model was trained on, (1000,)."""
-        scheduler = self.config.scheduler
-        return alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
-
-    @property
-    def factor(self):
-        """Pixels per latent along each axis: 8."""
-        return 2 ** (len(self.config.vae.block_out_channels) - 1)
-
-    @property
-    def inpaints(self):
-        """Does the U-Net see a mask and the rest of a picture beside x_t?"""
-        return self.config.unet.in_channels > self.config.vae.latent_channels
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-
-
-def encode_prompts(model: Model, texts: list[str | None]):
-    """Return the context (len(texts), tokens, width) of some texts."""
-    return embed_prompts(model, texts)[0]
-
-
-def embed_prompts(model, texts):
-    """Return the context of some texts and their pooled vectors, None without a second encoder.
-
-    Warns on stderr about text that did not fit. None, which is no text, is encoded like an empty
-    one, but as zeros where there are two text encoders.
-    """
-    rows = []
-    for text in texts:
-        ids, cut = model.tokenizer.encode(text or "")
-        if cut:
-            tell(f"the prompt {shorten(repr(text), 30)} has more than {len(ids) - 2} tokens; "
-                 f"the model does not see: {shorten(cut)}")
-        rows.append(ids)
-    config = model.config.text_encoder
-    activation = ACTIVATIONS[config.hidden_act]
-    context = text_encoder(np.stack(rows), config.num_attention_heads, activation,
-                           **model.text_encoder)
-    return add_second_encoder(model, texts, context) if model.second else (context, None)
-
-
-def denoiser(model: Model, context, guidance: float, pooled=None, extra_channels=None) -> Callable:
-    """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
-
-    context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
-    prompt and the prompt; pooled: their pooled vectors, if any. extra_channels: (batch, h, w, n)
-    that an inpainting model sees beside x_t. Samplers work in NumPy: x_t, x̂_0 and ε̂ are NumPy
-    arrays whatever the model's library.
-    """
-    config = model.config.unet
-
-    def denoise(x_t, t, alpha_bar):
-        x = x_t if extra_channels is None else concat(x_t, extra_channels)
-        # further inputs of SDXL and distilled models, (contexts, n); n is 0 for all others
-        conditions = unet_conditions(model, len(context), guidance, pooled, x.shape)
-
-        def predict(contexts, condition):       # one context or both, for every picture
-            xs = array_like(context, np.concatenate([x] * len(contexts)))
-            row = np.repeat(np.arange(len(contexts)), len(x))       # 0 0 0 1 1 1 for 3 pictures
-            return to_numpy(unet(xs, np.full(len(xs), t), contexts[row], config.n_head,
-                                 config.norm_num_groups, condition=condition[row], **model.unet))
-
-        output = map_rows(context, predict, conditions)         # (contexts * batch, h, w, 4)
-        if len(context) == 2:
-            uncond, cond = np.split(output, 2)
-            output = guide(uncond, cond, guidance)
-        return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
-
-    return denoise
-
-
-def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequence[int] = (0,),
-             steps: int | None = None, guidance: float | None = None,
-             sampler: str | Callable | None = None, karras=False, width: int | None = None,
-             height: int | None = None, init: np.ndarray | None = None, strength=0.75,
-             mask: np.ndarray | None = None, denoiser=denoiser,
-             embed_prompts=embed_prompts) -> Iterator[np.ndarray]:
-    """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step.
-
-    decode() turns any of them into pictures. Where steps, guidance, sampler, width or height are
-    None, the model's own are taken. sampler: a name in SAMPLERS, or a function like those.
-    guidance <= 1 turns guidance off. init: a picture (height, width, 3) of uint8 to start from,
-    noised to `strength` of the way. mask: (height, width) of bool, true where init is to be
-    replaced. denoiser, embed_prompts: functions to use instead of the ones above. Raises UserError
-    for values out of range.
-    """
-    # what was asked for, checked, with the defaults filled in (§9): sampler, steps, noise(),
-    # guidance, guided, and initial_scale, the standard deviation of x_T
-    plan = plan_like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height,
-                               init, mask)
-    context, pooled = embed_prompts(model, [negative, prompt] if plan.guided else [prompt])
-    make_denoiser = functools.partial(denoiser, model, context, plan.guidance, pooled)
-    if mask is not None:
-        return inpaint(model, init, mask, strength, make_denoiser, plan)
-
-    steps = plan.steps
-    if init is None:                            # text to image: from noise
-        x = plan.initial_scale * plan.noise()
-    else:                                       # image to image: from the noised picture
-        steps = last_steps(steps, strength)
-        _, alpha_bar, _ = steps[0]
-        x_0 = encode(model, init, plan.noise())
-        x = add_noise(x_0, alpha_bar, plan.noise())
-    return plan.sampler(make_denoiser(), x, steps, plan.noise)
-
-
-def inpaint(model, init, mask, strength, make_denoiser, plan):
-    """Replace the masked part of a picture; strength 1 ignores what was there.
-
-    A model for inpainting sees the mask and the rest of the picture beside x_t. With any other,
-    the rest is put back after each step.
-    """
-    steps = last_steps(plan.steps, strength)
-    _, alpha_bar, _ = steps[0]
-    x_0 = None if strength == 1 and model.inpaints else encode(model, init, plan.noise())
-    eps = plan.noise()
-    x = plan.initial_scale * eps if strength == 1 else add_noise(x_0, alpha_bar, eps)
-
-    mask_eps = plan.noise()     # drawn in either case, as diffusers does
-    hole = mask[::model.factor, ::model.factor, None]                   # (h, w, 1)
-    hole = np.broadcast_to(hole, (*x.shape[:3], 1))                     # (batch, h, w, 1)
-    if model.inpaints:
-        gray = np.where(mask[..., None], 127.5, init)                   # 127.5 becomes 0
-        masked = encode(model, gray, mask_eps)                          # (batch, h, w, 4)
-        extra_channels = np.concatenate([hole, masked], axis=-1, dtype=np.float32)
-        return plan.sampler(make_denoiser(extra_channels), x, steps, plan.noise)
-    path = plan.sampler(make_denoiser(), x, steps, plan.noise)
-    return blend_known(path, steps, ~hole, x_0, eps)
-
-
-def blend_known(path, steps, known, x_0, eps):
-    """After each step, reset the known part to x_0, noised to the level reached."""
-    # in the end it is x_0 itself, even where the last step's own ᾱ_next is below 1 (§9)
-    levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]
-    for x, alpha_bar in zip(path, levels):
-        np.copyto(x, add_noise(x_0, alpha_bar, eps), where=known)
-        yield x
-
-
-def last_steps(steps, strength):
-    """Return the last `strength` of the steps, those that image-to-image takes (8.2)."""
-    require(0 < strength <= 1, f"--strength {strength} is not above 0 and up to 1")
-    n = int(round(len(steps) * strength, 9))    # 29 of 50 at 0.58: floats give 28.999999999999996
-    require(n > 0, f"--strength {strength} of {len(steps)} steps leaves no step")
-    return steps[-n:]
-
-
-def encode(model: Model, picture: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Draw scaled latents from q(z | picture) (4.4).
-
-    picture: (height, width, 3) in 0..255; eps: standard normal (batch, h, w, 4).
-    """
-    config = model.config.vae
-    pixels = picture[None].astype(np.float32) / 127.5 - 1
-    pixels = array_like(model.vae["quant_conv"]["bias"], pixels)     # its library and device
-    mean, logvar = map(to_numpy, model.vae_encode(pixels, model.vae, config.norm_num_groups))
-    return (mean + np.exp(0.5 * logvar) * eps) * config.scaling_factor
-
-
-def decode(model: Model, x: np.ndarray) -> np.ndarray:
-    """Turn scaled latents (batch, h, w, 4) into pictures (batch, height, width, 3) of uint8 (8.1).
-
-    Raises UserError if a pixel is not a number, as after an overflow in float16.
-    """
-    config = model.config.vae
-    require(x.ndim == 4, f"latents have four axes, (batch, h, w, channels), not {x.ndim}")
-    z = array_like(model.vae["quant_conv"]["bias"], x / config.scaling_factor)
-    pictures = [to_numpy(model.vae_decode(z[i:i + 1], model.vae, config.norm_num_groups))
-                for i in range(len(z))]     # one by one: the VAE needs the most memory
-    pixels = np.concatenate(pictures)
-    require(np.isfinite(pixels).all(), "the picture is not finite: the weights are broken, or "
-                                       "float16 overflowed (--dtype float32)")
-    return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
-
-
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
-# The lesson ends here. What follows matches diffusers, reads weights, and is a small command line
-# for use without extras/.
+# The lesson ends here. What follows are torch's forms of the primitives, the reading of weights,
+# and a small command line for use without extras/.
 # ═══════════════════════════════════════════════════════════════════════════════════════════════
 
-
-class UserError(ValueError):
-    """An error to report to the user in one line; the program's exit status is 2."""
+# ── Torch's operations ───────────────────────────────────────────────────────────────────────────
 
 
-def require(condition, message):
-    """Raise UserError with this message unless the condition holds."""
-    if not condition:
-        raise UserError(message)
+class TorchForms(dict):
+    """{name: torch's form of that primitive}, which imports torch when the first is asked for."""
+
+    def __missing__(self, name):
+        self.update(torch_operations())
+        return dict(self)[name]
 
 
-def tell(message):
-    """Print one line on stderr, with control characters removed."""
-    letters = "".join(c if c.isprintable() else " " for c in message)
-    print("tiny_sd:", " ".join(letters.split())[:2000], file=sys.stderr)
+TORCH = TorchForms()
 
 
-def shorten(text, length=200):
-    """Cut a text to this length, and mark the cut with " ..."."""
-    return text if len(text) <= length else text[:length] + " ..."
+@functools.cache
+def torch_operations():
+    """Return {name: torch's form of that primitive}. Besides these, only §8 and to_torch use torch.
 
-
-# ── 9. Matching diffusers ────────────────────────────────────────────────────────── NOTES §9 ──
-#
-# The same prompt, seed and settings give the same picture here and in diffusers. That takes
-# diffusers' timesteps, which depend on the scheduler, and torch's random numbers.
-
-SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
-              "EulerAncestralDiscreteScheduler": "euler_a",
-              "DPMSolverMultistepScheduler": "dpm++2m"}     # and two more in extras/samplers.py
-# These may use Karras' noise levels, and diffusers spaces their timesteps by linspace by default.
-KARRAS = ("euler", "euler_a", "dpm++2m")
-
-
-def defaults(model):
-    """Return the model's own sampler, and the steps and the guidance that it was made for."""
-    scheduler = model.config.scheduler
-    sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
-    if scheduler._class_name == "LCMScheduler":
-        return sampler, 4, 8.5
-    if sampler in ("euler", "euler_a") and scheduler.timestep_spacing == "trailing":    # Turbo
-        return sampler, 1, 1.0
-    return sampler, 20, scheduler._guidance_scale
-
-
-def plan_like_diffusers(model, seeds, steps, guidance, sampler, karras, width, height, init, mask):
-    """Return generate()'s plan: the steps, noise and scale of x_T that diffusers would take.
-
-    What is None is the model's own. Raises UserError if the arguments do not fit together.
+    torch.nn.functional wants channels first: movedim reorders the axes of our images, without a
+    copy.
     """
-    own_sampler, own_steps, own_guidance = defaults(model)
-    n = own_steps if steps is None else steps
-    guidance = own_guidance if guidance is None else guidance
-    require(math.isfinite(guidance), f"--cfg-scale {guidance} is not a finite number")
-    sampler = own_sampler if sampler is None else sampler
-    # replace a function in SAMPLERS by its name, which the spacing of timesteps depends on
-    sampler = next((name for name, function in SAMPLERS.items() if function is sampler), sampler)
-    require(callable(sampler) or sampler in SAMPLERS,
-            f"there is no sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
-    require(np.ndim(seeds) == 1 and len(seeds) > 0, f"seeds must be a list, not {seeds}")
-    require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
-            "which needs a picture and a mask (--init-img, --mask)")
-    require(mask is None or init is not None and mask.shape == init.shape[:2],
-            "a mask needs a picture of its size to start from (--init-img)")
-    if init is not None:
-        require(init.ndim == 3 and init.shape[2] == 3,
-                f"a picture to start from is (height, width, 3), not {init.shape}")
-        height, width = init.shape[:2]
+    import torch
+    import torch.nn.functional as F
 
-    scheduler = model.config.scheduler
-    steps = sampling_steps(sampler, n, scheduler, model.alpha_bars, karras)
-    scaled = sampler in ("euler", "euler_a") and timestep_spacing(sampler, scheduler) != "leading"
-    return SimpleNamespace(
-        sampler=SAMPLERS.get(sampler, sampler), steps=steps, guidance=guidance,
-        # distilled models take the scale as an input instead
-        guided=guidance > 1 and not model.config.unet.time_cond_proj_dim,
-        noise=torch_noise(seeds, latent_shape(model, width, height)),
-        initial_scale=(1 - steps[0][1]) ** 0.5 if scaled else 1.0)  # x_T's standard deviation
+    def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
+        before, after = padding
+        if before != after:     # F.conv2d pads both sides alike
+            x = F.pad(x, (0, 0, before, after, before, after))      # channels, width, height
+            before = 0
+        x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
+        return F.conv2d(x, weight, bias, stride, before).movedim(1, -1)
 
+    def group_norm(x, groups, delta, weight, bias):
+        return F.group_norm(x.movedim(-1, 1), groups, weight, bias, delta).movedim(1, -1)
 
-def latent_shape(model, width, height):
-    """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
-    config, factor = model.config, model.factor
-    for name, n in ("width", width), ("height", height):
-        require(n is None or n % factor == 0 and 2 * factor <= n <= 4096,
-                f"--{name} {n} is not a multiple of {factor} from {2 * factor} to 4096")
-    h, w = (config.unet.sample_size if n is None else n // factor for n in (height, width))
-    return h, w, config.vae.latent_channels
+    def upsample(x, height, width):
+        y = F.interpolate(x.movedim(-1, 1), scale_factor=2.0).movedim(1, -1)
+        return y[:, :height, :width]
 
+    def attention(q, k, v, causal=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-def timestep_spacing(sampler, scheduler):
-    """Return how to space the timesteps: the sampler's own way, the config's, or the default."""
-    default = "linspace" if sampler in KARRAS else "leading"
-    own = getattr(SAMPLERS.get(sampler, sampler), "spacing", None)
-    return own or scheduler.timestep_spacing or default
+    return {
+        "linear": lambda x, weight, bias=None: F.linear(x, weight.reshape(len(weight), -1), bias),
+        "conv2d": conv2d,
+        "group_norm": group_norm,
+        "layer_norm": lambda x, weight, bias, delta=1e-5: F.layer_norm(
+            x, x.shape[-1:], weight, bias, delta),
+        "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
+        "softmax": lambda x: F.softmax(x, -1),
+        "dot_product_attention": attention,
+        "upsample": upsample,
+        "concat": lambda *xs: torch.cat(xs, -1),
+        "array_like": lambda x, values: torch.as_tensor(values).to(x),
+        "to_numpy": lambda x: x.detach().float().cpu().numpy(),
+    }
 
-
-def timesteps(sampler, n, scheduler):
-    """Return n timesteps, the noisiest first (9.1)."""
-    T, spacing = scheduler.num_train_timesteps, timestep_spacing(sampler, scheduler)
-    if custom := getattr(SAMPLERS.get(sampler, sampler), "timesteps", None):
-        return custom(n, T)
-    if spacing == "trailing":
-        return (T - np.arange(n) * T / n).round() - 1
-    m = n + (sampler == "dpm++2m")          # DPM++ takes the first n of n + 1 timesteps
-    if spacing == "leading":
-        t = np.arange(m) * (T // m) + scheduler.steps_offset
-    else:
-        t = np.linspace(0, T - 1, m)
-    return t[::-1][:n]
-
-
-def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
-    """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config."""
-    T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
-    most = min(T, 1000) - 1
-    require(hasattr(n, "__index__") and 1 <= n <= most, f"--steps {n} is not from 1 to {most}")
-    t = timesteps(sampler, n, scheduler)
-    require(t[0] < T, f"{n} steps are more than this sampler can take")
-    require(not karras or sampler in KARRAS, f"--karras does not go with --sampler {sampler}")
-    if sampler not in ("euler", "euler_a"):
-        t = np.round(t)
-
-    sigma = np.interp(t, np.arange(T), sigmas)
-    if karras or scheduler.use_karras_sigmas and sampler in ("euler", "dpm++2m"):
-        sigma, t = karras_levels(sampler, sigma, sigmas)
-    levels = (1 / (1 + sigma ** 2)).tolist()
-
-    ends_clean = sampler != "plms"
-    if sampler in ("ddim", "plms") and scheduler.set_alpha_to_one is not None:
-        ends_clean = scheduler.set_alpha_to_one
-    last = 1.0 if ends_clean else float(alpha_bars[0])
-    return list(zip(t.tolist(), levels, [*levels[1:], last]))
-
-
-def karras_levels(sampler, sigma, sigmas):
-    """Return levels evenly spaced in σ^(1/7), and the times t that have those levels (9.2).
-
-    Karras et al., 2022, eq. 5. sigma: the levels chosen so far; sigmas: all of the model's.
-    """
-    whole_range = sampler == "dpm++2m"
-    low, high = (sigmas[0], sigmas[-1]) if whole_range else (sigma[-1], sigma[0])
-    ramp = np.linspace(0, 1, len(sigma))
-    sigma = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    t = np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
-    return sigma, t.round() if whole_range else t
-
-
-def add_second_encoder(model, texts, context):
-    """Put a second text encoder's context beside the first's; return it and the pooled vectors.
-
-    Podell et al., 2023 (9.8). Pooled vectors, (len(texts), n), are CLIP's own embeddings of the
-    texts: the last layer's output at EOS, normalised and projected. None gives zeros.
-    """
-    second, config = model.second, model.config.text_encoder_2
-    heads, activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
-    ids = np.stack([second.tokenizer.encode(text or "")[0] for text in texts])
-    x = text_encoder(ids, heads, activation, **second.text_encoder)     # before the last layer
-
-    h = layer_norm(text_layer(x, heads, activation, **second.last_layer), **second.final_layer_norm)
-    ends = (ids == second.tokenizer.vocab[Tokenizer.EOS]).argmax(1)
-    pooled = linear(h[np.arange(len(h)), ends], **second.text_projection)
-    given = array_like(x, [[text is not None] for text in texts])
-    return concat(context, x) * given[..., None], pooled * given
-
-
-def unet_conditions(model, n, guidance, pooled, shape):
-    """Return the U-Net's added conditions, (n, width), one for each context; most models have none.
-
-    With two text encoders they are the pooled vector and six sizes (9.9): height and width of the
-    original picture, top and left of the crop, height and width to draw. shape: of the latents.
-    """
-    if model.config.unet.time_cond_proj_dim:
-        row = guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
-        return np.tile(row, (n, 1))
-    if pooled is None:
-        return np.zeros((n, 0), np.float32)
-    height, width = (model.factor * length for length in shape[1:3])
-    sizes = timestep_embedding([height, width, 0, 0, height, width],
-                               model.config.unet.addition_time_embed_dim)       # (6, 256)
-    return concat(pooled, array_like(pooled, np.tile(sizes.reshape(1, -1), (n, 1))))
-
-
-def guidance_condition(dim, guidance):
-    """Return the embedding of the guidance scale that a distilled model gets, (1, dim) (9.5).
-
-    Meng et al., 2023: a timestep embedding, sines first, whose last frequency is 1/10000.
-    """
-    angles = 1000 * (guidance - 1) * 10000 ** -np.linspace(0, 1, dim // 2)
-    return np.concatenate([np.sin(angles), np.cos(angles)])[None]
-
-
-class Noise:
-    """torch.randn on a CPU generator with this seed: MT19937, then Box and Muller (9.3), (9.4)."""
-
-    def __init__(self, seed):
-        self.words = np.random.RandomState(int(seed) & 0xffffffff)
-
-    def uniform(self, n):
-        """Return n numbers in [0, 1), from the low 24 bits of each word."""
-        words = np.frombuffer(self.words.bytes(4 * n), "<u4")
-        return (words & 0xffffff).astype(np.float32) * np.float32(2 ** -24)
-
-    def __call__(self, height, width, channels):
-        """Return standard normal numbers (height, width, channels), drawn channels first."""
-        n = height * width * channels                   # at least 16
-        z = box_muller(self.uniform(n)[:n // 16 * 16])
-        if n % 16:                                      # torch draws the last 16 again
-            z = np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
-        return z.reshape(channels, height, width).transpose(1, 2, 0)
-
-
-def box_muller(u):
-    """Turn uniform numbers (16 n,) into normal ones: of each 16, 8 radii and 8 angles (9.4)."""
-    u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
-    radius, angle = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
-
-
-def torch_noise(seeds, shape):
-    """Return noise(), which draws (len(seeds), *shape) numbers, each picture's from its seed."""
-    streams = [Noise(seed) for seed in seeds]
-    return lambda: np.stack([stream(*shape) for stream in streams])
-
-
-# ── 10. Reading weights ─────────────────────────────────────────────────────────── NOTES §10 ──
+# ── Reading weights ─────────────────────────────────────────────────────────────────────────────
 
 CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows what each may say
     "text_encoder": {},
@@ -1304,18 +1151,6 @@ def read_config(part, settings):
         config.n_head = heads if isinstance(heads, list) else [heads] * levels
     return config
 
-
-def flatten(tree, prefix=""):
-    """Turn {"a": [{"b": leaf}]} into {"a.0.b": leaf}, the names of a checkpoint."""
-    flat = {}
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if isinstance(value, (dict, list)):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def nest(flat):
     """Undo flatten; numbered keys become lists."""
     groups = {}
@@ -1324,31 +1159,31 @@ def nest(flat):
         groups.setdefault(key, {})[rest] = leaf
     tree = {key: group[""] if "" in group else nest(group) for key, group in groups.items()}
     if tree and all(map(str.isdecimal, tree)):
-        return [tree.get(str(i)) for i in range(1 + max(map(int, tree)))]
+        length = 1 + max(map(int, tree))
+        require(length <= 1000, f"a weight's name counts to {length - 1}")
+        return [tree.get(str(i)) for i in range(length)]
     return tree
+
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+          "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
 def read_safetensors(path):
     """Return {name: array} of a .safetensors file, mapped into memory; bfloat16 stays uint16."""
-    from safetensors import SafetensorError, safe_open
     try:
-        open(path, "rb").close()    # says why it cannot be read
-        safe_open(path, "np")       # checks the header
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    data = np.memmap(path, np.uint8, "r")
-    start = 8 + int(data[:8].view("<u8")[0])
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-
-    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}
-    arrays = {}
-    for name, entry in header.items():      # in the file's order, the same in every process
-        dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-        require(dtype in types, f"{path}: {name} is {dtype}, not one of {', '.join(types)}")
-        array = data[start + begin:start + end].view(types[dtype])
-        arrays[name] = array.reshape(entry["shape"])
-    return arrays
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int(data[:8].view("<u8")[0])
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        arrays = {}
+        for name, entry in header.items():      # in the file's order, the same in every process
+            begin, end = entry["data_offsets"]
+            array = data[start + begin:start + end].view(DTYPES[entry["dtype"]])
+            arrays[name] = array.reshape(entry["shape"])
+        return arrays
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {shorten(str(error))}") from None
 
 
 def widen(array):
@@ -1439,6 +1274,21 @@ def to_torch(array, device, dtype):
     return torch.from_numpy(np.array(array, order="C")).to(device, getattr(torch, dtype))
 
 
+def embed_time_and_text(model, x, t, pooled=None, guidance=1.0):
+    """Return SDXL's time embedding: pooled text and six sizes are added (9.9). Podell et al., 2023.
+
+    The sizes: height and width of the original picture, top and left of the crop, height and width
+    to draw. x: (batch, h, w, 4).
+    """
+    config, (n, h, w, _) = model.config.unet, x.shape
+    height, width = model.factor * h, model.factor * w
+    sizes = timestep_embedding([height, width, 0, 0, height, width], config.addition_time_embed_dim)
+    sizes = np.tile(sizes.reshape(1, -1), (n, 1))
+    added = model.unet["add_embedding"]
+    h = silu(linear(concat(pooled, array_like(pooled, sizes)), **added["linear_1"]))
+    return embed_time(model, x, t) + linear(h, **added["linear_2"])
+
+
 def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
              to_backend=to_backend):
     """Return the Model of what read_folder returns; see load."""
@@ -1446,32 +1296,27 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     backend = backend or ("numpy" if plain else "torch")
     require(backend in ("numpy", "torch"), f"there is no backend {backend}: choose numpy or torch")
     require(plain or backend == "torch", "NumPy computes in float32 on the CPU: "
-            f"--device {device} --dtype {dtype} need --backend torch")
+            f"device {device} and dtype {dtype} need backend torch")
     config = {part: read_config(part, settings[part]) for part in settings}
-    for tokenizer in tokenizers:
-        limit = config["text_encoder"].max_position_embeddings
-        tokenizer.length = min(tokenizer.length, limit)     # some files say 1e30
 
     networks = {}
     for part in arrays:
         part_dtype = "float32" if part == "vae" else dtype      # VAEs overflow in float16
         networks[part] = nest({key: to_backend(array, backend, device, part_dtype)
                                for key, array in arrays[part].items()})
-    if "text_encoder_2" in networks:
-        networks["second"] = second_encoder(networks, tokenizers[1])
-    return Model(name, SimpleNamespace(**config), tokenizers[0], **networks)
+    encoders = [Encoder(tokenizer, config.pop(part), networks.pop(part)) for tokenizer, part
+                in zip(tokenizers, ("text_encoder", "text_encoder_2"))]
+    for tokenizer, text_config, _ in encoders:      # of which some files say 1e30
+        tokenizer.length = min(tokenizer.length, text_config.max_position_embeddings)
 
-
-def second_encoder(networks, tokenizer):
-    """Split the second text encoder's last layer from the rest; drop the first encoder's.
-
-    The context of a model with two is what goes into their last layers (9.8).
-    """
-    first, weights = networks["text_encoder"], networks.pop("text_encoder_2")
-    del first["final_layer_norm"], first["encoder"]["layers"][-1]
-    tail = {name: weights.pop(name) for name in ("final_layer_norm", "text_projection")}
-    return SimpleNamespace(tokenizer=tokenizer, last_layer=weights["encoder"]["layers"].pop(),
-                           text_encoder=weights, **tail)
+    scheduler = config["scheduler"]
+    levels = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
+                                    scheduler.beta_end)
+    require(len(levels) and (np.diff(levels, append=0) < 0).all(), "the scheduler's betas give no "
+                                                                   "falling noise levels")
+    return Model(name, SimpleNamespace(**config), encoders, networks["vae"], networks["unet"],
+                 levels, scheduler._guidance_scale,
+                 embed_time_and_text if len(encoders) == 2 else embed_time)
 
 
 def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model:
@@ -1489,32 +1334,14 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
     parts = read_folder(folder)
     try:
         return assemble(folder.resolve().name, *parts, backend, device, dtype)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{folder}: its configs do not describe a Stable Diffusion: "
                         f"{error!r}") from None
 
 
-# ── 11. The small program ────────────────────────────────────────────────────────────────────────
-
-OPTIONS = [     # (heading, flags, type or choices, default, help); extras/cli.py has more
-    ("what to draw", "words", str, None, "the prompt"),
-    ("what to draw", "-p --prompt", str, None, "the same, as an option"),
-    ("what to draw", "-n --negative-prompt", str, None, "what to avoid"),
-    ("what to draw", "-s --seed", int, 0, "(%(default)s)"),
-    ("model", "-m --model", str, None, "a folder, or a name in weights/ (emoji)"),
-    ("sampling", "--steps", int, None, "(20, fewer for distilled models)"),
-    ("sampling", "--cfg-scale --guidance-scale", float, None,
-     "guidance: how much to stress the prompt (7.5, or the model's own)"),
-    ("sampling", "--sampler", SAMPLERS, None, "(the model's own)"),
-    ("size", "-W --width", int, None, "in pixels (the model's own size)"),
-    ("size", "-H --height", int, None, None),
-    ("from a picture", "-i --init-img", str, None, "a picture to start from"),
-    ("from a picture", "--strength", float, None, "how much to change it, 0 to 1 (0.75)"),
-    ("output", "-o --output", Path, Path("out.png"), "the file to write (%(default)s)"),
-    ("hardware", "--backend", ("numpy", "torch"), None, "numpy; torch on a GPU, or not in float32"),
-    ("hardware", "--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
-    ("hardware", "--dtype", ("float32", "float16", "bfloat16"), "float32", "(%(default)s)"),
-]
+# ── The small program ───────────────────────────────────────────────────────────────────────────
 
 
 class Parser(argparse.ArgumentParser):
@@ -1524,17 +1351,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def option_parser(options, **settings):
-    """Return a parser of a table like OPTIONS."""
+def option_parser():
+    """Return the parser of the small program's options; extras/cli.py has more of them."""
     parser = Parser(description="Draw a picture from a prompt with Stable Diffusion.",
-                    allow_abbrev=False, **settings)
-    parser.sections = {heading: parser.add_argument_group(heading)
-                       for heading in dict.fromkeys(heading for heading, *_ in options)}
-    for heading, flags, kind, default, text in options:
-        how = {"type": kind} if callable(kind) else {"choices": kind}
-        if flags == "words":
-            how |= {"nargs": "?", "metavar": "PROMPT"}
-        parser.sections[heading].add_argument(*flags.split(), default=default, help=text, **how)
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("prompt", help="what to draw, in quotes")
+    add("-n", "--negative-prompt", dest="negative", metavar="PROMPT", help="what to avoid")
+    add("-m", "--model", default="emoji", help="a folder, or a name in weights/ (%(default)s)")
+    add("-s", "--seed", type=int, default=0, help="(%(default)s)")
+    add("--steps", type=int, default=20, help="(%(default)s)")
+    add("--cfg-scale", "--guidance-scale", type=float, dest="guidance", metavar="X",
+        help="how much to stress the prompt (the model's own)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="(%(default)s)")
+    add("-W", "--width", type=int, default=None, help="in pixels (the model's own)")
+    add("-H", "--height", type=int, default=None, help="likewise")
+    add("-i", "--init-img", metavar="FILE", default=None, help="a picture to start from")
+    add("--strength", type=float, metavar="X", help="how much to change it, 0 to 1 (0.75)")
+    add("--device", default="cpu", help="cpu, cuda or mps (%(default)s)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--backend", choices=("numpy", "torch"), default=None)
+    add("-o", "--output", type=Path, default=Path("out.png"), help="a .png (%(default)s)")
     return parser
 
 
@@ -1542,22 +1379,23 @@ def draw(args):
     """Draw one picture and save it, unless the file is there already."""
     from PIL import Image, ImageOps
     from tqdm import tqdm
-    prompt = args.words if args.prompt is None else args.prompt
-    require(prompt is not None, "give one prompt (--help lists the options)")
     require(args.output.suffix == ".png", f"{args.output} does not end in .png")
     require(not args.output.exists(), f"{args.output} is there already")
     require(args.output.parent.is_dir(), f"there is no folder {args.output.parent} to write to")
+    model = load(args.model, args.backend, args.device, args.dtype)
+    require(1 <= args.steps < len(model.alpha_bars),
+            f"--steps {args.steps} is not from 1 to {len(model.alpha_bars) - 1}")
 
-    folder, init = args.model or HERE / "weights" / "emoji", None
-    model = load(folder, args.backend, args.device, args.dtype)
+    settings = {name: value for name, value in vars(args).items()
+                if name in ("negative", "guidance", "strength")}
+    h, w, channels = latent_shape(model, args.width, args.height)
     if args.init_img:
-        h, w, _ = latent_shape(model, args.width, args.height)
         picture = ImageOps.exif_transpose(Image.open(args.init_img)).convert("RGB")
         size = w * model.factor, h * model.factor
-        init = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
-    walk = generate(model, prompt, args.negative_prompt, [args.seed], args.steps, args.cfg_scale,
-                    args.sampler, width=args.width, height=args.height, init=init,
-                    strength=0.75 if args.strength is None else args.strength)
+        settings["picture"] = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+    walk = generate(model, args.prompt, sampler=SAMPLERS[args.sampler],
+                    steps=evenly_spaced_steps(args.steps, model.alpha_bars),
+                    noise=numpy_noise([args.seed], (h, w, channels)), **settings)
     *_, x = tqdm(walk, unit="step")
 
     png = io.BytesIO()
@@ -1570,9 +1408,12 @@ def draw(args):
 def main(argv=None):
     """Run the small program; return its exit status."""
     try:
-        draw(option_parser(OPTIONS).parse_args(argv))
+        draw(option_parser().parse_args(argv))
     except (UserError, OSError, ImportError) as error:
         tell(str(error))
+        return 2
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        tell(f"the model's weights and configs do not fit each other: {error!r}")
         return 2
     except KeyboardInterrupt:
         tell("interrupted")

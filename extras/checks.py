@@ -9,14 +9,14 @@ import math
 import re
 from pathlib import Path
 
+from extras.samplers import SCHEDULERS
 from tiny_sd import (
     ACTIVATIONS,
     CONFIG_DEFAULTS,
-    SCHEDULERS,
-    alpha_bars,
     flatten,
     read_config,
     require,
+    scaled_linear_schedule,
     shorten,
 )
 
@@ -160,7 +160,8 @@ def check_configs(settings, tokenizers):
             f"not supported, but {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
-    levels = alpha_bars(scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end)
+    levels = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
+                                    scheduler.beta_end)
     require(levels[-1] > 1e-8, "the scheduler's betas leave nothing of a picture: beta_end "
                                f"{scheduler.beta_end} is too large")
     check_text_encoders(config, tokenizers)

@@ -20,11 +20,11 @@ from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats, prompts, things, tiny_vae
+from extras import files, formats, like_diffusers, prompts, things, tiny_vae
 from extras.checks import check_memory, nearest
-from extras.samplers import sampler_named
+from extras.samplers import KARRAS, sampler_named
 from extras.start import import_problem
-from tiny_sd import KARRAS, OPTIONS, SAMPLERS, UserError, require, tell
+from tiny_sd import SAMPLERS, UserError, require, tell
 
 tqdm.monitor_interval = 0       # needs no thread of its own
 
@@ -52,6 +52,41 @@ def sampler(text):
 def output(text):
     """Return the file that -o names: of a folder, written with a slash at its end, out.png."""
     return Path(text, "out.png") if text.endswith(("/", os.sep)) else Path(text)
+
+
+OPTIONS = [     # (heading, flags, type or choices, default, help)
+    ("what to draw", "words", str, None, "the prompt"),
+    ("what to draw", "-p --prompt", str, None, "the same, as an option"),
+    ("what to draw", "-n --negative-prompt", str, None, "what to avoid"),
+    ("what to draw", "-s --seed", int, 0, "(%(default)s)"),
+    ("model", "-m --model", str, None, "a folder, or a name in weights/ (emoji)"),
+    ("sampling", "--steps", int, None, "(20, fewer for distilled models)"),
+    ("sampling", "--cfg-scale --guidance-scale", float, None,
+     "guidance: how much to stress the prompt (7.5, or the model's own)"),
+    ("sampling", "--sampler", SAMPLERS, None, "(the model's own)"),
+    ("size", "-W --width", int, None, "in pixels (the model's own size)"),
+    ("size", "-H --height", int, None, None),
+    ("from a picture", "-i --init-img", str, None, "a picture to start from"),
+    ("from a picture", "--strength", float, None, "how much to change it, 0 to 1 (0.75)"),
+    ("output", "-o --output", Path, Path("out.png"), "the file to write (%(default)s)"),
+    ("hardware", "--backend", ("numpy", "torch"), None, "numpy; torch on a GPU, or not in float32"),
+    ("hardware", "--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
+    ("hardware", "--dtype", ("float32", "float16", "bfloat16"), "float32", "(%(default)s)"),
+]
+
+
+def table_parser(options, **settings):
+    """Return a parser of a table like OPTIONS."""
+    parser = tiny_sd.Parser(description="Draw a picture from a prompt with Stable Diffusion.",
+                    allow_abbrev=False, **settings)
+    parser.sections = {heading: parser.add_argument_group(heading)
+                       for heading in dict.fromkeys(heading for heading, *_ in options)}
+    for heading, flags, kind, default, text in options:
+        how = {"type": kind} if callable(kind) else {"choices": kind}
+        if flags == "words":
+            how |= {"nargs": "?", "metavar": "PROMPT"}
+        parser.sections[heading].add_argument(*flags.split(), default=default, help=text, **how)
+    return parser
 
 
 TYPES = {"--sampler": sampler, "-o --output": output}       # in place of tiny_sd.py's
@@ -100,7 +135,7 @@ def option_parser(**settings):
     """Return the parser of all options: those of tiny_sd.py, and these."""
     table = [(heading, flags, TYPES.get(flags, kind), default, HELP.get(flags, text))
              for heading, flags, kind, default, text in OPTIONS]
-    parser = tiny_sd.option_parser(table, usage="python tiny_sd.py PROMPT [option ...]",
+    parser = table_parser(table, usage="python tiny_sd.py PROMPT [option ...]",
                                    epilog=EXAMPLES, formatter_class=Help, **settings)
     for action in parser._actions:
         action.metavar = METAVARS.get(action.dest, action.metavar)
@@ -428,7 +463,7 @@ def run(argv):
         x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
     if film:
         if prompts.reads_weights(model) and not args.plain_prompt:
-            film.chunks = prompts.chunks_of(model.tokenizer, words_of(args))
+            film.chunks = prompts.chunks_of(model.encoders[0].tokenizer, words_of(args))
         print(film.save(x, args.prompt, seeds_of(args)))
     if args.prompts and ranks > 1:
         wait_for_other_ranks()
@@ -450,7 +485,7 @@ def remarks(model, args, known):
 
 def watchers(args):
     """Return the film of --show, or None, and the denoiser to draw with."""
-    film, denoiser = None, tiny_sd.denoiser
+    film, denoiser = None, like_diffusers.denoiser
     if args.show or args.preview:
         from extras import show
         if args.show:
@@ -493,7 +528,7 @@ def wait_for_other_ranks():
         raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
-def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
+def draw(model, args, denoiser=like_diffusers.denoiser, last=False, title=None):
     """Draw and save the pictures that args ask for; return their latents.
 
     While the last of all are drawn, this program's model loses each network that has done its
@@ -511,7 +546,7 @@ def draw(model, args, denoiser=tiny_sd.denoiser, last=False, title=None):
 
     total = args.steps if args.init_img is None else int(round(args.steps * args.strength, 9))
     if last:
-        model.text_encoder = model.second = None
+        model.encoders = []
     for x in tqdm(walk, desc=title, total=total, unit="step"):      # noqa: B007
         pass
     if last:
@@ -542,9 +577,10 @@ def start_walk(model, args, width, height, denoiser):
         init = files.read_picture(args.init_img, width, height, args.notes)
     if args.mask is not None:
         mask = files.read_mask(args.mask, args.init_img, width, height, args.notes)
-    return tiny_sd.generate(model, words_of(args), args.negative_prompt, seeds_of(args), args.steps,
-                            args.cfg_scale, args.sampler, args.karras, width, height, init,
-                            args.strength, mask, denoiser, embedder(model, args))
+    return like_diffusers.generate(
+        model, words_of(args), args.negative_prompt, seeds_of(args), args.steps, args.cfg_scale,
+        args.sampler, args.karras, width, height, init, args.strength, mask, denoiser,
+        embedder(model, args))
 
 
 def words_of(args):
@@ -561,7 +597,7 @@ def embedder(model, args):
 
 def fill_in(model, args):
     """Set sampler, steps and guidance to the model's own where they are not given."""
-    sampler, steps, guidance = tiny_sd.defaults(model)
+    sampler, steps, guidance = like_diffusers.defaults(model)
     args.sampler, args.steps = args.sampler or sampler, args.steps or steps
     args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
 

@@ -251,7 +251,7 @@ def parameters_text(args, model, seed, width, height):
         return pairs and json.dumps(", ".join(pairs), ensure_ascii=False)
 
     facts = facts_of(args, seed) | {
-        "Size": f"{width}x{height}", "Model hash": getattr(model, "digest", ""),
+        "Size": f"{width}x{height}", "Model hash": model.digest,
         "Model": plain(model.name),
         "Lora hashes": hashes([file for file, _ in args.lora], lambda file: lora_hashes(file)[0]),
         "TI hashes": hashes(args.embedding, file_hash), "RNG": "CPU",
@@ -407,7 +407,7 @@ def facts_left(facts):
 def other_files(facts, args, model):
     """Yield the names of the files in use that are not those which a picture was made with."""
     model_hash, ours = facts.get("Model hash", ""), vae_hash(args.vae)
-    digest = getattr(model, "digest", "")
+    digest = model.digest
     if digest and len(model_hash) >= 10 and model_hash[:10] != digest:
         yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
     if ours and facts.get("VAE hash", ours)[:10] != ours:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import tiny_sd
-from extras import narrow, samplers  # noqa: F401  (samplers registers plms and lcm)
+from extras import like_diffusers, narrow
 from extras.checks import (
     check_configs,
     check_memory,
@@ -69,6 +69,8 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     model = tiny_sd.assemble(stem, settings, arrays, tokenizers, backend, device, dtype,
                              functools.partial(narrow.to_backend, kind=kind))
     model.digest = digest
+    if model.config.unet.time_cond_proj_dim:
+        model.embed_time = like_diffusers.embed_time_and_guidance
     if vae:
         model.vae_encode, model.vae_decode = vae.encode, vae.decode
     model.files = mapped_files(model)
@@ -95,8 +97,8 @@ def read(path):
 
 def mapped_files(model):
     """Return {path: stamp} of the files that a model still reads."""
-    files, networks = {}, [getattr(model, part) for part in WEIGHT_FILES]
-    for network in networks + ([vars(model.second)] if model.second else []):
+    files = {}
+    for network in [model.unet, model.vae, *(encoder.weights for encoder in model.encoders)]:
         for array in flatten(network).values():
             while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
                 array = array.base
@@ -117,7 +119,7 @@ def check_unchanged(model):
     A file that is cut short while it is read still ends the process: the system gives no other
     sign (SIGBUS). So replace a file in use, rather than write into it.
     """
-    for path, (file, known) in getattr(model, "files", {}).items():
+    for path, (file, known) in model.files.items():
         if os.path.exists(path):
             now, state = stamp(path)
             require(now != file or state == known,

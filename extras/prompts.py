@@ -10,7 +10,7 @@ What they mean here is what they mean in AUTOMATIC1111's web UI:
 embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed_prompts=...).
 """
 
-import copy
+import dataclasses
 import functools
 import hashlib
 import math
@@ -136,17 +136,18 @@ def words_of(tokenizer, text):
         i += n
 
 
-def embed_prompts(model, texts):
+def embed_prompts(model, texts, skip=None):
     """Do what tiny_sd.embed_prompts does, for texts of any length with weights in them.
 
     Each chunk is encoded alone, and the contexts follow one another. Texts of fewer chunks are
     repeated, which attention does not notice: softmax divides the weight among the copies. A
     second encoder's pooled vector is that of the first chunk.
     """
-    texts = [text if text is None else chunks_of(model.tokenizer, text) for text in texts]
+    tokenizer = model.encoders[0].tokenizer
+    texts = [text if text is None else chunks_of(tokenizer, text) for text in texts]
     chunks = [chunk for text in texts for chunk in ([None] if text is None else text)]
     ids = [chunk if chunk is None else [i for i, _ in chunk] for chunk in chunks]
-    context, pooled = tiny_sd.embed_prompts(reader_of_ids(model), ids)      # (chunks, 77, width)
+    context, pooled = tiny_sd.embed_prompts(reader_of_ids(model), ids, skip)    # (chunks, 77, ...)
     context = weigh_encoders(model, context, chunks)
 
     lengths = [1 if text is None else len(text) for text in texts]
@@ -159,26 +160,19 @@ def embed_prompts(model, texts):
     return context, None if pooled is None else pooled[rows[:, 0]]
 
 
-def changed(record, **fields):
-    """Return a copy of a SimpleNamespace with some fields changed."""
-    return SimpleNamespace(**vars(record) | fields)
-
-
 def reader_of_ids(model):
     """Return the model with tokenizers whose encode() takes the ids of a chunk for a text."""
     def framing(tokenizer):
         bos, eos = tokenizer.vocab[Tokenizer.BOS], tokenizer.vocab[Tokenizer.EOS]
 
         def encode(ids):
-            used = [bos, *ids, eos]
+            used = [bos, *ids, eos] if ids else [bos, eos]
             return np.array(used + [tokenizer.pad] * (tokenizer.length - len(used))), ""
         return SimpleNamespace(encode=encode, vocab=tokenizer.vocab)
 
-    reader = copy.copy(model)
-    reader.tokenizer = framing(model.tokenizer)
-    if model.second:
-        reader.second = changed(model.second, tokenizer=framing(model.second.tokenizer))
-    return reader
+    encoders = [encoder._replace(tokenizer=framing(encoder.tokenizer))
+                for encoder in model.encoders]
+    return dataclasses.replace(model, encoders=encoders)
 
 
 def weigh_encoders(model, context, chunks):
@@ -188,10 +182,9 @@ def weigh_encoders(model, context, chunks):
         row[1:1 + len(chunk or [])] = [weight for _, weight in chunk or []]
     if (weights == 1).all():
         return context
-    if not model.second:
-        return weigh(context, weights)
-    n = model.config.text_encoder.hidden_size
-    return concat(weigh(context[..., :n], weights), weigh(context[..., n:], weights))
+    ends = np.cumsum([encoder.config.hidden_size for encoder in model.encoders])
+    return concat(*(weigh(context[..., start:end], weights)
+                    for start, end in zip([0, *ends], ends)))
 
 
 def weigh(z, weights):
@@ -209,33 +202,20 @@ def skipping(embed, n):
     final norm, where there is one, and a second encoder's pooled vector stay.
     """
     def skipped(model, texts):
-        context, pooled = embed(shorter_encoders(model, n), texts)
-        return context, pooled if pooled is None or n <= 2 else embed(model, texts)[1]
+        two = len(model.encoders) == 2
+        without = not two and model.encoders[0].config.hidden_act == "gelu"   # Stable Diffusion 2
+        skip = max(int(two), n - 1 - without)
+        layers = min(len(encoder.weights["encoder"]["layers"]) for encoder in model.encoders)
+        require(skip < layers, f"--clip-skip {n} leaves nothing of a text encoder of "
+                               f"{layers + without} layers")
+        return embed(model, texts, skip)
     return skipped
-
-
-def shorter_encoders(model, n):
-    """Return the model with text encoders for CLIP skip n; UserError if that leaves no layer."""
-    already = bool(model.second) or model.config.text_encoder.hidden_act == "gelu"
-    left_out = max(0, n - 1 - already)
-
-    def shorten_encoder(weights):
-        layers = weights["encoder"]["layers"]
-        require(0 <= left_out < len(layers), f"--clip-skip {n} leaves nothing of a text encoder "
-                                             f"of {len(layers) + already} layers")
-        return weights | {"encoder": {"layers": layers[:len(layers) - left_out]}}
-
-    shorter = copy.copy(model)
-    shorter.text_encoder = shorten_encoder(model.text_encoder)
-    if model.second:
-        second = shorten_encoder(model.second.text_encoder)
-        shorter.second = changed(model.second, text_encoder=second)
-    return shorter
 
 
 def reads_weights(model):
     """Does the model read prompts through CLIP's own tokenizer, for which weights are usual?"""
-    return model.tokenizer.length == 77 and len(model.tokenizer.vocab) >= 49408
+    tokenizer = model.encoders[0].tokenizer
+    return tokenizer.length == 77 and len(tokenizer.vocab) >= 49408
 
 
 CHANGING = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b")
@@ -252,8 +232,9 @@ def remarks(model, texts, plain=False):
             yield f"{mark[0]} in the prompt is read as words: nothing changes between steps here"
         if mark := not weighted and re.search(r"\([^()]*:[\d.]+\)", text):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
-    for first, names in getattr(model.tokenizer, "names", {}).items():
-        if not any(first in ids_of(model.tokenizer, text, weighted) for text in texts):
+    tokenizer = model.encoders[0].tokenizer
+    for first, names in getattr(tokenizer, "names", {}).items():
+        if not any(first in ids_of(tokenizer, text, weighted) for text in texts):
             yield f"no prompt says {' or '.join(names)}, which --embedding is for"
 
 
@@ -317,27 +298,23 @@ def with_embeddings(model, files):
     A word is the file's name, and the one inside, if there is one. UserError if a file is none, or
     of another family of models.
     """
-    networks = [model.text_encoder, *([model.second.text_encoder] if model.second else [])]
-    tables = [wide(weights["embeddings"]["token_embedding"]["weight"]) for weights in networks]
-    words = {}
+    tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
+              for encoder in model.encoders]
+    words, room = {}, model.encoders[0].tokenizer.length - 2
     for file in files:
         names, vectors = read_embedding(file, [table.shape[1] for table in tables])
         first, n = len(tables[0]), len(vectors[0])
-        require(n <= model.tokenizer.length - 2,
-                f"{file} is a word of {n} vectors, too many for a prompt")
+        require(n <= room, f"{file} is a word of {n} vectors, too many for a prompt")
         words |= dict.fromkeys(names, [*range(first, first + n)])
         tables = [concat(table.T, array_like(table, rows).T).T
                   for table, rows in zip(tables, vectors)]
 
-    learnt = copy.copy(model)
-    learnt.tokenizer = LearntTokenizer(model.tokenizer, words)
-    learnt.text_encoder, *second = [
-        weights | {"embeddings": weights["embeddings"] | {"token_embedding": {"weight": table}}}
-        for weights, table in zip(networks, tables)]
-    if model.second:
-        tokenizer = LearntTokenizer(model.second.tokenizer, words)
-        learnt.second = changed(model.second, text_encoder=second[0], tokenizer=tokenizer)
-    return learnt
+    encoders = []
+    for (tokenizer, config, weights), table in zip(model.encoders, tables):
+        embeddings = weights["embeddings"] | {"token_embedding": {"weight": table}}
+        encoders.append(tiny_sd.Encoder(LearntTokenizer(tokenizer, words), config,
+                                        weights | {"embeddings": embeddings}))
+    return dataclasses.replace(model, encoders=encoders)
 
 
 def read_embedding(file, widths):

@@ -30,7 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import tiny_sd
-from extras import prompts
+from extras import like_diffusers, prompts
 from extras.files import free_names, unfinished_name
 from tiny_sd import require
 
@@ -53,7 +53,7 @@ def watching(**watchers):
 
     wrapped = {name: watched(getattr(tiny_sd, name), f) for name, f in watchers.items()}
     with mock.patch.multiple(tiny_sd, **wrapped), mock.patch.dict(tiny_sd.FAST):
-        tiny_sd.FAST.pop("map_rows", None)
+        tiny_sd.FAST.pop("each", None)
         yield
 
 
@@ -80,7 +80,7 @@ class Film:
     def __call__(self, model, context, *args):
         """Return a denoise() for samplers, which remembers what it sees."""
         self.model = model
-        denoise = tiny_sd.denoiser(model, context, *args)
+        denoise = like_diffusers.denoiser(model, context, *args)
         kind = model.config.scheduler.prediction_type
 
         def watched(x, t, alpha_bar):
@@ -93,14 +93,14 @@ class Film:
                 if next(calls) % 2:     # each transformer block: first the pixels, then the words
                     maps.append(probabilities(q, k).mean(1))
 
-            with watching(map_rows=see_output, dot_product_attention=see_attention):
+            with watching(predict=see_output, dot_product_attention=see_attention):
                 x_0, eps = denoise(x, t, alpha_bar)
-            push = None
-            if len(outputs[-1]) == 2 * n:       # the second half is the prompt's
+            push, output = None, np.concatenate(outputs)
+            if len(output) == 2 * n:       # the second half is the prompt's
                 together = maps and len(maps[0]) == 2 * n
                 maps = [m[n:] for m in maps] if together else maps[len(maps) // 2:]
                 uncond, cond = (tiny_sd.split_prediction(kind, half, x, alpha_bar)[1]
-                                for half in np.split(outputs[-1], 2))
+                                for half in np.split(output, 2))
                 push = cond - uncond
             attention = attention_maps(maps, *x.shape[1:3])
             self.steps.append(SimpleNamespace(t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
@@ -166,7 +166,7 @@ def attention_maps(maps, height, width):
     return attention
 
 
-def previewer(path: Path, inside=tiny_sd.denoiser) -> Callable:
+def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
     """Return a denoiser that writes x̂_0 to a small PNG at each step.
 
     UserError if there is such a file already, or comes to be, unless it is a preview too.
@@ -455,7 +455,7 @@ def words_section(page, film, k, picture, prompt):
         '<div class="scroll"><table><tr><th>word<th>mean',
         *(f"<th>at {h} × {w}" for h, w in sizes),
         *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
-    tokenizer, tokens = film.model.tokenizer, film.steps[0].attention[sizes[0]].shape[1]
+    tokenizer, tokens = film.model.encoders[0].tokenizer, film.steps[0].attention[sizes[0]].shape[1]
     chunks = film.chunks or one_chunk(tokenizer, prompt)
     for n, (word, positions) in enumerate(positions_of_words(tokenizer, chunks, tokens)):
         maps, mean = word_maps(film.steps, positions, k)
@@ -601,10 +601,8 @@ def part_of(network, name):
 def weights_by_part(model):
     """Return {id of a weight: its part}, and {part: record of shape, parameters, flops}."""
     owner, table = {}, {}
-    networks = {"text_encoder": model.text_encoder}
-    if model.second:
-        tail = {name: part for name, part in vars(model.second).items() if isinstance(part, dict)}
-        networks["text_encoder_2"] = tail.pop("text_encoder") | tail
+    parts = ("text_encoder", "text_encoder_2")
+    networks = {part: encoder.weights for part, encoder in zip(parts, model.encoders)}
     for network, weights in (networks | {"unet": model.unet, "vae": model.vae}).items():
         for name, array in tiny_sd.flatten(weights).items():
             part = owner[id(array)] = part_of(network, name)
@@ -664,7 +662,7 @@ def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted
 
     weighted: whether that is by extras.prompts.
     """
-    print(tokens_text(model.tokenizer, prompt, weighted))
+    print(tokens_text(model.encoders[0].tokenizer, prompt, weighted))
     table = sizes(model, "" if weighted else prompt, width, height)
     print(f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
           "parameters, and the multiplications and\nadditions of matrix products (linear layers, "

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import tiny_sd
 from extras import formats
 from extras.checks import (
@@ -27,7 +25,17 @@ from extras.checks import (
     nearest,
 )
 from extras.pickles import SUFFIXES, read_tensors
-from tiny_sd import UserError, conv2d, flatten, require, shorten, sigmoid, tell, upsample
+from tiny_sd import (
+    UserError,
+    array_like,
+    conv2d,
+    flatten,
+    require,
+    shorten,
+    sigmoid,
+    tell,
+    upsample,
+)
 
 # ── What it computes ────────────────────────────────────────────────────────────────────────────
 #
@@ -64,14 +72,16 @@ def encode(picture, vae, groups):
     """Return what tiny_sd.vae_encode does: latents, which need no scale, and log 0 for variance."""
     require("encoder" in vae, "this VAE cannot read a picture to start from: put its encoder's "
                               "file beside its decoder's")
-    mean = run_layers(picture / 2 + 0.5, ENCODER, vae["encoder"]["layers"])
+    layers = vae["encoder"]["layers"]
+    mean = run_layers(array_like(layers[0]["bias"], picture) / 2 + 0.5, ENCODER, layers)
     return mean, 0 * mean - math.inf
 
 
 def decode(z, vae, groups):
     """Return what tiny_sd.vae_decode does, of latents as the U-Net has them."""
-    z = 6 * sigmoid(z * (2 / 3)) - 3        # 3 tanh(z / 3)
-    return 2 * run_layers(z, DECODER, vae["decoder"]["layers"]) - 1
+    layers = vae["decoder"]["layers"]
+    z = 6 * sigmoid(array_like(layers[0]["bias"], z) * (2 / 3)) - 3     # 3 tanh(z / 3)
+    return 2 * run_layers(z, DECODER, layers) - 1
 
 
 def tiny_shapes(letters, i, width, o):
@@ -222,8 +232,6 @@ def read_tiny(name, settings, arrays):
         shapes["encoder"] = tiny_shapes(ENCODER, 3, width, z)
     check_shapes(f"the TAESD {name}", arrays, flatten(shapes))
 
-    # tiny_sd asks this array of a VAE for its library and device
-    arrays["quant_conv.bias"] = np.zeros(0, np.float32)
     settings = {"block_out_channels": [width] * 4, "layers_per_block": 3, "latent_channels": z,
                 "norm_num_groups": 1, "scaling_factor": 1.0}
     return Vae(name, settings, arrays, encode, decode)

@@ -519,7 +519,7 @@ def shifted(u, shift=2):
 
 def train_unet(things, setting, schedule, state):
     bank = Bank(things, setting, schedule, state, filled=8192, capacity=65536)
-    alpha_bars = torch.from_numpy(tiny_sd.alpha_bars()).float().to(state.device)
+    alpha_bars = torch.from_numpy(tiny_sd.scaled_linear_schedule()).float().to(state.device)
     nothing = encode(bank.words, [""], state.device)
     heads, groups = setting.unet["attention_head_dim"], setting.unet["norm_num_groups"]
 

@@ -1,0 +1,249 @@
+"""Draw what diffusers draws: its timesteps, which depend on the scheduler, and torch's numbers.
+
+generate() here takes a seed, a number of steps and a sampler's name, and calls tiny_sd.generate()
+with the levels and the noise that diffusers would take: the same prompt, seed and settings give the
+same picture there. Distilled models also get their guidance as diffusers gives it.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+import tiny_sd
+from extras.samplers import SCHEDULERS
+from tiny_sd import (
+    SAMPLERS,
+    Model,
+    array_like,
+    concat,
+    guide,
+    latent_shape,
+    linear,
+    require,
+    sigma_of,
+    silu,
+    split_prediction,
+)
+
+
+def defaults(model):
+    """Return the model's own sampler, and the steps and the guidance that it was made for."""
+    scheduler = model.config.scheduler
+    sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
+    if scheduler._class_name == "LCMScheduler":
+        return sampler, 4, 8.5
+    if sampler in ("euler", "euler_a") and scheduler.timestep_spacing == "trailing":    # Turbo
+        return sampler, 1, 1.0
+    return sampler, 20, model.guidance
+
+
+def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequence[int] = (0,),
+             steps: int | None = None, guidance: float | None = None,
+             sampler: str | Callable | None = None, karras=False, width: int | None = None,
+             height: int | None = None, init: np.ndarray | None = None, strength=0.75,
+             mask: np.ndarray | None = None, make_denoiser=None,
+             embed=tiny_sd.embed_prompts) -> Iterator[np.ndarray]:
+    """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step, as diffusers'.
+
+    Where steps, guidance, sampler, width or height are None, the model's own are taken. sampler: a
+    name in SAMPLERS, or a function like those. init: a picture to start from; the rest is as in
+    tiny_sd.generate. Raises UserError for values out of range.
+    """
+    own_sampler, own_steps, own_guidance = defaults(model)
+    guidance = own_guidance if guidance is None else guidance
+    require(math.isfinite(guidance), f"guidance {guidance} is not a finite number")
+    sampler = function_of(own_sampler if sampler is None else sampler)
+    require(np.ndim(seeds) == 1 and len(seeds) > 0 and all(hasattr(s, "__index__") for s in seeds),
+            f"seeds must be a list of whole numbers, not {seeds}")
+    if np.ndim(init) == 3:
+        height, width = init.shape[:2]
+
+    levels = sampling_steps(sampler, own_steps if steps is None else steps, model.config.scheduler,
+                            model.alpha_bars, karras)
+    noise = torch_noise(seeds, latent_shape(model, width, height))
+    if init is None or mask is not None and strength == 1:
+        sampler = from_scaled_noise(sampler, initial_scale(sampler, model.config.scheduler, levels))
+    # a distilled model takes the scale as an input instead
+    scale = 1.0 if model.config.unet.time_cond_proj_dim else guidance
+    make = functools.partial(with_guidance, make_denoiser or denoiser, guidance)
+    return tiny_sd.generate(model, prompt, negative, scale, sampler, levels, noise, init, strength,
+                            mask, make, embed)
+
+
+def with_guidance(make_denoiser, guidance, model, context, _, *others):
+    """Make a denoiser with this guidance, whatever generate() made of it."""
+    return make_denoiser(model, context, guidance, *others)
+
+
+def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None) -> Callable:
+    """Do what tiny_sd.denoiser does, but ask with both contexts at once.
+
+    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch.
+    """
+    numpy = isinstance(context, np.ndarray)
+
+    def denoise(x_t, t, alpha_bar):
+        x = x_t if extra_channels is None else concat(x_t, extra_channels)
+
+        def ask(contexts):      # for every picture, with each of these contexts
+            rows = np.repeat(contexts, len(x))
+            pooled_rows = None if pooled is None else pooled[rows]
+            return tiny_sd.predict(model, np.concatenate([x] * len(contexts)), t, context[rows],
+                                   pooled_rows, guidance)
+
+        both = list(range(len(context)))
+        halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if numpy
+                  else np.split(ask(both), len(both)))
+        output = halves[0] if len(halves) == 1 else guide(*halves, guidance)
+        return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
+
+    return denoise
+
+
+# ── Levels ─────────────────────────────────────────────────────────────────── REFERENCE §9 ──
+
+
+def function_of(sampler):
+    """Return the sampler of a name; a function is one already."""
+    require(callable(sampler) or sampler in SAMPLERS,
+            f"there is no sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS.get(sampler, sampler)
+
+
+def timestep_spacing(sampler, scheduler):
+    """Return how to space the timesteps: the sampler's own way, the config's, or the default."""
+    own = getattr(sampler, "spacing", None)
+    return own or scheduler.timestep_spacing or getattr(sampler, "default_spacing", "leading")
+
+
+def timesteps(sampler, n, scheduler):
+    """Return n timesteps, the noisiest first (9.1)."""
+    T, spacing = scheduler.num_train_timesteps, timestep_spacing(sampler, scheduler)
+    if custom := getattr(sampler, "timesteps", None):
+        return custom(n, T)
+    if spacing == "trailing":
+        return (T - np.arange(n) * T / n).round() - 1
+    m = n + getattr(sampler, "drops_last", 0)
+    if spacing == "leading":
+        t = np.arange(m) * (T // m) + scheduler.steps_offset
+    else:
+        t = np.linspace(0, T - 1, m)
+    return t[::-1][:n]
+
+
+def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
+    """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config."""
+    sampler = function_of(sampler)
+    T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
+    most = min(T, 1000) - 1
+    require(hasattr(n, "__index__") and 1 <= n <= most, f"steps {n} is not from 1 to {most}")
+    t = timesteps(sampler, n, scheduler)
+    require(t[0] < T, f"{n} steps are more than this sampler can take")
+    takes_karras = getattr(sampler, "karras", None)
+    require(not karras or takes_karras, "karras does not go with sampler "
+            f"{getattr(sampler, 'name', sampler.__name__)}")
+    if not getattr(sampler, "fractional", False):
+        t = np.round(t)
+
+    sigma = np.interp(t, np.arange(T), sigmas)
+    follows = takes_karras and getattr(sampler, "follows_config", True)
+    if karras or scheduler.use_karras_sigmas and follows:
+        sigma, t = karras_levels(takes_karras == "whole range", sigma, sigmas)
+    levels = (1 / (1 + sigma ** 2)).tolist()
+
+    ends_clean = getattr(sampler, "ends_clean", True)
+    if getattr(sampler, "follows_set_alpha", False) and scheduler.set_alpha_to_one is not None:
+        ends_clean = scheduler.set_alpha_to_one
+    last = 1.0 if ends_clean else float(alpha_bars[0])
+    return list(zip(t.tolist(), levels, [*levels[1:], last]))
+
+
+def karras_levels(whole_range, sigma, sigmas):
+    """Return levels evenly spaced in σ^(1/7), and the times t that have those levels (9.2).
+
+    Karras et al., 2022, eq. 5. sigma: the levels chosen so far; sigmas: all of the model's, whose
+    whole range is used if asked for.
+    """
+    low, high = (sigmas[0], sigmas[-1]) if whole_range else (sigma[-1], sigma[0])
+    ramp = np.linspace(0, 1, len(sigma))
+    sigma = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    t = np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
+    return sigma, t.round() if whole_range else t
+
+
+def initial_scale(sampler, scheduler, steps):
+    """Return the standard deviation of x_T: 1, or that of the noise in it alone."""
+    scaled = getattr(sampler, "fractional", False)
+    if scaled and timestep_spacing(sampler, scheduler) != "leading":
+        return (1 - steps[0][1]) ** 0.5
+    return 1.0
+
+
+def from_scaled_noise(sampler, scale):
+    """Return the sampler, starting from x_T times this scale."""
+    def scaled(denoise, x, steps, noise):
+        return sampler(denoise, scale * x, steps, noise)
+    return scaled
+
+
+# ── Distilled models ────────────────────────────────────────────────────────────────────────────
+
+
+def embed_time_and_guidance(model, x, t, pooled=None, guidance=1.0):
+    """Return the time embedding of a model that takes the guidance scale as an input.
+
+    Meng et al., 2023. What tiny_sd.time_mlp computes, with the scale's embedding added (9.5).
+    """
+    weights = model.unet["time_embedding"]
+    times = tiny_sd.timestep_embedding(t, weights["linear_1"]["weight"].shape[1])
+    scale = guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
+    h = array_like(x, times) + linear(array_like(x, np.tile(scale, (len(t), 1))),
+                                      **weights["cond_proj"])
+    return linear(silu(linear(h, **weights["linear_1"])), **weights["linear_2"])
+
+
+def guidance_condition(dim, guidance):
+    """Return the embedding of the guidance scale that a distilled model gets, (1, dim) (9.5).
+
+    A timestep embedding, sines first, whose last frequency is 1/10000.
+    """
+    angles = 1000 * (guidance - 1) * 10000 ** -np.linspace(0, 1, dim // 2)
+    return np.concatenate([np.sin(angles), np.cos(angles)])[None]
+
+
+# ── Torch's random numbers ──────────────────────────────────────────────────────────────────────
+
+
+class Noise:
+    """torch.randn on a CPU generator with this seed: MT19937, then Box and Muller (9.3), (9.4)."""
+
+    def __init__(self, seed):
+        self.words = np.random.RandomState(int(seed) & 0xffffffff)
+
+    def uniform(self, n):
+        """Return n numbers in [0, 1), from the low 24 bits of each word."""
+        words = np.frombuffer(self.words.bytes(4 * n), "<u4")
+        return (words & 0xffffff).astype(np.float32) * np.float32(2 ** -24)
+
+    def __call__(self, height, width, channels):
+        """Return standard normal numbers (height, width, channels), drawn channels first."""
+        n = height * width * channels                   # at least 16
+        z = box_muller(self.uniform(n)[:n // 16 * 16])
+        if n % 16:                                      # torch draws the last 16 again
+            z = np.concatenate([z[:n - 16], box_muller(self.uniform(16))])
+        return z.reshape(channels, height, width).transpose(1, 2, 0)
+
+
+def box_muller(u):
+    """Turn uniform numbers (16 n,) into normal ones: of each 16, 8 radii and 8 angles (9.4)."""
+    u1, u2 = np.split(u.reshape(-1, 16), 2, axis=1)
+    radius, angle = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+def torch_noise(seeds, shape):
+    """Return noise(), which draws (len(seeds), *shape) numbers, each picture's from its seed."""
+    streams = [Noise(seed) for seed in seeds]
+    return lambda: np.stack([stream(*shape) for stream in streams])
