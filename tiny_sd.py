@@ -13,7 +13,7 @@
 The same in Python:
 
     >>> model = load("weights/emoji")
-    >>> context = encode_prompts(model, ["", "red apple on a blue background"])
+    >>> context, _ = embed_prompts(model, ["", "red apple on a blue background"])
     >>> steps = evenly_spaced_steps(20, model.alpha_bars)
     >>> x_T = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
     >>> *_, x_0 = ddim(denoiser(model, context, guidance=2.0), x_T, steps)
@@ -594,18 +594,11 @@ def scaled_linear_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_en
     return np.cumprod(1 - beta)
 
 
-def forward_step(x, beta, eps):
-    """Take one small step towards noise: x_t = √(1 - β) x_{t-1} + √β ε (6.1). Ho et al., 2020.
-
-    Only the derivation needs it: add_noise takes all the steps at once.
-    """
-    return (1 - beta) ** 0.5 * x + beta ** 0.5 * eps
-
-
 def add_noise(x_0, alpha_bar, eps):
-    """Noise a picture to a level: x_t = √ᾱ x_0 + √(1 - ᾱ) ε (6.2).
+    """Noise a picture to a level: x_t = √ᾱ x_0 + √(1 - ᾱ) ε (6.2). Ho et al., 2020.
 
-    alpha_bar: a number, or an array that broadcasts against x_0, one level for each picture.
+    alpha_bar: a number, or an array that broadcasts against x_0, one level for each picture. With
+    ᾱ = 1 - β it is one small step towards noise, from x_{t-1} to x_t (6.1).
     """
     return alpha_bar ** 0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
@@ -781,11 +774,6 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
     return concat(*contexts) * given[..., None], pooled * given
 
 
-def encode_prompts(model: Model, texts: list[str | None]):
-    """Return the context (len(texts), tokens, width) of some texts."""
-    return embed_prompts(model, texts)[0]
-
-
 def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
     """Return the U-Net's output, a NumPy array like x (batch, h, w, channels), for all at time t.
 
@@ -883,11 +871,6 @@ def check_start(model, picture, mask):
     require(mask is None or mask.dtype == bool, "a mask is an array of bool")
 
 
-def latent_mask(mask, factor, x):
-    """Return a mask (height, width) as (batch, h, w, 1), for latents x."""
-    return np.broadcast_to(mask[::factor, ::factor, None], (*x.shape[:3], 1))
-
-
 def inpainting_channels(model, picture, mask, hole, eps):
     """Return what an inpainting model sees beside x_t: mask and rest, (batch, h, w, 5)."""
     gray = np.where(mask[..., None], 127.5, picture)        # 127.5 becomes 0
@@ -938,7 +921,8 @@ def generate(model: Model, prompt: str, negative: str | None = None,
 
     extra_channels = None
     if mask is not None:
-        hole, mask_eps = latent_mask(mask, model.factor, x), noise()
+        hole = mask[::model.factor, ::model.factor, None]           # (h, w, 1)
+        hole, mask_eps = np.broadcast_to(hole, (*x.shape[:3], 1)), noise()
         if model.inpaints:
             extra_channels = inpainting_channels(model, picture, mask, hole, mask_eps)
 
@@ -957,21 +941,19 @@ def generate(model: Model, prompt: str, negative: str | None = None,
 # functions above unchanged, so the losses take torch tensors. A full recipe: extras/training.
 
 
-def l1_loss(picture, reference):
-    """Return the mean of |picture - reference|."""
-    return (picture - reference).abs().mean()
-
-
-def vae_loss(picture, eps, vae, groups, error=l1_loss, kl_weight=1e-4):
+def vae_loss(picture, eps, vae, groups, error=None, kl_weight=1e-4):
     """Return the error of a picture reconstructed from sampled latents, plus a small KL (8.1).
 
-    picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). Stable
-    Diffusion's own VAE was trained with LPIPS and a discriminator in addition.
+    picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). error: a
+    function of reconstruction and picture, or else the mean of |difference|; Stable Diffusion's own
+    VAE was trained with LPIPS and a discriminator in addition.
     """
     mean, logvar = vae_encode(picture, vae, groups)             # (batch, h, w, 4) each
     z = mean + (logvar / 2).exp() * eps
     kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
-    return error(vae_decode(z, vae, groups), picture) + kl_weight * kl
+    reconstruction = vae_decode(z, vae, groups)
+    off = error(reconstruction, picture) if error else (reconstruction - picture).abs().mean()
+    return off + kl_weight * kl
 
 
 def clip_loss(text, image, logit_scale):

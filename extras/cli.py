@@ -546,7 +546,7 @@ def draw(model, args, denoiser=like_diffusers.denoiser, last=False, title=None):
 
     total = args.steps if args.init_img is None else int(round(args.steps * args.strength, 9))
     if last:
-        model.encoders = []
+        model.encoders = [encoder._replace(weights=None) for encoder in model.encoders]
     for x in tqdm(walk, desc=title, total=total, unit="step"):      # noqa: B007
         pass
     if last:

@@ -47,7 +47,7 @@ def text_picture(model, film, x):
     The cosine of their rows at the end mark, less what all have in common.
     """
     ends = [len(model.tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
-    rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
+    rows = tiny_sd.embed_prompts(model, SENTENCES)[0][np.arange(len(SENTENCES)), ends]
     rows = rows - rows.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     cells = [[heat(np.array([[max(0, a @ b)]]), 1) for b in rows] for a in rows]

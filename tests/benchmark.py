@@ -268,7 +268,7 @@ def measured(part, args, folder):
                 [*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1
             ),
         },
-        "text": {"encode": lambda: sd.to_numpy(sd.encode_prompts(model, ["", PROMPT]))},
+        "text": {"encode": lambda: sd.to_numpy(sd.embed_prompts(model, ["", PROMPT])[0])},
         "loaded": {"picture": picture},
     }[part]
     return (

@@ -155,7 +155,7 @@ def no_mask():
     changed = change(("]], causal=True)", "]])"))
     spread = []
     for program in (plain(), changed):
-        one, other = program.encode_prompts(bundled(program), ["red apple", "blue cat"])[:, 0]
+        one, other = program.embed_prompts(bundled(program), ["red apple", "blue cat"])[0][:, 0]
         spread.append(abs(one - other).max())
     masked, unmasked = spread
     assert masked < 1e-4 < 0.01 < unmasked

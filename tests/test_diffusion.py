@@ -328,7 +328,7 @@ def test_guidance():
 
 
 def test_guidance_of_one_is_the_prompt_alone(model):
-    context = sd.encode_prompts(model, ["a dog", "red apple"])
+    context = sd.embed_prompts(model, ["a dog", "red apple"])[0]
     x = normal(3, 8, 6, 4).astype(np.float32)
     guided, alone, other = (
         sd.denoiser(model, rows, scale)(x, 500, ALPHA_BAR[500])

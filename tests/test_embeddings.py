@@ -83,15 +83,15 @@ def test_formats(model, reference, tmp_path, kind):
         for embed in tiny_sd.embed_prompts, prompts.embed_prompts:
             context, _ = embed(learnt, [f"a photo of {word}, red"])
             same("learnt words", tiny_sd.to_numpy(context), expected, 1e-5)
-    plain = tiny_sd.encode_prompts(learnt, ["a photo of some thing"])
-    assert (plain == tiny_sd.encode_prompts(model, ["a photo of some thing"])).all()
+    plain = tiny_sd.embed_prompts(learnt, ["a photo of some thing"])[0]
+    assert (plain == tiny_sd.embed_prompts(model, ["a photo of some thing"])[0]).all()
 
 
 def test_one_vector_without_an_axis_for_it(model, reference, tmp_path):
     path = save({"<cat>": vectors(1)[0]}, tmp_path / "cat.bin")
     expected = expected_context(
         reference.text_encoder, framed(reference.tokenizer, "a ", [49408]), vectors(1))[0]
-    context = tiny_sd.encode_prompts(prompts.with_embeddings(model, [path]), ["a <cat>"])
+    context = tiny_sd.embed_prompts(prompts.with_embeddings(model, [path]), ["a <cat>"])[0]
     same("learnt words", tiny_sd.to_numpy(context), expected, 1e-5)
 
 
@@ -103,7 +103,7 @@ def test_as_diffusers_loads_them(folder, tmp_path):
     pipe.load_textual_inversion(path)
     expected, _ = pipe.encode_prompt("a <cat> on a mat", "cpu", 1, False)
     model = prompts.with_embeddings(formats.load(folder), [path])
-    same("learnt words, by diffusers", tiny_sd.encode_prompts(model, ["a <cat> on a mat"]),
+    same("learnt words, by diffusers", tiny_sd.embed_prompts(model, ["a <cat> on a mat"])[0],
          expected.detach(), 1e-5)
 
 
@@ -128,8 +128,8 @@ def test_two_encoders(tmp_path, backend):
 
 def test_with_weights_left_in_their_file(folder, tmp_path):
     path = save({"emb_params": vectors(2)}, tmp_path / "thing.safetensors")
-    contexts = [tiny_sd.encode_prompts(prompts.with_embeddings(
-        formats.load(folder, low_memory=low), [path]), ["a thing"]) for low in (False, True)]
+    contexts = [tiny_sd.embed_prompts(prompts.with_embeddings(
+        formats.load(folder, low_memory=low), [path]), ["a thing"])[0] for low in (False, True)]
     np.testing.assert_allclose(*contexts, atol=1e-5)
 
 

@@ -92,11 +92,11 @@ def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
     assert hints(tiny_sd.generate)["return"] == Iterator[np.ndarray] and isinstance(xs, Iterator)
     x, = xs
     picture, = tiny_sd.decode(model, x)
-    assert callable(tiny_sd.denoiser(model, tiny_sd.encode_prompts(model, ["red"]), 1.0))
+    assert callable(tiny_sd.denoiser(model, tiny_sd.embed_prompts(model, ["red"])[0], 1.0))
     for function, value in (tiny_sd.decode, tiny_sd.decode(model, x)), (
             tiny_sd.encode, tiny_sd.encode(model, picture, x)):
         assert isinstance(value, hints(function)["return"])
-    for function in (tiny_sd.generate, tiny_sd.decode, tiny_sd.encode, tiny_sd.encode_prompts,
+    for function in (tiny_sd.generate, tiny_sd.decode, tiny_sd.encode, tiny_sd.embed_prompts,
                      tiny_sd.denoiser):
         assert hints(function)["model"] is tiny_sd.Model
 

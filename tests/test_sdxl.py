@@ -91,7 +91,7 @@ def test_both_text_encoders(model, pipe):
     context, pooled = tiny_sd.embed_prompts(model, texts)
     same("two text encoders", tiny_sd.to_numpy(context), expected, 1e-5)
     same("pooled text", tiny_sd.to_numpy(pooled), expected_pooled, 1e-5)
-    assert np.array_equal(tiny_sd.encode_prompts(model, texts), context)
+    assert np.array_equal(tiny_sd.embed_prompts(model, texts)[0], context)
 
 
 def test_no_text_is_zero_and_an_empty_one_is_not(model):

@@ -70,7 +70,7 @@ def test_watching_changes_nothing(kind, model, settings):
 
 def test_guesses_and_the_push_of_guidance(kind, model):
     """Against denoisers of each half alone."""
-    context = sd.encode_prompts(model, ["app", "red apple"])
+    context = sd.embed_prompts(model, ["app", "red apple"])[0]
     uncond, cond = (sd.denoiser(model, context[i:i + 1], 1) for i in range(2))
     for step in filmed(model, "red apple", "app", seeds=(0, 7), steps=3)[0]:
         halves = [denoise(step.x, step.t, step.alpha_bar) for denoise in (uncond, cond)]
@@ -412,8 +412,8 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
     ours = {}
     for name, row in show.sizes(formats.load(tiny, backend), "red apple", width, height).items():
         ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
-    context = sd.encode_prompts(model, ["red apple"])
-    works = {"text_encoder": lambda: sd.encode_prompts(model, ["red apple"]),
+    context = sd.embed_prompts(model, ["red apple"])[0]
+    works = {"text_encoder": lambda: sd.embed_prompts(model, ["red apple"])[0],
              "unet": lambda: sd.denoiser(model, context, 1)(x, 500, 0.5),
              "vae": lambda: (sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
                              sd.decode(model, x))}

@@ -96,8 +96,8 @@ def test_an_adapted_weight_is_the_sum(kernel):
 def test_before_the_first_step_the_model_predicts_what_it_did(folder):
     model = formats.load(folder, "torch")
     adapted, _ = teach.adapt(model, 4, text=True)
-    context = tiny_sd.encode_prompts(model, ["a cat"])
-    assert torch.equal(tiny_sd.encode_prompts(adapted, ["a cat"]), context)
+    context = tiny_sd.embed_prompts(model, ["a cat"])[0]
+    assert torch.equal(tiny_sd.embed_prompts(adapted, ["a cat"])[0], context)
     assert loss_of(model, adapted.unet, context)[0] == loss_of(model, model.unet, context)[0]
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_peft(folder, reference):
     for p, q in zip(theirs, ours):
         p.data.copy_(q.reshape(p.shape))
 
-    context = tiny_sd.encode_prompts(model, ["a photo of a cat"])
+    context = tiny_sd.embed_prompts(model, ["a photo of a cat"])[0]
     loss, (x_0, level, eps) = loss_of(model, adapted.unet, context)
     x_t = tiny_sd.add_noise(x_0, level, eps).movedim(-1, 1)
     predicted = unet(x_t, torch.tensor([300]), context).sample
@@ -155,7 +155,7 @@ def test_gradients_are_the_same_where_layers_are_recomputed(folder):
             kept += tensor.numel()
             return tensor
 
-        context = tiny_sd.encode_prompts(adapted, ["a photo of a cat"])
+        context = tiny_sd.embed_prompts(adapted, ["a photo of a cat"])[0]
         with teach.recomputed(*names):
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss, _ = loss_of(model, adapted.unet, context)

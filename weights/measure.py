@@ -59,7 +59,7 @@ def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None, guesses
 
     def make(negatives, prompts):
         texts = [*negatives, *prompts] if guidance > 1 else prompts
-        context = tiny_sd.encode_prompts(model, texts)
+        context = tiny_sd.embed_prompts(model, texts)[0]
         return functools.partial(batched_denoiser, context, guidance, guesses)
 
     return draw_batches(model, prompts, seeds, negatives, steps, make)
