@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import tiny_sd
+from extras import like_diffusers
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes
 from extras.show import Film, font, grey, heat, one_chunk, over, positions_of_words, sheet
 
@@ -32,7 +33,7 @@ SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat",
 
 def last(model, prompt=PROMPT, **settings):
     """Return the one picture that generate() ends with."""
-    *_, x = tiny_sd.generate(model, prompt, **settings)
+    *_, x = like_diffusers.generate(model, prompt, **settings)
     return decoded(model, x)
 
 
@@ -46,7 +47,7 @@ def text_picture(model, film, x):
 
     The cosine of their rows at the end mark, less what all have in common.
     """
-    ends = [len(model.tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
+    ends = [len(model.encoders[0].tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
     rows = tiny_sd.embed_prompts(model, SENTENCES)[0][np.arange(len(SENTENCES)), ends]
     rows = rows - rows.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -75,8 +76,9 @@ def words_picture(model, film, x):
     """The attention to each word of the prompt, over all steps, at the finest resolution."""
     size = max(film.steps[0].attention)
     maps = np.mean([s.attention[size][0] for s in film.steps], axis=0)
-    chunks = one_chunk(model.tokenizer, PROMPT)
-    words = positions_of_words(model.tokenizer, chunks, model.tokenizer.length)[1:-1]
+    tokenizer = model.encoders[0].tokenizer
+    chunks = one_chunk(tokenizer, PROMPT)
+    words = positions_of_words(tokenizer, chunks, tokenizer.length)[1:-1]
     picture = tiny_sd.decode(model, x)[0]
     cells = [over(picture, maps[places].sum(0)) for _, places in words]
     return sheet([cells], [word for word, _ in words], size=128)
@@ -93,7 +95,7 @@ def alpha_bar_picture(model, film, x):
 
 def noising_picture(model, film, x):
     """Ever more noise on one picture, by the closed form."""
-    noise, times = tiny_sd.Noise(1)(*x[0].shape)[None], [0, 100, 200, 350, 500, 700, 999]
+    noise, times = like_diffusers.Noise(1)(*x[0].shape)[None], [0, 100, 200, 350, 500, 700, 999]
     noisy = [tiny_sd.add_noise(x, model.alpha_bars[t], noise) for t in times]
     return sheet([[decoded(model, x_t) for x_t in noisy]], [f"t = {t}" for t in times], size=128)
 
@@ -101,7 +103,7 @@ def noising_picture(model, film, x):
 def film_picture(model, film, x):
     """What a sampler holds and what the network guesses, without prompt and guidance."""
     film = Film()
-    *_, x = tiny_sd.generate(model, "", seeds=[3], guidance=1, denoiser=film)
+    *_, x = like_diffusers.generate(model, "", seeds=[3], guidance=1, make_denoiser=film)
     steps = film.steps[::3]
     rows = [[decoded(model, s.x) for s in steps], [decoded(model, s.x_0) for s in steps]]
     return sheet(rows, [f"t = {s.t:.0f}" for s in steps], ["x_t", "guess"], 128)
@@ -301,9 +303,10 @@ def clip_scores(model):
     import torch
     latents = torch.stack([encoded(model, drawings(style).values()) for style in STYLES])
     captions = [f"{article(name)} {name}" for name in drawings("noto")]
-    ids = torch.tensor(np.stack([model.tokenizer.encode(caption)[0] for caption in captions]))
-    ends = [len(model.tokenizer.tokens(caption)) + 1 for caption in captions]
-    text, image = encoder_pair(len(model.tokenizer.vocab))
+    tokenizer = model.encoders[0].tokenizer
+    ids = torch.tensor(np.stack([tokenizer.encode(caption)[0] for caption in captions]))
+    ends = [len(tokenizer.tokens(caption)) + 1 for caption in captions]
+    text, image = encoder_pair(len(tokenizer.vocab))
 
     def scores():
         with torch.no_grad():
@@ -422,7 +425,7 @@ def draw_pictures(folder=None):
     """Draw the pictures of NOTES.md again; without torch, all but those that need it."""
     folder = folder or Path(__file__).resolve().parent / "pictures"
     model, film = tiny_sd.load(BUNDLED), Film()
-    *_, x = tiny_sd.generate(model, PROMPT, denoiser=film)
+    *_, x = like_diffusers.generate(model, PROMPT, make_denoiser=film)
     folder.mkdir(exist_ok=True)
     for name, draw in tqdm(PICTURES.items(), unit="picture"):
         try:

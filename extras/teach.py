@@ -17,7 +17,7 @@ With some thousands of pictures, train a model of your own on them, by the recip
 """
 
 import contextlib
-import copy
+import dataclasses
 import functools
 import math
 import os
@@ -31,7 +31,7 @@ if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does 
     program("extras.teach")
 
 # isort: split      (first of all cli: it sets up BLAS before NumPy is loaded)
-from extras import cli
+from extras import cli, like_diffusers
 
 # isort: split
 import numpy as np
@@ -52,7 +52,7 @@ from tiny_sd import UserError, flatten, nest, require, tell
 def encode_pictures(model, pictures, args):
     """Return the scaled latents (1, h, w, 4) and captions; with --flip, each also mirrored."""
     size = tiny_sd.latent_shape(model, args.width, args.height)
-    noise, notes, latents, captions = tiny_sd.torch_noise([args.seed], size), [], [], []
+    noise, notes, latents, captions = like_diffusers.torch_noise([args.seed], size), [], [], []
     for path, caption in tqdm(pictures, "encoding", leave=False):
         picture = files.read_picture(path, args.width, args.height, notes)
         for pixels in [picture, picture[:, ::-1]][:1 + args.flip]:
@@ -76,7 +76,8 @@ def own_pictures(model, prompts, args):
     """Return the latents (1, h, w, 4) and prompts of up to 100 pictures that the model draws."""
     prompts, latents = np.random.default_rng(args.seed).permutation(prompts)[:100].tolist(), []
     for seed, prompt in enumerate(tqdm(prompts, "drawing what it knows", leave=False)):
-        *_, x = tiny_sd.generate(model, prompt, None, [seed], width=args.width, height=args.height)
+        *_, x = like_diffusers.generate(model, prompt, None, [seed], width=args.width,
+                                        height=args.height)
         latents.append(x)
     return latents, prompts
 
@@ -130,15 +131,13 @@ def adapt(model, rank, text=False, seed=0):
 
     text: whether to adapt the text encoders, too. All other weights are the given model's own.
     """
-    adapted, pairs, random = copy.copy(model), {}, torch.Generator().manual_seed(seed)
-    adapted.second = copy.copy(model.second)
-    places = {"unet": (adapted, "unet")}
+    pairs, random = {}, torch.Generator().manual_seed(seed)
+    networks = {"unet": model.unet}
     if text:
-        places["text_encoder"] = adapted, "text_encoder"
-    if text and model.second:
-        places["text_encoder_2"] = adapted.second, "text_encoder"
-    for part, (owner, attribute) in places.items():
-        weights = flatten(getattr(owner, attribute))
+        parts = ("text_encoder", "text_encoder_2")
+        networks |= {part: encoder.weights for part, encoder in zip(parts, model.encoders)}
+    for part in networks:
+        weights = flatten(networks[part])
         for name, weight in weights.items():
             if WITHIN[part] in name and name.endswith(".weight") and weight.ndim > 1:
                 inputs = weight[0].numel()
@@ -146,13 +145,16 @@ def adapt(model, rank, text=False, seed=0):
                 up = torch.zeros(len(weight), rank)
                 pairs[part, name] = [p.to(weight.device).requires_grad_() for p in (down, up)]
                 weights[name] = Adapted(weight, *pairs[part, name])
-        setattr(owner, attribute, nest(weights))
-    return adapted, pairs
+        networks[part] = nest(weights)
+    unet, *texts = networks.values()
+    encoders = [encoder._replace(weights=weights)
+                for encoder, weights in zip(model.encoders, texts)] or model.encoders
+    return dataclasses.replace(model, unet=unet, encoders=encoders), pairs
 
 
 def kohya(model, pairs):
     """Return {name: tensor} of a model's LoRA as kohya names it, which all programs read."""
-    arrays, first, unet = {}, "te1" if model.second else "te", flatten(model.unet)
+    arrays, first, unet = {}, "te1" if len(model.encoders) == 2 else "te", flatten(model.unet)
     prefix = {"unet": "lora_unet_", "text_encoder": f"lora_{first}_text_model_",
               "text_encoder_2": "lora_te2_text_model_"}
     for (part, name), (down, up) in pairs.items():
@@ -211,8 +213,9 @@ class Teaching:
         for group in self.optimizer.param_groups:       # up over 20 steps, then down along a cosine
             group["lr"] = args.rate * min(1, (n + 1) / 20) * math.cos(self.progress * math.pi / 2)
         with self.autocast():
-            loss, = tiny_sd.train(self.adapted, self.optimizer, self.latents, self.captions, 1,
-                                  args.batch_size, [args.seed, n])
+            rng = np.random.default_rng([args.seed, n])
+            batches = tiny_sd.random_batches(self.latents, self.captions, args.batch_size, rng)
+            loss = next(tiny_sd.train(self.adapted, self.optimizer, batches, rng))
         require(math.isfinite(loss), f"the loss is {loss} at step {n}: begin again with a lower "
                 f"--rate; if {state_of(args.output)} is there, remove it first")
         self.losses.append(loss)
@@ -250,7 +253,8 @@ class Teaching:
         pictures, size = [], (self.args.width, self.args.height)
         for seed, prompt in enumerate([*dict.fromkeys(self.captions)][:4]):
             with self.autocast():
-                *_, x = tiny_sd.generate(model, prompt, None, [seed], width=size[0], height=size[1])
+                *_, x = like_diffusers.generate(model, prompt, None, [seed], width=size[0],
+                                                height=size[1])
             pictures.append(Image.fromarray(tiny_sd.decode(model, x)[0]))
         return pictures
 

@@ -42,6 +42,8 @@ import time
 import zlib
 from pathlib import Path
 
+from extras import like_diffusers
+
 ROOT = (
     Path(__file__).resolve().parent.parent
 )  # neither tiny_sd nor NumPy here: that would choose threads for all sides
@@ -239,7 +241,7 @@ def measured(part, args, folder):
     )  # the mean of the halves: a difference in either shows as it is
 
     def picture():
-        *_, latents = sd.generate(
+        *_, latents = like_diffusers.generate(
             model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
             guidance=args.guidance, width=args.size, height=args.size,
         )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from extras import cli, formats
+from extras import cli, formats, like_diffusers
 from helpers import finish, sd
 from helpers_cli import *  # noqa: F403
 from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
@@ -87,7 +87,7 @@ def test_shapes_that_numpy_does_not_have(refuse, model, shape):
 def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
     """Written into: refused. Replaced by another file: the old one is still what is read."""
     path = Path(shutil.copytree(model, "model")) / UNET
-    generate = sd.generate
+    generate = like_diffusers.generate
 
     def write_it():
         path.write_bytes(path.read_bytes())

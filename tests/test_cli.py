@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extras import cli, fast, formats
+from extras import cli, fast, formats, like_diffusers
 from helpers import finish, launch, sd
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, SCHEDULER, change, cli_lines, parse, pixels, start
@@ -93,7 +93,7 @@ def test_the_library_draws_the_commands_picture(run, model):
     assert run.bare("red", "-m", "model")[0] == 0
     loaded, drawn = sd.load("model"), pixels(Image.open("out.png"))
     for said, same in ({}, True), ({"guidance": 7.5}, False):
-        *_, x = sd.generate(loaded, "red", **said)
+        *_, x = like_diffusers.generate(loaded, "red", **said)
         assert np.array_equal(sd.decode(loaded, x)[0], drawn) == same
 
 
@@ -262,9 +262,9 @@ def registered(monkeypatch):
 
 def test_a_sampler_is_a_function(registered, model):
     loaded = sd.load(model)
-    *_, one = sd.generate(loaded, "red", steps=3, sampler=halves)
-    *_, other = sd.generate(loaded, "red", steps=3, sampler="half-way")
-    *_, ddim = sd.generate(loaded, "red", steps=3, sampler="ddim")
+    *_, one = like_diffusers.generate(loaded, "red", steps=3, sampler=halves)
+    *_, other = like_diffusers.generate(loaded, "red", steps=3, sampler="half-way")
+    *_, ddim = like_diffusers.generate(loaded, "red", steps=3, sampler="ddim")
     assert np.array_equal(one, other) and not np.array_equal(one, ddim)
 
 
@@ -274,7 +274,7 @@ def test_a_sampler_says_its_spacing(registered, spacing, monkeypatch):
     scheduler = sd.read_config("scheduler", {})
     expected = {"leading": [501, 1], "trailing": [999, 499], "linspace": [999, 0]}[spacing]
     for name in (halves, "half-way"):
-        steps = sd.sampling_steps(name, 2, scheduler, sd.alpha_bars())
+        steps = like_diffusers.sampling_steps(name, 2, scheduler, sd.scaled_linear_schedule())
         assert [t for t, _, _ in steps] == expected
 
 
@@ -315,7 +315,7 @@ def test_networks_are_dropped_when_nothing_needs_them_any_more(run, monkeypatch)
     seen, decode = [], sd.decode
 
     def look(model, x):
-        seen.append((model.text_encoder, model.unet))
+        seen.append((model.encoders[0].weights, model.unet))
         return decode(model, x)
     monkeypatch.setattr(sd, "decode", look)
     Path("prompts.txt").write_text("red\napple\n")

@@ -13,10 +13,11 @@ import pytest
 
 import extras.samplers  # noqa: F401  (registers plms and lcm)
 from conftest import ROOT
+from extras import like_diffusers, samplers
 from helpers import CONFIG, FILES, TOKENIZER, random_arrays, scheduler, sd, shapes_of, write_model
 
 BETA = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
-ALPHA_BAR = sd.alpha_bars()
+ALPHA_BAR = sd.scaled_linear_schedule()
 SAMPLERS = pytest.mark.parametrize("sampler", sd.SAMPLERS)
 KINDS = {"epsilon": lambda x_0, eps, a: eps, "sample": lambda x_0, eps, a: x_0,
          "v_prediction": lambda x_0, eps, a: math.sqrt(a) * eps - math.sqrt(1 - a) * x_0}
@@ -59,7 +60,7 @@ def levels_between(high, low, n):
 
 def steps_of(sampler, n, karras=False, **settings):
     """The steps of a sampler with a scheduler's config."""
-    return sd.sampling_steps(sampler, n, scheduler(**settings), ALPHA_BAR, karras)
+    return like_diffusers.sampling_steps(sampler, n, scheduler(**settings), ALPHA_BAR, karras)
 
 
 # ── The forward process ─────────────────────────────────────────────────────────────────────────
@@ -76,8 +77,8 @@ def test_the_closed_form_has_the_coefficients_of_single_steps(t):
     """Each step shrinks what is there, and adds variance."""
     signal, variance = 1.0, 0.0
     for beta in BETA[:t + 1]:
-        signal = sd.forward_step(signal, beta, 0.0)
-        kept, added = sd.forward_step(1.0, beta, 0.0), sd.forward_step(0.0, beta, 1.0)
+        signal = sd.add_noise(signal, 1 - beta, 0.0)
+        kept, added = sd.add_noise(1.0, 1 - beta, 0.0), sd.add_noise(0.0, 1 - beta, 1.0)
         variance = kept ** 2 * variance + added ** 2
     assert sd.add_noise(1.0, ALPHA_BAR[t], 0.0) == pytest.approx(signal, rel=1e-9)
     assert sd.add_noise(0.0, ALPHA_BAR[t], 1.0) ** 2 == pytest.approx(variance, rel=1e-9)
@@ -88,7 +89,7 @@ def test_the_closed_form_has_the_distribution_of_single_steps(t):
     rng = np.random.default_rng(0)
     single = closed = np.full(20000, 1.5)
     for beta in BETA[:t + 1]:
-        single = sd.forward_step(single, beta, rng.standard_normal(20000))
+        single = sd.add_noise(single, 1 - beta, rng.standard_normal(20000))
     closed = sd.add_noise(closed, ALPHA_BAR[t], rng.standard_normal(20000))
     assert single.mean() == pytest.approx(closed.mean(), abs=0.03)
     levels = [0.1, 0.3, 0.7, 0.9]
@@ -99,8 +100,8 @@ def test_the_closed_form_has_the_distribution_of_single_steps(t):
 @pytest.mark.parametrize("beta", [0, 0.00085, 0.3, 1])
 def test_a_step_is_the_first_jump_and_keeps_a_variance_of_one(beta):
     x, eps = normal(3, 5), normal(3, 5, seed=1)
-    np.testing.assert_allclose(sd.forward_step(x, beta, eps), sd.add_noise(x, 1 - beta, eps))
-    kept, added = sd.forward_step(1.0, beta, 0.0), sd.forward_step(0.0, beta, 1.0)
+    np.testing.assert_allclose(sd.add_noise(x, 1 - beta, eps), sd.add_noise(x, 1 - beta, eps))
+    kept, added = sd.add_noise(1.0, 1 - beta, 0.0), sd.add_noise(0.0, 1 - beta, 1.0)
     assert kept ** 2 + added ** 2 == pytest.approx(1)
 
 
@@ -185,7 +186,7 @@ def test_euler_is_ddim_in_other_coordinates():
     """And DPM++ 2M begins with the same step, having no second point yet."""
     steps = steps_of("euler", 20, timestep_spacing="leading")
     euler, ddim, dpm = (list(sampler(crooked, normal(3, 5), steps, None))
-                        for sampler in (sd.euler, sd.ddim, sd.dpm_pp_2m))
+                        for sampler in (samplers.euler, sd.ddim, sd.dpm_pp_2m))
     np.testing.assert_allclose(euler, ddim, rtol=1e-6)
     np.testing.assert_allclose(dpm[0], ddim[0], rtol=1e-6)
     assert abs(dpm[1] - ddim[1]).max() > 1e-3
@@ -247,7 +248,7 @@ def test_spacing(sampler, spacing, n, first, second, last):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_steps_lead_from_noise_to_picture(sampler, spacing, karras):
     settings = {"timestep_spacing": spacing, "set_alpha_to_one": False}
-    if karras and sampler not in sd.KARRAS:
+    if karras and sampler not in samplers.KARRAS:
         with pytest.raises(sd.UserError, match="karras"):
             steps_of(sampler, 20, karras, **settings)
         return
@@ -272,7 +273,7 @@ def test_evenly_spaced_steps(n):
 
 
 def test_evenly_spaced_steps_of_another_schedule():
-    levels = sd.alpha_bars(11, 0.1, 0.2)
+    levels = sd.scaled_linear_schedule(11, 0.1, 0.2)
     expected = [(10, levels[10], levels[5]), (5, levels[5], 1.0)]
     assert sd.evenly_spaced_steps(2, levels) == expected
 
@@ -300,7 +301,7 @@ def model(tmp_path_factory):
 
 
 def last(*args, **kwargs):
-    *_, x = sd.generate(*args, **kwargs)
+    *_, x = like_diffusers.generate(*args, **kwargs)
     return x
 
 
@@ -359,8 +360,8 @@ def test_image_to_image_takes_part_of_the_steps(model, sampler):
     picture = np.random.default_rng(0).integers(256, size=(12, 20, 3), dtype=np.uint8)
 
     def run(strength, *seeds):
-        return list(sd.generate(model, "red apple", "", seeds, 10, 7.5, sampler, init=picture,
-                                strength=strength))
+        return list(like_diffusers.generate(model, "red apple", "", seeds, 10, 7.5, sampler,
+                                            init=picture, strength=strength))
 
     assert [len(run(strength, 0)) for strength in (0.1, 0.58, 1)] == [1, 5, 10]
     batch, alone = run(0.3, 5, 6)[-1], run(0.3, 6)[-1]
@@ -441,7 +442,7 @@ def test_training_from_nothing():
     pictures, captions = three_pictures(), ["red", "apple", "re"]
     before = [array.clone() for array in sd.flatten(model.vae).values()]
 
-    optimizer = torch.optim.Adam(sd.parameters(model.unet, model.text_encoder), lr=0.003)
+    optimizer = torch.optim.Adam(sd.parameters(model.unet, model.encoders[0].weights), lr=0.003)
     steps = sd.train(model, optimizer, torch.tensor(pictures), captions, 400, batch_size=32)
     losses = np.array(list(steps))
     assert len(losses) == 400 and losses[-30:].mean() < losses[:10].mean() / 6
@@ -449,7 +450,7 @@ def test_training_from_nothing():
 
     for caption, own in zip(captions, pictures):
         for guidance in (1, 2):
-            *_, drawn = sd.generate(model, caption, sampler="ddim", guidance=guidance,
+            *_, drawn = like_diffusers.generate(model, caption, sampler="ddim", guidance=guidance,
                                     seeds=(1, 2))
             for x in drawn:
                 errors = [np.sqrt(np.square(x - other).mean()) for other in pictures]

@@ -155,8 +155,8 @@ def test_the_model_given_stays_what_it_was(folder, tmp_path):
     model = formats.load(folder)
     path = save({"emb_params": vectors(1)}, tmp_path / "thing.safetensors")
     prompts.with_embeddings(model, [path])
-    assert len(model.text_encoder["embeddings"]["token_embedding"]["weight"]) == 49408
-    assert model.tokenizer.tokens("thing") == formats.clip_tokenizer().tokens("thing")
+    assert len(model.encoders[0].weights["embeddings"]["token_embedding"]["weight"]) == 49408
+    assert model.encoders[0].tokenizer.tokens("thing") == formats.clip_tokenizer().tokens("thing")
 
 
 # ── What is refused ───────────────────────────────────────────────────────────────────────────────

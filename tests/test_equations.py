@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
+from extras import samplers
 from helpers import CONFIG, random_arrays, sd, shapes_of, write_model
 
-ALPHA_BAR = sd.alpha_bars()
+ALPHA_BAR = sd.scaled_linear_schedule()
 RNG = np.random.default_rng(0)
 
 
@@ -254,9 +255,9 @@ def test_two_jumps_are_one(s, m, t):
 
     steps_signal, steps_variance = 1.0, 0.0
     for beta in np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000)[s + 1:t + 1] ** 2:
-        steps_signal = sd.forward_step(steps_signal, beta, 0.0)
-        steps_variance = (sd.forward_step(steps_variance ** 0.5, beta, 0.0) ** 2
-                          + sd.forward_step(0.0, beta, 1.0) ** 2)
+        steps_signal = sd.add_noise(steps_signal, 1 - beta, 0.0)
+        steps_variance = (sd.add_noise(steps_variance ** 0.5, 1 - beta, 0.0) ** 2
+                          + sd.add_noise(0.0, 1 - beta, 1.0) ** 2)
     assert (steps_signal, steps_variance) == pytest.approx((signal, variance))
 
 
@@ -278,11 +279,11 @@ def test_two_forms_of_the_bound():
         return (0.6 * x_t, 0.3) if t == 1 else posterior(x_t, 0.6 * x_t, t)
 
     def forward(x, t):      # the mean and variance of one step
-        return sd.forward_step(x, beta[t], 0.0), sd.forward_step(0.0, beta[t], 1.0) ** 2
+        return sd.add_noise(x, 1 - beta[t], 0.0), sd.add_noise(0.0, 1 - beta[t], 1.0) ** 2
 
     x = [np.full(400000, x_0)]
     for t in (1, 2, 3):
-        x.append(sd.forward_step(x[-1], beta[t], rng.standard_normal(len(x[0]))))
+        x.append(sd.add_noise(x[-1], 1 - beta[t], rng.standard_normal(len(x[0]))))
     forwards = sum(log_normal(x[t], *forward(x[t - 1], t)) for t in (1, 2, 3))
     backwards = log_normal(x[3], 0, 1) + sum(log_normal(x[t - 1], *model(x[t], t))
                                              for t in (1, 2, 3))
@@ -359,7 +360,7 @@ def two_pictures(x, t, a):
     return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
 
 
-@pytest.mark.parametrize("sampler", [sd.euler, sd.ddim])
+@pytest.mark.parametrize("sampler", [samplers.euler, sd.ddim])
 def test_the_cloud_keeps_its_density(sampler):
     """(6.21), (6.22): points of x_0 + σ ε, moved by Euler's method, are spread as at the lower σ.
 
@@ -389,7 +390,7 @@ def euler_in_small_steps(x_0_of_sigma, x_t, lam, target):
     def denoise(x, t, alpha_bar):
         x_0 = x_0_of_sigma(sd.sigma_of(alpha_bar))
         return x_0, (x - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
-    *_, x = sd.euler(denoise, x_t, steps_in_lambda(lam, target, 20000))
+    *_, x = samplers.euler(denoise, x_t, steps_in_lambda(lam, target, 20000))
     return x
 
 

@@ -16,7 +16,7 @@ from test_parity import first, last, same_pictures, some_picture
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, TEXT, compvis, make_unet, randomise, same
-from extras import formats
+from extras import formats, like_diffusers
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def family(reference, tmp_path_factory):
 
 
 def drawn(model, **settings):
-    *_, x = tiny_sd.generate(model, "a photo of a cat", "a dog", (5,), **settings)
+    *_, x = like_diffusers.generate(model, "a photo of a cat", "a dog", (5,), **settings)
     return tiny_sd.decode(model, x)
 
 
@@ -112,8 +112,8 @@ def test_a_folders_own_defaults(name, steps, family, backend):
 
 
 def test_defaults(family):
-    assert tiny_sd.defaults(formats.load(ROOT / "weights/emoji"))[1:] == (20, 2.0)
-    assert [tiny_sd.defaults(formats.load(family(name)[1]))[1:]
+    assert like_diffusers.defaults(formats.load(ROOT / "weights/emoji"))[1:] == (20, 2.0)
+    assert [like_diffusers.defaults(formats.load(family(name)[1]))[1:]
             for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
 
 
@@ -179,10 +179,11 @@ def test_single_file_of_the_second(family, backend, tmp_path):
         path,
     )
     model = formats.load(path, backend)
-    assert model.config.scheduler.prediction_type == "v_prediction" and model.tokenizer.pad == 0
+    assert model.config.scheduler.prediction_type == "v_prediction"
+    assert model.encoders[0].tokenizer.pad == 0
     ids = np.array([[3, 7, 11, 0, 0], [1, 2, 3, 4, 5]])
     expected = pipe.text_encoder(torch.from_numpy(ids))[0]
-    ours = tiny_sd.text_encoder(ids, 2, tiny_sd.gelu, **model.text_encoder)
+    ours = tiny_sd.text_encoder(ids, 2, tiny_sd.gelu, **model.encoders[0].weights)
     same("text encoder of Stable Diffusion 2", tiny_sd.to_numpy(ours), expected, 1e-5)
     chance = np.random.default_rng(0)
     x, context = (

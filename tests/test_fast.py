@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tiny_sd
-from extras import fast
+from extras import fast, like_diffusers
 from tiny_sd import (
     conv2d,
     dot_product_attention,
@@ -378,7 +378,7 @@ def test_clear_switches_every_form_off():
         extras.fast.parallel = extras.fast.winograd = extras.fast.im2col = fail
         print(np.array_equal(tiny_sd.conv2d(x, weight), formula))
         model = tiny_sd.load("emoji")
-        *_, x = tiny_sd.generate(model, "red apple", steps=1)
+        *_, x = like_diffusers.generate(model, "red apple", steps=1)
         print(x.shape)""")
     assert run.stdout == "False\nTrue\n(1, 16, 16, 4)\n", run.stderr
 
@@ -401,12 +401,12 @@ def test_the_program_runs_by_the_formulas_alone(tmp_path):
     run = python(f"""if True:
         import sys, numpy, tiny_sd
         model = tiny_sd.load({str(tiny_sd.HERE / "weights/emoji")!r})
-        *_, x = tiny_sd.generate(model, "red apple", steps=2)
+        *_, x = like_diffusers.generate(model, "red apple", steps=2)
         numpy.save("x.npy", x)
         print(tiny_sd.HERE, "extras" in sys.modules, tiny_sd.FAST)""", tmp_path)
     assert run.stdout == f"{tmp_path} False {{}}\n", run.stderr
     model = tiny_sd.load(tiny_sd.HERE / "weights/emoji")
-    *_, x = tiny_sd.generate(model, "red apple", steps=2)
+    *_, x = like_diffusers.generate(model, "red apple", steps=2)
     assert np.abs(np.load(tmp_path / "x.npy") - x).max() < 1e-4
 
 
@@ -565,7 +565,7 @@ def test_no_line_of_the_library_changes_how_the_caller_is_warned():
         before = list(map(str, warnings.filters))
         path = tiny_sd.HERE / "weights/emoji.png"
         files.read_picture(path, 64, 64)
-        *_, x = tiny_sd.generate(tiny_sd.load("emoji"), "red apple", steps=1)
+        *_, x = like_diffusers.generate(tiny_sd.load("emoji"), "red apple", steps=1)
         tiny_sd.decode(tiny_sd.load("emoji"), x)
         print(json.dumps([before, list(map(str, warnings.filters))]))""")
     assert before == after

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tiny_sd as sd
 from conftest import ROOT
-from extras import figures
+from extras import figures, like_diffusers
 
 
 def test_the_notes_show_every_picture():
@@ -35,7 +35,7 @@ def test_help_draws_and_writes_nothing(module):
 
 def draw_pictures(folder, monkeypatch):
     """Draw all pictures, from the bundled model, with fewer steps."""
-    generate = sd.generate
+    generate = like_diffusers.generate
     monkeypatch.setattr(sd, "generate", lambda *args, **settings: generate(
         *args, **{**settings, "steps": 20 if "init" in settings else 5}))
     monkeypatch.setattr(figures, "CLIP_STEPS", 3)

@@ -14,6 +14,7 @@ import pytest
 
 import tiny_sd as sd
 from conftest import REFERENCES, ROOT, SCHEDULER
+from extras import like_diffusers
 from layers import (
     LAYERS,
     PRIMITIVES,
@@ -59,8 +60,9 @@ def test_layer(name, form):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampler(name, form):
     """Each x_t on the way, with the noise of a seed."""
-    steps = sd.sampling_steps(name, 5, sd.read_config("scheduler", SCHEDULER), sd.alpha_bars())
-    stream = sd.Noise(7)
+    scheduler = sd.read_config("scheduler", SCHEDULER)
+    steps = like_diffusers.sampling_steps(name, 5, scheduler, sd.scaled_linear_schedule())
+    stream = like_diffusers.Noise(7)
 
     def denoise(x, t, alpha_bar):
         return sd.split_prediction("epsilon", network(x, t), x, alpha_bar)

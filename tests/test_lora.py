@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import record
-from extras import cli, formats
+from extras import cli, formats, like_diffusers
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,7 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
     pipe.load_lora_weights(str(path))
     pipe.fuse_lora(lora_scale=0.8)
     model = formats.load(folder, backend, loras=[(path, 0.8)])
-    *_, x = tiny_sd.generate(
+    *_, x = like_diffusers.generate(
         model, "a photo of a cat", seeds=(3,), steps=3, guidance=5, sampler="ddim", width=64,
         height=64,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny_sd
-from extras import cli, fast, formats, narrow
+from extras import cli, fast, formats, like_diffusers, narrow
 
 
 def bfloat16(array):
@@ -56,7 +56,7 @@ def test_the_same_picture_from_weights_that_stay_in_their_file():
     pictures = []
     for low_memory in False, True:
         model = formats.load("emoji", low_memory=low_memory)
-        *_, x = tiny_sd.generate(model, "a cat", steps=3)
+        *_, x = like_diffusers.generate(model, "a cat", steps=3)
         pictures.append(tiny_sd.decode(model, x).astype(int))
     assert abs(pictures[0] - pictures[1]).max() <= 1
     leaves = tiny_sd.flatten(model.unet).values()

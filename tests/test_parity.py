@@ -17,7 +17,7 @@ from PIL import Image
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, TEXT, UNET, VAE, make_unet, record, same
-from extras import checks, formats
+from extras import checks, formats, like_diffusers
 from layers import network
 
 CLASSES = {
@@ -283,7 +283,7 @@ def test_trajectory(sampler, karras, spacing, kind):
         pytest.skip(
             "PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts"
         )
-    bars = tiny_sd.alpha_bars()
+    bars = tiny_sd.scaled_linear_schedule()
     for steps in (1, 2, 20, 50, *((7, 30) if spacing == "leading" else ())):
         for alpha_to_one, offset in ((False, 1), (True, 0)):
             config = {
@@ -292,8 +292,8 @@ def test_trajectory(sampler, karras, spacing, kind):
             }
             scheduler = CLASSES[sampler].from_config(config, **OPTIONS.get((sampler, karras), {}))
             ours = tiny_sd.read_config("scheduler", config)
-            levels = tiny_sd.sampling_steps(sampler, steps, ours, bars, karras)
-            stream = tiny_sd.Noise(7)
+            levels = like_diffusers.sampling_steps(sampler, steps, ours, bars, karras)
+            stream = like_diffusers.Noise(7)
             x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(np.float32)
             path = tiny_sd.SAMPLERS[sampler](
                 lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels,
@@ -310,7 +310,7 @@ def test_trajectory(sampler, karras, spacing, kind):
 @pytest.mark.parametrize("seed", [0, 1, 42, 2 ** 31, 2 ** 32 - 1, 2 ** 32 + 5, 2 ** 63 + 9])
 def test_noise(seed):
     """The second and third draw too, of sizes that are no multiples of 16."""
-    ours, stream = tiny_sd.Noise(seed), torch.Generator().manual_seed(seed)
+    ours, stream = like_diffusers.Noise(seed), torch.Generator().manual_seed(seed)
     for h, w in ((64, 64), (13, 9), (2, 2), (9, 5), (13, 9)):
         same("noise", ours(h, w, 4), last(torch.randn(1, 4, h, w, generator=stream))[0], 5e-7)
 
@@ -436,7 +436,7 @@ def draw(
     config = SimpleNamespace(**vars(model.config) | {"scheduler": scheduler})
     model = dataclasses.replace(model, config=config)
     init = some_picture(init, width, height) if init else None
-    *_, x = tiny_sd.generate(
+    *_, x = like_diffusers.generate(
         model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
         strength,
     )
@@ -518,5 +518,5 @@ def test_bundled_model(prompt, backend, bundled_reference):
         ).images[0]
     )
     model = formats.load(EMOJI, backend)
-    *_, x = tiny_sd.generate(model, prompt, "blue", (3,), 10, 5.0, sampler)
+    *_, x = like_diffusers.generate(model, prompt, "blue", (3,), 10, 5.0, sampler)
     same_pictures("pictures of weights/emoji", tiny_sd.decode(model, x), expected[None])

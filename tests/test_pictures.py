@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from extras import cli, files, show
+from extras import cli, files, like_diffusers, show
 from helpers import sd
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, RNG, cli_lines, pixels, start, write_lora
@@ -358,7 +358,7 @@ def test_nobody_reads_the_names(model):
 def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
     """Its hash was recorded before."""
     write_lora("l.safetensors")
-    generate = sd.generate
+    generate = like_diffusers.generate
 
     def gone(*args, **settings):
         walk = generate(*args, **settings)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import TEXT, randomise, same
-from extras import cli, formats, prompts, show
+from extras import cli, formats, like_diffusers, prompts, show
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -211,8 +211,8 @@ def test_a_picture_from_weights_and_chunks(folder, reference):
         num_inference_steps=4, guidance_scale=5.0, output_type="np",
         generator=torch.Generator().manual_seed(3)).images[0]
     model = formats.load(folder)
-    *_, latents = tiny_sd.generate(model, LONG, "blurry", [3], 4, 5.0, "ddim",
-                                   embed_prompts=prompts.embed_prompts)
+    *_, latents = like_diffusers.generate(model, LONG, "blurry", [3], 4, 5.0, "ddim",
+                                   embed=prompts.embed_prompts)
     found = tiny_sd.decode(model, latents)[0].astype(int)
     assert np.abs(found - (expected * 255).round()).max() <= 1 and np.ptp(found) > 50
 
@@ -305,11 +305,11 @@ def draw(run, *argv, **how):
 def test_the_command_line_reads_weights_unless_told_not_to(run, folder):
     plain, err = draw(run, "a (red:1.5) apple")
     model = formats.load(folder)
-    *_, latents = tiny_sd.generate(model, "a (red:1.5) apple", steps=2, width=32, height=32,
-                                   embed_prompts=prompts.embed_prompts)
+    *_, latents = like_diffusers.generate(model, "a (red:1.5) apple", steps=2, width=32, height=32,
+                                   embed=prompts.embed_prompts)
     assert err == [] and np.array_equal(plain, tiny_sd.decode(model, latents)[0])
     literal, err = draw(run, "a (red:1.5) apple", "--plain-prompt")
-    *_, latents = tiny_sd.generate(model, "a (red:1.5) apple", steps=2, width=32, height=32)
+    *_, latents = like_diffusers.generate(model, "a (red:1.5) apple", steps=2, width=32, height=32)
     assert err == [] and np.array_equal(literal, tiny_sd.decode(model, latents)[0])
     assert not np.array_equal(plain, literal)
 

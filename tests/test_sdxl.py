@@ -25,7 +25,7 @@ from test_parity import arrays, first, last, same_pictures, some_picture
 
 import tiny_sd
 from conftest import TEXT, VAE, record, same
-from extras import checks, cli, files, formats
+from extras import checks, cli, files, formats, like_diffusers
 from helpers import TWO_ENCODERS, write_model
 
 pytestmark = pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_row_for_each_context_of_a_distilled_model():
     unet = SimpleNamespace(time_cond_proj_dim=64)
     told = tiny_sd.unet_conditions(SimpleNamespace(config=SimpleNamespace(unet=unet)), 2, 8.5, None,
                                    (1, 8, 8, 4))
-    assert np.array_equal(told, np.concatenate([tiny_sd.guidance_condition(64, 8.5)] * 2))
+    assert np.array_equal(told, np.concatenate([like_diffusers.guidance_condition(64, 8.5)] * 2))
 
 
 @pytest.mark.parametrize("size", [(13, 9), (8, 16), (5, 3)])
@@ -183,7 +183,7 @@ def test_share_of_the_transformers():
 
 def drawn(model, negative="a dog", **settings):
     settings = {"steps": 3, "guidance": 5.0, "seeds": (5,)} | settings
-    *_, x = tiny_sd.generate(model, PROMPT, negative, **settings)
+    *_, x = like_diffusers.generate(model, PROMPT, negative, **settings)
     return tiny_sd.decode(model, x)
 
 
@@ -260,7 +260,7 @@ def test_the_reference_answers(change, reference_picture):
 def test_defaults(folder_with):
     turbo = folder_with("scheduler", _class_name="EulerAncestralDiscreteScheduler",
                         timestep_spacing="trailing")
-    assert tiny_sd.defaults(formats.load(turbo)) == ("euler_a", 1, 1.0)
+    assert like_diffusers.defaults(formats.load(turbo)) == ("euler_a", 1, 1.0)
 
 
 def test_a_row_for_each_picture_of_a_batch(model):
@@ -389,8 +389,8 @@ def single_file(folder, tmp_path_factory):
 
 def everything(model):
     """Return {name: array} of all networks of a model."""
-    return tiny_sd.flatten({"unet": model.unet, "vae": model.vae, "text": model.text_encoder} | {
-        name: part for name, part in vars(model.second).items() if isinstance(part, dict)})
+    texts = {str(i): encoder.weights for i, encoder in enumerate(model.encoders)}
+    return tiny_sd.flatten({"unet": model.unet, "vae": model.vae} | texts)
 
 
 def test_single_file_equals_folder(single_file, folder, capsys):
@@ -486,11 +486,11 @@ NAMINGS = {"kohya": kohya, "kohya, original layout": kohya_original, "diffusers"
 
 def named_weights(model):
     """Return {part: {name: array}} of what LoRAs change, as a folder has the names."""
-    n = len(model.second.text_encoder["encoder"]["layers"])
+    n = len(model.encoders[1].weights["encoder"]["layers"])
     tail = {f"encoder.layers.{n}": model.second.last_layer}
     return {"unet": tiny_sd.flatten(model.unet),
-            "text_encoder": tiny_sd.flatten(model.text_encoder),
-            "text_encoder_2": tiny_sd.flatten(model.second.text_encoder) | tiny_sd.flatten(tail)}
+            "text_encoder": tiny_sd.flatten(model.encoders[0].weights),
+            "text_encoder_2": tiny_sd.flatten(model.encoders[1].weights) | tiny_sd.flatten(tail)}
 
 
 @pytest.fixture(scope="module")
@@ -582,7 +582,7 @@ def test_no_negative_prompt_is_not_an_empty_one(run, small):
     assert len({picture.tobytes() for picture in (none, empty, other)}) == 3
     model = formats.load(small)
     for negative, picture in (None, none), ("", empty), ("red", other):
-        *_, x = tiny_sd.generate(model, "red apple", negative, steps=2)
+        *_, x = like_diffusers.generate(model, "red apple", negative, steps=2)
         assert np.array_equal(tiny_sd.decode(model, x)[0], picture)
     for name, negative in ("out.png", None), ("out-1.png", ""), ("out-2.png", "red"):
         options, _ = files.recorded(name)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import ROOT
-from extras import checks, cli, fast, formats, show
+from extras import checks, cli, fast, formats, like_diffusers, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -51,7 +51,7 @@ def nothing_is_watched():
 
 def filmed(model, *args, **settings):
     film = show.Film()
-    *_, x = sd.generate(model, *args, **settings, denoiser=film)
+    *_, x = like_diffusers.generate(model, *args, **settings, make_denoiser=film)
     return film.steps, x
 
 
@@ -62,7 +62,7 @@ def filmed(model, *args, **settings):
                                       {"width": 10, "height": 18}])
 def test_watching_changes_nothing(kind, model, settings):
     settings = {"seeds": (0, 7), "steps": 3, **settings}
-    *_, plain = sd.generate(model, "red apple", "app", **settings)
+    *_, plain = like_diffusers.generate(model, "red apple", "app", **settings)
     steps, x = filmed(model, "red apple", "app", **settings)
     assert np.array_equal(x, plain) and len(steps) == 3
     assert nothing_is_watched()

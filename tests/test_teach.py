@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
-from extras import cli, files, formats, teach
+from extras import cli, files, formats, like_diffusers, teach
 from helpers import contents, write_model
 
 pytestmark = pytest.mark.slow
@@ -203,7 +203,7 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
     expected = diffusers_picture(pipe, 64).astype(int)
 
     model = formats.load(folder, loras=[("mine.safetensors", 1)])
-    *_, x = tiny_sd.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64,
+    *_, x = like_diffusers.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64,
                              height=64)
     ours = tiny_sd.decode(model, x)[0].astype(int)
     assert abs(expected - before).max() > 20
@@ -353,7 +353,7 @@ def test_half_of_what_is_shown_is_what_the_model_draws_itself(pictures, tiny):
     taught = ["apple 0", "apple 1", "apple 2"]
     assert captions[:6] == 2 * taught and len(latents) == len(captions) == 13
     assert sorted(captions[6:]) == ["a  dog", *["apple"] * 5, "red apple"]
-    *_, x = tiny_sd.generate(formats.load(tiny, "torch"), captions[8], seeds=(2,))
+    *_, x = like_diffusers.generate(formats.load(tiny, "torch"), captions[8], seeds=(2,))
     same("a picture of its own", latents[8:9], x, 1e-6)
     assert shown(tiny)[1] == taught
     known = ROOT / "weights/emoji/things.json"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import VAE, compvis_vae_name, randomise, same
-from extras import checks, cli, files, formats, tiny_vae
+from extras import checks, cli, files, formats, like_diffusers, tiny_vae
 from extras.tiny_vae import read_vae
 
 pytestmark = pytest.mark.slow
@@ -126,7 +126,7 @@ def test_pictures_equal_diffusers(folder, tiny, taesd, reference, backend):
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe("a cat", height=64, width=64, num_inference_steps=3, guidance_scale=4,
                   output_type="np", generator=torch.Generator().manual_seed(7)).images
-    *_, x = tiny_sd.generate(model, "a cat", "", [7], 3, 4, "ddim")
+    *_, x = like_diffusers.generate(model, "a cat", "", [7], 3, 4, "ddim")
     assert abs(tiny_sd.decode(model, x) - theirs * 255.0).max() <= 1.01 and np.ptp(theirs) > 0.5
 
 
@@ -141,8 +141,9 @@ def test_image_to_image_starts_from_its_latents(folder, tiny, taesd, backend):
         return denoise
 
     model = load(folder, tiny, backend)
-    list(tiny_sd.generate(model, "a", seeds=[7], steps=4, init=PICTURE, denoiser=denoiser))
-    noise = tiny_sd.torch_noise([7], (8, 10, 4))
+    list(like_diffusers.generate(model, "a", seeds=[7], steps=4, init=PICTURE,
+                                 make_denoiser=denoiser))
+    noise = like_diffusers.torch_noise([7], (8, 10, 4))
     noise()
     (x_t, alpha_bar), *_ = seen
     with torch.no_grad():
@@ -222,10 +223,10 @@ def test_half_precision_and_pickles(dtype, suffix, taesd, tmp_path, folder, back
 
 def test_a_decoder_alone_draws_but_reads_no_picture(halves, tmp_path, folder):
     model = load(folder, shutil.copy(halves / "taesd_decoder.safetensors", tmp_path))
-    *_, x = tiny_sd.generate(model, "a cat", steps=1)
+    *_, x = like_diffusers.generate(model, "a cat", steps=1)
     assert tiny_sd.decode(model, x).shape == (1, 64, 64, 3)
     with pytest.raises(tiny_sd.UserError, match="encoder's file beside"):
-        tiny_sd.generate(model, "a cat", steps=2, init=PICTURE)
+        like_diffusers.generate(model, "a cat", steps=2, init=PICTURE)
     alone = tmp_path / "alone"
     alone.mkdir()
     path = shutil.copy(halves / "taesd_encoder.safetensors", alone)
@@ -303,7 +304,7 @@ def test_a_single_file_that_comes_without_a_vae(single_file, folder, tmp_path):
         formats.load(tmp_path / "bare.safetensors")
     pictures = []
     for model in (formats.load(single_file("F32")), load(tmp_path / "bare.safetensors", folder)):
-        *_, x = tiny_sd.generate(model, "a cat", steps=2)
+        *_, x = like_diffusers.generate(model, "a cat", steps=2)
         pictures.append(tiny_sd.decode(model, x))
     assert (pictures[0] == pictures[1]).all()
 

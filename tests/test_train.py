@@ -19,6 +19,7 @@ from PIL import Image
 
 import tiny_sd
 from conftest import ROOT
+from extras import like_diffusers
 
 sys.path.insert(0, str(ROOT / "weights"))
 import fitting  # noqa: E402
@@ -211,8 +212,8 @@ def test_all_stages(state):
                  "emoji-strength.png"):
         assert (state / name).stat().st_size > 10_000
     model = tiny_sd.load(state / "emoji")
-    assert model.factor == 4 and len(model.tokenizer.vocab) == 2000
-    *_, x = tiny_sd.generate(model, "red apple", steps=2)
+    assert model.factor == 4 and len(model.encoders[0].tokenizer.vocab) == 2000
+    *_, x = like_diffusers.generate(model, "red apple", steps=2)
     pictures = tiny_sd.decode(model, x)
     assert pictures.shape == (1, 64, 64, 3) and pictures.std() > 0
 
@@ -232,7 +233,7 @@ def test_the_folder_is_diffusers(state):
     prompt, seed = "a cat on a red background", torch.Generator().manual_seed(3)
     theirs = pipe(prompt, num_inference_steps=4, guidance_scale=4.0, generator=seed).images[0]
     model = tiny_sd.load(state / "emoji")
-    *_, x = tiny_sd.generate(model, prompt, seeds=(3,), steps=4, guidance=4.0)
+    *_, x = like_diffusers.generate(model, prompt, seeds=(3,), steps=4, guidance=4.0)
     ours = tiny_sd.decode(model, x)[0].astype(int)
     assert np.abs(ours - np.asarray(theirs)).max() <= 1
 
@@ -428,7 +429,7 @@ def test_many_pictures_at_once(state):
     prompts, negatives, seeds = ["cat", "a dog on the left", "key"], ["", "red", ""], [3, 4, 3]
     pictures = measure.draw(model, prompts, seeds, negatives, steps=3)
     for i in range(3):
-        *_, x = tiny_sd.generate(model, prompts[i], negatives[i], (seeds[i],), steps=3,
+        *_, x = like_diffusers.generate(model, prompts[i], negatives[i], (seeds[i],), steps=3,
                                  guidance=4.0)
         alone = tiny_sd.decode(model, x)[0].astype(int)
         assert np.abs(pictures[i] - alone).max() <= 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import compvis_name, write_tokenizer
-from extras import formats
+from extras import formats, like_diffusers
 from extras.narrow import wide
 from helpers import write_model
 
@@ -82,7 +82,7 @@ def test_single_file_draws_the_folders_picture(single_file, folder, backend):
     pictures = []
     for path in (folder, single_file("F32")):
         model = formats.load(path, backend)
-        *_, x = tiny_sd.generate(
+        *_, x = like_diffusers.generate(
             model, "a photo of a cat", "a dog", seeds=(3,), steps=3, sampler="ddim", width=72,
             height=64,
         )
@@ -421,7 +421,7 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
 )
 def test_one_clear_error(plain, settings, named):
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
-        tiny_sd.generate(plain, "a cat", **settings)
+        like_diffusers.generate(plain, "a cat", **settings)
 
 
 def test_latents_of_one_picture_alone(plain):
