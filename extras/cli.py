@@ -20,7 +20,7 @@ from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats, like_diffusers, prompts, things, tiny_vae
+from extras import files, formats, like_diffusers, narrow, prompts, things, tiny_vae
 from extras.checks import check_memory, nearest
 from extras.samplers import KARRAS, sampler_named
 from extras.start import import_problem
@@ -443,6 +443,8 @@ def run(argv):
     vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
     model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora,
                          args.low_memory, vae)
+    if args.backend == "numpy" and not args.low_memory:
+        narrow.keep_what_pays(model, passes_of(model, jobs))
     if args.embedding:
         model = prompts.with_embeddings(model, args.embedding)
     if args.prediction:
@@ -468,6 +470,19 @@ def run(argv):
     if args.prompts and ranks > 1:
         wait_for_other_ranks()
     return None
+
+
+def passes_of(model, jobs):
+    """Return {part of the model: how many times it will run, for all jobs}."""
+    _, own_steps, own_guidance = like_diffusers.defaults(model)
+    passes = {"unet": 0, "vae": 0, "text": len(jobs)}
+    for job in jobs:
+        guidance = own_guidance if job.cfg_scale is None else job.cfg_scale
+        contexts = 1 if guidance == 1 or model.config.unet.time_cond_proj_dim else 2
+        share = job.strength if job.init_img else 1
+        passes["unet"] += contexts * share * (job.steps or own_steps)
+        passes["vae"] += job.batch_size
+    return passes
 
 
 def remarks(model, args, known):

@@ -210,9 +210,15 @@ def remembered(prepare):
             new = key not in known
             if new:
                 known[key] = Preparation(*prepare(weight, *args))
-                weakref.finalize(weight, known.pop, key)
+                weakref.finalize(weight, known.pop, key, None)
             preparation = known[key]
-        array = preparation.result()
+        try:
+            array = preparation.result()
+        except BaseException:       # Ctrl-C, or no memory: the next call begins anew
+            with lock:
+                if known.get(key) is preparation:
+                    del known[key]
+            raise
         if new:
             preparation.fill = None         # lets go of the weight
             forget_pages(weight)

@@ -25,6 +25,9 @@ class Narrow(np.ndarray):
         return function(*map(wide, inputs), **kwargs)
 
 
+PAYS = 4        # passes from which on it is quicker to keep what was prepared
+
+
 class Fleeting(Narrow):
     """A Narrow array for --low-memory."""
     fleeting = True
@@ -33,6 +36,28 @@ class Fleeting(Narrow):
 def wide(x):
     """Return x, widened to float32 if it is Narrow."""
     return np.asarray(widen(x.view(np.ndarray)), np.float32) if isinstance(x, Narrow) else x
+
+
+def keep_what_pays(model, passes):
+    """Let the weights of networks that run less often than this be prepared anew at each use.
+
+    passes: {part of the model: how many times it will run}. What is prepared is kept in float32,
+    and the first touch of so much memory takes longer than preparing it a few times.
+    """
+    def fleeting(tree):
+        if isinstance(tree, dict):
+            return {name: fleeting(branch) for name, branch in tree.items()}
+        if isinstance(tree, list):
+            return [fleeting(branch) for branch in tree]
+        return tree.view(Fleeting) if isinstance(tree, Narrow) else tree
+
+    if passes["unet"] < PAYS:
+        model.unet = fleeting(model.unet)
+    if passes["vae"] < PAYS:
+        model.vae = fleeting(model.vae)
+    if passes["text"] < PAYS:
+        model.encoders = [encoder._replace(weights=fleeting(encoder.weights))
+                          for encoder in model.encoders]
 
 
 def to_backend(array, backend, device="cpu", dtype="float32", kind=Narrow):

@@ -575,3 +575,18 @@ def test_a_line_moved_into_a_block_is_an_edit(edited):
     """The words are the same then, and the meaning is not."""
     _, names, said = results_of(edited(("    erf = 1 -", "        erf = 1 -")))
     assert names == set(tiny_sd.FAST) - {"gelu"} and "gelu was edited" in said
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_weight_whose_preparation_failed_is_prepared_anew(error, monkeypatch):
+    x, weight = np.ones((1, 8, 8, 32), np.float32), np.ones((16, 3, 3, 32), np.float32)
+    expected = fast.fast_conv2d(x, weight.copy(), stride=2)
+
+    def broken(array):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "wide", broken)
+        with pytest.raises(error):
+            fast.fast_conv2d(x, weight, stride=2)
+    np.testing.assert_array_equal(fast.fast_conv2d(x, weight, stride=2), expected)
