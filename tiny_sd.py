@@ -835,17 +835,6 @@ def decode(model: Model, x: np.ndarray) -> np.ndarray:
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
-def latent_shape(model, width=None, height=None):
-    """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
-    config, factor = model.config, model.factor
-    for name, n in ("width", width), ("height", height):
-        require(n is None or hasattr(n, "__index__") and n % factor == 0
-                and 2 * factor <= n <= 4096,
-                f"{name} {n} is not a multiple of {factor} from {2 * factor} to 4096")
-    h, w = (config.unet.sample_size if n is None else n // factor for n in (height, width))
-    return h, w, config.vae.latent_channels
-
-
 def numpy_noise(seeds, shape):
     """Return noise(), which draws (len(seeds), *shape) numbers, each picture's from its seed."""
     streams = [np.random.default_rng(seed) for seed in seeds]
@@ -858,17 +847,6 @@ def last_steps(steps, strength):
     n = int(round(len(steps) * strength, 9))    # 29 of 50 at 0.58: floats give 28.999999999999996
     require(n > 0, f"strength {strength} of {len(steps)} steps leaves no step")
     return steps[-n:]
-
-
-def check_start(model, picture, mask):
-    """UserError unless a picture to start from and its mask suit each other and the model."""
-    require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
-            "which needs a picture and a mask")
-    require(picture is None or picture.ndim == 3 and picture.shape[2] == 3,
-            f"a picture to start from is (height, width, 3), not {np.shape(picture)}")
-    require(mask is None or picture is not None and mask.shape == picture.shape[:2],
-            "a mask needs a picture of its size to start from")
-    require(mask is None or mask.dtype == bool, "a mask is an array of bool")
 
 
 def inpainting_channels(model, picture, mask, hole, eps):
@@ -903,9 +881,10 @@ def generate(model: Model, prompt: str, negative: str | None = None,
     then ignores what was there. make_denoiser, embed: what to use instead of denoiser and
     embed_prompts. Raises UserError for values out of range.
     """
-    check_start(model, picture, mask)
-    height, width = (None, None) if picture is None else picture.shape[:2]
-    noise = noise or numpy_noise([0], latent_shape(model, width, height))
+    require(mask is None or picture is not None, "a mask needs a picture to start from")
+    size = model.config.unet.sample_size
+    h, w = (size, size) if picture is None else (n // model.factor for n in picture.shape[:2])
+    noise = noise or numpy_noise([0], (h, w, model.config.vae.latent_channels))
     steps = steps or evenly_spaced_steps(20, model.alpha_bars)
     guidance = model.guidance if guidance is None else guidance
     context, pooled = embed(model, [prompt] if guidance == 1 else [negative, prompt])
@@ -1324,6 +1303,17 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
 
 
 # ── The small program ───────────────────────────────────────────────────────────────────────────
+
+
+def latent_shape(model, width=None, height=None):
+    """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
+    config, factor = model.config, model.factor
+    for name, n in ("width", width), ("height", height):
+        require(n is None or hasattr(n, "__index__") and n % factor == 0
+                and 2 * factor <= n <= 4096,
+                f"{name} {n} is not a multiple of {factor} from {2 * factor} to 4096")
+    h, w = (config.unet.sample_size if n is None else n // factor for n in (height, width))
+    return h, w, config.vae.latent_channels
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,7 +57,8 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     sampler = function_of(own_sampler if sampler is None else sampler)
     require(np.ndim(seeds) == 1 and len(seeds) > 0 and all(hasattr(s, "__index__") for s in seeds),
             f"seeds must be a list of whole numbers, not {seeds}")
-    if np.ndim(init) == 3:
+    check_start(model, init, mask)
+    if init is not None:
         height, width = init.shape[:2]
 
     levels = sampling_steps(sampler, own_steps if steps is None else steps, model.config.scheduler,
@@ -70,6 +71,17 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     make = functools.partial(with_guidance, make_denoiser or denoiser, guidance)
     return tiny_sd.generate(model, prompt, negative, scale, sampler, levels, noise, init, strength,
                             mask, make, embed)
+
+
+def check_start(model, picture, mask):
+    """UserError unless a picture to start from and its mask suit each other and the model."""
+    require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
+            "which needs a picture and a mask")
+    require(picture is None or np.ndim(picture) == 3 and picture.shape[2] == 3,
+            f"a picture to start from is (height, width, 3), not {np.shape(picture)}")
+    require(mask is None or picture is not None and mask.shape == picture.shape[:2],
+            "a mask needs a picture of its size to start from")
+    require(mask is None or mask.dtype == bool, "a mask is an array of bool")
 
 
 def with_guidance(make_denoiser, guidance, model, context, _, *others):
