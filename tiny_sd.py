@@ -1081,6 +1081,7 @@ def torch_operations():
         "to_numpy": lambda x: x.detach().float().cpu().numpy(),
     }
 
+
 # ── Reading weights ─────────────────────────────────────────────────────────────────────────────
 
 CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows what each may say
@@ -1101,16 +1102,15 @@ def read_config(part, settings):
     """Return the config.json of a part as a record, with the defaults filled in."""
     config = SimpleNamespace(**CONFIG_DEFAULTS[part] | settings)
     if part == "scheduler":
-        known = {"beta_schedule": ["scaled_linear"],
-                 "prediction_type": ["epsilon", "v_prediction", "sample"]}
-        for name, values in known.items():
-            value = getattr(config, name)
-            require(value in values, f"the scheduler's {name} cannot be {shorten(repr(value))}")
+        kind = config.prediction_type
+        require(kind in ("epsilon", "v_prediction", "sample"),
+                f"the scheduler's prediction_type cannot be {shorten(repr(kind))}")
     if part == "unet":      # one number of heads, or one for each level, under either name
         heads = config.num_attention_heads or config.attention_head_dim
         levels = len(config.block_out_channels)
         config.n_head = heads if isinstance(heads, list) else [heads] * levels
     return config
+
 
 def nest(flat):
     """Undo flatten; numbered keys become lists."""
@@ -1218,6 +1218,7 @@ def current_name(name):
 def to_backend(array, backend, device="cpu", dtype="float32"):
     """Move a file's array to the backend, device and dtype; convolutions become channels last."""
     array = widen(array)
+    require(array.dtype.kind == "f", f"a weight's numbers are {array.dtype}, not floats")
     array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
     if backend == "torch":
         return to_torch(array, device, dtype)
@@ -1251,8 +1252,11 @@ def embed_time_and_text(model, x, t, pooled=None, guidance=1.0):
 
 
 def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
-             to_backend=to_backend):
-    """Return the Model of what read_folder returns; see load."""
+             to_backend=to_backend, alpha_bars=None):
+    """Return the Model of what read_folder returns; see load.
+
+    alpha_bars: the levels of a schedule other than Stable Diffusion's own.
+    """
     plain = (device, dtype) == ("cpu", "float32")
     backend = backend or ("numpy" if plain else "torch")
     require(backend in ("numpy", "torch"), f"there is no backend {backend}: choose numpy or torch")
@@ -1271,12 +1275,15 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
         tokenizer.length = min(tokenizer.length, text_config.max_position_embeddings)
 
     scheduler = config["scheduler"]
-    levels = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
-                                    scheduler.beta_end)
-    require(len(levels) and (np.diff(levels, append=0) < 0).all(), "the scheduler's betas give no "
-                                                                   "falling noise levels")
+    if alpha_bars is None:
+        require(scheduler.beta_schedule == "scaled_linear", "the scheduler's beta_schedule cannot "
+                f"be {shorten(repr(scheduler.beta_schedule))}")
+        alpha_bars = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
+                                            scheduler.beta_end)
+    require(len(alpha_bars) and (np.diff(alpha_bars, append=-1) < 0).all(),
+            "the scheduler's noise levels do not fall")
     return Model(name, SimpleNamespace(**config), encoders, networks["vae"], networks["unet"],
-                 levels, scheduler._guidance_scale,
+                 alpha_bars, scheduler._guidance_scale,
                  embed_time_and_text if len(encoders) == 2 else embed_time)
 
 
@@ -1360,6 +1367,7 @@ def draw(args):
 
     settings = {name: value for name, value in vars(args).items()
                 if name in ("negative", "guidance", "strength")}
+    require(math.isfinite(settings.get("guidance", 1)), "--cfg-scale is not a finite number")
     h, w, channels = latent_shape(model, args.width, args.height)
     if args.init_img:
         picture = ImageOps.exif_transpose(Image.open(args.init_img)).convert("RGB")
