@@ -102,8 +102,8 @@ def test_the_file_alone_overwrites_nothing(alone, tmp_path):
 # ── What imports what ─────────────────────────────────────────────────────────────────────────────
 
 FILES = {"tiny_sd": ROOT / "tiny_sd.py"} | {
-    f"extras.{path.stem}": path
-    for path in (ROOT / "extras").glob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in ("extras", "extras/training") for path in (ROOT / folder).glob("*.py")
     if path.stem != "__init__"
 }
 
@@ -146,7 +146,7 @@ def test_arrows_only_point_down():
         assert free, f"in a circle: {sorted(FILES.keys() - set(order))}"
         order += free
     assert order[0] == "tiny_sd"
-    assert {name for name in FILES if "extras.cli" in below[name]} == {"extras.teach"}
+    assert {name for name in FILES if "extras.cli" in below[name]} == {"extras.training.teach"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "extras.notebook"])

@@ -1,9 +1,10 @@
-"""extras/teach.py: a LoRA has the gradients of peft's, is resumed to the bit, and draws the same
-picture here and in diffusers; what the user did wrong is said in one line.
+"""extras/training/teach.py: a LoRA has the gradients of peft's, is resumed to the bit, and draws
+the same picture here and in diffusers; what the user did wrong is said in one line.
 """
 
 import functools
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -19,10 +20,14 @@ from safetensors.torch import load_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
-from extras import cli, files, formats, like_diffusers, teach
+from extras import cli, files, formats, like_diffusers
+from extras.training import teach
 from helpers import contents, write_model
 
 pytestmark = pytest.mark.slow
+
+COMMAND = [sys.executable, "-m", "extras.training.teach"]
+FROM_ANYWHERE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
           "use_linear_projection": True}
@@ -457,13 +462,15 @@ def test_models_that_are_not_taught(changes, run, folder_with):
     assert status == 2 and "is not taught here" in line
 
 
-def test_it_runs_as_a_file(pictures, tiny):
+def test_it_runs_as_a_program(pictures, tiny):
     """From another folder, with one line for an error."""
-    command = [sys.executable, ROOT / "extras/teach.py", "pictures", "-m", tiny]
-    done = subprocess.run([*command, "-o", "a.safetensors", "--steps", "1"], capture_output=True,
-                          text=True)
+    def teach(*options):
+        return subprocess.run([*COMMAND, "pictures", "-m", tiny, *options], env=FROM_ANYWHERE,
+                              capture_output=True, text=True)
+
+    done = teach("-o", "a.safetensors", "--steps", "1")
     assert (done.returncode, done.stdout) == (0, "a.safetensors\n"), done.stderr
-    done = subprocess.run([*command, "-o", "a.safetensors"], capture_output=True, text=True)
+    done = teach("-o", "a.safetensors")
     assert (done.returncode, done.stderr) == (2, "tiny_sd: a.safetensors is there already\n")
 
 
@@ -474,13 +481,12 @@ def test_the_lora_is_one_for_the_command_line(run, tiny):
 
 def test_a_model_of_ones_own_from_scratch(pictures):
     """Through every stage of the recipe in weights/; its folder draws, and is never replaced."""
-    command = [sys.executable, ROOT / "extras/teach.py", "pictures", "-o", "mine", "--from-scratch",
-               "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*COMMAND, "pictures", "-o", "mine", "--from-scratch", "--steps", "1"]
+    done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not Path("mine/things.json").exists()
     assert Image.open("mine.png").size == (12 * 64, 64)     # four seeds of three captions
     assert cli.main(["apple 1", "-m", "mine", "--steps", "1", "-o", "apple.png"]) == 0
     assert Image.open("apple.png").size == (64, 64)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "tiny_sd: mine is there already\n")

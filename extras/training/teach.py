@@ -1,6 +1,6 @@
 """Teach a model something new from a handful of pictures: train a LoRA.
 
-    python extras/teach.py pictures/ -o mine.safetensors
+    python -m extras.training.teach pictures/ -o mine.safetensors
     python tiny_sd.py "a zorp on a blue background" --lora mine.safetensors
 
 pictures/ holds pictures of any size with a caption beside each: a.png, a.txt, b.jpg, b.txt, ...
@@ -12,7 +12,7 @@ there. mine.png shows some captions drawn without what was learnt, and with it, 
 
 With some thousands of pictures, train a model of your own on them, by the recipe in weights/:
 
-    python extras/teach.py pictures/ -o mine --from-scratch --minutes 600
+    python -m extras.training.teach pictures/ -o mine --from-scratch --minutes 600
     python tiny_sd.py "a zorp on a blue background" -m mine
 """
 
@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does to the command line
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     from extras.start import program
-    program("extras.teach")
+    program("extras.training.teach")
 
 # isort: split      (first of all cli: it sets up BLAS before NumPy is loaded)
 from extras import cli, like_diffusers

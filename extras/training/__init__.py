@@ -1,0 +1,1 @@
+"""Training: the recipe of the bundled model, and what teaches a model something new."""
