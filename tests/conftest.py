@@ -4,8 +4,8 @@ It comes as diffusers writes it and as CompVis did.
 """
 
 import functools
-import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -23,21 +23,16 @@ sys.path.insert(0, str(ROOT))
 import extras.fast  # noqa: E402,F401   (the tests compute as the command line does)
 import tiny_sd  # noqa: E402
 from extras import formats  # noqa: E402
+from extras.tools import models  # noqa: E402
 
 LEVELS = 4      # of the U-Net and of the VAE, as in Stable Diffusion 1
-TEXT = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-        "bos_token_id": 49406, "eos_token_id": 49407}
-VAE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4,
-       "sample_size": 64, "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
-       "up_block_types": ("UpDecoderBlock2D",) * LEVELS}
-UNET = {"block_out_channels": (32, 64, 96, 128), "layers_per_block": 2, "cross_attention_dim": 128,
-        "attention_head_dim": 8, "sample_size": 8,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "num_train_timesteps": 1000, "steps_offset": 1, "clip_sample": False,
-             "set_alpha_to_one": False, "timestep_spacing": "leading"}
+CONFIGS = models.sd15(width=32)
+TEXT = CONFIGS["text_encoder"] | {"hidden_size": 128, "intermediate_size": 256,
+                                  "num_hidden_layers": 3, "num_attention_heads": 2}
+VAE = CONFIGS["vae"] | {"sample_size": 64}
+UNET = CONFIGS["unet"] | {"block_out_channels": (32, 64, 96, 128), "cross_attention_dim": 128,
+                          "sample_size": 8}
+SCHEDULER = CONFIGS["scheduler"] | {"clip_sample": False}
 
 
 def randomise(network, seed, **gains):
@@ -84,17 +79,8 @@ def reference(tmp_path_factory):
 
 def reference_tokenizer(folder):
     from transformers import CLIPTokenizer
-    write_tokenizer(folder)
+    models.write_tokenizer(folder, formats.clip_tokenizer())
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
-def write_tokenizer(folder):
-    """Write CLIP's vocab.json and merges.txt, as in the folders of Stable Diffusion 1.x."""
-    tokenizer = formats.clip_tokenizer()
-    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
-    lines = ["#version: 0.2", *map(" ".join, tokenizer.rank)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -280,11 +266,39 @@ def same(part, ours, reference, tolerance):
         f"{part}: {difference:.1e} from the reference, of its largest value"
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):         # one of pytest-xdist's processes
+        session.config.workeroutput["largest"] = LARGEST
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for part, difference in getattr(node, "workeroutput", {}).get("largest", {}).items():
+        record(part, difference)
+
+
+# ── Options ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=150, metavar="N",
+                     help="how many inputs test_fuzz.py spoils (150)")
+    parser.addoption("--fuzz-seed", type=int, metavar="N", help="how (otherwise each time)")
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")
+    if config.option.fuzz_seed is None:         # which pytest-xdist hands on to its processes
+        config.option.fuzz_seed = random.randrange(10 ** 6)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    ran = [report.nodeid for reports in terminalreporter.stats.values()
+           for report in reports if hasattr(report, "nodeid")]
+    if any("test_spoilt_inputs" in name for name in ran):
+        terminalreporter.section("what test_fuzz.py spoilt")
+        terminalreporter.write_line(f"--fuzz {config.option.fuzz} "
+                                    f"--fuzz-seed {config.option.fuzz_seed}")
     if LARGEST:
         terminalreporter.section("largest differences from the reference")
         for part, difference in LARGEST.items():

@@ -2,19 +2,15 @@
 the program in a process of its own.
 """
 
-import json
-import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
 import tiny_sd as sd
-from extras.checks import SHAPES
+from extras.tools import models
+from extras.tools.models import random_arrays, shapes_of  # noqa: F401  (for the tests)
 
 MERGES = [("r", "e"), ("re", "d</w>"), ("a", "p"), ("p", "l"), ("ap", "pl"), ("appl", "e</w>")]
 TOKENIZER = sd.Tokenizer(MERGES, length=12)
@@ -45,29 +41,9 @@ def contents(folder="."):
     return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
 
 
-def shapes_of(part, config):
-    """Return {name: shape} of a part's weights, as a checkpoint with this config holds them."""
-    return sd.flatten(SHAPES[part](sd.read_config(part, config)))
-
-
 def scheduler(**settings):
     """Return the record of a scheduler's config."""
     return sd.read_config("scheduler", settings)
-
-
-def random_arrays(shapes, seed=0):
-    """Return {name: float32 array} for {name: shape}.
-
-    Scales are about 1, shifts about 0, and matrices keep the variance.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draw(name, shape):
-        z = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            return 0.2 * z + name.endswith("weight")
-        return z / math.sqrt(math.prod(shape[1:]))
-    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 def write_model(folder, config=CONFIG):
@@ -75,20 +51,7 @@ def write_model(folder, config=CONFIG):
 
     config: CONFIG or TWO_ENCODERS.
     """
-    def write(name, text):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-
-    for part in config.keys() - {"scheduler"}:
-        write(f"{part}/config.json", json.dumps(config[part]))
-        arrays = random_arrays(shapes_of(part, config[part]))
-        save_file(arrays, folder / part / f"{FILES.get(part, 'model')}.safetensors")
-    write("scheduler/scheduler_config.json", json.dumps(config["scheduler"]))
-    for name in ("tokenizer", "tokenizer_2")[:1 + ("text_encoder_2" in config)]:
-        write(f"{name}/tokenizer_config.json", json.dumps({"model_max_length": TOKENIZER.length}))
-    write("tokenizer/vocab.json", json.dumps(TOKENIZER.vocab))
-    write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *map(" ".join, MERGES)]))
-    return folder
+    return models.write_model(folder, config, TOKENIZER)
 
 
 def launch(*argv, python=(), under=(), **environment):

@@ -1,7 +1,9 @@
 """Valid inputs, spoilt at random: each run draws a whole picture or says in one line why not, and
 leaves nothing else behind.
 
-TINY_SD_FUZZ=20000 python -m pytest tests/test_fuzz.py spoils that many; TINY_SD_FUZZ_SEED=n others.
+Others each time: the seed stands under the results.
+
+    python -m pytest tests/test_fuzz.py --fuzz 5000 --fuzz-seed 1
 """
 
 import contextlib
@@ -38,10 +40,6 @@ from helpers import (
 
 pytestmark = pytest.mark.slow
 
-COUNT, SEED = (
-    int(os.environ.get(name, default))
-    for name, default in (("TINY_SD_FUZZ", 600), ("TINY_SD_FUZZ_SEED", 0))
-)
 JSON = [
     None, True, 0, -1, 1, 7, 2.5, 1e30, float("nan"), "", "gelu", [], [4, 8], [0], {}, {"a": 1},
     10**30,
@@ -625,10 +623,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_spoilt_inputs(folder, capsys, monkeypatch):
+def test_spoilt_inputs(folder, capsys, monkeypatch, pytestconfig):
+    count, seed = pytestconfig.option.fuzz, pytestconfig.option.fuzz_seed
     results, failures = [], []
-    for number in range(COUNT):
-        rng = random.Random(SEED * 1_000_003 + number)
+    for number in range(count):
+        rng = random.Random(seed * 1_000_003 + number)
         place = folder / "case"
         shutil.copytree(folder / "original", place, copy_function=os.link)
         (place / "kept.png").write_bytes(b"kept")
@@ -638,13 +637,13 @@ def test_spoilt_inputs(folder, capsys, monkeypatch):
             results.append(draws_or_says(argv, place, capsys))
         except (Exception, SystemExit) as error:
             failures.append(
-                f"case {number} of seed {SEED}: {ascii(argv)[:200]}: "
+                f"case {number} of seed {seed}: {ascii(argv)[:200]}: "
                 f"{type(error).__name__}: {ascii(str(error))[:300]}"
             )
         monkeypatch.chdir(folder)
         shutil.rmtree(place)
-    assert not failures, "\n".join([f"{len(failures)} of {COUNT}", *failures[:20]])
-    assert results.count(0) > COUNT / 20 and results.count(2) > COUNT / 4
+    assert not failures, "\n".join([f"{len(failures)} of {count}", *failures[:20]])
+    assert results.count(0) > count / 20 and results.count(2) > count / 4
 
 
 @pytest.mark.parametrize(

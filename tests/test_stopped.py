@@ -4,22 +4,22 @@ In every phase of the real program, with the bundled model, it says so in one li
 half done behind, and harms nothing that was there.
 """
 
-import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import benchmark
+import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import ROOT
 from extras import cli, formats
-from helpers import FILES, all_signals_end_it, finish, launch, sd, shapes_of, write_model
+from extras.tools import models
+from helpers import FILES, all_signals_end_it, finish, launch, sd, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -342,31 +342,7 @@ def large(here):
 
     They take up nothing on the disk.
     """
-    folder, config = here / "large", benchmark.configs()
-    for part, stem in FILES.items():
-        header, end = {}, 0
-        for name, shape in shapes_of(part, config[part]).items():
-            header[name] = {
-                "dtype": "F16", "shape": shape,
-                "data_offsets": [end, end := end + 2 * math.prod(shape)],
-            }
-        text = json.dumps(header).encode()
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config[part]))
-        with open(folder / part / f"{stem}.safetensors", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
-    tokenizer = formats.clip_tokenizer()
-    for name, content in {
-        "scheduler/scheduler_config": config["scheduler"], "tokenizer/vocab": tokenizer.vocab,
-        "tokenizer/tokenizer_config": {"model_max_length": 77},
-    }.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    (folder / "tokenizer/merges.txt").write_text(
-        "\n".join(map(" ".join, tokenizer.rank)), encoding="utf-8"
-    )
-    return folder
+    return models.write_model(here / "large", models.sd15(), save=models.save_holes)
 
 
 def limited(limit, how):
@@ -456,7 +432,8 @@ def test_a_picture_too_large_to_start_from(here):
 def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     """What is said to be needed is less than what the run comes to, but not by far."""
     if "medium" in argv:
-        benchmark.write_model(here / "medium", 64)
+        models.write_model(here / "medium", models.sd15(64),
+                           save=partial(models.save_random, dtype=np.float16))
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(
         "import atexit, shutil; atexit.register(shutil.copyfile, '/proc/self/status', 'status')")

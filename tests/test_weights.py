@@ -14,9 +14,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
-from conftest import compvis_name, write_tokenizer
+from conftest import compvis_name
 from extras import formats, like_diffusers
 from extras.narrow import wide
+from extras.tools import models
 from helpers import write_model
 
 PARTS = ("text_encoder", "vae", "unet")
@@ -177,7 +178,7 @@ def test_both_forms_of_tokenizer(folder_with):
     ).exists()
     one = formats.load(new).tokenizer
     (new / "tokenizer/tokenizer.json").unlink()
-    write_tokenizer(new / "tokenizer")
+    models.write_tokenizer(new / "tokenizer", formats.clip_tokenizer())
     other = formats.load(new).tokenizer
     assert vars(one) == vars(other) == vars(formats.clip_tokenizer())
 
