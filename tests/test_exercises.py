@@ -5,7 +5,7 @@ import re
 import pytest
 
 from conftest import ROOT
-from exercises import EXERCISES
+from extras.tools.exercises import EXERCISES
 
 
 @pytest.mark.slow

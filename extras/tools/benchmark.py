@@ -2,14 +2,14 @@
 
 The same weights and work, in turn:
 
-    python tests/benchmark.py                           every part beside diffusers, on the CPU
-    python tests/benchmark.py --peer all --part unet --part vae        two parts, every peer
-    python tests/benchmark.py --peer formulas --part unet --rounds 1   what extras/fast.py gains
-    python tests/benchmark.py --peer none --part unet --batch 4        itself alone
-    python tests/benchmark.py --width 32 --size 64 --rounds 2          a quick look, small model
-    python tests/benchmark.py --peer all --part unet --part loaded --device cuda \\
-                              --dtype float16 --batch 8
-    python tests/benchmark.py --model sdxl --part picture --size 1024 --steps 1 --rounds 1
+    python -m extras.tools.benchmark                                     every part beside diffusers, on the CPU
+    python -m extras.tools.benchmark --peer all --part unet --part vae   two parts, every peer
+    python -m extras.tools.benchmark --peer formulas --part unet --rounds 1 what extras/fast.py gains
+    python -m extras.tools.benchmark --peer none --part unet --batch 4   itself alone
+    python -m extras.tools.benchmark --width 32 --size 64 --rounds 2     a quick look, small model
+    python -m extras.tools.benchmark --peer all --part unet --part loaded --device cuda \\
+                                     --dtype float16 --batch 8
+    python -m extras.tools.benchmark --model sdxl --part picture --size 1024 --steps 1 --rounds 1
 
 `unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`:
 a picture in a process that holds the model already. `picture`: the same from the start of the
@@ -42,11 +42,8 @@ import time
 import zlib
 from pathlib import Path
 
-from extras import like_diffusers
-
-ROOT = (
-    Path(__file__).resolve().parent.parent
-)  # neither tiny_sd nor NumPy here: that would choose threads for all sides
+# Neither tiny_sd nor NumPy is imported here: that would choose threads for all sides.
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"],
     "picture": ["file"], "bundled": ["file"],
@@ -65,139 +62,34 @@ class Failure(Exception):
 
 # ── The model: random weights with the shapes of Stable Diffusion 1.5, or of SDXL ─────────────────
 
-def configs(width=320, model="sd15"):
-    """A model's configs, its channels as if the U-Net's first level had `width` of them."""
-    return {"sd15": sd15_configs, "sdxl": sdxl_configs}[model](width)
+def configs(args):
+    """Return the configs of the model that is timed."""
+    from extras.tools import models
+    return models.CONFIGS[args.model](args.width)
 
 
-def sd15_configs(width):
-    def scaled(n, step=32):
-        return max(step, round(n * width / 320 / step) * step)
+def random_model(args):
+    """Return the folder of the random model, written among the temporary files if there is none.
 
-    words, attn = scaled(768, 64), "CrossAttn"
-    return {
-        "text_encoder": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-            "hidden_act": "quick_gelu", "hidden_size": words, "intermediate_size": 4 * words,
-            "num_attention_heads": words // 64, "projection_dim": words, "num_hidden_layers": 12,
-            "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
-            "eos_token_id": 49407,
-        },
-        "vae": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [scaled(n) for n in (128, 256, 512, 512)], "layers_per_block": 2,
-            "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4, "in_channels": 3, "out_channels": 3,
-            "sample_size": 512,
-        },
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
-            "block_out_channels": [scaled(n) for n in (320, 640, 1280, 1280)],
-            "layers_per_block": 2, "cross_attention_dim": words, "attention_head_dim": 8,
-            "sample_size": 64, "in_channels": 4, "out_channels": 4,
-            "down_block_types": [f"{attn}DownBlock2D"] * 3 + ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"] + [f"{attn}UpBlock2D"] * 3,
-        },
-        "scheduler": {
-            "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "skip_prk_steps": True, "beta_schedule": "scaled_linear", "steps_offset": 1,
-            "set_alpha_to_one": False, "timestep_spacing": "leading",
-        },
-    }
-
-
-def sdxl_configs(width):
-    config = sd15_configs(width)
-    words = config["text_encoder"]["hidden_size"]
-    second = max(64, round(1280 * width / 320 / 64) * 64)
-    widths = config["unet"]["block_out_channels"][:3]
-    config["text_encoder_2"] = config["text_encoder"] | {
-        "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
-        "hidden_size": second, "intermediate_size": 4 * second,
-        "num_attention_heads": second // 64, "projection_dim": second, "num_hidden_layers": 32,
-    }
-    config["vae"] |= {"scaling_factor": 0.13025, "sample_size": 1024}
-    config["unet"] |= {
-        "block_out_channels": widths, "attention_head_dim": [max(1, n // 64) for n in widths],
-        "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": words + second,
-        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-        "use_linear_projection": True, "sample_size": 128, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": second + 6 * 256,
-    }
-    return config
-
-
-def write_model(folder, width, model="sd15"):
-    """A diffusers folder in float16.
-
-    Matrices that keep the variance, scales of one, shifts of zero.
+    In a process of its own, to leave no memory behind.
     """
+    version = zlib.crc32(json.dumps(configs(args)).encode())
+    folder = Path(tempfile.gettempdir(), f"tiny_sd-{args.model}-{args.width}-{version:08x}")
+    if not folder.exists():
+        spawn = multiprocessing.get_context("spawn")
+        writer = spawn.Process(target=write_model, args=(folder, args))
+        writer.start()
+        writer.join()
+    return folder
+
+
+def write_model(folder, args):
     import numpy as np
-    from safetensors.numpy import save_file
-    sys.path.insert(0, str(ROOT))
-    from extras import formats
-    from extras.checks import SHAPES
-    from tiny_sd import flatten, read_config
-    rng, tokenizer = np.random.default_rng(0), formats.clip_tokenizer()
-    config = configs(width, model)
+
+    from extras.tools import models
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
-
-    def random(name, shape):
-        if len(shape) == 1:
-            return np.full(shape, name.endswith("weight"), np.float16)
-        return (
-            rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[1:]) ** -0.5)
-        ).astype(np.float16)
-
-    parts = [part for part in SHAPES if part in config]
-    index = {
-        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "PNDMScheduler"], "feature_extractor": [None, None],
-    }
-    tokenizers = {"tokenizer": tokenizer.EOS}
-    if "text_encoder_2" in config:
-        tokenizers["tokenizer_2"] = "!"
-        index |= {
-            "_class_name": "StableDiffusionXLPipeline", "image_encoder": [None, None],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        }
-    else:
-        index["safety_checker"] = [None, None]
-    files = {f"{part}/config.json": config[part] for part in parts} | {
-        "scheduler/scheduler_config.json": config["scheduler"], "model_index.json": index,
-    }
-    for name, pad in tokenizers.items():
-        files |= {
-            f"{name}/vocab.json": tokenizer.vocab,
-            f"{name}/tokenizer_config.json": {
-                "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad,
-                "unk_token": tokenizer.EOS,
-            },
-            f"{name}/merges.txt":
-                "\n".join(["#version: 0.2", *map(" ".join, tokenizer.rank)]) + "\n",
-        }
-    for name, content in files.items():
-        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-        (unfinished / name).write_text(
-            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
-        )
-    linear = config["unet"].get("use_linear_projection")
-    for part in parts:
-        shapes, arrays, is_text = (
-            flatten(SHAPES[part](read_config(part, config[part]))), {}, "text" in part,
-        )
-        for name, shape in shapes.items():
-            stem = "text_model." if is_text and "text_projection" not in name else ""
-            core = shape[:2] if linear and re.search(r"\.proj_(in|out)\.weight", name) else shape
-            arrays[stem + name] = random(name, core)
-        file = "model" if is_text else "diffusion_pytorch_model"
-        save_file(arrays, unfinished / part / f"{file}.safetensors", {"format": "pt"})
-    unfinished.rename(folder)
+    save = functools.partial(models.save_random, dtype=np.float16)
+    models.write_model(unfinished, configs(args), save=save).rename(folder)
 
 
 def inputs(args):
@@ -206,7 +98,7 @@ def inputs(args):
 
     rng, n, words = (
         np.random.default_rng(1), args.size // 8,
-        configs(args.width, args.model)["unet"]["cross_attention_dim"],
+        configs(args)["unet"]["cross_attention_dim"],
     )
     return [
         rng.standard_normal(shape, np.float32)
@@ -217,7 +109,6 @@ def inputs(args):
 # ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ───────
 
 def tiny_sd(part, args, folder):
-    sys.path.insert(0, str(ROOT))
     import extras.fast  # noqa: F401  (before NumPy)
     return measured(part, args, folder)
 
@@ -227,6 +118,7 @@ def measured(part, args, folder):
     import numpy as np
 
     import tiny_sd as sd
+    from extras import like_diffusers
 
     model, (x, context, image) = (
         sd.load(folder, args.backend, args.device, args.dtype),
@@ -287,7 +179,6 @@ def formulas(part, args, folder):
     """tiny_sd without extras/fast.py, and with the threads of BLAS instead."""
     os.environ |= {f"{library}_NUM_THREADS": str(cores())
                    for library in ("OPENBLAS", "VECLIB_MAXIMUM")}
-    sys.path.insert(0, str(ROOT))
     return measured(part, args, folder)
 
 
@@ -771,18 +662,7 @@ def run(args):
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
     for part in args.part:
-        version = zlib.crc32(json.dumps(configs(args.width, args.model)).encode())
-        name = f"tiny_sd-benchmark-{args.model}-{args.width}-{version:08x}"
-        random = Path(tempfile.gettempdir(), name)
-        folder = ROOT / "weights" / "emoji" if part == "bundled" else random
-        if (
-            part != "bundled" and not folder.exists()
-        ):  # in a process of its own, to leave no memory behind
-            writer = multiprocessing.get_context("spawn").Process(
-                target=write_model, args=(folder, args.width, args.model)
-            )
-            writer.start()
-            writer.join()
+        folder = ROOT / "weights/emoji" if part == "bundled" else random_model(args)
         if not folder.exists():
             print(f"without {part}: there is no {folder}")
             continue

@@ -1,35 +1,28 @@
 """A step of extras/teach.py beside one of peft and diffusers, as diffusers' own script takes it.
 
-    python tests/teach_benchmark.py                                 Stable Diffusion 1.5's shapes
-    python tests/teach_benchmark.py --width 32 --size 128           a quick look, small model
-    python tests/teach_benchmark.py --save-memory                   both recompute their layers
+    python -m extras.tools.teach_benchmark                         Stable Diffusion 1.5's shapes
+    python -m extras.tools.teach_benchmark --width 32 --size 128   a quick look, small model
+    python -m extras.tools.teach_benchmark --save-memory           both recompute their layers
 
 The same work: rank 8 on the same matrices, one picture, latents encoded before, its caption encoded
 in each step, AdamW. Each side is a process of its own, one after the other, since both together
-need much memory. Weights are benchmark.py's random ones. Seconds are those of the processor, which
+need much memory. Weights are those of benchmark.py. Seconds are those of the processor, which
 other programs do not change much, and those of the clock; the first step is not counted.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
-import sys
-import tempfile
 import time
-import zlib
-from pathlib import Path
 
-import benchmark
+from extras.tools import benchmark
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPTION = "a zorp on a red background"
 
 
 def tiny_sd_steps(args, folder):
     """Yield after each step, as extras/teach.py takes it."""
-    sys.path.insert(0, str(ROOT))
     from extras import formats, teach  # isort: skip  (sets up BLAS before torch is loaded)
     import torch
 
@@ -48,7 +41,6 @@ def tiny_sd_steps(args, folder):
 
 def diffusers_steps(args, folder):
     """Yield after each step, as train_text_to_image_lora.py takes it."""
-    sys.path.insert(0, str(ROOT))
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
@@ -110,10 +102,8 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--save-memory", action="store_true")
     args, processes = parser.parse_args(), multiprocessing.get_context("spawn")
-    version = zlib.crc32(json.dumps(benchmark.configs(args.width)).encode())
-    folder = Path(tempfile.gettempdir(), f"tiny_sd-benchmark-sd15-{args.width}-{version:08x}")
-    if not folder.exists():
-        benchmark.write_model(folder, args.width)
+    args.model = "sd15"
+    folder = benchmark.random_model(args)
     for side in SIDES:
         ours, theirs = processes.Pipe()
         process = processes.Process(target=measured, args=(side, args, folder, theirs))

@@ -1,10 +1,10 @@
 """What the bundled model learns from ten pictures in ten minutes, measured and drawn.
 
-    python tests/teach_demo.py zorp FOLDER          a creature, under a word of its own
-    python tests/teach_demo.py ink FOLDER           a hand, which then draws other things
-    python tests/teach_demo.py ranks FOLDER         the creature with ranks 1, 2, 4, 8, 16
-    python tests/teach_demo.py overfit FOLDER       one picture, shown for too long
-    python tests/teach_demo.py picture FOLDER       extras/pictures/teach.png, of the first two
+    python -m extras.tools.teach_demo zorp FOLDER      a creature, under a word of its own
+    python -m extras.tools.teach_demo ink FOLDER       a hand, which then draws other things
+    python -m extras.tools.teach_demo ranks FOLDER     the creature with ranks 1, 2, 4, 8, 16
+    python -m extras.tools.teach_demo overfit FOLDER   one picture, shown for too long
+    python -m extras.tools.teach_demo picture FOLDER   extras/pictures/teach.png, of the first two
 
 Each runs extras/teach.py as a user does, unless FOLDER has the LoRA already, and prints what
 weights/measure.py's judge makes of the result: of all drawings of all things, and the new ones, the
@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from teach_pictures import ZORPS, ink, ink_pictures, ink_things, zorp, zorp_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "weights")]
 import measure  # noqa: E402
 from scenes import (  # noqa: E402
     COLOURS,
@@ -36,14 +35,22 @@ from scenes import (  # noqa: E402
 )
 
 from extras import formats, show  # noqa: E402
+from extras.tools.teach_pictures import (  # noqa: E402
+    ZORPS,
+    ink,
+    ink_pictures,
+    ink_things,
+    write_pictures,
+    zorp,
+    zorp_pictures,
+)
 
 
 def taught(kind, folder, *options, name=None):
     """Return the LoRA of what teach_pictures.py draws, taught now unless it is there."""
     lora, pictures = folder / f"{name or kind}.safetensors", folder / kind
     if not pictures.exists():
-        subprocess.run([sys.executable, ROOT / "tests/teach_pictures.py", kind, pictures],
-                       check=True)
+        write_pictures(kind, pictures)
     if not lora.exists():
         subprocess.run([sys.executable, ROOT / "extras/teach.py", pictures, "-o", lora, *options],
                        check=True)

@@ -1,7 +1,7 @@
 """Pictures to teach from: a creature that no model knows, and drawings redrawn in one hand.
 
-    python tests/teach_pictures.py zorp FOLDER          ten pictures of a zorp, with captions
-    python tests/teach_pictures.py ink FOLDER           twelve things in ink, with captions
+    python -m extras.tools.teach_pictures zorp FOLDER   ten pictures of a zorp, with captions
+    python -m extras.tools.teach_pictures ink FOLDER    twelve things in ink, with captions
 """
 
 import io
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "weights")]
 from scenes import COLOURS, PLACES, article, describe, in_style  # noqa: E402
 
 SKIN, DARK, PALE, PINK = (38, 166, 154), (12, 84, 92), (255, 224, 130), (236, 64, 122)
@@ -108,9 +108,16 @@ def ink_pictures():
         yield on_colour(ink(drawing), "beige", side=64), in_style(article(name), "ink")
 
 
-if __name__ == "__main__":
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+PICTURES = {"zorp": zorp_pictures, "ink": ink_pictures}
+
+
+def write_pictures(kind, folder):
+    """Write pictures and captions as extras/teach.py reads them, into a new folder."""
     folder.mkdir(parents=True)
-    for i, (picture, caption) in enumerate({"zorp": zorp_pictures, "ink": ink_pictures}[kind]()):
+    for i, (picture, caption) in enumerate(PICTURES[kind]()):
         picture.save(folder / f"{kind}-{i:02}.png")
         (folder / f"{kind}-{i:02}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pictures(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """The exercises of NOTES.md, each done on a copy of tiny_sd.py, and what is to be seen, measured.
 
-    python tests/exercises.py
+    python -m extras.tools.exercises
 
 Every change must match the program's text exactly once. Each changed program draws a picture of
 the bundled model to the end, or fails as the notes say. What is measured compares it with the
@@ -18,8 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # of small arrays: more 
 
 import numpy as np  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 SOURCE, NUMBER = (ROOT / "tiny_sd.py").read_text(encoding="utf-8"), itertools.count()
 PROMPT = "red apple on a blue background"
