@@ -2,9 +2,9 @@
 
 The same weights and work, in turn:
 
-    python -m extras.tools.benchmark                                     every part beside diffusers, on the CPU
+    python -m extras.tools.benchmark                                     every part beside diffusers
     python -m extras.tools.benchmark --peer all --part unet --part vae   two parts, every peer
-    python -m extras.tools.benchmark --peer formulas --part unet --rounds 1 what extras/fast.py gains
+    python -m extras.tools.benchmark --peer formulas --part unet --rounds 1   what fast.py gains
     python -m extras.tools.benchmark --peer none --part unet --batch 4   itself alone
     python -m extras.tools.benchmark --width 32 --size 64 --rounds 2     a quick look, small model
     python -m extras.tools.benchmark --peer all --part unet --part loaded --device cuda \\

@@ -23,8 +23,7 @@ def sd15(width=320):
     text_encoder = {
         "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
         "eos_token_id": 49407, "hidden_act": "quick_gelu", "num_hidden_layers": 12,
-        "num_attention_heads": words // 64, "hidden_size": words, "intermediate_size": 4 * words,
-        "projection_dim": words}
+        "num_attention_heads": words // 64, "hidden_size": words, "intermediate_size": 4 * words}
     vae = {
         "in_channels": 3, "out_channels": 3, "latent_channels": 4,
         "block_out_channels": [scaled(n) for n in (128, 256, 512, 512)], "layers_per_block": 2,
