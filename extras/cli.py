@@ -20,7 +20,17 @@ from PIL import features
 from tqdm import tqdm
 
 import tiny_sd
-from extras import files, formats, like_diffusers, narrow, prompts, things, tiny_vae
+from extras import (
+    facts,
+    files,
+    formats,
+    like_diffusers,
+    named,
+    narrow,
+    prompts,
+    things,
+    tiny_vae,
+)
 from extras.checks import check_memory, nearest
 from extras.samplers import KARRAS, sampler_named
 from extras.start import import_problem
@@ -195,14 +205,14 @@ def parse_arguments(argv, **settings):
     Its notes are lines to print as soon as drawing begins.
     """
     parser = option_parser(**settings)
-    args, facts, notes = parse_known(parser, argv), {}, []
+    args, found, notes = parse_known(parser, argv), {}, []
     given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
     if given > 1 or not given and not (args.like or args.things):
         parser.error("give one prompt, in quotes")
     if args.like:
-        flags, facts, notes = flags_like(args)
+        flags, found, notes = flags_like(args)
         args = parse_known(parser, flags + argv)
-    args.notes, args.facts = notes, facts
+    args.notes, args.facts = notes, found
     complete(args)
     check_arguments(args)
     return args
@@ -210,51 +220,10 @@ def parse_arguments(argv, **settings):
 
 def flags_like(args):
     """Return the flags that draw the picture of --like again, its facts, and lines on the rest."""
-    options, facts = files.recorded(args.like, args.sampler)
-    if args.sampler and args.sampler not in KARRAS:
-        options.pop("karras", None)
-    left = files.facts_left(facts)
-    model = args.model or files.known_model(facts.get("Model", ""))
-    if model:
-        options["model"] = model
-    elif "Model" in facts:
-        left["Model"] = facts["Model"]
-    given = {"lora": [Path(file).stem for file, _ in args.lora], "vae": [Path(args.vae or "").stem],
-             "embedding": [Path(file).stem for file in args.embedding]}
-    found, missing = files.recorded_files(facts, model or "emoji", given)
-    flags = [f"--{key}" if value is None else f"--{key}={value}" for key, value in options.items()]
-    flags += [f"--{key}={value}" for key, values in found.items() for value in values]
-    return flags, facts, not_taken_up(args, left | missing)
-
-
-HINTS = {   # the beginning of a fact's name: what to do about it, or what it was
-    "Model": "give it with --model", "Lora": "give it with --lora", "VAE": "give it with --vae",
-    "Embedding": "give it with --embedding", "Mask": "give it with --mask",
-    "Denoising strength": "give the picture it began from with --init-img",
-    "RNG": "the noise came from a graphics card, and is other noise here",
-    "Hires": "the picture was enlarged and drawn over (Hires fix)",
-    "ENSD": "what a sampler adds on the way came from another seed",
-    "Face restoration": "another program mended the faces",
-    "Token merging": "tokens were merged for speed",
-    "Variation seed": "the noise was mixed from two seeds",
-    "Refiner": "a second model drew the last steps", "ControlNet": "another picture led the way",
-    "Pad conds": "the shorter prompt was filled up", "Emphasis": "weights worked in another way"}
-
-
-def not_taken_up(args, left):
-    """Return a line for each recorded fact that neither --like nor another flag uses.
-
-    Facts that have a hint in common have one line.
-    """
-    given = {"Model": args.model, "Lora": args.lora, "Embedding": args.embedding, "VAE": args.vae,
-             "Denoising strength": args.init_img, "Mask": args.mask}
-    lines = {}
-    for fact, value in left.items():
-        key = next((key for key in HINTS if fact.startswith(key)), fact)
-        hint = f": {HINTS[key]}" if key in HINTS else ""
-        if not given.get(key):
-            lines.setdefault(key, f"--like {args.like}: {fact} {value} is not taken up{hint}")
-    return list(lines.values())[:10]
+    options, found, notes = facts.read_again(args.like, args)
+    flags = [f"--{option}" if value is None else f"--{option}={value}"
+             for option, values in options.items() for value in values]
+    return flags, found, notes
 
 
 def take_up_loras(args):
@@ -264,11 +233,20 @@ def take_up_loras(args):
     """
     if args.plain_prompt:
         return
-    found, wrong = prompts.tagged_loras(args.prompt, args.model, args.lora)
-    for tag, reason in wrong:
-        tag = tiny_sd.shorten(tag, 60)
-        require(args.like, f"{tag} in the prompt: {reason}")
-        args.notes.append(f"--like {args.like}: {tag} is not taken up: {reason}")
+    found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
+    for tag, name, weight in prompts.tags(args.prompt):
+        file = name and name not in given and named.find_file("lora", name, args.model)
+        if file:
+            found.append((file, weight))
+        elif name is None or name not in given:
+            reason = weight if name is None else (
+                "there is no such LoRA beside the model, in loras/ or here: --lora FILE names one "
+                "elsewhere")
+            wrong.setdefault(reason, []).append(tiny_sd.shorten(tag, 60))
+    for reason, tags in wrong.items():
+        require(args.like, f"{tags[0]} in the prompt: {reason}")
+        args.notes.append(f"--like {args.like}: {', '.join(tags)} "
+                          f"{'are' if len(tags) > 1 else 'is'} not taken up: {reason}")
     args.lora = [*args.lora, *found]
 
 
@@ -281,8 +259,8 @@ def complete(args):
     if args.sampler:
         args.karras = args.karras or args.sampler.endswith(" Karras")
         args.sampler = args.sampler.removesuffix(" Karras")
-    if args.model is None:
-        args.model = str(tiny_sd.HERE / "weights" / "emoji")
+    emoji = str(tiny_sd.HERE / "weights" / "emoji")
+    args.model = emoji if args.model is None else named.find_model(args.model)
     args.any_seed = args.seed == -1
     if args.any_seed:
         args.seed = secrets.randbelow(2 ** 32)
@@ -396,9 +374,14 @@ def is_drawn(job):
         for name in files.free_names(path):
             if not os.path.lexists(name):
                 return False
-            if files.records(name, job, None if job.any_seed else seed):
+            if facts.records(name, changed(job, seed=None if job.any_seed else seed)):
                 break
     return True
+
+
+def changed(args, **fields):
+    """Return a copy of the arguments with some of them changed."""
+    return argparse.Namespace(**vars(args) | fields)
 
 
 def seeds_of(args):
@@ -492,7 +475,7 @@ def remarks(model, args, known):
     """
     if known and not (args.lora or args.embedding):     # which teach new words
         yield from things.remarks(known, words_of(args))
-    for name in files.other_files(args.facts, args, model):
+    for name in facts.other_files(args.facts, args, model):
         yield f"--like {args.like}: the {name} is another file than the picture was made with"
     yield from prompts.remarks(model, [words_of(args), args.negative_prompt or ""],
                                args.plain_prompt)
@@ -554,7 +537,8 @@ def draw(model, args, denoiser=like_diffusers.denoiser, last=False, title=None):
     fill_in(model, args)
     check_picture_memory(model, args, width, height)
     formats.check_unchanged(model)
-    texts = [files.parameters_text(args, model, seed, width, height) for seed in seeds_of(args)]
+    texts = [facts.parameters_text(changed(args, seed=seed, width=width, height=height), model)
+             for seed in seeds_of(args)]
     walk = start_walk(model, args, width, height, denoiser)
     for note in args.notes:
         tell(note)

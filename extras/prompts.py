@@ -11,15 +11,12 @@ embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed_
 """
 
 import dataclasses
-import functools
-import hashlib
 import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from safetensors import safe_open
 
 import tiny_sd
 from extras import pickles
@@ -29,9 +26,10 @@ from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, 
 # ── Weights ─────────────────────────────────────────────────────────────────────────────────────
 
 MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
-PAUSE = re.compile(r"\s*\bBREAK\b\s*")
+PAUSE = re.compile(r"\bBREAK\b")
 BREAK = ("BREAK", -1)
 LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes for ever
+LONGEST_NAME, MOST_TAGS = 200, 100
 
 
 def weighted_parts(text):
@@ -62,8 +60,9 @@ def weighted_parts(text):
             close("[", 1 / 1.1)
         else:
             first, *others = PAUSE.split(piece)
-            parts.append([first, 1.0])
-            for other in others:
+            parts.append([first.rstrip() if others else first, 1.0])
+            for i, other in enumerate(others, 1):
+                other = other.strip() if i < len(others) else other.lstrip()
                 parts += [[*BREAK], [other, 1.0]]
     for bracket, factor in ("(", 1.1), ("[", 1 / 1.1):
         while opened[bracket]:
@@ -95,15 +94,20 @@ def merged(parts):
 # ── Chunks ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def check_length(text):
+    """UserError if a prompt, or one of its words, is longer than anybody needs."""
+    longest = max(map(len, text.split()), default=0)
+    require(len(text) <= LONGEST and longest <= LONGEST_WORD,
+            f"the prompt {shorten(repr(text), 30)} has {len(text)} letters, {longest} of them in "
+            f"one word: at most {LONGEST} and {LONGEST_WORD}")
+
+
 def chunks_of(tokenizer, text):
     """Return the chunks of a prompt: lists of (id, weight), as long as the model has room for.
 
     Where one overflows, what follows a comma among its last 20 tokens goes to the next.
     """
-    longest = max(map(len, text.split()), default=0)
-    require(len(text) <= LONGEST and longest <= LONGEST_WORD,
-            f"the prompt {shorten(repr(text), 30)} has {len(text)} letters, {longest} of them in "
-            f"one word: at most {LONGEST} and {LONGEST_WORD}")
+    check_length(text)
     room, comma_id = tokenizer.length - 2, tokenizer.vocab.get(",</w>")
     chunks, comma = [[]], None
     for part, weight in weighted_parts(text):
@@ -218,7 +222,32 @@ def reads_weights(model):
     return tokenizer.length == 77 and len(tokenizer.vocab) >= 49408
 
 
-CHANGING = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]]*\|[^\[\]]*\]|\bAND\b")
+CHANGE = re.compile(r"\\.|[\[\]{}|]|:\s*[\d.]+\s*(?=\])|\bAND\b|__[\w/*.-]{1,60}__")
+
+
+def not_here(text):
+    """Return (what, why) of the first words that elsewhere change from step to step or are drawn.
+
+    That is [from:to:when] and [a|b], which may be nested, AND, and the {a|b} and __name__ of
+    extensions; or return None.
+    """
+    opened = []     # [bracket, where, whether a bar or a number is in it]
+    for mark in CHANGE.finditer(text):
+        sign = mark[0]
+        if sign == "AND":
+            return sign, "nothing changes between steps here"
+        if sign.startswith("__"):
+            return sign, "nothing is drawn from lists here"
+        if sign in "[{":
+            opened.append([sign, mark.start(), False])
+        elif opened and sign in "]}":
+            bracket, start, changes = opened.pop()
+            if changes:
+                why = "changes between steps" if bracket == "[" else "is drawn from lists"
+                return text[start:mark.end()], f"nothing {why} here"
+        elif opened and sign[0] in "|:":
+            opened[-1][2] = opened[-1][2] or sign == "|" or opened[-1][0] == "["
+    return None
 
 
 def remarks(model, texts, plain=False):
@@ -227,10 +256,11 @@ def remarks(model, texts, plain=False):
     texts: the prompt and the negative prompt, without tags.
     """
     weighted = reads_weights(model) and not plain
-    for text in [] if plain else texts:
-        if mark := weighted and CHANGING.search(text):
-            yield f"{mark[0]} in the prompt is read as words: nothing changes between steps here"
-        if mark := not weighted and re.search(r"\([^()]*:[\d.]+\)", text):
+    for text in texts:
+        check_length(text)
+        if weighted and (found := not_here(text)):
+            yield f"{shorten(found[0], 60)} in the prompt is read as words: {found[1]}"
+        if mark := not weighted and not plain and re.search(r"\([^()]*:[\d.]+\)", text):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer
     for first, names in getattr(tokenizer, "names", {}).items():
@@ -261,7 +291,8 @@ class LearntTokenizer(Tokenizer):
 
     def __init__(self, tokenizer, words):
         vars(self).update(vars(tokenizer))
-        self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in words.items()}
+        self.learnt = {tuple(tokenizer.tokens(prefix + word)): ids for word, ids in words.items()
+                       for prefix in ("embedding:", "")}        # as ComfyUI, and as all others
         self.learnt.pop((), None)
         self.bracketed = {word.lower(): ids for word, ids in words.items()
                           if re.fullmatch("<.+>", word)}
@@ -295,8 +326,8 @@ class LearntTokenizer(Tokenizer):
 def with_embeddings(model, files):
     """Return the model with the words that textual inversions, in these files, have learnt.
 
-    A word is the file's name, and the one inside, if there is one. UserError if a file is none, or
-    of another family of models.
+    A word is the file's name, and in diffusers' files the one inside. UserError if a file is none,
+    or of another family of models.
     """
     tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
               for encoder in model.encoders]
@@ -345,8 +376,8 @@ def embedding_arrays(file):
     pickled = path.suffix.lower() in pickles.SUFFIXES
     found = pickles.read_pickle(path) if pickled else tiny_sd.read_safetensors(path)
     found = found if isinstance(found, dict) else {}
-    names = [path.stem, found.get("name")]
-    if isinstance(found.get("string_to_param"), dict):
+    names = [path.stem]
+    if web_ui := isinstance(found.get("string_to_param"), dict):
         found = found["string_to_param"]
 
     arrays = {name: widen(array) for name, array in found.items()
@@ -356,15 +387,13 @@ def embedding_arrays(file):
     else:
         require(len(arrays) == 1, f"{file} is not an embedding: it holds {len(arrays)} tensors "
                                   "instead of one, or of clip_l and clip_g")
-        names += arrays.keys() - {"*", "emb_params"}
-    return [name for name in names if isinstance(name, str) and name], [*arrays.values()]
+        names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
+    return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
 
 
-# ── LoRAs in the prompt ─────────────────────────────────────────────────────────────────────────
+# ── Tags ────────────────────────────────────────────────────────────────────────────────────────
 
 TAG = re.compile(r"<(\w+):([^<>]+)>")
-FOLDERS = {"lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE")}
-SUFFIXES = (".safetensors", *pickles.SUFFIXES)
 
 
 def without_tags(text):
@@ -372,79 +401,29 @@ def without_tags(text):
     return TAG.sub("", text)
 
 
-def read_tag(tag):
-    """Return (name, weight) of a match of TAG; ValueError, which says why, if it is not a LoRA."""
-    name, *weights = tag[2].split(":")
-    if tag[1] not in ("lora", "lyco"):
-        raise ValueError("of such tags, <lora:name:weight> is known here")
-    try:
-        weights = {float(weight) for weight in weights} or {1.0}
-    except ValueError:
-        weights = set()
-    if len(weights) != 1 or not all(map(math.isfinite, weights)):
-        raise ValueError("it does not read <lora:name:weight>")
-    return name, *weights
+def tags(text):
+    """Yield (tag, name of the LoRA, weight) of each tag in a prompt.
 
-
-def tagged_loras(text, model, given=()):
-    """Return [(file, weight), ...] of the LoRAs that a prompt names, and [(tag, what is wrong)].
-
-    given: the pairs of --lora, which are not looked for.
+    Of one that does not read <lora:name:weight>, the name is None, and the third says why.
     """
-    files, wrong, known = [], [], {Path(file).stem for file, _ in given}
-    for tag in TAG.finditer(text):
+    found = [*TAG.finditer(text)]
+    require(len(found) <= MOST_TAGS,
+            f"the prompt has {len(found)} tags like <lora:name:weight>: at most {MOST_TAGS}")
+    for tag in found:
+        name, *weights = tag[2].split(":")
+        if tag[1] not in ("lora", "lyco"):
+            yield tag[0], None, "of such tags, <lora:name:weight> is known here"
+            continue
         try:
-            name, weight = read_tag(tag)
-        except ValueError as error:
-            wrong.append((tag[0], str(error)))
-            continue
-        if name in known:
-            continue
-        if path := find_file("lora", name, model):
-            files.append((str(path), weight))
-        else:
-            wrong.append((tag[0], "there is no such LoRA beside the model, in loras/ or here: "
-                                  "--lora FILE names one elsewhere"))
-    return files, wrong
+            weight, = {lora_weight(text) for text in weights} or {1.0}
+            yield tag[0], name, weight
+        except ValueError:
+            yield tag[0], None, "it does not read <lora:name:weight>"
 
 
-def find_file(kind, name, model):
-    """Return the path of a "lora", "embedding" or "vae" of this name, or None.
-
-    It is looked for beside the model, here, and in folders like loras/ beside, above or here. name
-    may come from a stranger's picture, so it is never taken for a path.
-    """
-    if name in (".", "..") or not re.fullmatch(rb"[^/\\\0]{1,200}", name.encode(errors="replace")):
-        return None
-    for folder in places(kind, model):
-        for file in name, *(f"{name}{suffix}" for suffix in SUFFIXES):
-            path = folder / file
-            if path.suffix in SUFFIXES and path.is_file():
-                return path
-    return None
-
-
-def places(kind, model):
-    """Return the folders in which to look for files of a kind that goes with a model."""
-    paths = [path for path in (Path(model), tiny_sd.HERE / "weights" / model) if path.exists()]
-    beside = [path if path.is_dir() else path.parent for path in map(Path.resolve, paths[:1])]
-    above = [folder for path in beside for folder in (path, *path.parents[:2])]
-    inside = [folder / name for folder in (*above, Path()) for name in FOLDERS[kind]]
-    return [*beside, Path(), *inside]
-
-
-@functools.cache
-def file_hash(file, header=False):
-    """Return the first 12 digits of the SHA-256 of a file, or of one without its header."""
-    with open(file, "rb") as data:
-        if header:
-            data.seek(8 + int.from_bytes(data.read(8), "little"))
-        return hashlib.file_digest(data, "sha256").hexdigest()[:12]
-
-
-def lora_hashes(file):
-    """Return the hashes by which the web UI knows a LoRA: of its numbers, and the one inside."""
-    if not str(file).endswith(".safetensors"):
-        return [file_hash(file)]
-    metadata = safe_open(file, "np").metadata() or {}
-    return [file_hash(file, header=True), metadata.get("sshs_model_hash", "")[:12]]
+def lora_weight(text):
+    """Return the weight of a LoRA, written as text; ValueError if it is none, or beyond 1000."""
+    weight = float(text)
+    if not -1000 <= weight <= 1000:
+        raise ValueError(f"a LoRA's weight is at most 1000, not {weight}")
+    return weight

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import tiny_sd
 from conftest import same
-from extras import cli, formats, prompts
+from extras import cli, formats, named, prompts
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ def vectors(n, width=WIDTH, seed=0):
 FORMATS = {     # how they lie in a file: suffix, what is saved, the word inside
     "the web UI's": (".pt", lambda v: {
         "string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "inside", "step": 9,
-        "sd_checkpoint": None, "sd_checkpoint_name": None}, "inside"),
+        "sd_checkpoint": None, "sd_checkpoint_name": None}, None),
     "the web UI's, of a parameter": (".pt", lambda v: {
         "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(v)}), "name": "inside"},
-        "inside"),
+        None),
     "diffusers'": (".bin", lambda v: {"<inside>": v}, "<inside>"),
     "diffusers', safetensors": (".safetensors", lambda v: {"<inside>": v}, "<inside>"),
     "emb_params": (".safetensors", lambda v: {"emb_params": v}, None),
@@ -79,12 +79,13 @@ def test_formats(model, reference, tmp_path, kind):
     used = next(iter(three.values())) if suffix == ".safetensors" else vectors(3)
     expected = expected_context(reference.text_encoder, ids, used.float())[0]
     learnt = prompts.with_embeddings(model, [path])
-    for word in filter(None, ("some-thing 2", "SOME-thing 2", inside)):
+    for word in filter(None, ("some-thing 2", "SOME-thing 2", "embedding:some-thing 2", inside)):
         for embed in tiny_sd.embed_prompts, prompts.embed_prompts:
             context, _ = embed(learnt, [f"a photo of {word}, red"])
             same("learnt words", tiny_sd.to_numpy(context), expected, 1e-5)
-    plain = tiny_sd.embed_prompts(learnt, ["a photo of some thing"])[0]
-    assert (plain == tiny_sd.embed_prompts(model, ["a photo of some thing"])[0]).all()
+    for text in ["a photo of some thing", *["a photo from inside"] * (inside is None)]:
+        plain = tiny_sd.embed_prompts(learnt, [text])[0]
+        assert (plain == tiny_sd.embed_prompts(model, [text])[0]).all()
 
 
 def test_one_vector_without_an_axis_for_it(model, reference, tmp_path):
@@ -255,6 +256,6 @@ def test_like_says_where_a_file_is_another(run):
     save({"emb_params": vectors(4)}, Path("thing.safetensors"))
     _, first, _ = run("a thing", "--embedding", "thing.safetensors")
     save({"emb_params": vectors(4, seed=1)}, Path("thing.safetensors"))
-    prompts.file_hash.cache_clear()     # which in a process of its own is empty
+    named.file_hash.cache_clear()     # which in a process of its own is empty
     assert run("--like", first)[::2] == (0, [
         f"--like {first}: the embedding thing is another file than the picture was made with"])

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from test_families import open_clip_names
 
 from conftest import compvis_unet_name, compvis_vae_name
-from extras import cli, files, formats, things
+from extras import cli, facts, files, formats, things
 from helpers import (
     CONFIG,
     FILES,
@@ -339,7 +339,7 @@ def pickle_spoilt(path, rng):
 def text_spoilt(path, rng):
     """A picture's `parameters`: a fact, the text around it, or some letters."""
     picture = Image.open(path)
-    text = files.recorded_text(path)
+    text, _ = facts.recorded_text(path)
     kind = rng.randrange(4)
     if kind == 0:
         text = re.sub(
@@ -536,7 +536,8 @@ def case(folder, rng):
 
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
-         r"|--like \S+: .* is (not taken up|another file)|.* on, this is a comment$"
+         r"|--like \S+: (.* (is|are) (not taken up|another file)|the model is not recorded: )"
+         r"|.* on, this is a comment$"
          r"|no prompt says |.* is read as it stands: |the model (knows nothing in|never learnt) "
          r"|--strength does nothing without |\S+ has no white, and so nothing is replaced"
          r"|\S+ holds more than |\S+, \d+ x \d+, is cut to the shape of "

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from conftest import ROOT
-from extras import cli, files
+from extras import cli, facts
 from helpers import write_model
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, cli_lines, parse, write_facts
+from tiny_sd import UserError
 
 
 def test_like_draws_the_picture_again(tmp_path):
@@ -43,7 +43,7 @@ def test_like_reads_what_other_programs_write(tmp_path):
         "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1",
     )
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9"])
+    args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9", "-m", "emoji"])
     assert (
         args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale,
         args.seed, args.width, args.height,
@@ -56,19 +56,31 @@ def test_like_says_what_it_does_not_take_up(run):
         "a.png",
         "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
         "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
-        "Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV",
+        "Foo: 1, Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV",
     )
-    _, _, err = cli_lines(run, "--like", "a.png", model=False)
+    status, out, err = cli_lines(run, "--like", "a.png", model=False)
+    assert (status, out) == (2, []) and err == [
+        "a.png was drawn by the model /etc/other, which is not in weights/ nor here: give it, or "
+        "another one, with --model"]
+    _, _, err = cli_lines(run, "--like", "a.png")
     assert err == ["--like a.png: " + line for line in [
-        "Denoising strength 0.5 is not taken up: give the picture it began from with --init-img",
-        "Eta 0.5 is not taken up",
+        "Lora some 0.8 other 1 is not taken up: give it with --lora",
         "Hires upscale 2 is not taken up: the picture was enlarged and drawn over (Hires fix)",
-        "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
         "RNG NV is not taken up: the noise came from a graphics card, and is other noise here",
-        "Model /etc/other is not taken up: give it with --model",
-        "Lora some 0.8 other 1 is not taken up: give it with --lora"]]
+        "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
+        "Eta 0.5; Foo 1 are not taken up"]]
+
+
+def test_like_image_to_image(run):
+    PLAIN.resize((16, 16)).save("in.png")
+    write_facts("a.png", "red apple\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model: m, "
+                "Denoising strength: 0.5, RNG: CPU, Mask blur: 4")
+    assert cli_lines(run, "--like", "a.png")[2] == [
+        "--like a.png: Denoising strength 0.5 is not taken up: give the picture it began from with "
+        "--init-img"]
     status, out, err = cli_lines(run, "--like", "a.png", "-i", "in.png")
-    assert status == 0 and not any("Model" in line or "Denoising" in line for line in err)
+    assert (status, err) == (0, [])
+    assert parse(Image.open(out[0]))[2]["Denoising strength"] == "0.5"
 
 
 @pytest.mark.parametrize("facts, line", [
@@ -82,7 +94,8 @@ def test_like_says_what_it_does_not_take_up(run):
     ('RNG: CPU, ControlNet 0: "Module: canny, Weight: 1"', "ControlNet 0 Module: canny, Weight: 1"),
     ('RNG: CPU, Hashes: {"model": "ab", "lora:x": "cd"}, Batch size: 2, Batch pos: 1', None)])
 def test_like_names_what_other_programs_do(facts, line):
-    write_facts("a.png", f"a (cat:1.2)\nSteps: 2, Sampler: Euler, Seed: 3, Size: 8x8, {facts}")
+    write_facts("a.png", "a (cat:1.2)\nSteps: 2, Sampler: Euler, Seed: 3, Size: 8x8, Model: emoji, "
+                f"{facts}")
     notes = cli.parse_arguments(["--like", "a.png"]).notes
     assert len(notes) == (line is not None)
     assert not line or notes[0].startswith(f"--like a.png: {line}")
@@ -109,11 +122,12 @@ def test_like_a_picture_of_the_web_ui(model):
 
 
 def test_like_without_a_lora_says_so_and_draws(run):
-    write_facts("a.png", "red <lora:none:0.8> <hypernet:x:1>\nSteps: 2, Sampler: Euler, Seed: 3, "
-                         "Size: 16x16, RNG: CPU")
+    write_facts("a.png", "red <lora:none:0.8> <hypernet:x:1> <lora:no:1>\nSteps: 2, "
+                         "Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
     status, out, err = cli_lines(run, "--like", "a.png")
     assert (status, out) == (0, ["out.png"]) and err == [
-        "--like a.png: <lora:none:0.8> is not taken up: there is no such LoRA beside the model, in "
+        "--like a.png: <lora:none:0.8>, <lora:no:1> are not taken up: there is no such LoRA beside "
+        "the model, in "
         "loras/ or here: --lora FILE names one elsewhere",
         "--like a.png: <hypernet:x:1> is not taken up: of such tags, <lora:name:weight> is known "
         "here"]
@@ -128,14 +142,24 @@ def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):
 
 def test_an_empty_negative_prompt_is_not_none(run):
     assert run("red", "-n", "", "-o", "a.png")[0] == run("red", "-o", "b.png")[0] == 0
-    assert cli.parse_arguments(["--like", "a.png"]).negative_prompt == ""
-    assert cli.parse_arguments(["--like", "b.png"]).negative_prompt is None
+    for name, negative in ("a.png", ""), ("b.png", None):
+        args = cli.parse_arguments(["--like", name, "-m", run.model])
+        assert args.negative_prompt == negative
 
 
-def test_like_takes_no_model_from_a_strangers_picture(here):
-    for name in (str(here), "..", "a/b", "../weights/emoji", "state\0"):
-        write_facts("a.png", f"red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model: {name}")
-        assert cli.parse_arguments(["--like", "a.png"]).model == str(ROOT / "weights" / "emoji")
+def test_like_takes_no_model_from_a_strangers_picture(run, refuse, here):
+    for name in (str(here), "..", "a/b", "../weights/emoji", "state\0", "463d6a9fe8"):
+        write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model hash: x, "
+                    f"Model: {name}")
+        with pytest.raises(UserError, match="a.png was drawn by the model "):
+            cli.parse_arguments(["--like", "a.png"])
+    write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model hash: 463d6a9")
+    with pytest.raises(UserError, match="drawn by the model 463d6a9, which"):
+        cli.parse_arguments(["--like", "a.png"])
+    write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
+    note = "the model is not recorded: the bundled one draws, unless --model names another"
+    assert cli.parse_arguments(["--like", "a.png"]).notes == [f"--like a.png: {note}"]
+    assert cli_lines(run, "--like", "a.png")[2] == []
 
 
 @pytest.mark.parametrize("negative", [
@@ -178,8 +202,72 @@ def test_a_million_letters_that_tell_nothing(refuse, text):
     assert time.process_time() - start < 20
 
 
+LINE = ("Steps: 20, Sampler: Euler a, CFG scale: 6.5, Seed: 42, Size: 512x768, Model: emoji, "
+        "RNG: CPU")
+DETAILER = LINE + ', ADetailer prompt: "a face, Steps: 3, Seed: 4", ADetailer model: face.pt'
+
+
+@pytest.mark.parametrize("text", [
+    f"a cat\nNegative prompt: dog\n{LINE}", f"a cat\nNegative prompt: dog\n{DETAILER}",
+    f"a cat Negative prompt: dog {LINE}", f"a cat\nNegative prompt: dog {DETAILER}",
+    f"a cat\nNegative prompt: dog\n{LINE.replace('CFG scale', 'CFG Scale')}",
+    f"a cat\nNegative prompt: dog\n{LINE}\nTemplate: a __cat__, {{a|b}}\nNegative Template: dog",
+    f'a cat\nNegative prompt: dog\n{LINE}, Civitai resources: [{{"type":"checkpoint","a":[1,2]}}], '
+    'Civitai metadata: {}'])
+def test_each_program_has_its_own_spelling(text):
+    write_facts("a.png", text)
+    args = cli.parse_arguments(["--like", "a.png"])
+    assert (args.prompt, args.negative_prompt, args.cfg_scale, args.seed, args.steps, args.width,
+            args.sampler) == ("a cat", "dog", 6.5, 42, 20, 512, "euler_a")
+    said = ["what was found in it, such as faces, was drawn over"] * ("ADetailer" in text)
+    assert [note.split(": ")[-1] for note in args.notes] == said
+
+
+@pytest.mark.parametrize("code", [b"UNICODE\0", b"ASCII\0\0\0", b"\0" * 8, b""])
+@pytest.mark.parametrize("codec", ["utf-16-be", "utf-16-le", "utf-16", "utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("directory", ["Exif", "first"])
+def test_texts_in_exif(code, codec, directory):
+    if codec.startswith("utf-16") and code != b"UNICODE\0":
+        pytest.skip("only UNICODE means UTF-16")
+    exif, text = Image.Exif(), f"a café\nNegative prompt: 灯台\n{LINE}"
+    (exif.get_ifd(0x8769) if directory == "Exif" else exif)[0x9286] = code + text.encode(codec)
+    Image.new("RGB", (8, 8)).save("a.jpg", exif=exif)
+    args = cli.parse_arguments(["--like", "a.jpg"])
+    assert (args.prompt, args.negative_prompt, args.seed) == ("a café", "灯台", 42)
+
+
+@pytest.mark.parametrize("chunks, program", [
+    ({"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}, "ComfyUI"),
+    ({"invokeai_metadata": '{"seed": 1, "steps": 30}'}, "InvokeAI"),
+    ({"Software": "NovelAI", "Description": "a cat", "Comment": '{"steps": 28}'}, "NovelAI"),
+    ({"parameters": '{"sui_image_params": {"prompt": "a cat", "steps": 20}}'}, "SwarmUI"),
+    ({"fooocus_scheme": "fooocus", "parameters": '{"steps": 30, "seed": 1}'}, "Fooocus")])
+def test_pictures_of_other_programs_are_told_apart(refuse, chunks, program):
+    info = PngInfo()
+    for name, text in chunks.items():
+        info.add_text(name, text)
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
+    assert refuse("--like", "a.png") == (
+        "tiny_sd: a.png does not record its steps, seed and size as AUTOMATIC1111 does: it is "
+        f"{program}'s, whose own records are not read here")
+
+
+def test_the_weightiest_comes_first_and_nothing_is_cut(model):
+    write_facts("a.png", "a\nSteps: 30, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 5, "
+                "Size: 512x768, Model hash: 463d6a9fe8, Model: m, Denoising strength: 0.35, "
+                "ADetailer model: a, "
+                "ADetailer confidence: 0.3, ADetailer dilate erode: 4, ADetailer mask blur: 4, "
+                "ADetailer version: 24, ControlNet 0: x, ControlNet 1: y, Hires upscale: 2, "
+                "Eta: 1, Hires upscaler: Latent, Variation seed: 1, ENSD: 3, Foo: 1, Bar: 2, "
+                "Version: v1.6.0")
+    args = cli.parse_arguments(["--like", "a.png", "-m", str(model)])
+    assert [line.split(": ")[1].split(" is not")[0] for line in args.notes] == [
+        "Hires upscale 2", "ControlNet 0 x", "RNG GPU", "ADetailer model a", "Variation seed 1",
+        "ENSD 3", "Bar 2; Eta 1; Foo 1 are not taken up"]
+
+
 def test_quoted_facts_of_other_programs():
-    facts = files.recorded_facts('Steps: 2, Lora hashes: "a: 1, b: 2", Seed: 3')
-    assert facts == {"Steps": "2", "Lora hashes": "a: 1, b: 2", "Seed": "3"}
-    facts = files.recorded_facts('Steps: 2, Hashes: {"model": "a", "b": "c"}, X: "\\"a\\\\", Y: 4')
-    assert facts == {"Steps": "2", "Hashes": '{"model": "a", "b": "c"}', "X": '"a\\', "Y": "4"}
+    found = facts.read_facts('Steps: 2, Lora hashes: "a: 1, b: 2", Seed: 3')
+    assert found == {"Steps": "2", "Lora hashes": "a: 1, b: 2", "Seed": "3"}
+    found = facts.read_facts('Steps: 2, Hashes: {"model": "a", "b": "c"}, X: "\\"a\\\\", Y: 4')
+    assert found == {"Steps": "2", "Hashes": '{"model": "a", "b": "c"}', "X": '"a\\', "Y": "4"}

@@ -4,6 +4,7 @@ What they mean is computed again with transformers' encoders, chunk by chunk, an
 diffusers.
 """
 
+import contextlib
 import hashlib
 import random
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import TEXT, randomise, same
-from extras import cli, formats, like_diffusers, prompts, show
+from extras import cli, formats, like_diffusers, named, prompts, show
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -332,10 +333,35 @@ def test_clip_skip_on_the_command_line(run):
     ("a [cat|dog]", ["[cat|dog] in the prompt is read as words: nothing changes between steps "
                      "here"]),
     ("a cat AND a dog", ["AND in the prompt is read as words: nothing changes between steps here"]),
+    ("a [a [b] | c]", ["[a [b] | c] in the prompt is read as words: nothing changes between steps "
+                       "here"]),
+    ("a [b [c: 3 ]]", ["[c: 3 ] in the prompt is read as words: nothing changes between steps "
+                       "here"]),
+    ("a {red|blue} cat", ["{red|blue} in the prompt is read as words: nothing is drawn from lists "
+                          "here"]),
+    ("a __animal__", ["__animal__ in the prompt is read as words: nothing is drawn from lists "
+                      "here"]),
+    (r"a \[red|blue\] box", []), ("a | b: 3 {c} _ d", []),
     ("a [cat] (dog:0.5) and SAND", [])])
 def test_what_changes_between_steps_elsewhere_gets_a_line(run, prompt, said):
     assert draw(run, prompt)[1] == said
     assert draw(run, prompt, "--plain-prompt")[1] == []
+
+
+@pytest.mark.parametrize("text", ["[|" * 40_000, "[" * 90_000, "a" + " " * 90_000 + "BREAK",
+                                  "[:1" * 30_000, ":" + "1 " * 40_000, "__" * 40_000, "{" * 90_000])
+def test_nothing_takes_for_ever(tokenizer, text):
+    start = time.process_time()
+    prompts.not_here(text)
+    with contextlib.suppress(UserError):
+        prompts.weighted_parts(text)
+    assert time.process_time() - start < 3
+
+
+def test_too_many_tags_are_refused(run):
+    status, out, err = run("a " + "<lora:x:1>" * 101)
+    assert (status, out) == (2, []) and err == [
+        "the prompt has 101 tags like <lora:name:weight>: at most 100"]
 
 
 def test_a_model_with_a_tokenizer_of_its_own_says_that_it_has_no_weights(run):
@@ -381,15 +407,15 @@ def test_where_a_lora_is_looked_for(beside, lora, tmp_path, monkeypatch, place):
     (tmp_path / place).mkdir(exist_ok=True)
     file = Path(shutil.copy(lora, tmp_path / place / "some thing-2.safetensors"))
     for name in "some thing-2", "some thing-2.safetensors":
-        assert prompts.find_file("lora", name, str(beside)).resolve() == file
-        assert prompts.find_file("vae", name, str(beside)) is None or place in (
+        assert Path(named.find_file("lora", name, str(beside))).resolve() == file
+        assert named.find_file("vae", name, str(beside)) is None or place in (
             "models/small", "here")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../l", "/etc/passwd", "a\0b", "a\\b", "a" * 300])
 def test_no_name_is_a_path(beside, lora, name):
     shutil.copy(lora, beside / ".." / "l.safetensors")
-    assert prompts.find_file("lora", name, str(beside)) is None
+    assert named.find_file("lora", name, str(beside)) is None
 
 
 def test_a_lora_named_in_the_prompt_is_added(run, beside, lora):
@@ -402,9 +428,11 @@ def test_a_lora_named_in_the_prompt_is_added(run, beside, lora):
     assert text.startswith("an <lora:some thing-2:0.5>apple\n") and "Lora: some thing-2 0.5" in text
 
 
-def test_the_flag_wins_over_the_tag(beside):
-    assert prompts.tagged_loras("<lora:l:0.5>", str(beside), [("elsewhere/l.safetensors", 2.0)]
-                                ) == ([], [])
+def test_the_flag_wins_over_the_tag():
+    """Which is not looked for."""
+    args = cli.parse_arguments(["a <lora:l:0.5>", "--lora", "elsewhere/l.safetensors:2"])
+    cli.take_up_loras(args)
+    assert args.lora == [("elsewhere/l.safetensors", 2.0)]
 
 
 @pytest.mark.parametrize("tag, said", [
@@ -412,7 +440,8 @@ def test_the_flag_wins_over_the_tag(beside):
                       "names one elsewhere"),
     ("<lora:../l:1>", "there is no such LoRA"), ("<lora:..:1>", "there is no such LoRA"),
     ("<lora:/etc/passwd>", "there is no such LoRA"), ("<lora:l:x>", "it does not read <lora:name"),
-    ("<lora:l:nan>", "it does not read"), ("<lora:l:1:0.5>", "it does not read"),
+    ("<lora:l:nan>", "it does not read"),
+    ("<lora:l:1e308>", "it does not read"), ("<lora:l:1:0.5>", "it does not read"),
     ("<hypernet:l:1>", "of such tags, <lora:name:weight> is known here")])
 def test_a_tag_that_cannot_be_followed_is_refused(run, beside, lora, tmp_path, tag, said):
     shutil.copy(lora, tmp_path / "models" / "l.safetensors")
@@ -426,7 +455,9 @@ def test_a_tag_that_cannot_be_followed_is_refused(run, beside, lora, tmp_path, t
 def test_tags_of_the_web_ui(beside, lora, tmp_path, monkeypatch, tag, weight):
     monkeypatch.chdir(tmp_path)
     shutil.copy(lora, "l.safetensors")
-    assert prompts.tagged_loras(f"a {tag} b", str(beside)) == ([("l.safetensors", weight)], [])
+    args = cli.parse_arguments([f"a {tag} b", "-m", str(beside)])
+    cli.take_up_loras(args)
+    assert args.lora == [("l.safetensors", weight)]
     assert prompts.without_tags(f"a {tag} b, x < 3 > <3") == "a  b, x < 3 > <3"
 
 

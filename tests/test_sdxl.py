@@ -25,7 +25,7 @@ from test_parity import arrays, first, last, same_pictures, some_picture
 
 import tiny_sd
 from conftest import TEXT, VAE, record, same
-from extras import checks, cli, files, formats, like_diffusers
+from extras import checks, cli, formats, like_diffusers
 from helpers import TWO_ENCODERS, write_model
 
 pytestmark = pytest.mark.slow
@@ -585,8 +585,8 @@ def test_no_negative_prompt_is_not_an_empty_one(run, small):
         *_, x = like_diffusers.generate(model, "red apple", negative, steps=2)
         assert np.array_equal(tiny_sd.decode(model, x)[0], picture)
     for name, negative in ("out.png", None), ("out-1.png", ""), ("out-2.png", "red"):
-        options, _ = files.recorded(name)
-        assert options.get("negative-prompt") == negative
+        args = cli.parse_arguments(["--like", name, "-m", str(small)])
+        assert args.negative_prompt == negative
 
 
 def test_a_list_goes_on_where_it_was(run, small, tmp_path, capsys):

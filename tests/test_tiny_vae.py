@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import VAE, compvis_vae_name, randomise, same
-from extras import checks, cli, files, formats, like_diffusers, tiny_vae
+from extras import checks, cli, formats, like_diffusers, tiny_vae
 from extras.tiny_vae import read_vae
+from helpers_cli import write_facts
 
 pytestmark = pytest.mark.slow
 
@@ -399,11 +400,15 @@ def test_a_recorded_vae_that_is_not_there_is_told(run, folder, tiny, capsys):
     assert "VAE mine is not taken up: give it with --vae" in capsys.readouterr().err
 
 
-def test_a_recorded_alias_is_taken_up():
-    options, missing = files.recorded_files({"VAE": "taesdxl"}, "emoji", {"vae": []})
-    assert options == {"vae": ["taesdxl"]} and not missing
-    options, missing = files.recorded_files({"VAE": "../taesd"}, "emoji", {"vae": []})
-    assert not options and missing == {"VAE": "../taesd"}
+def test_a_recorded_alias_is_taken_up(run):
+    facts = "red\nSteps: 1, Sampler: Euler, Seed: 1, Size: 8x8, Model: emoji, RNG: CPU, VAE: "
+    write_facts("a.png", facts + "taesdxl")
+    args = cli.parse_arguments(["--like", "a.png"])
+    assert (args.vae, args.notes) == ("taesdxl", [])
+    write_facts("a.png", facts + "../taesd")
+    args = cli.parse_arguments(["--like", "a.png"])
+    assert args.vae is None and args.notes == [
+        "--like a.png: VAE ../taesd is not taken up: give it with --vae"]
 
 
 def test_the_preview_is_the_tiny_vaes(run, tiny):

@@ -1,0 +1,365 @@
+"""How a picture was made: recorded in it, and read back from it (--like).
+
+The text is the one that AUTOMATIC1111's web UI began with: the prompt, the negative prompt, and a
+line of facts, "Steps: 20, Sampler: Euler a, ...". Many programs write it, each in its own way.
+"""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import tiny_sd
+from extras.checks import first_five
+from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
+from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
+from extras.prompts import LONGEST
+from extras.samplers import TITLES, sampler_named
+from extras.tiny_vae import HUB as VAES
+from tiny_sd import KARRAS, UserError, require, shorten
+
+# ── What is recorded ────────────────────────────────────────────────────────────────────────────
+
+
+def plain(text):
+    """Return a text as the value of a fact: without commas and colons."""
+    return re.sub("[,:]", " ", printable(str(text)))
+
+
+def stem(file):
+    """Return the name of a file without its folder and suffix."""
+    return Path(file or "").stem
+
+
+def hashes(files, hash_of):
+    """Return '"name: hash, name: hash"' of some files: quotes protect what is in them."""
+    pairs = [f"{plain(stem(file))}: {hash_of(file)}".replace('"', "'") for file in files]
+    return json.dumps(", ".join(pairs), ensure_ascii=False) if pairs else ""
+
+
+class Fact(NamedTuple):
+    """One fact of a picture.
+
+    text: what is recorded of a job, given the model, or None before that is loaded; it is "" where
+    nothing is, and None where the model decides. option: the one that takes the same value again.
+    """
+    text: object
+    option: str = ""
+
+
+FACTS = {       # in the order in which they are recorded
+    "Steps": Fact(lambda job, model: job.steps, "steps"),
+    "Sampler": Fact(lambda job, model: job.sampler and (
+        plain(TITLES.get(job.sampler, job.sampler)) + " Karras" * job.karras)),
+    "CFG scale": Fact(lambda job, model: job.cfg_scale, "cfg-scale"),
+    "Seed": Fact(lambda job, model: job.seed, "seed"),
+    "Size": Fact(lambda job, model: f"{job.width}x{job.height}"
+                 if job.width and job.height else None),
+    "Model hash": Fact(lambda job, model: model and model.digest),
+    "Model": Fact(lambda job, model: model and plain(model.name)),
+    "Denoising strength": Fact(lambda job, model: job.strength if job.init_img else "",
+                               "strength"),
+    "Mask": Fact(lambda job, model: plain(Path(job.mask or "").name)),
+    "Clip skip": Fact(lambda job, model: job.clip_skip or "", "clip-skip"),
+    "Plain prompt": Fact(lambda job, model: job.plain_prompt or ""),
+    "Empty negative": Fact(lambda job, model: "encoded" if job.negative_prompt == "" else ""),
+    "VAE hash": Fact(lambda job, model: vae_hash(job.vae)),
+    "VAE": Fact(lambda job, model: plain(Path(job.vae or "").name)),
+    "Lora": Fact(lambda job, model: plain(" ".join(
+        f"{stem(file)} {weight}" for file, weight in job.lora))),
+    "Lora hashes": Fact(lambda job, model: model and hashes(
+        [file for file, _ in job.lora], lambda file: lora_hashes(file)[0])),
+    "TI hashes": Fact(lambda job, model: model and hashes(job.embedding, file_hash)),
+    "Prediction": Fact(lambda job, model: job.prediction or "", "prediction"),
+    "RNG": Fact(lambda job, model: model and "CPU"),
+    "Version": Fact(lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"),
+}
+
+
+def parameters_text(job, model):
+    """Return how a picture was made, as other programs read it from a PNG's `parameters`."""
+    values = {name: fact.text(job, model) for name, fact in FACTS.items()}
+    line = ", ".join(f"{name}: {value}" for name, value in values.items() if value != "")
+    return words_text(job.prompt, job.negative_prompt) + line
+
+
+def words_text(prompt, negative):
+    """Return the prompts' lines of a picture's text: "Negative prompt:" begins only the last."""
+    negative = (negative or "").replace("\nNegative prompt:", " Negative prompt:")
+    return f"{prompt}\nNegative prompt: {negative}\n"
+
+
+def records(path, job):
+    """Does a picture file say that it was made by this job?
+
+    What the job leaves to the model may be anything; so may the seed, if it is None.
+    """
+    try:
+        words, facts = split_text(recorded_text(path)[0])
+    except UserError:
+        return False
+    wanted = {name: fact.text(job, None) for name, fact in FACTS.items()}
+    return words == words_text(job.prompt, job.negative_prompt) and all(
+        value is None or str(value) == facts.get(name, "") for name, value in wanted.items())
+
+
+# ── What a picture's text says ──────────────────────────────────────────────────────────────────
+
+CHUNKS = {"workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "InvokeAI",
+          "sd-metadata": "InvokeAI", "Dream": "InvokeAI", "fooocus_scheme": "Fooocus"}
+VERSIONS = {"tiny_sd": "tiny_sd", "ComfyUI": "ComfyUI", "Fooocus": "Fooocus", r"f\d|neo": "Forge",
+            r"v?\d+\.": "AUTOMATIC1111"}
+ON_THE_CPU = {"tiny_sd", "ComfyUI", "SwarmUI", "InvokeAI", "Fooocus"}     # where noise is drawn
+
+
+def recorded_text(path):
+    """Return what this program, or another, left in a picture, and the program's name, or ""."""
+    with opened(path) as picture:
+        info, exif = picture.info, picture.getexif()
+        comments = [directory.get(USER_COMMENT) for directory in (exif.get_ifd(EXIF_IFD), exif)]
+    texts = map(decoded, (info.get("parameters"), *comments, info.get("comment")))
+    text = next(filter(None, texts), "")
+    require(len(text) <= 4 * LONGEST, f"{path} records {len(text)} letters: too many to be read")
+    software = info.get("Software")
+    program = next((CHUNKS[key] for key in CHUNKS if key in info), "")
+    program = "NovelAI" if software == "NovelAI" else program
+    return text, "SwarmUI" if '"sui_image_params"' in text[:1000] else program
+
+
+def decoded(text):
+    """Return a text that may be the bytes of EXIF's UserComment: a code of 8 bytes, then letters.
+
+    UNICODE is UTF-16 of either order by the book, and UTF-8 in some programs.
+    """
+    if not isinstance(text, bytes):
+        return text if isinstance(text, str) else ""
+    code, letters = text[:8], text[8:]
+    if code.rstrip(b"\0") not in (b"UNICODE", b"ASCII", b"JIS", b""):
+        return text.decode(errors="replace").removeprefix("\ufeff")
+    found = [letters.decode(codec, errors="replace") for codec in
+             (["utf-16-be", "utf-16-le", "utf-8"] if code.startswith(b"UNICODE") else ["utf-8"])]
+    found = [text.removeprefix("\ufeff") for text in found]
+    return next((text for text in found if "Steps:" in text), found[0])
+
+
+STEPS, SPACE, LONGEST_LINE = re.compile(r"Steps: *\d"), re.compile(r"\s*"), 50_000
+KEY = re.compile(r'\s*([^:,"]{1,60}):\s*')
+NAMES = {name.lower(): name for name in FACTS} | {"guidance scale": "CFG scale"}
+
+
+def split_text(text):
+    """Return the prompts in a picture's text and {name: value} of the line of facts behind them.
+
+    That line is the last one that begins with "Steps: " and has a seed and a size in it; or all is
+    in one line, as some sites leave it. Without facts, all of the text is prompts.
+    """
+    starts = [mark.start() for mark in STEPS.finditer(text)][-9:]
+    starts.sort(key=lambda start: (start == 0 or text[start - 1] == "\n", start))
+    for start in reversed(starts):
+        facts = read_facts(text[start:start + LONGEST_LINE].partition("\n")[0])
+        if {"Seed", "Size"} <= facts.keys():
+            return text[:start], facts
+    return text, {}
+
+
+def read_facts(line):
+    """Return {name: value} of "Steps: 20, Sampler: ...", where JSON in a value keeps its commas."""
+    facts, start, decoder = {}, 0, json.JSONDecoder()
+    while start < len(line):
+        key = KEY.match(line, start)
+        start = key.end() if key else start
+        end = line.find(",", start) % (len(line) + 1)
+        value = line[start:end]
+        if value[:1] in ('"', "{", "["):
+            with contextlib.suppress(ValueError, RecursionError):
+                said, after = decoder.raw_decode(line, start)
+                after = SPACE.match(line, after).end()
+                if line[after:after + 1] in ("", ","):
+                    value, end = (said if value[0] == '"' else line[start:after]), after
+        if key:
+            facts[NAMES.get(key[1].strip().lower(), key[1].strip())] = value.strip()
+        start = end + 1
+    return facts
+
+
+def named_hashes(facts, fact):
+    """Return {name: hash} of a fact like "Lora hashes"."""
+    pairs = [pair.rpartition(":") for pair in facts.get(fact, "").split(",")]
+    return {name.strip(): digest.strip() for name, colon, digest in pairs if colon}
+
+
+def named_weights(text):
+    """Return [(name, weight), ...] of the fact "Lora": names, with spaces perhaps, and numbers."""
+    pairs, words = [], []
+    for word in text.split(" "):
+        if words and re.fullmatch(r"-?\d+(\.\d+)?", word):
+            pairs.append((" ".join(words), word))
+            words = []
+        else:
+            words.append(word)
+    return pairs
+
+
+# ── A picture drawn again ───────────────────────────────────────────────────────────────────────
+
+HINTS = {   # how the names of facts begin: what they say of the picture; the weightiest first
+    "the model is": "the bundled one draws, unless --model names another",
+    "Lora": "give it with --lora",
+    "Embedding": "give it with --embedding", "VAE": "give it with --vae",
+    "Denoising strength": "give the picture it began from with --init-img",
+    "Mask$": "give it with --mask",
+    "Mask|Inpaint|Soft inp": "a part of it was drawn anew: give both with --init-img and --mask",
+    "Hires|First pass": "the picture was enlarged and drawn over (Hires fix)",
+    "Ultimate SD|SD upscale|Tiled|MultiDiffusion": "it was enlarged and drawn over in tiles",
+    "Refiner": "a second model drew the last steps",
+    "ControlNet|T2I|IP.?Adapter": "another picture led the way",
+    "RNG": "the noise came from a graphics card, and is other noise here",
+    "ADetailer|FaceDetailer": "what was found in it, such as faces, was drawn over",
+    "Face restoration": "another program mended the faces",
+    "Schedule|Sigma|Noise Schedule|SGM|Discard|Downcast|Zero": "the noise levels were others",
+    "Variation seed|Seed resize": "the noise was mixed from two seeds",
+    "ENSD": "what a sampler adds on the way came from another seed",
+    "Hypernet": "another network changed the model",
+    "Regional|RP |Latent Couple|Cutoff": "words were kept to parts of the picture",
+    "Dynamic thres|DynThres|CFG Rescale|FreeU|SAG|PAG|NGMS|Skip Early": "guidance was bent",
+    "Emphasis": "weights worked in another way", "Pad conds": "the shorter prompt was filled up",
+    "Token merging|ToMe|HyperTile": "tokens were merged for speed",
+}
+NO_MATTER = re.compile(     # facts that change nothing in the picture, or are looked at elsewhere
+    "Version|App$|User$|Hashes|Batch|Created Date|Civitai|.*Template|Wildcard|Init image hash|"
+    "Mask blur|Image CFG|Module|Postprocess|Source|Schedule type|Fooocus")
+
+
+def read_again(path, args):
+    """Return ({option: its values}, {fact: value}, lines on what is not repeated) of a picture.
+
+    args: the options given, as a namespace; they make up for what is missing here.
+    """
+    text, program = recorded_text(path)
+    words, facts = split_text(text)
+    theirs = f": it is {program}'s, whose own records are not read here" if program else ""
+    require(facts, f"{path} does not record its steps, seed and size as AUTOMATIC1111 does{theirs}")
+    program = program or program_of(facts)
+    left = {name: value for name, value in facts.items()
+            if name not in FACTS and not NO_MATTER.match(name)}
+
+    prompt, negative = split_words(words)
+    options = {"prompt": [prompt]} | {fact.option: [facts[name]] for name, fact in FACTS.items()
+                                      if fact.option and name in facts}
+    if negative or "Empty negative" in facts:       # else none was given
+        options["negative-prompt"] = [negative]
+    options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))
+    if facts.get("Plain prompt"):
+        options["plain-prompt"] = [None]
+    options |= sampler_again(path, facts, args, left)
+    options |= files_again(path, facts, args, left)
+
+    if any(re.match("Hires|First pass", name) for name in left):
+        options.pop("strength", None)       # that of the second drawing
+    elif "strength" in options:
+        left["Denoising strength"] = facts["Denoising strength"]
+    if "Mask" in facts:
+        left["Mask"] = facts["Mask"]
+    if (noise := facts.get("RNG", "CPU" if program in ON_THE_CPU else "GPU")) != "CPU":
+        left["RNG"] = noise
+    if program == "ComfyUI" and "(" in re.sub(r"\\.", "", words):
+        left["Emphasis"] = "ComfyUI's"
+    return options, facts, not_repeated(path, args, left)
+
+
+def program_of(facts):
+    """Return the name of the program that wrote these facts, or ""."""
+    version = facts.get("Version", "")
+    if not version and re.fullmatch("[a-z0-9_]+( [a-z_]+)?", facts.get("Sampler", "")):
+        return "ComfyUI"        # whose samplers have such names
+    return next((name for start, name in VERSIONS.items() if re.match(start, version)), "")
+
+
+def split_words(words):
+    """Return the prompt and the negative prompt of the text before the facts."""
+    if not words.endswith("\n"):        # all is in one line
+        prompt, mark, negative = words.rpartition("Negative prompt:")
+        return (prompt if mark else negative).strip(), negative.strip() if mark else ""
+    prompt, mark, negative = f"\n{words}".rpartition("\nNegative prompt:")
+    if not mark:
+        return words.removesuffix("\n"), ""
+    return prompt[1:], negative.removeprefix(" ").removesuffix("\n")
+
+
+SPACINGS = "karras|normal|simple|sgm_uniform|exponential|beta|ddim_uniform|kl_optimal"
+
+
+def sampler_again(path, facts, args, left):
+    """Return the options for a picture's sampler, and add to left what they do not say."""
+    title, schedule = facts.get("Sampler", ""), facts.get("Schedule type", "")
+    if mark := re.fullmatch(f"(.+)[ _]({SPACINGS})", title):        # as ComfyUI names them
+        title, schedule = mark.groups()
+    sampler, karras = sampler_named(title) or (args.sampler, False)
+    require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
+                     "add --sampler NAME")
+    karras = karras or schedule.lower() == "karras"
+    if schedule.lower() not in ("", "karras", "automatic", "normal"):
+        left["Schedule type"] = schedule
+    taken = (args.sampler or sampler).removesuffix(" Karras")
+    return {"sampler": [sampler]} | ({"karras": [None]} if karras and taken in KARRAS else {})
+
+
+def files_again(path, facts, args, left):
+    """Return the options for the files that a picture names; add those that are missing to left."""
+    model = args.model or known_model(facts.get("Model", ""))
+    name = facts.get("Model") or facts.get("Model hash")
+    require(model or not name, f"{path} was drawn by the model {shorten(str(name), 60)}, which is "
+                               "not in weights/ nor here: give it, or another one, with --model")
+    if not model:
+        left["the model is not recorded"] = None
+    wanted = [("lora", "Lora", *pair) for pair in named_weights(facts.get("Lora", ""))]
+    wanted += [("embedding", "Embedding", name, "") for name in named_hashes(facts, "TI hashes")]
+    wanted += [("vae", "VAE", facts["VAE"], "")] if "VAE" in facts else []
+    given = {*map(stem, [*(file for file, _ in args.lora), *args.embedding, args.vae])}
+
+    options = {"model": [model]} if model else {}
+    for option, fact, name, weight in wanted:
+        file = name if option == "vae" and name in VAES else find_file(option, name, model)
+        if not file:
+            left[fact] = " ".join(filter(None, (left.get(fact), name, weight)))
+        elif stem(file) not in given:
+            options.setdefault(option, []).append(file + f":{weight}" * bool(weight))
+    return options
+
+
+def not_repeated(path, args, left):
+    """Return lines on recorded facts that neither --like nor another flag repeats.
+
+    One line for each hint, the weightiest first, and one for all facts without a hint.
+    """
+    lines, rest = {}, []
+    for name, value in left.items():
+        said = name if value is None else shorten(f"{name} {value}", 100) + " is not taken up"
+        key = next((key for key in HINTS if re.match(key, name)), None)
+        options = re.findall("--([a-z-]+)", HINTS.get(key, ""))
+        if key is None:
+            rest.append(shorten(f"{name} {value}", 60))
+        elif not options or not all(getattr(args, o.replace("-", "_")) for o in options):
+            lines.setdefault(key, f"{said}: {HINTS[key]}")
+    lines = [lines[key] for key in HINTS if key in lines]
+    if rest:
+        lines.append(f"{first_five(rest)} {'are' if len(rest) > 1 else 'is'} not taken up")
+    return [f"--like {path}: {line}" for line in lines]
+
+
+def other_files(facts, job, model):
+    """Yield the names of the files in use that are not those which a picture was made with."""
+    model_hash, ours = facts.get("Model hash", ""), vae_hash(job.vae)
+    digest = getattr(model, "digest", "")
+    if digest and len(model_hash) >= 10 and model_hash[:10] != digest:
+        yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
+    if ours and facts.get("VAE hash", ours)[:10] != ours:
+        yield f"VAE {stem(job.vae)}"
+    for kind, files, hashes_of in (("Lora", [file for file, _ in job.lora], lora_hashes),
+                                   ("TI", job.embedding, lambda file: [file_hash(file)])):
+        known = named_hashes(facts, f"{kind} hashes")
+        for file in files:
+            name = stem(file)
+            if known.get(name) and known[name] not in hashes_of(file):
+                yield f"{'LoRA' if kind == 'Lora' else 'embedding'} {name}"

@@ -1,0 +1,97 @@
+"""Files by name: models, LoRAs, embeddings and VAEs where people keep them, and their hashes."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+from safetensors import safe_open
+
+import tiny_sd
+from extras import formats, pickles
+from tiny_sd import UserError
+
+SUFFIXES = (".safetensors", *pickles.SUFFIXES)
+FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
+           "lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE")}
+
+
+def find_model(name):
+    """Return what formats.load takes for a model that people call by this name; None: bundled.
+
+    UserError for a folder of several models, which lists them.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "unet").exists():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        if inside:
+            more = ", ..." if len(inside) > 10 else ""
+            raise UserError(f"{name} is a folder of models, not one: choose one of "
+                            f"{', '.join(inside[:10])}{more}")
+    if path.exists() or (tiny_sd.HERE / "weights" / name).exists() or name in formats.HUB:
+        return name
+    return known_model(name) or name
+
+
+def known_model(name):
+    """Return the path of a model of this name in weights/ or here, or None.
+
+    It is never a path that a picture names.
+    """
+    if not is_name(name):
+        return None
+    folder = tiny_sd.HERE / "weights" / name
+    return str(folder) if folder.is_dir() else find_file("model", name)
+
+
+def is_name(name):
+    """Could a folder have a file of this name? A stranger's picture may name anything."""
+    letters = name.encode(errors="replace")
+    return name.strip(".") != "" and len(letters) <= 200 and not {*b"/\\\0"} & {*letters}
+
+
+def find_file(kind, name, model=None):
+    """Return the path of a file of a kind in FOLDERS, by its name or its name's stem, or None.
+
+    It is looked for beside the model, here, and in folders like loras/ beside, above or here.
+    """
+    if not is_name(name):
+        return None
+    for folder in places(kind, model):
+        for file in name, *(f"{name}{suffix}" for suffix in SUFFIXES):
+            path = folder / file
+            if path.suffix in SUFFIXES and path.is_file():
+                return str(path)
+    return None
+
+
+def places(kind, model=None):
+    """Return the folders in which to look for files of a kind that goes with a model."""
+    paths = [tiny_sd.HERE / "weights" / "x"]
+    if model:
+        paths = [path for path in (Path(model), tiny_sd.HERE / "weights" / model) if path.exists()]
+    beside = [path if path.is_dir() else path.parent for path in map(Path.resolve, paths[:1])]
+    above = [folder for path in beside for folder in (path, *path.parents[:2])]
+    inside = [folder / name for folder in (*above, Path()) for name in FOLDERS[kind]]
+    return [*beside, Path(), *inside]
+
+
+@functools.cache
+def file_hash(file, header=False):
+    """Return the first 12 digits of the SHA-256 of a file, or of one without its header."""
+    with open(file, "rb") as data:
+        if header:
+            data.seek(8 + int.from_bytes(data.read(8), "little"))
+        return hashlib.file_digest(data, "sha256").hexdigest()[:12]
+
+
+def lora_hashes(file):
+    """Return the hashes by which the web UI knows a LoRA: of its numbers, and the one inside."""
+    if not str(file).endswith(".safetensors"):
+        return [file_hash(file)]
+    metadata = safe_open(file, "np").metadata() or {}
+    return [file_hash(file, header=True), metadata.get("sshs_model_hash", "")[:12]]
+
+
+def vae_hash(name):
+    """Return the first 10 digits of the SHA-256 of a VAE's file, none of other VAEs."""
+    return file_hash(name)[:10] if name and Path(name).is_file() else ""
