@@ -15,9 +15,9 @@ from extras.checks import first_five
 from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
 from extras.prompts import LONGEST
-from extras.samplers import TITLES, sampler_named
+from extras.samplers import KARRAS, TITLES, sampler_named
 from extras.tiny_vae import HUB as VAES
-from tiny_sd import KARRAS, UserError, require, shorten
+from tiny_sd import UserError, require, shorten
 
 # ── What is recorded ────────────────────────────────────────────────────────────────────────────
 
@@ -351,8 +351,7 @@ def not_repeated(path, args, left):
 def other_files(facts, job, model):
     """Yield the names of the files in use that are not those which a picture was made with."""
     model_hash, ours = facts.get("Model hash", ""), vae_hash(job.vae)
-    digest = getattr(model, "digest", "")
-    if digest and len(model_hash) >= 10 and model_hash[:10] != digest:
+    if model.digest and len(model_hash) >= 10 and model_hash[:10] != model.digest:
         yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
     if ours and facts.get("VAE hash", ours)[:10] != ours:
         yield f"VAE {stem(job.vae)}"
