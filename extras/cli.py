@@ -178,6 +178,12 @@ def option_parser(**settings):
               help="a file that shows, in small, what the picture looks like after each step")
     files_out("--show", type=Path, metavar="DIR",
               help="a new folder for pictures of what is computed on the way")
+    files_out("--play", action="store_true",
+              help="a page to play with, in the browser")
+    files_out("--port", type=int, default=0, metavar="N",
+              help="where --play listens (any that is free)")
+    files_out("--no-browser", action="store_true",
+              help="print the address of --play, and open no browser")
     files_out("--explain", action="store_true",
               help="draw nothing: print the prompt's tokens and the model's parts")
     hardware("--low-memory", action="store_true", help="keep the weights in their file, widening "
@@ -207,7 +213,7 @@ def parse_arguments(argv, **settings):
     parser = option_parser(**settings)
     args, found, notes = parse_known(parser, argv), {}, []
     given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
-    if given > 1 or not given and not (args.like or args.things):
+    if given > 1 or not given and not (args.like or args.things or args.play):
         parser.error("give one prompt, in quotes")
     if args.like:
         flags, found, notes = flags_like(args)
@@ -292,8 +298,8 @@ def check_arguments(args):
     require(not args.karras or args.sampler in (None, *KARRAS),
             f"--karras does not go with --sampler {args.sampler}")
     require(not args.show or not args.explain, "--explain draws nothing that --show could show")
-    require(not args.prompts or not (args.show or args.explain),
-            "--show and --explain take one prompt, not --prompts")
+    require(not args.prompts or not (args.show or args.explain or args.play),
+            "--show, --explain and --play take one prompt, not --prompts")
     check_outputs(args)
 
 
@@ -410,6 +416,9 @@ def run(argv):
     known = things.known_things(args.model)
     if args.things:
         return print(things.describe_things(known))
+    if args.play:
+        from extras.play import play
+        return play(argv, args.port, not args.no_browser)
     if args.formulas:
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
@@ -423,16 +432,7 @@ def run(argv):
         return tell(f"{args.prompts}: every picture is there already")
 
     film, denoiser = watchers(args)
-    vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
-    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora,
-                         args.low_memory, vae)
-    if args.backend == "numpy" and not args.low_memory:
-        narrow.keep_what_pays(model, passes_of(model, jobs))
-    if args.embedding:
-        model = prompts.with_embeddings(model, args.embedding)
-    if args.prediction:
-        kind = args.prediction + "_prediction" * (args.prediction == "v")
-        model.config.scheduler.prediction_type = kind
+    model = load_model(args, jobs)
     if args.explain:
         from extras import show
         h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
@@ -466,6 +466,24 @@ def passes_of(model, jobs):
         passes["unet"] += contexts * share * (job.steps or own_steps)
         passes["vae"] += job.batch_size
     return passes
+
+
+def load_model(args, jobs=()):
+    """Return the model that args name, with its LoRAs, VAE and learnt words.
+
+    jobs: what it will draw, where that is known: for a few steps some weights are kept narrow.
+    """
+    vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
+    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora,
+                         args.low_memory, vae)
+    if jobs and args.backend == "numpy" and not args.low_memory:
+        narrow.keep_what_pays(model, passes_of(model, jobs))
+    if args.embedding:
+        model = prompts.with_embeddings(model, args.embedding)
+    if args.prediction:
+        kind = args.prediction + "_prediction" * (args.prediction == "v")
+        model.config.scheduler.prediction_type = kind
+    return model
 
 
 def remarks(model, args, known):

@@ -336,6 +336,11 @@ def push_maps(steps, k):
     return np.array([np.sqrt(np.square(step.push[k]).sum(-1)) for step in steps])
 
 
+def push_lengths(steps, k):
+    """Return (steps,), the length of what guidance adds over the whole picture."""
+    return np.sqrt(np.square(push_maps(steps, k)).sum((1, 2)))
+
+
 def sigma(step):
     """Return the noise-to-signal ratio of a step."""
     return math.sqrt(1 / step.alpha_bar - 1)
@@ -473,7 +478,7 @@ def words_section(page, film, k, picture, prompt):
 def guidance_section(page, steps, k):
     """Show where the prompt has something to say at each step, and how much over all."""
     pushes = push_maps(steps, k)
-    lengths = np.sqrt(np.square(pushes).sum((1, 2)))
+    lengths = push_lengths(steps, k)
     page.say(
         "<h3>What the prompt changes</h3><p>The network answers twice, with the prompt "
         "(ε<sub>c</sub>) and with the negative one (ε<sub>∅</sub>). Guidance exaggerates the "

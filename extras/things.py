@@ -46,12 +46,17 @@ def remarks(known, prompt):
         yield (f"the model knows nothing in \"{prompt[:100]}\": --things lists the "
                f"{len(known['things'])} things that it can draw")
         return
-    texts = [FRAME, *known["styles"], *known["backgrounds"], *known["places"]]
-    learnt = {word for name in [*names, *map(split_words, texts)] for word in name}
-    new = [f'"{word}"' for word in dict.fromkeys(words) if word not in learnt]
-    if new:
+    if new := [f'"{word}"' for word in unknown_words(known, prompt)]:
         more = ", ..." if len(new) > 5 else ""
         yield f"the model never learnt {', '.join(new[:5])}{more}: they can spoil the picture"
+
+
+def unknown_words(known, prompt):
+    """Return the words of a prompt that the model never learnt."""
+    texts = [FRAME, *known["styles"], *known["backgrounds"], *known["places"],
+             *(name for names in known["things"] for name in names)]
+    learnt = {word for text in texts for word in split_words(text)}
+    return [word for word in dict.fromkeys(split_words(prompt)) if word not in learnt]
 
 
 def describe_things(known):

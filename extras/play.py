@@ -1,0 +1,344 @@
+"""A page to play with, in the browser: python tiny_sd.py --play
+
+There are two processes. This one, the server, hands out play.html and passes on what the page asks
+for. The other, extras/studio.py, imports tiny_sd and draws. When tiny_sd.py is saved, the server
+starts it anew, and it finds the weights in the system's memory.
+
+The server listens on the loopback address alone, and answers nobody but the page: see
+Handler.refusal.
+"""
+
+import ast
+import hmac
+import itertools
+import json
+import os
+import queue
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import webbrowser
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from tiny_sd import HERE, UserError, require
+
+LESSON = HERE / "tiny_sd.py"
+PAGE = HERE / "extras" / "play.html"
+LARGEST_REQUEST, LARGEST_PICTURE = 100_000, 20_000_000      # bytes
+KEPT = 4        # of the pictures that the page sent, the last ones
+
+
+def play(argv, port=0, browser=True):
+    """Serve the page until Ctrl-C; UserError if the port is taken or the model cannot be loaded.
+
+    argv: the command line, whose options are what the page begins with.
+    """
+    with tempfile.TemporaryDirectory(prefix="tiny_sd-") as folder:
+        worker = Worker(argv)
+        try:
+            server = Server(port, worker, Path(folder))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {port}: {error}") from None
+        try:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            worker.start()
+            state = worker.news(state="loading")
+            require(state["state"] == "ready", state.get("text", "").strip().split("\n")[-1])
+            print(server.address, flush=True)
+            if browser:
+                webbrowser.open(server.address)
+            tell_changes(worker)
+        finally:
+            worker.end()
+            server.server_close()
+
+
+def tell_changes(worker):
+    """Start the worker anew whenever tiny_sd.py is saved, for ever."""
+    seen = saved = stamp(LESSON)
+    while True:
+        time.sleep(0.2)
+        now = stamp(LESSON)
+        if now != saved and now == seen and now:    # it is there, and no longer being written
+            saved = now
+            worker.start()
+        seen = now
+
+
+def stamp(path):
+    """Return what changes when a file is saved, None while it is not there."""
+    try:
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    except OSError:
+        return None
+
+
+def definitions(source):
+    """Return {name: code} of the functions, methods and other statements of a source."""
+    found = {}
+
+    def visit(nodes, prefix=""):
+        for i, node in enumerate(nodes):
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            name = getattr(node, "name", None) or getattr(targets[0], "id", f"statement {i}")
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{name}.")
+            else:
+                found[prefix + name] = ast.dump(node)
+
+    visit(ast.parse(source).body)
+    return found
+
+
+def changed_names(before, after):
+    """Return the names of what differs between two sources, [] if one does not parse."""
+    try:
+        old, new = definitions(before), definitions(after)
+    except (SyntaxError, ValueError):
+        return []
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+# ── The process that draws ──────────────────────────────────────────────────────────────────────
+
+
+class Worker:
+    """The process that draws, as it is and as it will be after the next change of tiny_sd.py.
+
+    What it says of itself is its state; answers to a request go to the queue of whoever asked.
+    """
+
+    def __init__(self, argv):
+        self.argv, self.source, self.process = argv, LESSON.read_text(encoding="utf-8"), None
+        self.numbers, self.queues = itertools.count(1), {}
+        self.changed, self.state, self.version = threading.Condition(), {"state": "loading"}, 0
+
+    def start(self):
+        """Start the process, in place of one that runs."""
+        self.end()
+        source = LESSON.read_text(encoding="utf-8", errors="replace")
+        self.tell("loading", changed=changed_names(self.source, source), notes=[])
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "extras.studio", *self.argv], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+        said = deque(maxlen=40)
+        listener = threading.Thread(target=self.read_notes, args=(self.process, said), daemon=True)
+        listener.start()
+        threading.Thread(target=self.read_answers, args=(self.process, said, listener),
+                         daemon=True).start()
+
+    def end(self):
+        """End the process, and tell those who wait for it."""
+        process, self.process = self.process, None
+        if process:
+            process.kill()
+            process.wait()
+        for answers in [*self.queues.values()]:
+            answers.put({"event": "stopped"})
+            answers.put({"event": "end"})
+
+    def tell(self, state=None, **news):
+        """Change the state, and wake those who wait for news."""
+        with self.changed:
+            self.state = {**self.state, **news, "state": state or self.state["state"]}
+            self.version += 1
+            self.changed.notify_all()
+
+    def news(self, version=None, state=None, timeout=None):
+        """Wait until the version or the state is another one; return the state."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.version != version and self.state["state"] != state,
+                                  timeout)
+            return self.state | {"version": self.version}
+
+    def read_notes(self, process, said):
+        """Take up what the process writes on stderr."""
+        for line in process.stderr:
+            said.append(line.decode(errors="replace"))
+            if process is self.process and line.startswith(b"tiny_sd: "):
+                self.tell(notes=[*self.state["notes"], said[-1][9:].strip()][-20:])
+
+    def read_answers(self, process, said, listener):
+        """Pass on what the process answers, and tell when it ends by itself."""
+        for line in process.stdout:
+            answer = json.loads(line)
+            if "id" not in answer:
+                self.tell("ready", **answer)
+            elif answers := self.queues.get(answer["id"]):
+                answers.put(answer)
+        listener.join()
+        if process is self.process:
+            self.end()
+            self.tell("broken", text="".join(said))
+
+    def ask(self, request):
+        """Send a request; return its number and the queue of its answers, which "end" ends."""
+        number, answers = next(self.numbers), queue.SimpleQueue()
+        self.queues[number] = answers
+        self.send(request | {"id": number})
+        return number, answers
+
+    def send(self, request):
+        """Write a request for the process to read."""
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except (AttributeError, OSError, ValueError):       # it is no more
+            if answers := self.queues.get(request["id"]):
+                answers.put({"event": "error", "text": "tiny_sd.py does not run as it is"})
+                answers.put({"event": "end"})
+
+    def forget(self, number):
+        """End a request that nobody waits for."""
+        if self.queues.pop(number, None):
+            self.send({"id": 0, "ask": "stop", "run": number})
+
+
+# ── The server ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the page on the loopback address; a thread for each connection."""
+
+    daemon_threads, request_queue_size, allow_reuse_address = True, 128, os.name != "nt"
+
+    def __init__(self, port, worker, folder):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.worker, self.folder, self.token = worker, folder, secrets.token_urlsafe(24)
+        self.pictures, self.numbers = {}, itertools.count(1)
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.address = f"http://{self.hosts[0]}/{self.token}/"
+
+    def handle_error(self, request, client_address):
+        """Be quiet where a connection breaks."""
+
+
+HEADERS = {
+    "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
+                               "'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self' data:; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request of the page."""
+
+    timeout = 10        # seconds that a connection may say nothing; those that wait have threads
+
+    def log_message(self, *args):
+        """Say nothing: every request is a line otherwise."""
+
+    def refusal(self, token):
+        """Return why a request is not answered, or None.
+
+        Only the page knows the token. A site whose name was made to lead here has another Host, and
+        a request that another site sends from the same browser has another Origin.
+        """
+        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        if host not in self.server.hosts:
+            return "this page has another address"
+        if origin not in (None, f"http://{host}"):
+            return "another site asks"
+        if not hmac.compare_digest(token.encode(errors="replace"), self.server.token.encode()):
+            return "the address lacks its token: take the one that was printed"
+        return None
+
+    def admitted(self, names):
+        """Return what is asked for, one of these names; None after a refusal."""
+        token, _, name = self.path.removeprefix("/").partition("/")
+        if reason := self.refusal(token):
+            return self.respond(403, reason)
+        if name not in names:
+            return self.respond(404, "there is no such page")
+        return name
+
+    def respond(self, status, text, kind="text/plain"):
+        """Send a whole response."""
+        self.begin(status, kind)
+        self.wfile.write(text if isinstance(text, bytes) else f"{text}\n".encode())
+
+    def begin(self, status, kind):
+        """Send the head of a response."""
+        self.send_response(status)
+        for name, value in {"Content-Type": f"{kind}; charset=utf-8", **HEADERS}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def line(self, value):
+        """Send a line of JSON."""
+        self.wfile.write(json.dumps(value).encode() + b"\n")
+
+    def do_GET(self):
+        """Send the page, or the worker's state, now and whenever it changes."""
+        name = self.admitted(["", "events"])
+        if name == "":
+            self.respond(200, PAGE.read_bytes(), "text/html")
+        elif name == "events":
+            self.begin(200, "application/x-ndjson")
+            state = {"version": -1}
+            while not self.is_gone():
+                new = self.server.worker.news(state["version"], timeout=1)
+                if new["version"] != state["version"]:
+                    state = new
+                    self.line(state)
+
+    def do_POST(self):
+        """Take a picture up, or pass a request on and stream its answers."""
+        name = self.admitted(["picture", "draw", "look", "save"])
+        length, most = self.headers.get("Content-Length", ""), LARGEST_REQUEST
+        if name == "picture":
+            most = LARGEST_PICTURE
+        if name is None:
+            return None
+        if not length.isdecimal() or int(length) > most:
+            return self.respond(413, f"that is more than {most:,} bytes")
+        body = self.rfile.read(int(length))
+        if name == "picture":
+            return self.respond(200, json.dumps(self.take_picture(body)), "application/json")
+        try:
+            request = json.loads(body) | {"ask": name}
+            for key in "init_img", "mask":      # of which the page knows the numbers alone
+                if request.get(key) is not None:
+                    request[key] = str(self.server.pictures[request[key]])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return self.respond(400, "this is no request of the page")
+        return self.stream(*self.server.worker.ask(request))
+
+    def take_picture(self, data):
+        """Keep a picture in the folder, under a number; return that."""
+        number = next(self.server.numbers)
+        path = self.server.folder / f"picture-{number}.png"
+        path.write_bytes(data)
+        self.server.pictures[number] = path
+        for old in [*self.server.pictures][:-2 * KEPT]:
+            self.server.pictures.pop(old).unlink(missing_ok=True)
+        return number
+
+    def stream(self, number, answers):
+        """Send the answers as they come; stop the work if nobody waits for them any more."""
+        try:
+            self.begin(200, "application/x-ndjson")
+            answer = {"event": ""}
+            while answer["event"] != "end" and not self.is_gone():
+                try:
+                    answer = answers.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                self.line(answer)
+        finally:
+            self.server.worker.forget(number)
+
+    def is_gone(self):
+        """Was the connection closed at the other end?"""
+        readable, *_ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)

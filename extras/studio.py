@@ -1,0 +1,270 @@
+"""The process that draws for the page of extras/play.py.
+
+Requests come as lines of JSON on stdin, and answers go to stdout; an answer has the number of its
+request. What the program prints, perhaps from a line that was changed, is a note on the page.
+"""
+
+import base64
+import contextlib
+import copy
+import io
+import json
+import os
+import queue
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import SimpleNamespace
+
+# isort: split      (first of all fast: it sets up BLAS before NumPy is loaded)
+from extras import fast  # noqa: F401
+
+# isort: split
+import numpy as np
+from PIL import Image
+
+import tiny_sd
+from extras import cli, files, prompts, show, things
+from extras.samplers import TITLES
+from tiny_sd import UserError, require, tell
+
+LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a control moves
+KEPT = 4            # the last drawings, which can be looked into
+FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg_scale": float,
+          "sampler": str, "karras": bool, "width": int, "height": int, "strength": float}
+
+
+def main(argv):
+    """Draw for a server: answer the requests on stdin until it is closed, then end at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the server hears it, and closes stdin
+    answers, inbox, lock = os.fdopen(os.dup(1), "wb", 0), queue.SimpleQueue(), threading.Lock()
+    os.dup2(2, 1)       # nothing else that prints disturbs the answers
+
+    def read():
+        for line in sys.stdin.buffer:
+            inbox.put(json.loads(line))
+        os._exit(0)
+
+    def send(**answer):
+        with lock:
+            answers.write(json.dumps(answer).encode() + b"\n")
+
+    threading.Thread(target=read, daemon=True).start()
+    Studio(argv, inbox, send).run()
+
+
+class Notes(io.TextIOBase):
+    """A stream that calls tell(line) for each line written to it."""
+
+    def __init__(self, tell):
+        self.tell, self.rest = tell, ""
+
+    def write(self, text):
+        """Pass on whole lines, and keep the rest."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in filter(None, lines):
+            self.tell(line.removeprefix("tiny_sd: ")[:1000])
+        return len(text)
+
+
+class Studio:
+    """The model, and the last few drawings with all that was computed on the way."""
+
+    def __init__(self, argv, inbox, send):
+        self.inbox, self.send, self.runs = inbox, send, {}
+        self.next, self.stopped = None, 0       # the request to draw next, the number to stop
+        self.args = args = cli.parse_arguments(argv)
+        cli.take_up_loras(args)
+        self.known, self.model = things.known_things(args.model), cli.load_model(args)
+        cli.fill_in(self.model, args)
+        h, w, _ = tiny_sd.latent_shape(self.model, args.width, args.height)
+        args.height, args.width = h * self.model.factor, w * self.model.factor
+        self.quick = show.quick_decoder(self.model)
+
+    def run(self):
+        """Say what the model is, then answer requests."""
+        self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
+                  samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
+                  karras=tiny_sd.KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
+                  things=[names[0] for names in (self.known or {}).get("things", [])])
+        while True:
+            while not (self.next and self.inbox.empty()):
+                self.receive(self.inbox.get())
+            request, self.next = self.next, None
+            self.answer(request)
+
+    def receive(self, request):
+        """Answer a request at once, unless it is to draw: the newest of these waits."""
+        if request["ask"] == "draw":
+            if self.next:
+                self.send(id=self.next["id"], event="stopped")
+                self.send(id=self.next["id"], event="end")
+            self.next = request
+        elif request["ask"] == "stop":
+            self.stopped = request["run"]
+            if self.next and self.next["id"] == self.stopped:
+                self.next = None
+        else:
+            self.answer(request)
+
+    def interrupted(self, number):
+        """Receive what has come; is there a reason not to go on with this drawing?"""
+        while not self.inbox.empty():
+            self.receive(self.inbox.get())
+        return self.next or self.stopped == number
+
+    def answer(self, request):
+        """Do what a request asks for; what goes wrong is an answer too."""
+        def send(event, **answer):
+            self.send(id=request["id"], event=event, **answer)
+
+        notes = Notes(lambda line: send("note", text=line))
+        try:
+            with contextlib.redirect_stderr(notes), contextlib.redirect_stdout(notes):
+                {"draw": self.draw, "look": self.look, "save": self.save}[request["ask"]](
+                    request, send)
+        except (UserError, OSError, MemoryError) as error:
+            send("error", text=str(error) or "there is not enough memory")
+        except Exception as error:      # most likely in a line that was changed
+            send("error", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
+        send("end")
+
+    def draw(self, request, send):
+        """Draw a picture, and send each step."""
+        args, model, begun = arguments(self.args, request), self.model, time.monotonic()
+        cli.check_picture_memory(model, args, args.width, args.height)
+        for note in cli.remarks(model, args, self.known):
+            tell(note)
+        if prompts.TAG.search(args.prompt) and not args.plain_prompt:
+            tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
+        film, chunks = show.Film(), chunks_of(model, args)
+        walk = cli.start_walk(model, args, args.width, args.height, film)
+        send("begin", command=command_line(args),
+             words=list(self.describe_words(args, chunks)))
+
+        decode = (lambda x: tiny_sd.decode(model, x)) if is_live(args) else self.quick
+        total = int(round(args.steps * (args.strength if args.init_img else 1), 9))
+        steps, guesses = [], []
+        for n, x in enumerate(walk, 1):      # noqa: B007
+            steps.append(film.steps[-1])
+            guesses.append(as_pixels(decode(steps[-1].x_0)[0]))
+            left = (time.monotonic() - begun) / n * (total - n)
+            send("step", n=n, of=total, t=steps[-1].t, sigma=show.sigma(steps[-1]), left=left,
+                 x=png(self.quick(steps[-1].x)[0]), x_0=png(guesses[-1]))
+            if self.interrupted(request["id"]):
+                return send("stopped")
+
+        picture = tiny_sd.decode(model, x)[0]
+        self.runs[request["id"]] = SimpleNamespace(args=args, chunks=chunks, steps=steps,
+                                                   guesses=guesses, picture=picture)
+        for old in [*self.runs][:-KEPT]:
+            del self.runs[old]
+        pushes = [] if steps[0].push is None else show.push_lengths(steps, 0).tolist()
+        return send("done", picture=png(picture), seconds=time.monotonic() - begun, pushes=pushes)
+
+    def describe_words(self, args, chunks):
+        """Yield {text, chunk, tokens, unknown} of each word, with the start and the end."""
+        tokenizer = self.model.tokenizer
+        unknown = things.unknown_words(self.known, args.prompt) if self.known else []
+        bos, eos = tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS]
+        ids = []
+        for chunk in chunks:
+            ids += [bos, *(i for i, _ in chunk), eos]
+            ids += [tokenizer.pad] * (-len(ids) % tokenizer.length)
+        for word, positions in show.positions_of_words(tokenizer, chunks, len(ids)):
+            yield {"text": word, "chunk": int(positions[0]) // tokenizer.length,
+                   "tokens": [[tokenizer.symbol[ids[p]], int(ids[p])] for p in positions[:20]],
+                   "unknown": word in unknown}
+
+    def look(self, request, send):
+        """Send a heat map over a picture: where a word was listened to, or what guidance added.
+
+        At one step over its guess, or the mean of all over the result.
+        """
+        run, n, word = self.run_of(request), request.get("step"), request.get("word")
+        whole = n is None or not 0 <= n < len(run.steps)
+        steps = run.steps if whole else [run.steps[n]]
+        if word is None:
+            values = show.push_maps(steps, 0).mean(0)
+        else:
+            tokens = next(iter(run.steps[0].attention.values())).shape[1]
+            words = show.positions_of_words(self.model.tokenizer, run.chunks, tokens)
+            values = show.word_maps(steps, words[word][1], 0)[1].mean(0)
+        picture = show.over(run.picture if whole else run.guesses[n], values)
+        send("look", picture=png(picture), mean=float(values.mean()), most=float(values.max()))
+
+    def save(self, request, send):
+        """Save a picture as the command line does, and send its name."""
+        run = self.run_of(request)
+        args = run.args
+        text = files.parameters_text(args, self.model, args.seed, args.width, args.height)
+        name, = cli.output_names(args)
+        send("saved", name=str(files.save_picture(run.picture, name, text)))
+
+    def run_of(self, request):
+        """Return the drawing that a request is about."""
+        run = self.runs.get(request.get("run"))
+        require(run, f"only the last {KEPT} drawings can be looked into: draw this one again")
+        return run
+
+
+def is_live(args):
+    """Is a picture of this size drawn so quickly that it can follow a control?"""
+    return args.width * args.height <= LIVE
+
+
+def arguments(base, request):
+    """Return the command line's arguments with what the page asks for; UserError as there."""
+    args = copy.copy(base)
+    for name, kind in FIELDS.items():
+        value = request.get(name)
+        if value is None:
+            continue
+        value = float(value) if kind is float and type(value) is int else value
+        require(type(value) is kind, f"{name} {value!r:.50} is not what it should be")
+        setattr(args, name, files.printable(value) if kind is str else value)
+    args.negative_prompt = args.negative_prompt or None
+    args.init_img, args.mask = request.get("init_img"), request.get("mask")
+    args.notes, args.facts = [], {}
+    cli.check_arguments(args)
+    return args
+
+
+def chunks_of(model, args):
+    """Return the chunks in which the model reads the prompt, as in extras.prompts."""
+    words = cli.words_of(args)
+    if prompts.reads_weights(model) and not args.plain_prompt:
+        return prompts.chunks_of(model.tokenizer, words)
+    return show.one_chunk(model.tokenizer, words)
+
+
+def command_line(args):
+    """Return the command that draws the same picture."""
+    flags = {"-n": args.negative_prompt, "-s": args.seed, "--steps": args.steps,
+             "--cfg-scale": f"{args.cfg_scale:g}", "--sampler": args.sampler, "-W": args.width,
+             "-H": args.height}
+    given = [f"{flag} {shlex.quote(str(value))}" for flag, value in flags.items()
+             if value is not None]
+    return " ".join(["python tiny_sd.py", shlex.quote(args.prompt), *given,
+                     *["--karras"] * args.karras])
+
+
+def as_pixels(picture):
+    """Return a picture of floats, or of uint8, as one of uint8."""
+    return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
+
+
+def png(picture):
+    """Return a picture as the text of a data URL."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(as_pixels(picture))
+    data = io.BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(run=main))
