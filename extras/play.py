@@ -225,9 +225,10 @@ class Server(ThreadingHTTPServer):
 HEADERS = {
     "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
-                               "'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self' data:; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+    "Content-Security-Policy":
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: "
+        "blob:; connect-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors "
+        "'none'"}
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,10 +40,7 @@ from tiny_sd import require
 
 @contextlib.contextmanager
 def watching(**watchers):
-    """While it lasts, tell each call of the named functions of tiny_sd to f(result, *arguments).
-
-    The halves of guidance are computed one after the other, so that their calls do not mingle.
-    """
+    """While it lasts, tell each call of the named functions of tiny_sd to f(result, *arguments)."""
     def watched(function, watcher):
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
@@ -52,8 +50,7 @@ def watching(**watchers):
         return wrapped
 
     wrapped = {name: watched(getattr(tiny_sd, name), f) for name, f in watchers.items()}
-    with mock.patch.multiple(tiny_sd, **wrapped), mock.patch.dict(tiny_sd.FAST):
-        tiny_sd.FAST.pop("each", None)
+    with mock.patch.multiple(tiny_sd, **wrapped):
         yield
 
 
@@ -63,8 +60,26 @@ def probabilities(q, k):
     return tiny_sd.softmax.formula(q @ k.mT / math.sqrt(q.shape[-1]))
 
 
+class Heard(threading.local):
+    """What one thread heard of the attention so far; each half of guidance may have a thread."""
+
+    def __init__(self):
+        self.calls, self.maps = 0, []
+
+    def see_attention(self, y, q, k, v, causal=False):
+        """Take down whom each pixel asks; of a block's two calls the second is to the words."""
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.maps.append(probabilities(q, k).mean(1))
+
+    def take(self):
+        """Return the maps, and begin anew."""
+        maps, self.calls, self.maps = self.maps, 0, []
+        return maps
+
+
 class Film:
-    """What a run computes at each step: give it to tiny_sd.generate() as its denoiser, then save().
+    """What a run computes at each step: generate() takes it as make_denoiser, then save().
 
     steps: for each guess t, alpha_bar = ᾱ_t, x = x_t and x_0 = x̂_0 (batch, h, w, channels), push
     = ε̂_c - ε̂_∅ of the same shape (None without guidance), and attention, see attention_maps.
@@ -79,32 +94,30 @@ class Film:
 
     def __call__(self, model, context, *args):
         """Return a denoise() for samplers, which remembers what it sees."""
-        self.model = model
+        self.model, kind = model, model.config.scheduler.prediction_type
         denoise = like_diffusers.denoiser(model, context, *args)
-        kind = model.config.scheduler.prediction_type
+        prompt = tiny_sd.to_numpy(context[-1])
 
         def watched(x, t, alpha_bar):
-            outputs, maps, calls, n = [], [], itertools.count(), len(x)
+            heard, answers, n = Heard(), {}, len(x)
 
-            def see_output(y, *_):
-                outputs.append(y)
+            def see_output(y, model, x, t, contexts, *others):
+                maps = heard.take()
+                for i in range(0, len(y), n):       # torch answers for both contexts at once
+                    asked = np.array_equal(tiny_sd.to_numpy(contexts[i]), prompt)
+                    answers[asked] = y[i:i + n], [m[i:i + n] for m in maps]
 
-            def see_attention(y, q, k, v, causal=False):
-                if next(calls) % 2:     # each transformer block: first the pixels, then the words
-                    maps.append(probabilities(q, k).mean(1))
-
-            with watching(predict=see_output, dot_product_attention=see_attention):
+            with watching(predict=see_output, dot_product_attention=heard.see_attention):
                 x_0, eps = denoise(x, t, alpha_bar)
-            push, output = None, np.concatenate(outputs)
-            if len(output) == 2 * n:       # the second half is the prompt's
-                together = maps and len(maps[0]) == 2 * n
-                maps = [m[n:] for m in maps] if together else maps[len(maps) // 2:]
-                uncond, cond = (tiny_sd.split_prediction(kind, half, x, alpha_bar)[1]
-                                for half in np.split(output, 2))
-                push = cond - uncond
-            attention = attention_maps(maps, *x.shape[1:3])
-            self.steps.append(SimpleNamespace(t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
-                                              attention=attention))
+            output, maps = answers[True]
+            push = None
+            if len(context) == 2:
+                uncond, _ = answers.get(False, answers[True])   # both ask the same, perhaps
+                _, push = tiny_sd.split_prediction(kind, output, x, alpha_bar)
+                push = push - tiny_sd.split_prediction(kind, uncond, x, alpha_bar)[1]
+            self.steps.append(SimpleNamespace(
+                t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
+                attention=attention_maps(maps, *x.shape[1:3])))
             return x_0, eps
         return watched
 

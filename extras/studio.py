@@ -28,7 +28,7 @@ from PIL import Image
 
 import tiny_sd
 from extras import cli, files, prompts, show, things
-from extras.samplers import TITLES
+from extras.samplers import KARRAS, TITLES
 from tiny_sd import UserError, require, tell
 
 LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a control moves
@@ -88,7 +88,7 @@ class Studio:
         """Say what the model is, then answer requests."""
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
-                  karras=tiny_sd.KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
+                  karras=KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
                   things=[names[0] for names in (self.known or {}).get("things", [])])
         while True:
             while not (self.next and self.inbox.empty()):
@@ -167,7 +167,7 @@ class Studio:
 
     def describe_words(self, args, chunks):
         """Yield {text, chunk, tokens, unknown} of each word, with the start and the end."""
-        tokenizer = self.model.tokenizer
+        tokenizer = self.model.encoders[0].tokenizer
         unknown = things.unknown_words(self.known, args.prompt) if self.known else []
         bos, eos = tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS]
         ids = []
@@ -191,7 +191,7 @@ class Studio:
             values = show.push_maps(steps, 0).mean(0)
         else:
             tokens = next(iter(run.steps[0].attention.values())).shape[1]
-            words = show.positions_of_words(self.model.tokenizer, run.chunks, tokens)
+            words = show.positions_of_words(self.model.encoders[0].tokenizer, run.chunks, tokens)
             values = show.word_maps(steps, words[word][1], 0)[1].mean(0)
         picture = show.over(run.picture if whole else run.guesses[n], values)
         send("look", picture=png(picture), mean=float(values.mean()), most=float(values.max()))
@@ -237,8 +237,8 @@ def chunks_of(model, args):
     """Return the chunks in which the model reads the prompt, as in extras.prompts."""
     words = cli.words_of(args)
     if prompts.reads_weights(model) and not args.plain_prompt:
-        return prompts.chunks_of(model.tokenizer, words)
-    return show.one_chunk(model.tokenizer, words)
+        return prompts.chunks_of(model.encoders[0].tokenizer, words)
+    return show.one_chunk(model.encoders[0].tokenizer, words)
 
 
 def command_line(args):
