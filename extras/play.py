@@ -31,6 +31,7 @@ from tiny_sd import HERE, UserError, require
 
 LESSON = HERE / "tiny_sd.py"
 PAGE = HERE / "extras" / "play.html"
+STUDIO = "from extras.start import program; program('extras.studio')"
 LARGEST_REQUEST, LARGEST_PICTURE = 100_000, 20_000_000      # bytes
 KEPT = 4        # of the pictures that the page sent, the last ones
 
@@ -50,7 +51,8 @@ def play(argv, port=0, browser=True):
             threading.Thread(target=server.serve_forever, daemon=True).start()
             worker.start()
             state = worker.news(state="loading")
-            require(state["state"] == "ready", state.get("text", "").strip().split("\n")[-1])
+            said = state.get("text", "").strip().split("\n")[-1].removeprefix("tiny_sd: ")
+            require(state["state"] == "ready", said)
             print(server.address, flush=True)
             if browser:
                 webbrowser.open(server.address)
@@ -128,7 +130,7 @@ class Worker:
         self.tell("loading", changed=changed_names(self.source, source), notes=[])
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "extras.studio", *self.argv], stdin=subprocess.PIPE,
+            [sys.executable, "-P", "-c", STUDIO, *self.argv], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
         said = deque(maxlen=40)
         listener = threading.Thread(target=self.read_notes, args=(self.process, said), daemon=True)

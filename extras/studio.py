@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
-from extras import cli, files, prompts, show, things
+from extras import cli, files, like_diffusers, prompts, show, things
 from extras.samplers import KARRAS, TITLES
 from tiny_sd import UserError, require, tell
 
@@ -37,8 +37,13 @@ FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg
           "sampler": str, "karras": bool, "width": int, "height": int, "strength": float}
 
 
-def main(argv):
-    """Draw for a server: answer the requests on stdin until it is closed, then end at once."""
+def main():
+    """Run the process; return its status, as the command line does."""
+    return cli.main(run=work)
+
+
+def work(argv):
+    """Answer the requests on stdin until it is closed, then end at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the server hears it, and closes stdin
     answers, inbox, lock = os.fdopen(os.dup(1), "wb", 0), queue.SimpleQueue(), threading.Lock()
     os.dup2(2, 1)       # nothing else that prints disturbs the answers
@@ -142,7 +147,7 @@ class Studio:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
         film, chunks = show.Film(), chunks_of(model, args)
         walk = cli.start_walk(model, args, args.width, args.height, film)
-        send("begin", command=command_line(args),
+        send("begin", command=command_line(model, args),
              words=list(self.describe_words(args, chunks)))
 
         decode = (lambda x: tiny_sd.decode(model, x)) if is_live(args) else self.quick
@@ -241,15 +246,26 @@ def chunks_of(model, args):
     return show.one_chunk(model.encoders[0].tokenizer, words)
 
 
-def command_line(args):
-    """Return the command that draws the same picture."""
-    flags = {"-n": args.negative_prompt, "-s": args.seed, "--steps": args.steps,
-             "--cfg-scale": f"{args.cfg_scale:g}", "--sampler": args.sampler, "-W": args.width,
-             "-H": args.height}
-    given = [f"{flag} {shlex.quote(str(value))}" for flag, value in flags.items()
-             if value is not None]
-    return " ".join(["python tiny_sd.py", shlex.quote(args.prompt), *given,
-                     *["--karras"] * args.karras])
+def command_line(model, args):
+    """Return the command that draws the same picture, without what the model decides itself."""
+    sampler, steps, guidance = like_diffusers.defaults(model)
+    size = model.config.unet.sample_size * model.factor
+    flags = [("-m", args.model, str(tiny_sd.HERE / "weights" / "emoji")),
+             *(("--lora", f"{file}:{weight}", None) for file, weight in args.lora),
+             *(("--embedding", file, None) for file in args.embedding), ("--vae", args.vae, None),
+             ("--clip-skip", args.clip_skip, None), ("--prediction", args.prediction, None),
+             ("-n", args.negative_prompt, None), ("-s", args.seed, 0),
+             ("--steps", args.steps, steps), ("--cfg-scale", args.cfg_scale, guidance),
+             ("--sampler", args.sampler, sampler),
+             ("-W", args.width, size), ("-H", args.height, size), ("-i", args.init_img, None),
+             ("--mask", args.mask, None)]
+    if args.init_img:
+        flags.append(("--strength", args.strength, None))
+    words = [args.prompt, *["--karras"] * args.karras, *["--plain-prompt"] * args.plain_prompt]
+    for flag, value, default in flags:
+        if value != default:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return "python tiny_sd.py " + shlex.join(words)
 
 
 def as_pixels(picture):
@@ -264,7 +280,3 @@ def png(picture):
     data = io.BytesIO()
     picture.save(data, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-if __name__ == "__main__":
-    sys.exit(cli.main(run=main))
