@@ -465,7 +465,7 @@ def test_a_line_is_changed(page, site):
     drawn(page)
     first, lesson = source(page), site.folder / "tiny_sd.py"
     text = lesson.read_text(encoding="utf-8")
-    assert "return x * sigmoid(x)" in text
+    assert "return x * sigmoid(x)" in text and "return uncond + scale * " in text
     try:
         lesson.write_text(text.replace("return x * sigmoid(x)", "return x * sigmoid(2 * x)"))
         page.locator("#code", has_text="silu").wait_for()
@@ -478,12 +478,12 @@ def test_a_line_is_changed(page, site):
         lesson.write_text(text.replace("return x * sigmoid(x)", "return x * sigmoid(x"))
         page.locator("#code", has_text="SyntaxError").wait_for()
         assert source(page) == changed
-        lesson.write_text(text.replace("return x * sigmoid(x)", "return x * sigmoid(y)"))
+        lesson.write_text(text.replace("uncond + scale *", "uncond + scales *"))
         page.locator("#notes", has_text="NameError").wait_for()
         assert source(page) == changed
-        lesson.write_text(text.replace("return x * sigmoid(x)",
-                                       "print('here'); return x * sigmoid(x)"))
-        page.locator("#notes", has_text="here").wait_for()
+        lesson.write_text(text.replace("return uncond + scale",
+                                       "print('guided'); return uncond + scale"))
+        page.locator("#notes", has_text="guided").wait_for()
     finally:
         lesson.write_text(text)
     page.locator("#code").wait_for(state="hidden")
