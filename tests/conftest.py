@@ -203,7 +203,7 @@ def model(folder, backend):
 # ── Libraries to compare with that are not installed ────────────────────────────────────────────
 
 REFERENCES = {"torch", "diffusers", "transformers", "peft", "emoji", "resvg_py", "nbformat",
-              "nbclient", "huggingface_hub", "accelerate"}
+              "nbclient", "huggingface_hub", "accelerate", "playwright"}
 
 
 def skip_if_missing(error):
