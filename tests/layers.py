@@ -44,7 +44,7 @@ PRIMITIVES = {  # our operation, and the shapes of the arrays that it is given
     "group_norm, 2": (norm(2, 1e-2), PICTURE, (4,), (4,)),
     "group_norm, 4": (norm(4, 1e-6), PICTURE, (4,), (4,)),
     "layer_norm": (sd.layer_norm, (3, 5, 7), (7,), (7,)),
-    "layer_norm, eps": (partial(sd.layer_norm, eps=0.1), (3, 5, 7), (7,), (7,)),
+    "layer_norm, eps": (partial(sd.layer_norm, delta=0.1), (3, 5, 7), (7,), (7,)),
     "sigmoid": (sd.sigmoid, PICTURE),
     "silu": (sd.silu, PICTURE),
     "gelu": (sd.gelu, PICTURE),
@@ -64,20 +64,37 @@ X, WIDE = (3, 7, 5, 8), (3, 7, 5, 12)
 LARGE = (3, 13, 9, 8)       # what the way up must come back to
 
 
+def down_block(x, *inputs, **weights):
+    """One level down: what it returns, and the skips that it leaves."""
+    skips = []
+    return sd.down_block(x, skips, *inputs, n_head=2, groups=4, **weights), skips
+
+
+def middle(x, *inputs, **weights):
+    return down_block(x, *inputs, **weights)[0]
+
+
 def up_block(x, skips, *inputs, **weights):
     """One level up; the first of the skips is the next level's, of which only the size is seen."""
-    return sd.up_block(x, skips[1:], skips[0].shape[1:3], *inputs, n_head=2, groups=4, **weights)
+    return sd.up_block(x, [*skips], *inputs, n_head=2, groups=4, **weights)
 
 
-def top_block(x, skips, temb, **weights):
-    """The last level up, here without words; there is no next level."""
-    return sd.up_block(x, skips, None, temb, None, n_head=2, groups=4, **weights)
+def unet(x, t, context, **weights):
+    """The U-Net with the time embedding that it expects."""
+    temb = sd.time_mlp(x, t, **weights["time_embedding"])
+    return sd.unet(x, temb, context, n_head=(2, 3, 4), groups=4, **weights)
+
+
+def text_encoder(ids, embeddings, encoder, final_layer_norm):
+    """The last state, normalised: what Stable Diffusion 1 takes."""
+    states = sd.text_encoder(ids, 3, sd.quick_gelu, embeddings, **encoder)
+    return sd.layer_norm(states[-1], **final_layer_norm)
 
 
 LAYERS = {  # our layer with its settings, and its inputs or their shapes
-    "resnet": (partial(sd.resnet, groups=4, eps=1e-5), X, TIME),
-    "resnet, as wide as before": (partial(sd.resnet, groups=4, eps=1e-5), X, TIME),
-    "resnet, timeless": (partial(sd.resnet, temb=None, groups=2, eps=1e-6), X),
+    "resnet": (partial(sd.resnet, groups=4, delta=1e-5), X, TIME),
+    "resnet, as wide as before": (partial(sd.resnet, groups=4, delta=1e-5), X, TIME),
+    "resnet, timeless": (partial(sd.resnet, temb=None, groups=2, delta=1e-6), X),
     "attention": (partial(sd.attention, n_head=2), PLACES, WORDS),
     "self-attention": (lambda x, **p: sd.attention(x, x, 4, **p), PLACES),
     "vae_attention": (partial(sd.vae_attention, groups=4), X),
@@ -89,17 +106,13 @@ LAYERS = {  # our layer with its settings, and its inputs or their shapes
     "feed_forward": (sd.feed_forward, PLACES),
     "transformer_block": (partial(sd.transformer_block, n_head=2), PLACES, WORDS),
     "transformer": (partial(sd.transformer, n_head=2, groups=4), X, WORDS),
-    "down_block": (partial(sd.down_block, n_head=2, groups=4), X, TIME, WORDS),
-    "down_block, wordless": (
-        partial(sd.down_block, context=None, n_head=2, groups=4), X, TIME),
-    "down_block, middle": (
-        lambda *inputs, **p: sd.down_block(*inputs, n_head=2, groups=4, **p)[0], X, TIME, WORDS),
+    "down_block": (down_block, X, TIME, WORDS),
+    "down_block, wordless": (partial(down_block, context=None), X, TIME),
+    "down_block, middle": (middle, X, TIME, WORDS),
     "up_block": (up_block, X, [LARGE, X, WIDE], TIME, WORDS),
-    "up_block, wordless": (top_block, X, [X, WIDE], TIME),
-    "unet": (partial(sd.unet, n_head=(2, 3, 4), groups=4), (3, 11, 6, 4),
-             np.array([0, 37.5, 999], np.float32), WORDS),
-    "text_encoder": (partial(sd.text_encoder, n_head=3, activation=sd.quick_gelu),
-                     np.arange(21).reshape(3, 7) * 17 % 50),
+    "up_block, wordless": (partial(up_block, context=None), X, [X, WIDE], TIME),
+    "unet": (unet, (3, 11, 6, 4), np.array([0, 37.5, 999], np.float32), WORDS),
+    "text_encoder": (text_encoder, np.arange(21).reshape(3, 7) * 17 % 50),
 }
 
 

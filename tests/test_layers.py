@@ -68,7 +68,7 @@ def test_resnet_is_that_of_diffusers():
     x = rng.standard_normal((3, 7, 5, 8), np.float32)       # (batch, height, width, channels)
     temb = rng.standard_normal((3, 20), np.float32)
 
-    ours = sd.resnet(x, temb, groups=4, eps=1e-5, **weights)
+    ours = sd.resnet(x, temb, groups=4, delta=1e-5, **weights)
 
     theirs = block(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(temb)).detach()
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-5)
