@@ -4,9 +4,10 @@ A Gaussian, for which every score, posterior and trajectory is known in closed f
 where one is needed; and a small one that learns three pictures from nothing.
 """
 
+import doctest
 import math
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,17 @@ import pytest
 import extras.samplers  # noqa: F401  (registers plms and lcm)
 from conftest import ROOT
 from extras import like_diffusers, samplers
-from helpers import CONFIG, FILES, TOKENIZER, random_arrays, scheduler, sd, shapes_of, write_model
+from helpers import (
+    CONFIG,
+    FILES,
+    TOKENIZER,
+    TWO_ENCODERS,
+    random_arrays,
+    scheduler,
+    sd,
+    shapes_of,
+    write_model,
+)
 
 BETA = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
 ALPHA_BAR = sd.scaled_linear_schedule()
@@ -301,24 +312,29 @@ def model(tmp_path_factory):
 
 
 def last(*args, **kwargs):
+    *_, x = sd.generate(*args, **kwargs)
+    return x
+
+
+def drawn(*args, **kwargs):
     *_, x = like_diffusers.generate(*args, **kwargs)
     return x
 
 
 @pytest.mark.slow
 def test_the_pipeline_of_the_docstring(monkeypatch):
-    """The lines after >>> at the head of tiny_sd.py run as they stand, and draw."""
+    """The lines after >>> at the head of tiny_sd.py run as they stand, print that, and draw."""
     monkeypatch.chdir(ROOT)
-    lines = [line.strip()[4:] for line in sd.__doc__.splitlines() if line.strip()[:4] == ">>> "]
-    assert len(lines) == 6
-    names = {}
-    exec("from tiny_sd import *\n" + "\n".join(lines), names)
-
-    picture, x_T, steps = names["picture"], names["x_T"], names["steps"]
+    test = doctest.DocTestParser().get_doctest(sd.__doc__, vars(sd), "tiny_sd", None, None)
+    assert len(test.examples) == 7
+    assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+    names, picture = test.globs, test.globs["picture"]
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 20
-    model, context = names["model"], names["context"]
-    *_, x = sd.ddim(sd.denoiser(model, context, 2.0), x_T, steps)
-    assert np.array_equal(sd.decode(model, x)[0], picture)
+
+    size = names["model"].config.unet.sample_size
+    assert names["x_T"].shape == (1, size, size, 4)
+    *_, x = sd.generate(names["model"], "red apple on a blue background", "", 2.0)
+    assert np.array_equal(sd.decode(names["model"], x)[0], picture)
 
 
 def test_guidance():
@@ -328,27 +344,93 @@ def test_guidance():
     assert np.allclose(sd.guide(cond, cond, 7.5), cond)
 
 
-def test_guidance_of_one_is_the_prompt_alone(model):
-    context = sd.embed_prompts(model, ["a dog", "red apple"])[0]
+def test_guidance_of_one_is_the_prompt_alone_and_of_none_the_negative_one(model):
+    context, _ = sd.embed_prompts(model, ["a dog", "red apple"])
     x = normal(3, 8, 6, 4).astype(np.float32)
-    guided, alone, other = (
-        sd.denoiser(model, rows, scale)(x, 500, ALPHA_BAR[500])
-        for rows, scale in ((context, 1), (context[1:], 7.5), (context, 7.5)))
-    np.testing.assert_allclose(guided, alone, atol=1e-5)
-    assert abs(other[1] - alone[1]).max() > 1e-3
+    for denoiser in sd.denoiser, like_diffusers.denoiser:
+        one, prompt, none, negative, other = (
+            denoiser(model, rows, scale)(x, 500, ALPHA_BAR[500]) for rows, scale in
+            ((context, 1), (context[1:], 7.5), (context, 0), (context[:1], 7.5), (context, 7.5)))
+        np.testing.assert_allclose(one, prompt, atol=1e-5)
+        np.testing.assert_allclose(none, negative, atol=1e-5)
+        assert abs(other[1] - prompt[1]).max() > 1e-3 < abs(negative[1] - prompt[1]).max()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("config", [CONFIG, TWO_ENCODERS], ids=["one encoder", "two encoders"])
+def test_both_contexts_at_once_are_one_after_the_other(config, backend, tmp_path):
+    """As the command line asks, and as the lesson does: by batch or by core."""
+    model = sd.load(write_model(tmp_path / "model", config), backend)
+    context, pooled = sd.embed_prompts(model, ["a dog", "red apple"])
+    x = normal(3, 8, 6, 4).astype(np.float32)
+    lesson, command = (denoiser(model, context, 3.0, pooled)(x, 500, ALPHA_BAR[500])
+                       for denoiser in (sd.denoiser, like_diffusers.denoiser))
+    assert (pooled is None) == (config is CONFIG)
+    for ours, theirs in zip(lesson, command, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * abs(theirs).max())
+
+
+def test_a_picture_with_nothing_but_a_prompt(model):
+    """20 evenly spaced steps of ddim from NumPy's noise of seed 0, at the model's own guidance."""
+    *_, x = path = list(sd.generate(model, "red apple"))
+    context, pooled = sd.embed_prompts(model, [None, "red apple"])
+    x_T = np.random.default_rng(0).standard_normal((8, 8, 4), np.float32)[None]
+    *_, expected = sd.ddim(sd.denoiser(model, context, 7.5, pooled), x_T,
+                           sd.evenly_spaced_steps(20, model.alpha_bars))
+    assert len(path) == 20 and np.array_equal(x, expected)
+
+
+def test_noise_says_how_many_pictures_and_how_large(model):
+    def draw(seeds, shape):
+        return last(model, "red", steps=sd.evenly_spaced_steps(2, ALPHA_BAR),
+                    sampler=sd.ddpm, noise=sd.numpy_noise(seeds, shape))
+
+    three, one = draw([4, 5, 6], (6, 10, 4)), draw([5], (6, 10, 4))
+    assert three.shape == (3, 6, 10, 4)
+    np.testing.assert_allclose(three[1], one[0], atol=1e-5 * abs(one).max())
+    assert abs(three[0] - three[1]).max() > 0.1
+
+
+def test_a_picture_from_a_picture_begins_at_its_level(model):
+    """Whatever the sampler is handed first; and a mask keeps the rest of the picture."""
+    picture = np.random.default_rng(0).integers(256, size=(12, 20, 3), dtype=np.uint8)
+    steps, rng = sd.evenly_spaced_steps(10, ALPHA_BAR), np.random.default_rng(3)
+    eps = [rng.standard_normal((1, 6, 10, 4), np.float32) for _ in range(3)]
+    begun = []
+
+    def sampler(denoise, x, steps, noise):
+        begun.append((x.copy(), len(steps)))
+        return sd.ddim(denoise, x, steps)
+
+    def draw(**settings):
+        stream = iter(eps)
+        return last(model, "red", sampler=sampler, steps=steps, noise=lambda: next(stream),
+                    picture=picture, **settings)
+
+    draw(strength=0.4)
+    x_0 = sd.encode(model, picture, eps[0])
+    np.testing.assert_allclose(begun[0][0], sd.add_noise(x_0, steps[6][1], eps[1]), atol=1e-6)
+    assert begun[0][1] == 4
+
+    mask = np.arange(12)[:, None] + np.zeros(20) >= 6
+    partly, afresh = draw(strength=0.4, mask=mask), draw(strength=1, mask=mask)
+    for x in partly, afresh:
+        np.testing.assert_allclose(x[:, :3], x_0[:, :3], atol=1e-6)
+        assert abs(x[:, 3:] - x_0[:, 3:]).min(axis=-1).max() > 0.01
+    assert np.array_equal(begun[1][0], begun[0][0]) and np.array_equal(begun[2][0], eps[1])
 
 
 @SAMPLERS
 def test_a_sampler_given_as_a_function_takes_the_steps_of_its_name(model, sampler):
     """The spacing depends on the name: linspace for euler, leading for ddim."""
-    by_name, by_function = (last(model, "red apple", steps=4, sampler=which)
+    by_name, by_function = (drawn(model, "red apple", steps=4, sampler=which)
                             for which in (sampler, sd.SAMPLERS[sampler]))
     assert np.array_equal(by_name, by_function)
 
 
 @SAMPLERS
 def test_a_seed_means_the_same_picture_in_any_batch(model, sampler):
-    three, one = (last(model, "red apple", seeds=seeds, steps=4, sampler=sampler)
+    three, one = (drawn(model, "red apple", seeds=seeds, steps=4, sampler=sampler)
                   for seeds in ((5, 6, 7), (6,)))
     assert three.shape == (3, 8, 8, 4) and three.dtype == np.float32
     np.testing.assert_allclose(three[1], one[0], atol=1e-5 * abs(one).max())
@@ -386,7 +468,8 @@ def test_training_lowers_the_loss():
                        for i, shape in enumerate([(8, 6, 4), (8, 6, 4), (12, 12)]))
 
     def predict(x_t):
-        return sd.unet(x_t, np.array([10., 300, 900]), words, (2, 2), 4, **weights)
+        temb = sd.time_mlp(x_t, np.array([10., 300, 900]), **weights["time_embedding"])
+        return sd.unet(x_t, temb, words, (2, 2), 4, **weights)
 
     losses = []
     for _ in range(5):
@@ -426,6 +509,28 @@ def three_pictures():
     return np.stack(pictures).astype(np.float32)
 
 
+def test_training_at_chosen_times_with_chosen_weights(tmp_path):
+    """Without a rate nothing changes but the loss, by the weight of the time's level."""
+    import torch
+    model = sd.load(write_model(tmp_path / "model"), "torch")
+    latents = torch.tensor(normal(3, 8, 8, 4), dtype=torch.float32)
+
+    def losses(**settings):
+        rng, optimizer = np.random.default_rng(1), torch.optim.SGD(sd.parameters(model.unet), 0.0)
+        batches = sd.random_batches(latents, ["red", "apple", "re"], 4, rng)
+        return list(islice(sd.train(model, optimizer, batches, rng, **settings), 2))
+
+    asked = []
+
+    def at_900(n, T, rng):
+        asked.append((n, T))
+        return np.full(n, 900)
+    plain = losses(times=at_900)
+    twice = losses(times=at_900, weight=lambda levels: 2 * (levels == ALPHA_BAR[900]))
+    assert set(asked) == {(4, 1000)} and twice == pytest.approx([2 * x for x in plain])
+    assert losses() != pytest.approx(plain)
+
+
 @pytest.mark.slow
 def test_training_from_nothing():
     """tiny_sd.train alone: the loss falls to a sixth, and each caption draws its own picture.
@@ -443,16 +548,16 @@ def test_training_from_nothing():
     before = [array.clone() for array in sd.flatten(model.vae).values()]
 
     optimizer = torch.optim.Adam(sd.parameters(model.unet, model.encoders[0].weights), lr=0.003)
-    steps = sd.train(model, optimizer, torch.tensor(pictures), captions, 400, batch_size=32)
-    losses = np.array(list(steps))
-    assert len(losses) == 400 and losses[-30:].mean() < losses[:10].mean() / 6
+    rng = np.random.default_rng(0)
+    batches = sd.random_batches(torch.tensor(pictures), captions, 32, rng)
+    losses = np.array(list(islice(sd.train(model, optimizer, batches, rng), 400)))
+    assert losses[-30:].mean() < losses[:10].mean() / 6
     assert all(torch.equal(a, b) for a, b in zip(before, sd.flatten(model.vae).values()))
 
     for caption, own in zip(captions, pictures):
         for guidance in (1, 2):
-            *_, drawn = like_diffusers.generate(model, caption, sampler="ddim", guidance=guidance,
-                                    seeds=(1, 2))
-            for x in drawn:
+            noise = sd.numpy_noise((1, 2), own.shape)
+            for x in last(model, caption, guidance=guidance, noise=noise):
                 errors = [np.sqrt(np.square(x - other).mean()) for other in pictures]
                 assert errors[np.argmin(errors)] == np.sqrt(np.square(x - own).mean()) < 0.5
                 assert sorted(errors)[1] > 1
