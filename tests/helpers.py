@@ -54,16 +54,18 @@ def write_model(folder, config=CONFIG):
     return models.write_model(folder, config, TOKENIZER)
 
 
-def launch(*argv, python=(), under=(), **environment):
+PROGRAM = Path(sd.__file__).parent / "tiny_sd.py"
+
+
+def launch(*argv, program=PROGRAM, python=(), under=(), cwd=None, **environment):
     """Start the program in a process of its own, which any signal ends; return its Popen.
 
     python: options of Python itself. under: a command to run it under. Its stdout is buffered,
     whatever the tests' own is.
     """
-    program = Path(sd.__file__).parent / "tiny_sd.py"
     return subprocess.Popen(
         [*under, sys.executable, *python, program, *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
+        stderr=subprocess.PIPE, cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
         preexec_fn=all_signals_end_it)
 
 

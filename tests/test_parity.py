@@ -16,8 +16,10 @@ import transformers
 from PIL import Image
 
 import tiny_sd
-from conftest import ROOT, SCHEDULER, TEXT, UNET, VAE, make_unet, record, same
-from extras import checks, formats, like_diffusers
+from conftest import ROOT, SCHEDULER, TEXT, make_unet, record, same
+from extras import formats, like_diffusers
+from extras.tools import models
+from helpers import shapes_of
 from layers import network
 
 CLASSES = {
@@ -235,7 +237,8 @@ def test_unet(changes, folder_with, model, backend, reference):
             np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)),
         )
         expected = network(first(x), torch.as_tensor(t), torch.as_tensor(context)).sample
-        ours = tiny_sd.unet(x, t, context, heads, 32, **model.unet)
+        temb = model.embed_time(model, x, t)
+        ours = tiny_sd.unet(x, temb, context, heads, 32, **model.unet)
         same("U-Net", ours, last(expected), 2e-5)
 
 
@@ -317,45 +320,21 @@ def test_noise(seed):
 
 # ── Names and sizes of the true Stable Diffusion 1.5 ──────────────────────────────────────────────
 
-TRUE = {
-    "text_encoder": (
-        {
-            **TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
-        123_060_480,
-    ),
-    "vae": (
-        {**VAE, "block_out_channels": (128, 256, 512, 512), "in_channels": 3, "out_channels": 3},
-        83_653_863,
-    ),
-    "unet": (
-        {
-            **UNET, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
-            "in_channels": 4, "out_channels": 4,
-        },
-        859_520_964,
-    ),
-}
+NETWORKS = {    # and how many numbers each has
+    "text_encoder": (lambda **config: transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(**config)), 123_060_480),
+    "vae": (diffusers.AutoencoderKL, 83_653_863),
+    "unet": (diffusers.UNet2DConditionModel, 859_520_964)}
 
 
-@pytest.mark.parametrize("part", TRUE)
+@pytest.mark.parametrize("part", NETWORKS)
 def test_parameters_of_stable_diffusion(part):
-    config, count = TRUE[part]
+    config, (network, count) = models.sd15()[part], NETWORKS[part]
     with torch.device("meta"):
-        network = {
-            "text_encoder": lambda **c: transformers.CLIPTextModel(
-                transformers.CLIPTextConfig(**c)
-            ),
-            "vae": diffusers.AutoencoderKL,
-            "unet": diffusers.UNet2DConditionModel,
-        }[part](**config)
-    theirs = {
-        name.removeprefix("text_model."): tuple(p.shape) for name, p in network.named_parameters()
-    }
-    ours = tiny_sd.flatten(checks.SHAPES[part](tiny_sd.read_config(part, config)))
-    assert ours == theirs
-    assert sum(map(np.prod, ours.values())) == count
+        theirs = {name.removeprefix("text_model."): tuple(p.shape)
+                  for name, p in network(**config).named_parameters()}
+    assert shapes_of(part, config) == theirs
+    assert sum(map(np.prod, theirs.values())) == count
 
 
 # ── Whole pictures ────────────────────────────────────────────────────────────────────────────────
@@ -401,14 +380,11 @@ def reference_pictures(reference):
     return draw
 
 
-def draw_with(
-    pipe, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength,
-    kind,
-):
+def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
+              strength, kind):
     scheduler = CLASSES[sampler].from_config(
         pipe.scheduler.config, timestep_spacing="leading", clip_sample=False, prediction_type=kind,
-        **OPTIONS.get((sampler, karras), {}),
-    )
+        **OPTIONS.get((sampler, karras), {}))
     takes = {"width": width, "height": height}
     cls = diffusers.StableDiffusionPipeline
     if init:
@@ -416,30 +392,20 @@ def draw_with(
         takes = {"image": Image.fromarray(some_picture(init, width, height)), "strength": strength}
     pipe = cls(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return np.stack(
-        [
-            np.asarray(image)
-            for image in pipe(
-                prompt, negative_prompt=negative, num_images_per_prompt=len(seeds),
-                generator=generators, num_inference_steps=steps, guidance_scale=guidance, **takes,
-            ).images
-        ]
-    )
+    images = pipe(prompt, negative_prompt=negative, num_images_per_prompt=len(seeds),
+                  generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                  num_inference_steps=steps, guidance_scale=guidance, **takes).images
+    return np.stack(list(map(np.asarray, images)))
 
 
-def draw(
-    model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init, strength,
-    kind,
-):
+def draw(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
+         strength, kind):
     scheduler = SimpleNamespace(**vars(model.config.scheduler) | {"prediction_type": kind})
     config = SimpleNamespace(**vars(model.config) | {"scheduler": scheduler})
     model = dataclasses.replace(model, config=config)
     init = some_picture(init, width, height) if init else None
-    *_, x = like_diffusers.generate(
-        model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
-        strength,
-    )
+    *_, x = like_diffusers.generate(model, prompt, negative, seeds, steps, guidance, sampler,
+                                    karras, width, height, init, strength)
     return tiny_sd.decode(model, x)
 
 

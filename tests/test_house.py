@@ -1,0 +1,121 @@
+"""The order of the house: the lesson reads in one direction, and arrows only point down."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+SOURCE = (ROOT / "tiny_sd.py").read_text(encoding="utf-8")
+LINES, TREE = SOURCE.splitlines(), ast.parse(SOURCE)
+RULER = next(i for i, line in enumerate(LINES, 1) if line.startswith("# ═"))
+FILES = {"tiny_sd": ROOT / "tiny_sd.py"} | {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in (ROOT / "extras").rglob("*.py") if path.stem != "__init__"}
+
+
+# ── The lesson ──────────────────────────────────────────────────────────────────────────────────
+
+
+def defined():
+    """Return {name: the first line that defines it} of the top level of tiny_sd.py."""
+    lines = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines.setdefault(node.name, node.lineno)
+        elif isinstance(node, ast.Assign):
+            for name in ast.walk(ast.Tuple(node.targets)):
+                if isinstance(name, ast.Name):
+                    lines.setdefault(name.id, node.lineno)
+    return lines
+
+
+def test_the_lesson_reads_in_one_direction():
+    """What it uses stands above, but for the table that the ruler's other side fills: TORCH."""
+    lines, ahead = defined(), set()
+    for node in TREE.body:
+        if node.lineno < RULER:
+            ahead |= {name.id for name in ast.walk(node)
+                      if isinstance(name, ast.Name) and lines.get(name.id, 0) > node.end_lineno}
+    assert ahead == {"TORCH"} and lines["TORCH"] > RULER
+
+
+def test_the_lesson_is_short():
+    assert RULER <= 1030 and len(LINES) <= 1410
+    assert max(map(len, LINES)) <= 100
+    long = {node.name: node.end_lineno - node.body[1].lineno + 1 for node in TREE.body
+            if isinstance(node, ast.FunctionDef) and node.lineno < RULER and len(node.body) > 1}
+    assert {name for name, length in long.items() if length > 25} <= {"generate"}
+
+
+def test_every_definition_of_the_lesson_says_what_it_is():
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), node.name
+
+
+# ── What imports what ───────────────────────────────────────────────────────────────────────────
+
+
+def imports(name):
+    """Return the modules of ours that a file of ours imports, with the lines where it does."""
+    found = {}
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, "an import says the whole name"
+                names = [node.module, *(f"{node.module}.{alias}" for alias in names)]
+            found |= {module: node.lineno for module in names if module in FILES}
+    return found
+
+
+def in_order(below):
+    """Return names so that each stands after those it needs: {name: names}; fail on a circle."""
+    order = []
+    while len(order) < len(below):
+        free = [name for name in below if name not in order and below[name] <= {*order}]
+        assert free, f"in a circle: {sorted(below.keys() - {*order})}"
+        order += free
+    return order
+
+
+def test_the_lesson_imports_nothing_of_ours_but_the_start_of_the_program():
+    found = imports("tiny_sd")
+    assert found.keys() == {"extras.start"}
+    guard = next(node for node in TREE.body if isinstance(node, ast.If)
+                 and node.lineno < found["extras.start"] <= node.end_lineno)
+    assert "__name__ == '__main__'" in ast.unparse(guard.test)
+
+
+def test_arrows_only_point_down():
+    """No file, and no folder, needs one that needs it; the lesson's start of the program aside.
+
+    And none but other programs need the command line; the start knows it by name alone.
+    """
+    below = {name: {*imports(name)} for name in FILES} | {"tiny_sd": set()}
+    assert in_order(below)[0] == "tiny_sd"
+    assert {name for name in FILES if "extras.cli" in below[name]} == {
+        "extras.studio", "extras.training.teach"}
+
+    def folder(name):
+        return name.rpartition(".")[0]
+    folders = {folder(name): set() for name in FILES}
+    for name in FILES:
+        folders[folder(name)] |= {*map(folder, below[name])} - {folder(name)}
+    assert in_order(folders) == ["", "extras", "extras.training", "extras.tools"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FILES if "tools" not in name])
+def test_each_file_can_be_imported_first(name):
+    """And, but for extras.fast, changes nothing of the process."""
+    script = (f"import os, signal, sys, threading; before = dict(os.environ); import {name}; "
+              "print(sys.excepthook is sys.__excepthook__, threading.active_count(), "
+              "signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, before == dict(os.environ))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.split()[:3] == ["True", "1", "True"]
+    with_fast = "extras.fast" in imports(name) or name in ("extras.fast", "extras.start")
+    assert with_fast or done.stdout.split()[3] == "True"
