@@ -184,6 +184,8 @@ class Worker:
 
     def ask(self, request):
         """Send a request; return its number and the queue of its answers, which "end" ends."""
+        if self.process is None:
+            self.start()
         number, answers = next(self.numbers), queue.SimpleQueue()
         self.queues[number] = answers
         self.send(request | {"id": number})
@@ -196,7 +198,7 @@ class Worker:
             self.process.stdin.flush()
         except (AttributeError, OSError, ValueError):       # it is no more
             if answers := self.queues.get(request["id"]):
-                answers.put({"event": "error", "text": "tiny_sd.py does not run as it is"})
+                answers.put({"event": "error", "text": "the process that draws has ended"})
                 answers.put({"event": "end"})
 
     def forget(self, number):

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from extras import play
+from extras import play, studio
 from helpers import all_signals_end_it, write_model
 
 pytestmark = pytest.mark.slow
@@ -190,6 +191,17 @@ def test_steps_arrive_and_then_the_picture(site):
     assert len(found[-2]["pushes"]) == 3
     words = found[0]["words"]
     assert [word["text"] for word in words] == ["(start)", "red", "apple", "(end and padding)"]
+
+
+def test_the_guesses_of_large_pictures(site, monkeypatch):
+    """Are shown in small: a map of the latents, which takes no VAE."""
+    monkeypatch.setattr(studio, "LIVE", 0)
+    found = []
+    room = studio.Studio(["--play", "-m", str(site.folder / "tiny")], queue.SimpleQueue(),
+                         lambda **answer: found.append(answer))
+    room.answer({"id": 1, "ask": "draw", "prompt": "red", "steps": 1})
+    assert pixels(found[1]["x_0"]).shape == (8, 8, 3)
+    assert pixels(found[2]["picture"]).shape == (16, 16, 3)
 
 
 def test_it_saves_what_the_command_line_draws(site):
@@ -502,3 +514,13 @@ def test_every_screen(page, width, scheme):
                                 "getComputedStyle(document.body).backgroundColor]")
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, ground)]
     assert abs(light[0] - light[1]) > 400 and (light[0] < light[1]) == (scheme == "light")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
+def test_the_process_that_draws_is_killed(page, site):
+    """As for want of memory: the page says so, and Draw starts another."""
+    drawn(page)
+    os.kill(state(site)["pid"], signal.SIGKILL)
+    page.locator("#code", has_text="has ended").wait_for()
+    drawn(page)
+    page.locator("#code").wait_for(state="hidden")
