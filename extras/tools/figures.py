@@ -1,0 +1,507 @@
+"""The pictures of NOTES.md.
+
+    python -m extras.tools.figures                  draws all of them again, in a few minutes
+    python -m extras.tools.figures flow moons       only these
+
+From fixed seeds and the bundled model; clip, moons and training train a small network first. Needs
+matplotlib and torch.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+import tiny_sd
+from extras import samplers
+from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.tools import moons
+from extras.training.fitting import initial
+
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+FOX, STEPS = "a fox on a light blue background", 20
+RED, BLUE, GREEN = "#b3262e", "#1f5fa8", "#2f7d32"
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+# ── Pages ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def grid(rows, across=(), down=(), size=96, gap=4, **how):
+    """Return a figure of rows of pictures, with words above the columns and before the rows."""
+    rows, top = [list(row) for row in rows], 20 * bool(across)
+    left = max([0, *(8 + 6 * len(word) for word in down)])
+    width = left + len(rows[0]) * (size + gap) - gap
+    height = top + len(rows) * (size + gap) - gap
+    figure = Figure((width / 100, height / 100), dpi=100)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            x, y = left + j * (size + gap), height - top - i * (size + gap) - size
+            axes = figure.add_axes((x / width, y / height, size / width, size / height))
+            axes.imshow(picture, interpolation="nearest", **how)
+            axes.set_axis_off()
+            if i == 0 and across:
+                axes.set_title(across[j], pad=4)
+            if j == 0 and down:
+                axes.text(-0.06, 0.5, down[i], transform=axes.transAxes, ha="right", va="center")
+    return figure
+
+
+def plot(width=6.4, height=3.0, **settings):
+    """Return a figure, and its one pair of axes with these settings."""
+    figure = Figure((width, height), dpi=100, layout="constrained")
+    return figure, figure.add_subplot(**settings)
+
+
+def save(figure, path):
+    """Write a figure as a PNG of at most 256 colours."""
+    page = io.BytesIO()
+    figure.savefig(page, facecolor="white")
+    Image.open(page).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+# ── What the model draws ────────────────────────────────────────────────────────────────────────
+
+
+def latents_of(model, prompt=FOX, seed=0, steps=STEPS, **settings):
+    """Return the last latents (1, h, w, 4) that a prompt leads to."""
+    noise = tiny_sd.numpy_noise([seed], tiny_sd.latent_shape(model))
+    steps = tiny_sd.evenly_spaced_steps(steps, model.alpha_bars)
+    *_, x = tiny_sd.generate(model, prompt, noise=noise, steps=steps, **settings)
+    return x
+
+
+def drawn(model, *args, **settings):
+    """Return the picture (height, width, 3) that a prompt leads to."""
+    return tiny_sd.decode(model, latents_of(model, *args, **settings))[0]
+
+
+def encoded(model, pictures):
+    """Return the scaled latents (n, h, w, 4) of some pictures, as a tensor."""
+    zeros = np.zeros((1, *tiny_sd.latent_shape(model)), np.float32)
+    return torch.from_numpy(np.concatenate([tiny_sd.encode(model, p, zeros) for p in pictures]))
+
+
+def remembering(seen):
+    """Return a make_denoiser for generate() that appends (t, x_t, x̂_0) to a list at each step."""
+    def make_denoiser(*args):
+        denoise = tiny_sd.denoiser(*args)
+
+        def watched(x_t, t, alpha_bar):
+            x_0, eps = denoise(x_t, t, alpha_bar)
+            seen.append((t, x_t.copy(), x_0))
+            return x_0, eps
+        return watched
+    return make_denoiser
+
+
+@contextlib.contextmanager
+def watching_attention(maps, n_tokens):
+    """While it lasts, append the probabilities (pixels, tokens) of each cross-attention."""
+    original = tiny_sd.dot_product_attention
+
+    def watched(q, k, v, causal=False):
+        if k.shape[2] == n_tokens and not causal:
+            maps.append(tiny_sd.softmax(q @ k.mT / math.sqrt(q.shape[-1])).mean((0, 1)))
+        return original(q, k, v, causal)
+    tiny_sd.dot_product_attention = watched
+    try:
+        yield
+    finally:
+        tiny_sd.dot_product_attention = original
+
+
+def tokens_of_words(tokenizer, prompt):
+    """Return [(word, slice of its tokens in the context)]."""
+    found, start = [], 1
+    for word in tokenizer.words(prompt):
+        n = len(tokenizer.merge(word))
+        found.append((word, slice(start, start + n)))
+        start += n
+    return found
+
+
+# ── Sections 3 to 5 ─────────────────────────────────────────────────────────────────────────────
+
+SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
+             "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
+
+
+def heat_table(axes, values, names, columns=()):
+    """Draw a table of numbers from 0 to 1 as colours, with names before the rows."""
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{max(0, value):.1f}"[1 if value < 0.95 else 0:], ha="center",
+                  va="center", size=7, color="white" if value < 0.6 else "black")
+
+
+def text_picture(model):
+    """The cosines of the text encoder's rows at EOS, less what all sentences have in common."""
+    tokenizer = model.encoders[0].tokenizer
+    ends = [len(tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
+    rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
+    rows = rows - rows.mean(0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    figure, axes = plot(5.4, 3.4)
+    heat_table(axes, rows @ rows.T, SENTENCES)
+    return figure
+
+
+def latents_picture(model):
+    """A picture, its latent channels, and what the decoder makes of them."""
+    picture = drawn(model)
+    z = encoded(model, [picture]).numpy()
+    channels = [np.repeat(channel[..., None], 3, -1) / 6 + 0.5 for channel in np.moveaxis(z[0], -1, 0)]
+    titles = ["picture", *(f"channel {i}" for i in range(4)), "decoded"]
+    return grid([[picture, *np.clip(channels, 0, 1), tiny_sd.decode(model, z)[0]]], titles, size=128)
+
+
+def time_picture(model):
+    """The embedding of every second time, a column each: cosines above, sines below."""
+    waves = tiny_sd.timestep_embedding(np.arange(0, 1000, 2.0), 64).T
+    figure, axes = plot(6.4, 2.4, xlabel="t")
+    axes.imshow(waves, cmap="gray", aspect="auto", extent=(0, 1000, 64, 0), interpolation="nearest")
+    axes.set_yticks([16, 48], ["cosines", "sines"])
+    return figure
+
+
+def words_picture(model):
+    """The attention to each word of the prompt, over all steps, at the finest resolution."""
+    tokenizer, maps = model.encoders[0].tokenizer, []
+    context = tiny_sd.encode_prompts(model, [""])
+    with watching_attention(maps, context.shape[1]):
+        x = latents_of(model, guidance=1)
+    pixels = max(len(m) for m in maps)
+    mean = np.mean([m for m in maps if len(m) == pixels], axis=0)       # (pixels, tokens)
+    side, picture = math.isqrt(pixels), tiny_sd.decode(model, x)[0]
+    words, cells = tokens_of_words(tokenizer, FOX), [picture]
+    for _, tokens in words:
+        values = mean[:, tokens].sum(1).reshape(side, side)
+        values = (255 * values / values.max()).astype(np.uint8)
+        heat = Image.fromarray(values).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
+        gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255
+        cells.append(0.3 * gray + 0.7 * matplotlib.colormaps["inferno"](np.asarray(heat))[..., :3])
+    return grid([cells], ["drawn", *(word for word, _ in words)], size=128)
+
+
+# ── Section 6 ───────────────────────────────────────────────────────────────────────────────────
+
+
+def flow_picture(model):
+    """Where pictures are +1 and -1: the density of x_t, and paths of ddim through it."""
+    alpha_bar = 1 / (1 + np.geomspace(14.6, 0.03, 400) ** 2)
+    values, variance = np.linspace(-2.5, 2.5, 300)[:, None], 1 - alpha_bar
+    density = sum(np.exp(-(values - sign * np.sqrt(alpha_bar)) ** 2 / (2 * variance))
+                  for sign in (1, -1)) / np.sqrt(variance)
+
+    def denoise(x, t, alpha_bar):
+        x_0 = np.tanh(x * math.sqrt(alpha_bar) / (1 - alpha_bar))
+        return x_0, (x - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
+
+    steps = [(0, *pair) for pair in zip(alpha_bar.tolist(), alpha_bar[1:].tolist())]
+    starts = np.linspace(-2.1, 2.1, 16)
+    paths = np.array([starts, *tiny_sd.ddim(denoise, starts, steps)])
+    figure, axes = plot(7.2, 3.6, xlabel="σ, the noise-to-signal ratio", ylabel="x_t")
+    axes.imshow(density ** 0.5, cmap="inferno", vmax=1.6, aspect="auto", origin="lower",
+                extent=(0, 399, -2.5, 2.5))
+    axes.plot(paths, color="#7fd0ff", linewidth=1)
+    at = [0, 1, 0.3, 0.1, 0.03]
+    axes.set_xticks(*zip(*[(399 * math.log(14.6 / s) / math.log(14.6 / 0.03), f"{s:g}")
+                           for s in [14.6, 5, *at[1:]]]))
+    return figure
+
+
+def noising_picture(model):
+    """Ever more noise on one picture, by the closed form."""
+    x, times = latents_of(model), [0, 100, 200, 354, 500, 700, 999]
+    noise = tiny_sd.numpy_noise([1], x.shape[1:])()
+    noisy = [tiny_sd.add_noise(x, model.alpha_bars[t], noise) for t in times]
+    return grid([[tiny_sd.decode(model, x_t)[0] for x_t in noisy]], [f"t = {t}" for t in times], size=128)
+
+
+def alpha_bar_picture(model):
+    """The schedule: ᾱ, and the amplitudes of picture and noise, over t."""
+    alpha_bar = tiny_sd.scaled_linear_schedule()
+    figure, axes = plot(xlabel="t", xlim=(0, 1000), ylim=(0, 1))
+    for values, colour, name, x in ((alpha_bar, RED, "signal's share of the variance, ᾱ", 190),
+                                    (alpha_bar ** 0.5, BLUE, "amplitude of the picture, √ᾱ", 600),
+                                    ((1 - alpha_bar) ** 0.5, GREEN, "amplitude of the noise", 560)):
+        axes.plot(values, color=colour, linewidth=2)
+    axes.text(20, 0.62, "ᾱ, the fraction of\nthe variance that\nis signal", color=RED)
+    axes.text(560, 0.5, "√ᾱ, the amplitude of the picture", color=BLUE)
+    axes.text(560, 0.8, "√(1 - ᾱ), the amplitude of the noise", color=GREEN)
+    axes.axvline(354, color="gray", linewidth=0.8)
+    axes.text(360, 0.03, "t = 354", color="gray")
+    return figure
+
+
+def plane(figure, position, points, title):
+    """Return axes of a plane with faint points and no ticks."""
+    axes = figure.add_subplot(*position, title=title, xlim=(-2.9, 2.9), ylim=(-2.3, 2.3), aspect=1)
+    axes.set_axis_off()
+    axes.scatter(*points.T, s=2, color="#ccc", linewidths=0)
+    return axes
+
+
+def moons_picture(model):
+    """Two moons: arrows from x̄ to the guesses, exact and learnt, at two levels; drawn points."""
+    rng = np.random.default_rng(0)
+    weights = moons.new_network(rng)
+    for _ in tqdm(moons.train(weights, lambda n: moons.two_moons(n, rng)[0], 4000, rng), "moons",
+                  4000, leave=False):
+        pass
+    points, _ = moons.two_moons(3000, rng)
+    learnt, exact = moons.learnt_denoiser(weights), moons.exact_denoiser(points)
+    figure = Figure((8.4, 2.5), dpi=100, layout="constrained")
+    for i, t in enumerate((600, 250)):
+        alpha_bar = moons.ALPHA_BARS[t]
+        axes = plane(figure, (1, 3, 1 + i), points, f"t = {t}: exact (black), learnt (red)")
+        x_bar = np.stack(np.meshgrid(np.linspace(-2.4, 2.4, 13), np.linspace(-1.9, 1.9, 11)), -1).reshape(-1, 2)
+        for denoise, colour, width in ((exact, "black", 0.005), (learnt, RED, 0.0025)):
+            x_0, _ = denoise(alpha_bar ** 0.5 * x_bar, t, alpha_bar)
+            axes.quiver(*x_bar.T, *(0.4 * (x_0 - x_bar)).T, color=colour, width=width,
+                        angles="xy", scale_units="xy", scale=1)
+    *_, x = tiny_sd.ddim(learnt, rng.standard_normal((1000, 2)),
+                         tiny_sd.evenly_spaced_steps(50, moons.ALPHA_BARS))
+    axes = plane(figure, (1, 3, 3), points, "1000 points drawn with it")
+    axes.scatter(*x.T, s=3, color=BLUE, linewidths=0)
+    return figure
+
+
+def arrows_picture(model):
+    """Guidance: the guesses without and with "upper", their extrapolation, and what is drawn."""
+    rng = np.random.default_rng(1)
+    points, upper = moons.two_moons(3000, rng)
+    nothing, caption = moons.exact_denoiser(points), moons.exact_denoiser(points[upper])
+    figure = Figure((8.4, 2.3), dpi=100, layout="constrained")
+    axes, t, x_bar = plane(figure, (1, 4, 1), points, "the guesses at t = 500"), 500, [[0.2, -1.9]]
+    alpha_bar, x_bar = moons.ALPHA_BARS[t], np.array(x_bar)
+    guesses = [f(alpha_bar ** 0.5 * x_bar, t, alpha_bar)[0] for f in (nothing, caption)]
+    guesses.append(tiny_sd.guide(*guesses, 3))
+    axes.plot(*np.concatenate(guesses).T, color="gray", linewidth=0.8, linestyle="--")
+    for guess, colour, name in zip(guesses, ("black", BLUE, RED), ("without", "with caption", "w = 3")):
+        axes.annotate("", guess[0], x_bar[0], arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.6})
+        axes.text(*(guess[0] + [0.1, 0.05]), name, color=colour)
+    axes.plot(*x_bar.T, "ko", markersize=4)
+    axes.text(*(x_bar[0] + [0.12, -0.1]), "x_t")
+
+    noise = rng.standard_normal((400, 2))
+    for i, w in enumerate((1, 3, 8)):
+        def guided(x, t, alpha_bar, w=w):
+            eps = tiny_sd.guide(nothing(x, t, alpha_bar)[1], caption(x, t, alpha_bar)[1], w)
+            return tiny_sd.split_prediction("epsilon", eps, x, alpha_bar)
+        *_, x = tiny_sd.ddim(guided, noise, tiny_sd.evenly_spaced_steps(50, moons.ALPHA_BARS))
+        axes = plane(figure, (1, 4, 2 + i), points, f"drawn with w = {w}")
+        axes.scatter(*x.T, s=3, color=BLUE if w == 1 else RED, linewidths=0)
+    return figure
+
+
+def film_picture(model):
+    """What a sampler holds and what the network guesses, on the way to one picture."""
+    seen = []
+    latents_of(model, make_denoiser=remembering(seen))
+    steps = [*seen[::3], seen[-1]]
+    rows = [[tiny_sd.decode(model, step[k])[0] for step in steps] for k in (1, 2)]
+    return grid(rows, [f"t = {t}" for t, _, _ in steps], ["x_t", "guess"], 128)
+
+
+GUIDED = [("a cat", 0), ("a hamburger", 1), ("a rocket on a blue background", 2)]
+
+
+def guidance_picture(model):
+    """Three prompts with more and more guidance."""
+    scales = [1, 2, 4, 8, 16]
+    rows = [[drawn(model, prompt, seed, guidance=scale) for scale in scales]
+            for prompt, seed in GUIDED]
+    return grid(rows, [f"w = {scale}" for scale in scales], [prompt for prompt, _ in GUIDED], 128)
+
+
+# ── Sections 7 and 8, Part II ───────────────────────────────────────────────────────────────────
+
+
+def strength_picture(model):
+    """Image to image, from a fox towards a fox and towards a frog."""
+    picture, strengths = drawn(model), [0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
+    rows = [[picture, *(drawn(model, prompt, 1, picture=picture, strength=s) for s in strengths)]
+            for prompt in (FOX, FOX.replace("fox", "frog"))]
+    return grid(rows, ["start", *map(str, strengths)], ["a fox ...", "a frog ..."], 96)
+
+
+def samplers_picture(model):
+    """What three samplers draw over the same few levels, and over many."""
+    counts = [3, 4, 6, 10, 20]
+    named = {"ddim": tiny_sd.ddim, "dpm++2m": tiny_sd.dpm_pp_2m, "euler_a": samplers.euler_ancestral}
+    rows = [[drawn(model, steps=n, sampler=sampler) for n in counts] for sampler in named.values()]
+    return grid(rows, [f"{n} steps" for n in counts], list(named), 128)
+
+
+# Two small trainings, on 24 drawings in each of six styles.
+
+DRAWINGS = tiny_sd.HERE / "tests" / "emoji.zip"
+STYLES = ["blob", "shaded", "flat", "twemoji", "firefox", "noto"]
+PAIRS = ["cat", "dog", "car", "tractor", "rocket", "airplane", "red apple", "rose"]
+TAUGHT = ["cat", "pizza", "red apple", "rocket", "ghost", "tractor", "penguin", "rose", "crown",
+          "bee", "snail", "hamburger"]
+CLIP_STEPS, UNET_STEPS = 400, 480
+
+
+def drawings(style, side):
+    """Return {name: picture (side, side, 3)} of the things drawn in a style, on white."""
+    pictures = {}
+    with zipfile.ZipFile(DRAWINGS) as archive:
+        for i, (name, *_) in enumerate(json.loads(archive.read("things.json"))):
+            drawing = Image.open(io.BytesIO(archive.read(f"{i:04d}-{style}.png"))).convert("RGBA")
+            page = Image.new("RGBA", drawing.size, "white")
+            page.alpha_composite(drawing)
+            pictures[name] = np.asarray(page.convert("RGB").resize((side, side)))
+    return pictures
+
+
+def side_of(model):
+    """Pixels of the model's pictures, in each direction."""
+    return model.factor * model.config.unet.sample_size
+
+
+def encoder_pair(vocabulary, width=64):
+    """Return a text encoder for captions and an image encoder for latents, both untrained."""
+    text = SimpleNamespace(vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
+                           num_hidden_layers=2, max_position_embeddings=77)
+    image = SimpleNamespace(block_out_channels=[16, 32], layers_per_block=1, in_channels=4,
+                            out_channels=4, latent_channels=width // 2)
+    shapes = {"text": text_shapes(text),
+              "image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 16)}}
+    return tiny_sd.nest(initial(shapes, 0))
+
+
+def unit(x):
+    """Return rows scaled to length 1."""
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def clip_scores(model):
+    """Train two encoders on five styles; return u_i · w_j (24, 24) for drawings in the sixth."""
+    side, tokenizer = side_of(model), model.encoders[0].tokenizer
+    latents = torch.stack([encoded(model, drawings(style, side).values()) for style in STYLES])
+    captions = list(drawings("noto", side))
+    ids = torch.tensor(np.stack([tokenizer.encode(caption)[0] for caption in captions]))
+    ends = [len(tokenizer.tokens(caption)) + 1 for caption in captions]
+    pair = encoder_pair(len(tokenizer.vocab))
+    text, image = pair["text"], pair["image"]
+
+    def vectors(latents):
+        states = tiny_sd.text_encoder(ids, 4, tiny_sd.quick_gelu, text["embeddings"],
+                                      text["encoder"]["layers"])
+        return (unit(states[-1][range(len(ids)), ends]),
+                unit(tiny_sd.vae_encoder(latents, 4, **image).mean((1, 2))))
+
+    logit_scale = torch.tensor(math.log(1 / 0.07), requires_grad=True)
+    optimizer = torch.optim.Adam([*tiny_sd.parameters(text, image), logit_scale], lr=2e-3)
+    rng = np.random.default_rng(0)
+    for _ in tqdm(range(CLIP_STEPS), "clip", leave=False):
+        seen = latents[rng.integers(5, size=len(ids)), range(len(ids))]     # one drawing of each
+        seen = seen.roll(rng.integers(-1, 2, 2).tolist(), (1, 2))
+        seen = seen + 0.2 * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
+        loss = tiny_sd.clip_loss(*vectors(seen), logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        u, w = vectors(latents[-1])
+        return captions, (u @ w.T).numpy()
+
+
+def clip_picture(model):
+    """CLIP's matrix of a batch: eight captions with eight drawings, after training."""
+    captions, scores = clip_scores(model)
+    chosen = [captions.index(name) for name in PAIRS]
+    pictures = drawings("noto", 64)
+    figure, axes = plot(4.2, 3.9)
+    heat_table(axes, scores[chosen][:, chosen], [f'"{name}"' for name in PAIRS])
+    for j, name in enumerate(PAIRS):
+        above = axes.inset_axes((j + 0.04 - 0.5, -1.5, 0.92, 0.92), transform=axes.transData)
+        above.imshow(pictures[name])
+        above.set_axis_off()
+    return figure
+
+
+def training(model, shown, every):
+    """Train a small U-Net on twelve drawings; return its losses, and samples {step: pictures}."""
+    side = side_of(model)
+    config = tiny_sd.read_config("unet", {
+        "block_out_channels": [32, 64], "layers_per_block": 1, "attention_head_dim": 4,
+        "cross_attention_dim": model.config.unet.cross_attention_dim, "norm_num_groups": 8,
+        "sample_size": model.config.unet.sample_size, "in_channels": 4, "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]})
+    small = tiny_sd.load("weights/emoji", "torch")
+    small.config.unet = config
+    small.unet = tiny_sd.nest(initial(unet_shapes(config), 0, ("conv_out.weight",)))
+    pictures, rng = drawings("noto", side), np.random.default_rng(0)
+    latents = encoded(model, [pictures[name] for name in TAUGHT])
+    batches = tiny_sd.random_batches(latents, [f"a {name}" for name in TAUGHT], 16, rng)
+    optimizer = torch.optim.Adam(tiny_sd.parameters(small.unet), lr=2e-3)
+
+    @torch.no_grad()
+    def samples():
+        return [drawn(small, caption, steps=12, guidance=2) for caption in shown]
+
+    losses, found = [], {0: samples()}
+    for loss, _ in zip(tiny_sd.train(small, optimizer, batches, rng),
+                       tqdm(range(UNET_STEPS), "training", leave=False)):
+        losses.append(loss)
+        if len(losses) % every == 0:
+            found[len(losses)] = samples()
+    return losses, found
+
+
+def training_picture(model):
+    """A training as it proceeds: the loss of each step, its mean, and samples below their steps."""
+    captions, every = ["a cat", "a red apple", "a rocket"], UNET_STEPS // 8
+    losses, found = training(model, captions, every)
+    mean = [np.mean(losses[max(0, i - 19):i + 1]) for i in range(len(losses))]
+    figure = Figure((7.2, 4.8), dpi=100)
+    axes = figure.add_axes((0.12, 0.5, 0.8, 0.47), xlim=(0, UNET_STEPS), ylim=(0, 1.2),
+                           xticks=list(found), xlabel="steps of training", ylabel="loss")
+    axes.plot(losses, color="#bbb", linewidth=1, label="one step")
+    axes.plot(mean, color=RED, linewidth=2, label="mean of the last 20")
+    axes.legend(frameon=False)
+    for i, (step, pictures) in enumerate(found.items()):
+        for j, picture in enumerate(pictures):
+            below = figure.add_axes((0.12 + 0.1 * i - 0.045, 0.27 - 0.13 * j, 0.09, 0.135))
+            below.imshow(picture)
+            below.set_axis_off()
+            if i == 0:
+                below.text(-0.08, 0.5, captions[j], transform=below.transAxes, ha="right",
+                           va="center")
+    return figure
+
+
+PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().items())
+            if name.endswith("_picture")}
+
+
+def main(names, folder=FOLDER):
+    """Draw the pictures of these names, or all."""
+    model = tiny_sd.load("weights/emoji")
+    for name in tqdm(names or PICTURES, unit="picture"):
+        save(PICTURES[name](model), folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *PICTURES], metavar="NAME")
+    main(parser.parse_args().names)
