@@ -87,7 +87,7 @@ def faster(*names):
     return register
 
 
-# ── Cores ───────────────────────────────────────────────────────────────────────── NOTES §12 ──
+# ── Cores ──────────────────────────────────────────────────────────────────── REFERENCE §12 ──
 #
 # Three ideas carry all the speed. Fewer multiplications: Winograd's convolution needs a quarter.
 # Short ways: the work goes block by block, so that intermediate results stay in the cache. All

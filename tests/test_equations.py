@@ -1,6 +1,7 @@
 """Equations of NOTES.md that no other test computes a second way.
 
-Each calls the program on one side. The table at the notes' end says which test has which equation.
+Each calls the program on one side. A table in extras/REFERENCE.md says which test has which
+equation.
 """
 
 import math
@@ -97,10 +98,10 @@ def test_no_other_score_has_a_lower_loss():
 
 
 def test_the_bound(monkeypatch):
-    """(4.1): vae_loss is -log p(x) and the divergence from the true posterior.
+    """(4.6): vae_loss is -log p(x) and the divergence from the true posterior.
 
     Where z is normal and x = slope z + shift + noise, p(x) and the posterior are known. Twice the
-    loss of (4.1) is a quadratic in ε, whose mean over ε = 1 and ε = -1 is that over all ε.
+    loss of (4.6) is a quadratic in ε, whose mean over ε = 1 and ε = -1 is that over all ε.
     """
     slope, shift, noise = 0.8, 0.3, 0.5                 # p(x | z) = N(slope z + shift, noise²)
     x, mean, logvar = 1.1, -0.4, math.log(0.3)          # q(z | x) = N(mean, 0.3), anything
@@ -131,7 +132,7 @@ def vae():
 
 
 def test_vae_loss(vae):
-    """(4.3) as torch.distributions has it, and (7.1): the rest is the error of what is decoded."""
+    """(4.5) as torch.distributions has it, and (8.1): the rest is the error of what is decoded."""
     picture, eps = (torch.tensor(RNG.standard_normal(shape))
                     for shape in ((3, 8, 6, 3), (3, 4, 3, 4)))
     mean, logvar = sd.vae_encode(picture, vae, 2)
@@ -160,7 +161,7 @@ def test_vae_loss_teaches_every_weight(vae):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_diffusion_loss(kind):
-    """(7.3), for each prediction type, by the scheduler of diffusers; each picture's t its own."""
+    """(8.3), for each prediction type, by the scheduler of diffusers; each picture's t its own."""
     scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     x_0, eps = (torch.tensor(RNG.standard_normal((4, 6, 5, 3))) for _ in range(2))
     t = torch.tensor([0, 17, 500, 999])
@@ -197,7 +198,7 @@ def test_a_prediction_without_loss_splits_into_picture_and_noise(kind):
 
 
 def test_drawn_latents(tmp_path):
-    """(4.2), (4.4): their mean and spread, over many draws."""
+    """(4.3), (4.4): their mean and spread, over many draws."""
     model = sd.load(write_model(tmp_path / "tiny"))
     picture = RNG.integers(256, size=(4, 4, 3), dtype=np.uint8)
     draws = sd.encode(model, picture, RNG.standard_normal((40000, 2, 2, 4)))
@@ -222,7 +223,7 @@ def test_the_scale_makes_the_variance_one(tmp_path):
 
 
 def test_every_grey_level_comes_back(tmp_path):
-    """(8.1), there and back: what encode makes of a picture, decode makes a picture of."""
+    """(7.1), there and back: what encode makes of a picture, decode makes a picture of."""
     model = sd.load(write_model(tmp_path / "tiny"))
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     seen = []
@@ -306,7 +307,7 @@ def test_two_forms_of_the_bound():
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_the_weights_of_the_small_models_loss(t):
-    """Around (7.4): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
+    """Around (8.4): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
     from train import loss_weight
 
     a, snr = ALPHA_BAR[t], ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
@@ -418,7 +419,7 @@ def test_one_step_with_a_constant_guess_is_exact():
 
 
 def test_what_noise_erases():
-    """(8.3), against the integral."""
+    """(7.3), against the integral."""
     a, one, other = 0.3, 0.9, -0.4
     x = np.linspace(-12, 12, 100001)
     variance = sd.add_noise(0.0, a, 1.0) ** 2

@@ -1,6 +1,6 @@
-"""NOTES.md beside the program: sections, names, equations, links, and the numbers that it states.
+"""NOTES.md and extras/REFERENCE.md beside the program: names, equations, links, and the numbers.
 
-A code span of the notes that holds nothing but a name, dotted or called (`unet`, `Noise.uniform`,
+A code span that holds nothing but a name, dotted or called (`unet`, `Tokenizer.merge`,
 `resnet(x, **weights)`), must be a name in tiny_sd.py or, in §12, in extras/fast.py. With another
 file's name before it, as in `formats.fetch`, it must be a name in that file.
 """
@@ -24,17 +24,17 @@ from extras import fast, formats, like_diffusers, samplers
 from helpers import scheduler, shapes_of
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("checks", "cli", "fast", "files", "formats", "samplers", "show")
+EXTRAS = ("checks", "cli", "fast", "files", "formats", "like_diffusers", "samplers", "show")
+PATHS = {"NOTES": "NOTES.md", "REFERENCE": "extras/REFERENCE.md"}
+TEXTS = {name: (ROOT / path).read_text(encoding="utf-8") for name, path in PATHS.items()}
+PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+         for name, text in TEXTS.items()}
+WORDS = {name: re.sub(r"\$`[^`]*`\$", "", text) for name, text in PROSE.items()}
 
-PROGRAM, FAST, NOTES = ((ROOT / name).read_text(encoding="utf-8")
-                        for name in ("tiny_sd.py", "extras/fast.py", "NOTES.md"))
-BLOCKS = re.findall(r"^```math\n(.*?)^```$", NOTES, re.M | re.S)
-PROSE = re.sub(r"^```.*?^```$", "", NOTES, flags=re.M | re.S)
-WORDS = re.sub(r"\$`[^`]*`\$", "", PROSE)               # without inline mathematics
-LESSON, REFERENCE, EFFICIENCY, REST = re.fullmatch(
-    r"(.*)(^## §9 .*?)(^## §12 .*?)(^## (?!§).*)", WORDS, re.M | re.S).groups()
-RULERS = re.findall(r"^# ── (\d+)\. (.+?) ─+(?: NOTES §(\d+) ──)?$", PROGRAM, re.M)
-LAST = 8        # the last section of the lesson
+PROGRAM = (ROOT / "tiny_sd.py").read_text(encoding="utf-8")
+NOTES, BOTH = TEXTS["NOTES"], "\n".join(TEXTS.values())
+BLOCKS = re.findall(r"^```math\n(.*?)^```$", BOTH, re.M | re.S)
+RULERS = re.findall(r"^# ── (\d+)\. (.+?) ─+ NOTES §(\d+) ──$", PROGRAM, re.M)
 ALPHA_BAR = sd.scaled_linear_schedule()
 
 
@@ -45,8 +45,8 @@ def defined_in(source):
 
 
 def section(n):
-    """Return the text of §n of the notes, without its mathematics."""
-    return re.search(rf"^## §{n} .*?(?=^## )", WORDS, re.M | re.S)[0]
+    """Return the text of §n, without its mathematics."""
+    return re.search(rf"^## §{n} .*?(?=^## )", "\n".join(WORDS.values()), re.M | re.S)[0]
 
 
 def lesson_names():
@@ -64,85 +64,98 @@ def names_in(words):
 
 
 def test_sections():
-    """Every ruler of the program is a heading of the notes, in order and with the same title.
-
-    §12 is the one that extras/fast.py refers to.
-    """
-    headings = re.findall(r"^## §(\d+) (.+)$", NOTES, re.M)
-    assert [n for n, _ in headings] == [str(i + 1) for i in range(12)]
-    assert headings[:-1] == [(n, title) for n, title, _ in RULERS]
-    assert all(cited in (n, "") for n, _, cited in RULERS)
-    assert [cited for _, _, cited in RULERS[:LAST]] == [str(n + 1) for n in range(LAST)]
-    assert set(re.findall(r"NOTES §(\d+)", FAST)) == {"12"}
-    assert set(re.findall(r"§(\d+)", PROSE)) <= {n for n, _ in headings}
+    """The lesson's rulers are the notes' headings §1 to §8; the reference goes on to §12."""
+    headings = {name: re.findall(r"^## §(\d+) (.+)$", text, re.M) for name, text in TEXTS.items()}
+    assert headings["NOTES"] == [(n, title) for n, title, _ in RULERS]
+    assert [n for n, _, _ in RULERS] == [cited for _, _, cited in RULERS] == list("12345678")
+    assert [n for n, _ in headings["REFERENCE"]] == ["9", "10", "11", "12"]
+    for path in [ROOT / "tiny_sd.py", *(ROOT / "extras").rglob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"REFERENCE §(\d+)", source)) <= {"9", "10", "11", "12"}, path
+        assert set(re.findall(r"(?<!REFERENCE )§(\d+)", source)) <= set("12345678"), path
+    assert set(re.findall(r"§(\d+)", BOTH)) <= {str(n) for n in range(1, 13)}
 
 
 @pytest.mark.parametrize("module, name", [
-    (module, name) for module, words in ((sd, LESSON + REFERENCE + REST), (fast, EFFICIENCY))
+    (module, name) for module, words in
+    ((sd, "\n".join(WORDS.values()).replace(section(12), "")), (fast, section(12)))
     for name in sorted(names_in(words))])
 def test_names_exist(module, name):
     first, _, rest = name.partition(".")
     if first in EXTRAS:
         module, name = importlib.import_module(f"extras.{first}"), rest
-    functools.reduce(getattr, name.split("."), module)
+    functools.reduce(getattr, name.split("."), sd if first == "tiny_sd" else module)
 
 
 def test_every_function_is_named():
     """The sections of the lesson leave none of its functions and classes out."""
     parts = [sorted(set(names) - {name.split(".")[0] for name in names_in(section(n))})
              for n, names in enumerate(lesson_names(), start=1)]
-    assert parts == [[]] * LAST
+    assert parts == [[]] * len(RULERS)
 
 
-def test_every_section_begins_with_its_functions():
-    for n, names in enumerate(lesson_names(), start=1):
-        heading, opening = section(n).split("\n\n")[:2]
-        assert opening.startswith("*In the code:*"), heading
-        assert re.findall(r"<code>(\w+)</code>", opening) == names, heading
+def numbers_of(text):
+    return [tuple(map(int, found)) for found in re.findall(r"\\tag\{(\d+)\.(\d+)\}", text)]
 
 
 def test_equations():
-    """Numbered 1, 2, 3 in each section, one number a block; none referred to that is not there."""
-    tags = [re.findall(r"\\tag\{(\d+)\.(\d+)\}", block) for block in BLOCKS]
-    assert all(len(found) == 1 for found in tags)
-    sections = re.split(r"^## §\d+ .*$", NOTES, flags=re.M)
-    for n, text in enumerate(sections):
-        found = re.findall(r"\\tag\{(\d+)\.(\d+)\}", text)
-        assert found == [(str(n), str(k + 1)) for k in range(len(found))] and (found or not n)
-    numbers = {".".join(found[0]) for found in tags}
-    assert set(re.findall(r"\((?:the form )?(\d\d?\.\d+)\)", WORDS)) <= numbers
-    for path in [ROOT / "tiny_sd.py", *(ROOT / "extras").glob("*.py")]:
+    """One number a block; each section's are 1, 2, 3, ...; none is referred to that is not there.
+
+    In Part I, and in the reference, they rise; Part II has those that are missing between them.
+    """
+    assert all(len(numbers_of(block)) == 1 for block in BLOCKS)
+    numbers = sorted(numbers_of(BOTH))
+    for n in range(1, 13):
+        assert [k for m, k in numbers if m == n] == list(range(1, sum(m == n for m, _ in numbers) + 1))
+    first, _ = NOTES.split("\n## Part II")
+    for text in (first, TEXTS["REFERENCE"]):
+        assert numbers_of(text) == sorted(numbers_of(text))
+
+    known = {f"{m}.{k}" for m, k in numbers}
+    assert set(re.findall(r"\((?:the form )?(\d\d?\.\d+)\)", "\n".join(WORDS.values()))) <= known
+    for path in [ROOT / "tiny_sd.py", *(ROOT / "extras").rglob("*.py")]:
         cited = re.findall(r"\(([1-9]\d?\.\d\d?)\)", path.read_text(encoding="utf-8"))
-        assert set(cited) <= numbers, path.name
+        assert set(cited) <= known, path.name
+
+
+def test_part_one_needs_nothing_of_part_two():
+    """It names equations of Part II only in brackets or beside the words Part II."""
+    first, second = NOTES.split("\n## Part II")
+    later = {f"({m}.{k})" for m, k in numbers_of(second)}
+    for paragraph in re.split(r"\n\n", re.sub(r"^```.*?^```$", "", first, flags=re.M | re.S)):
+        if any(number in paragraph for number in later) and not paragraph.startswith("|"):
+            assert "Part II" in paragraph, paragraph
 
 
 def test_every_equation_names_a_test():
     """Each number stands once in the table of tests, each test in the file it is said to be in."""
-    table = NOTES.split("## Where each equation is checked")[1].split("\n## ")[0]
-    named = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+)\) \|$", table, re.M)
-    numbers = [n for numbers, _, _ in named for n in re.findall(r"\((\d+\.\d+)\)", numbers)]
-    assert numbers == re.findall(r"\\tag\{(\d+\.\d+)\}", NOTES)
+    table = TEXTS["REFERENCE"].split("## Where each equation is checked")[1].split("\n## ")[0]
+    named = re.findall(r"^\| (.+) \| \[(test_\w+)\]\(\.\./(\S+)\) \|$", table, re.M)
+    numbers = [n for numbers, _, _ in named for n in re.findall(r"\((\d+)\.(\d+)\)", numbers)]
+    assert [tuple(map(int, n)) for n in numbers] == sorted(numbers_of(BOTH))
     for _, test, path in named:
         assert test in defined_in((ROOT / path).read_text(encoding="utf-8")), test
 
 
-def test_mathematics_as_github_reads_it():
+@pytest.mark.parametrize("name", PATHS)
+def test_mathematics_as_github_reads_it(name):
     """Inline mathematics is $`...`$, after a space and before no letter.
 
     And no formula has a macro that GitHub refuses.
     """
-    assert NOTES.count("```") % 2 == 0 and "$" not in WORDS
-    for before, formula, behind in re.findall(r"(^|.)\$`([^`]*)`\$(.|$)", PROSE, re.M):
-        assert before in " " and not re.match(r"[\w$`-]", behind), formula
+    assert TEXTS[name].count("```") % 2 == 0 and "$" not in WORDS[name]
+    for before, formula, behind in re.findall(r"(^|.)\$`([^`]*)`\$(.|$)", PROSE[name], re.M):
+        assert before in " (" and not re.match(r"[\w$`-]", behind), formula
         assert "\n" not in formula and formula.count("{") == formula.count("}")
     refused = r"\\(operatorname|require|newcommand|def|unicode|href|class|style|label|ref)\b|[<>$]"
-    for formula in BLOCKS + re.findall(r"\$`([^`]*)`\$", PROSE):
+    for formula in BLOCKS + re.findall(r"\$`([^`]*)`\$", PROSE[name]):
         assert not re.search(refused, formula), formula
 
 
-def test_lines_are_short():
+@pytest.mark.parametrize("name", PATHS)
+def test_lines_are_short(name):
     """Prose, and what stands in fences, has at most 120 columns; tables and formulas are free."""
-    text = re.sub(r"^```math\n.*?^```$", "", NOTES, flags=re.M | re.S)
+    text = re.sub(r"^```math\n.*?^```$", "", TEXTS[name], flags=re.M | re.S)
     assert [line for line in text.split("\n") if len(line) > 120 and line[0] != "|"] == []
 
 
@@ -151,32 +164,34 @@ def anchors_of(text):
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def test_contents():
+@pytest.mark.parametrize("name", PATHS)
+def test_contents(name):
     """The table of contents leads to every section, in order."""
-    contents = NOTES.split("## Contents")[1].split("\n## ")[0]
-    linked = re.findall(r"\]\(#([^)]+)\)", contents)
-    sections = anchors_of("\n".join(re.findall(r"^## .*$", NOTES, re.M)))
-    assert [anchor for anchor in linked if anchor in sections] == sections[1:]
+    linked = re.findall(r"\]\(#([^)]+)\)", TEXTS[name].split("\n## §")[0])
+    sections = anchors_of("\n".join(re.findall(r"^## .*$", TEXTS[name], re.M)))
+    assert [anchor for anchor in linked if anchor in sections] == [
+        anchor for anchor in sections if anchor != "how-to-read-this"]
 
 
-@pytest.mark.parametrize("file", ["NOTES.md", "README.md"])
+@pytest.mark.parametrize("file", ["README.md", *PATHS.values()])
 def test_links(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     plain = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.M | re.S)
     targets = re.findall(r"\]\(([^()\s]+)\)", plain)
     targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", plain)
     for target in targets:
-        path = unquote(target.split("#")[0])
+        path, _, anchor = unquote(target).partition("#")
         if not re.match(r"[a-z]+:", target):
-            assert not path or (ROOT / path).exists(), f"{file} points to {path}"
-    assert {target[1:] for target in targets if target.startswith("#")} <= set(anchors_of(text))
+            target = (ROOT / file).parent / path if path else ROOT / file
+            assert target.exists(), f"{file} points to {path}"
+            assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), anchor
 
 
 def test_the_code_in_the_notes_prints_what_stands_below_it():
     """The world with two pictures, at the beginning of §6."""
     pairs = re.findall(r"^```python\n(.*?)^```$(?:(?!^```).)*?^```text\n(.*?)^```$", NOTES,
                        re.M | re.S)
-    assert len(pairs) == NOTES.count("\n```python\n") == 1
+    assert len(pairs) == BOTH.count("\n```python\n") == 1
     for code, output in pairs:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -201,9 +216,10 @@ def denoise_crooked(x, t, alpha_bar):
 
 
 def rows(words):
-    """Return the cells of the table that follows some words of the notes."""
+    """Return the cells of the table that follows some words of the notes, but its ruler."""
     table = NOTES[NOTES.index(words):].split("\n|", 1)[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+    return lines[:1] + lines[2:]
 
 
 def number(cell):
@@ -236,7 +252,7 @@ def test_tokens_of_the_example():
 def test_three_captions_and_three_pictures():
     """The table under (3.4); one softmax of the loss is that of its rows."""
     torch = pytest.importorskip("torch")
-    table = [[number(cell) for cell in cells] for _, *cells in rows("these products")[2:]]
+    table = [[number(cell) for cell in cells] for _, *cells in rows("with these products")[1:]]
     scores, printed = np.array(table)[:, :3], np.array(table)[:, 3]
     powers = np.exp(scores / 0.1)
     by_row, by_column = (np.diag(powers) / powers.sum(axis) for axis in (1, 0))
@@ -247,7 +263,7 @@ def test_three_captions_and_three_pictures():
 
 @pytest.mark.parametrize("mean, logvar", [(0.3, -1.0), (2.0, 0.5), (-1.0, -4.0)])
 def test_divergence_from_the_standard_normal(mean, logvar, monkeypatch):
-    """(4.3), against the integral; the KL of vae_loss is what it adds for its weight."""
+    """(4.5), against the integral; the KL of vae_loss is what it adds for its weight."""
     torch = pytest.importorskip("torch")
     std = math.exp(logvar / 2)
     z = mean + std * np.linspace(-12, 12, 100001)
@@ -266,7 +282,7 @@ def test_divergence_from_the_standard_normal(mean, logvar, monkeypatch):
 
 @pytest.mark.parametrize("padding, shift", [((0, 1), 7), ((1, 1), 0)])
 def test_where_three_halvings_look(padding, shift):
-    """(4.6): a kernel that copies the centre of its window tells which row it saw."""
+    """(4.2): a kernel that copies the centre of its window tells which row it saw."""
     kernel = np.zeros((1, 3, 3, 1))
     kernel[0, 1, 1, 0] = 1
     x = np.tile(np.arange(64.0)[None, :, None, None], (1, 1, 64, 1))
@@ -317,7 +333,7 @@ def test_the_drawing_of_the_unet():
 
 def test_table_of_noise_levels():
     """(6.5), and the curve."""
-    for index, mean, bar, *cells in rows("is `sigma_of`:\n")[2:]:
+    for index, mean, bar, *cells in rows("is `sigma_of`:\n")[1:]:
         a = ALPHA_BAR[int(index)]
         values = (math.sqrt(a), math.sqrt(1 - a), math.sqrt((1 - a) / a), math.log(a / (1 - a)) / 2)
         assert [number(cell) for cell in cells] == pytest.approx(values, abs=0.0051)
@@ -429,16 +445,16 @@ def test_table_of_errors():
     def solve(sampler, n):
         a = (1 / (1 + np.geomspace(14.6, 0.03, n + 1) ** 2)).tolist()
         return [*sampler(denoise_two, x, [(0, *pair) for pair in zip(a, a[1:])])][-1]
-    exact, ((_, *counts), _, *table) = solve(sd.dpm_pp_2m, 5000), rows("steps evenly spaced in")
+    exact, ((_, *counts), *table) = solve(sd.dpm_pp_2m, 5000), rows("with steps evenly spaced in")
     assert [row[0] for row in table] == ["`ddim`", "`dpm_pp_2m`"]
     for name, *cells in table:
         sampler = getattr(sd, name.strip("`"))
         errors = [math.sqrt(np.square(solve(sampler, int(n)) - exact).mean()) for n in counts]
-        assert [float(cell) for cell in cells] == pytest.approx(errors, rel=0.06, abs=0.0006)
+        assert [float(cell) for cell in cells] == pytest.approx(errors, abs=0.00006)
 
 
 def test_means_and_sums(monkeypatch):
-    """(7.2): vae_loss, whose weight is one between means, beside the sums; the numbers below it."""
+    """(8.2): vae_loss, whose weight is one between means, beside the sums; the numbers below it."""
     torch = pytest.importorskip("torch")
     rng, w = np.random.default_rng(0), 0.3
     picture, drawn = torch.tensor(rng.standard_normal((2, 1, 16, 8, 3)))
@@ -460,7 +476,7 @@ def test_means_and_sums(monkeypatch):
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_what_each_target_weighs(t):
-    """(7.4): diffusion_loss of one wrong guess of the picture, asked for in three ways."""
+    """(8.4): diffusion_loss of one wrong guess of the picture, asked for in three ways."""
     rng, a = np.random.default_rng(0), ALPHA_BAR[t]
     x_0, guess, eps = rng.standard_normal((3, 2, 4, 4, 4))
     error, snr = np.square(x_0 - guess).mean((1, 2, 3)), a / (1 - a)
@@ -476,11 +492,11 @@ def test_what_each_target_weighs(t):
 
 
 def test_the_loss_of_a_perfect_denoiser():
-    """The table in §7, by diffusion_loss."""
+    """The table in §8, by diffusion_loss."""
     rng = np.random.default_rng(0)
     x_0, eps = rng.choice([-1.0, 1.0], (200000, 1, 1, 1)), rng.standard_normal((200000, 1, 1, 1))
     kinds = {"the noise": "epsilon", "the velocity": "v_prediction", "the picture": "sample"}
-    (_, *indices), _, *table = rows("on 200,000 draws")
+    (_, *indices), *table = rows("on 200,000 draws")
     assert [row[0] for row in table] == [f"asked for {name}" for name in kinds]
     for i, index in enumerate(indices, start=1):
         a = ALPHA_BAR[int(index)]
@@ -496,7 +512,7 @@ def test_the_loss_of_a_perfect_denoiser():
 
 
 def test_numbers_of_the_spacings():
-    """Around (9.1) and (8.2)."""
+    """Around (9.1) and (7.2)."""
     def steps(sampler, n, **settings):
         return like_diffusers.sampling_steps(sampler, n, scheduler(**settings), ALPHA_BAR)
     assert [round(step[0]) for step in steps("ddim", 50)][:2] == [981, 961]

@@ -1,24 +1,180 @@
-"""The exercises of NOTES.md, each done on a copy of tiny_sd.py, and what is to be seen, measured.
+"""The exercises of NOTES.md: six to build, each solved and checked, and eight to break, measured.
 
     python -m extras.tools.exercises
 
-Every change must match the program's text exactly once. Each changed program draws a picture of
-the bundled model to the end, or fails as the notes say. What is measured compares it with the
-unchanged program, both by the formulas alone, so that it holds for any weights.
+The solutions stand first; put yours in the place of one, and tests/test_exercises.py checks it. A
+check takes the solution and fails by assertion. A change to the program must match its text exactly
+once. Each changed program draws a picture of the bundled model to the end, or fails as
+extras/REFERENCE.md says. What is measured compares it with the unchanged program, both by the
+formulas alone, so that it holds for any weights.
 """
 
 import functools
 import itertools
+import math
 import os
 import sys
 import types
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # of small arrays: more would only wait
+for library in "OPENBLAS", "OMP":       # of small arrays: more threads would only wait
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 
+import tiny_sd  # noqa: E402
+from extras.checks import unet_shapes  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
+
+# ── Solutions ───────────────────────────────────────────────────────────────────────────────────
+
+
+def two_steps():
+    """Return x after the two steps, and the ᾱ and ε that lead there in one."""
+    x = 0.9 * (0.9 * 1 + 0.19 ** 0.5 * 0.5) - 0.19 ** 0.5
+    alpha_bar = 0.81 ** 2
+    return x, alpha_bar, (0.9 * 0.19 ** 0.5 * 0.5 - 0.19 ** 0.5) / (1 - alpha_bar) ** 0.5
+
+
+def ddim(denoise, x, steps):
+    for t, alpha_bar, alpha_bar_next in steps:
+        x_0, eps = denoise(x, t, alpha_bar)
+        x = alpha_bar_next ** 0.5 * x_0 + (1 - alpha_bar_next) ** 0.5 * eps
+        yield x
+
+
+def cosine_schedule(num_train_timesteps=1000):
+    g = np.cos((np.linspace(0, 1, num_train_timesteps + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = np.minimum(1 - g[1:] / g[:-1], 0.999)
+    return np.cumprod(1 - beta)
+
+
+def guide_both_ways(uncond, cond, negative, scale, negative_scale):
+    return uncond + scale * (cond - uncond) - negative_scale * (negative - uncond)
+
+
+def every_shape():
+    """Return the shapes in order: conv_in, four levels down, the middle, four levels up.
+
+    And how many scores a head computes at the finest level.
+    """
+    down = [(32, 32, 320), (16, 16, 640), (8, 8, 1280), (4, 4, 1280)]
+    return [(32, 32, 320), *down, (4, 4, 1280), *reversed(down)], (32 * 32) ** 2
+
+
+def learnt_pictures():
+    """Return denoise() of a network trained on the pictures +1 and -1, for x (n, 1)."""
+    from extras.tools import moons
+    rng = np.random.default_rng(0)
+    weights = moons.new_network(rng, dim=1, width=64)
+    for _ in moons.train(weights, lambda n: rng.choice([-1.0, 1.0], (n, 1)), 1500, rng):
+        pass
+    return moons.learnt_denoiser(weights)
+
+
+# ── Their checks ────────────────────────────────────────────────────────────────────────────────
+
+
+def check_two_steps(solution):
+    found, alpha_bar, eps = solution()
+    x = tiny_sd.add_noise(tiny_sd.add_noise(1.0, 0.81, 0.5), 0.81, -1.0)
+    assert abs(found - x) < 1e-3 and abs(alpha_bar - 0.6561) < 1e-3
+    assert abs(tiny_sd.add_noise(1.0, alpha_bar, eps) - x) < 1e-3
+    return f"x = {found:.5f}, ᾱ = {alpha_bar:.4f}, ε = {eps:.5f}"
+
+
+def check_ddim(solution):
+    def denoise(x, t, alpha_bar):
+        x_0 = np.tanh(2 * x + t / 1000)
+        return x_0, (x - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+    x = np.random.default_rng(0).standard_normal(50)
+    steps = tiny_sd.evenly_spaced_steps(20, tiny_sd.scaled_linear_schedule())
+    ours, theirs = list(tiny_sd.ddim(denoise, x, steps)), list(solution(denoise, x.copy(), steps))
+    assert len(theirs) == 20 and np.allclose(ours, theirs, atol=1e-9)
+    return "20 steps, each as in the lesson"
+
+
+def check_cosine_schedule(solution):
+    alpha_bar = solution()
+    assert alpha_bar.shape == (1000,) and (np.diff(alpha_bar) < 0).all()
+    t = np.arange(1000)
+    g = np.cos(((t + 1) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2 / math.cos(
+        0.008 / 1.008 * math.pi / 2) ** 2
+    assert np.allclose(alpha_bar[:999], g[:999])        # only the last β is above 0.999
+    assert np.isclose(1 - alpha_bar[999] / alpha_bar[998], 0.999)
+    half = abs(alpha_bar - 0.5).argmin()
+    return f"ᾱ is 1/2 at t = {half}, and {alpha_bar[-1]:.1e} at the end"
+
+
+def check_guide_both_ways(solution):
+    uncond, cond, negative = np.random.default_rng(0).standard_normal((3, 50))
+    guide = tiny_sd.guide
+    for found, expected in (
+            (solution(uncond, cond, negative, 7.5, 0), guide(uncond, cond, 7.5)),
+            (solution(uncond, cond, cond, 7.5, 2), guide(uncond, cond, 5.5)),
+            (solution(uncond, cond, negative, 7.5, 6.5), guide(negative, cond, 7.5)),
+            (solution(uncond, cond, negative, 0, 1), uncond - (negative - uncond))):
+        assert np.allclose(found, expected)
+    return "as (6.17) for one prompt, and with the negative prompt in the empty one's place"
+
+
+SD1 = {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "attention_head_dim": 8,
+       "cross_attention_dim": 8, "norm_num_groups": 32, "in_channels": 4, "out_channels": 4,
+       "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+       "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}     # a tenth of the channels
+
+
+def check_every_shape(solution):
+    """Against what the program's U-Net computes, with a tenth of Stable Diffusion's channels."""
+    shapes, scores = solution()
+    program, convolved, blocks, asked = change(), [], [], []
+
+    def watch(name, note):
+        function = getattr(program, name)
+
+        def watched(x, *args, **weights):
+            y = function(x, *args, **weights)
+            note(y, x, *args)
+            return y
+        setattr(program, name, watched)
+    watch("conv2d", lambda y, *_: convolved.append(y.shape))
+    watch("resnet", lambda y, *_: blocks.append(y.shape))
+    watch("dot_product_attention", lambda y, q, k, *_: asked.append(q.shape[2] * k.shape[2]))
+
+    weights = {name: np.zeros([shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape,
+                              np.float32) for name, shape in
+               tiny_sd.flatten(unet_shapes(tiny_sd.read_config("unet", SD1))).items()}
+    program.unet(np.zeros((1, 32, 32, 4), np.float32), np.zeros((1, 128), np.float32),
+                 np.zeros((1, 77, 8), np.float32), [8] * 4, 32, **program.nest(weights))
+    last_of_level = [1, 3, 5, 7, 9, 12, 15, 18, 21]     # of 2 blocks each, 2, and 3 each
+    expected = [convolved[0], *(blocks[i] for i in last_of_level)]
+    assert [tuple(shape) for shape in shapes] == [(h, w, 10 * c) for _, h, w, c in expected]
+    assert scores == max(asked)
+    return f"{len(shapes)} shapes, and {scores:,} scores"
+
+
+def check_learnt_pictures(solution):
+    denoise, rng = solution(), np.random.default_rng(1)
+    alpha_bar = tiny_sd.scaled_linear_schedule()[300]
+    x = tiny_sd.add_noise(rng.choice([-1.0, 1.0], (2000, 1)), alpha_bar,
+                          rng.standard_normal((2000, 1)))
+    exact = np.tanh(x * alpha_bar ** 0.5 / (1 - alpha_bar))
+    found, _ = denoise(x, 300, alpha_bar)
+    error, size = (float(np.sqrt(np.square(v).mean())) for v in (found - exact, exact))
+    assert error < 0.1 and size > 0.7
+    return f"{error:.3f} from tanh u, whose own root mean square is {size:.2f}"
+
+
+BUILT = {"Two steps by hand": (two_steps, check_two_steps),
+         "A sampler": (ddim, check_ddim),
+         "A schedule": (cosine_schedule, check_cosine_schedule),
+         "The negative prompt's role, swapped": (guide_both_ways, check_guide_both_ways),
+         "Every shape": (every_shape, check_every_shape),
+         "Two pictures, learnt": (learnt_pictures, check_learnt_pictures)}
+
+
+# ── Changes to the program ──────────────────────────────────────────────────────────────────────
 
 SOURCE, NUMBER = (ROOT / "tiny_sd.py").read_text(encoding="utf-8"), itertools.count()
 PROMPT = "red apple on a blue background"
@@ -51,11 +207,12 @@ def bundled(program):
 
 def latents(program, **settings):
     """Return the last latents of a picture, which the program also decodes."""
-    settings = {"steps": 8, "sampler": "dpm++2m", "guidance": 7.5, **settings}
-    *_, x = program.generate(bundled(program), PROMPT, **settings)
+    model, settings = bundled(program), {"guidance": 7.5, "sampler": "dpm_pp_2m", **settings}
+    settings["sampler"] = getattr(program, settings["sampler"])
+    settings["steps"] = program.evenly_spaced_steps(settings.get("steps", 8), model.alpha_bars)
+    *_, x = program.generate(model, PROMPT, **settings)
     h, w = x.shape[1:3]
-    pictures = program.decode(bundled(program), x)
-    assert pictures.shape == (1, h * bundled(program).factor, w * bundled(program).factor, 3)
+    assert program.decode(model, x).shape == (1, h * model.factor, w * model.factor, 3)
     return x
 
 
@@ -95,41 +252,35 @@ def guidance_off():
 
 
 def first_order():
-    newest = ("direction = x_0 + (x_0 - previous_x_0) / (2 * r)", "direction = x_0")
-    changed = change(newest)
+    changed = change(("direction = x_0 + (x_0 - previous_x_0) / (2 * r)", "direction = x_0"))
     few, many = (distance(latents(changed, steps=n), latents(plain(), steps=n)) for n in (5, 20))
     assert many < few / 2 and few > 0.1
-
-    in_its_place = change(newest, ('"ddim": ddim,', '"ddim": dpm_pp_2m,'))
-    ddim = latents(plain(), sampler="ddim")
-    same, other = (distance(x, ddim) for x in (latents(in_its_place, sampler="ddim"),
-                                               latents(changed)))
-    assert same < 1e-3 < 0.05 < other
+    same = distance(latents(changed), latents(plain(), sampler="ddim"))
+    assert same < 1e-3
     return (f"{few:.2f} from the picture of 5 steps, {many:.2f} from that of 20; {same:.1e} from "
-            f"DDIM's over the same levels, {other:.2f} over its own")
+            "DDIM's over the same levels")
 
 
-def first_skip_first():
-    changed = change(("zip_longest(resnets, attentions, skips[::-1])",
-                      "zip_longest(resnets, attentions, skips)"))
+def oldest_skip():
+    changed = change(("skips.pop()", "skips.pop(0)"))
     try:
         latents(changed)
     except ValueError as error:
         return f"ValueError: {error}"
-    raise AssertionError("channels should disagree")
+    raise AssertionError("sizes should disagree")
 
 
 def skip_before_picture():
-    changed = change(("concat(x, skip)", "concat(skip, x)"))
+    changed = change(("concat(x, skips.pop())", "concat(skips.pop(), x)"))
     moved = distance(latents(changed), unchanged())
     assert moved > 0.5
     return f"no error, and {moved:.2f} from the picture"
 
 
-def wrong_eps():
+def another_delta():
     line = "x = resnet(x, temb, groups, 1e-5, **resnet_weights)"
-    slight, strong = (distance(latents(change((line, line.replace("1e-5", eps)))), unchanged())
-                      for eps in ("1e-6", "1"))
+    slight, strong = (distance(latents(change((line, line.replace("1e-5", delta)))), unchanged())
+                      for delta in ("1e-6", "1"))
     assert 0 < slight < 0.1 * strong and strong > 0.1
     return f"{slight:.1e} with 1e-6, {strong:.2f} with 1"
 
@@ -166,40 +317,43 @@ def no_mask():
 
 def symmetric_padding():
     changed = change(("stride=2, padding=(0, 1))", "stride=2, padding=(1, 1))"))
+    model = bundled(plain())
     assert np.array_equal(latents(changed), unchanged())
-    picture = np.full((64, 64, 3), 255, np.uint8)
-    picture[20:40, 24:44] = 220, 40, 30
+    shape = plain().latent_shape(model)
+    side = model.factor * shape[0]
+    picture = np.full((side, side, 3), 255, np.uint8)
+    picture[side // 3:2 * side // 3, 3 * side // 8:5 * side // 8] = 220, 40, 30
 
     def there_and_back(program):
-        x = program.encode(bundled(program), picture, np.zeros((1, 16, 16, 4)))
+        x = program.encode(bundled(program), picture, np.zeros((1, *shape)))
         return program.decode(bundled(program), x)[0].astype(float)
 
     def moved(drawn):       # down and right, where it fits the picture best
         def error(by):
-            shifted = np.roll(picture, (by[0] - 6, by[1] - 6), (0, 1))
+            shifted = np.roll(picture, (by[0] - 10, by[1] - 10), (0, 1))
             return np.square(shifted.astype(float) - drawn).mean()
-        return np.array(min(np.ndindex(13, 13), key=error)) - 6
+        return np.array(min(np.ndindex(21, 21), key=error)) - 10
 
     before, after = there_and_back(plain()), there_and_back(changed)
-    assert abs(moved(before)).max() <= 1
-    by = moved(after) - moved(before)
-    assert (by >= 2).all() and (by <= 4).all()
+    by, expected = moved(after) - moved(before), model.factor - 1
+    assert abs(moved(before)).max() <= 1 and abs(by - expected).max() <= 1
 
     def strip(drawn):       # how far from white: along the top and the left, and further inside
-        grey = 255 - drawn.mean(axis=-1)
-        return (grey[:3, 50:].mean(), grey[50:, :3].mean()), grey[6:14, 50:60].mean()
+        grey, n = 255 - drawn.mean(axis=-1), side // 8
+        return (grey[:3, -n:].mean(), grey[-n:, :3].mean()), grey[n:2 * n, -n:-n // 2].mean()
     edges, inside = strip(after)
     assert min(edges) > 5 * inside and min(edges) > 5 * max(strip(before)[0])
     return (f"moved by {by.tolist()} pixels; along the top and the left {max(edges):.0f} grey "
             f"levels from white, further inside {inside:.0f}")
 
 
-EXERCISES = {"Guidance off": guidance_off, "A sampler of first order": first_order,
-             "The first skip first": first_skip_first,
-             "The skip before the picture": skip_before_picture, "Another eps": wrong_eps,
-             "Half the heads": half_the_heads, "No mask": no_mask,
-             "Symmetric padding": symmetric_padding}
+BROKEN = {"Guidance off": guidance_off, "A sampler of first order": first_order,
+          "The oldest skip": oldest_skip, "The skip before the picture": skip_before_picture,
+          "Another delta": another_delta, "Half the heads": half_the_heads, "No mask": no_mask,
+          "Symmetric padding": symmetric_padding}
 
 if __name__ == "__main__":
-    for title, exercise in EXERCISES.items():
+    for title, (solution, check) in BUILT.items():
+        print(f"{title}: {check(solution)}")
+    for title, exercise in BROKEN.items():
         print(f"{title}: {exercise()}")

@@ -31,24 +31,23 @@ from extras.training.fitting import initial
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 FOX, STEPS = "a fox on a light blue background", 20
+CLIP_STEPS, UNET_STEPS, MOON_STEPS = 400, 480, 4000
 RED, BLUE, GREEN = "#b3262e", "#1f5fa8", "#2f7d32"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 # ── Pages ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def grid(rows, across=(), down=(), size=96, gap=4, **how):
+def grid(rows, across=(), down=(), size=96, gap=4):
     """Return a figure of rows of pictures, with words above the columns and before the rows."""
-    rows, top = [list(row) for row in rows], 20 * bool(across)
-    left = max([0, *(8 + 6 * len(word) for word in down)])
-    width = left + len(rows[0]) * (size + gap) - gap
-    height = top + len(rows) * (size + gap) - gap
+    rows = [list(row) for row in rows]
+    width, height = (n * (size + gap) - gap for n in (len(rows[0]), len(rows)))
     figure = Figure((width / 100, height / 100), dpi=100)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            x, y = left + j * (size + gap), height - top - i * (size + gap) - size
+            x, y = j * (size + gap), height - i * (size + gap) - size
             axes = figure.add_axes((x / width, y / height, size / width, size / height))
-            axes.imshow(picture, interpolation="nearest", **how)
+            axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
             if i == 0 and across:
                 axes.set_title(across[j], pad=4)
@@ -66,7 +65,7 @@ def plot(width=6.4, height=3.0, **settings):
 def save(figure, path):
     """Write a figure as a PNG of at most 256 colours."""
     page = io.BytesIO()
-    figure.savefig(page, facecolor="white")
+    figure.savefig(page, facecolor="white", bbox_inches="tight", pad_inches=0.04)
     Image.open(page).convert("RGB").quantize(256).save(path, optimize=True)
 
 
@@ -152,7 +151,8 @@ def text_picture(model):
     """The cosines of the text encoder's rows at EOS, less what all sentences have in common."""
     tokenizer = model.encoders[0].tokenizer
     ends = [len(tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
-    rows = tiny_sd.encode_prompts(model, SENTENCES)[np.arange(len(SENTENCES)), ends]
+    context, _ = tiny_sd.embed_prompts(model, SENTENCES)
+    rows = context[np.arange(len(SENTENCES)), ends]
     rows = rows - rows.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     figure, axes = plot(5.4, 3.4)
@@ -181,8 +181,7 @@ def time_picture(model):
 def words_picture(model):
     """The attention to each word of the prompt, over all steps, at the finest resolution."""
     tokenizer, maps = model.encoders[0].tokenizer, []
-    context = tiny_sd.encode_prompts(model, [""])
-    with watching_attention(maps, context.shape[1]):
+    with watching_attention(maps, tokenizer.length):
         x = latents_of(model, guidance=1)
     pixels = max(len(m) for m in maps)
     mean = np.mean([m for m in maps if len(m) == pixels], axis=0)       # (pixels, tokens)
@@ -236,21 +235,20 @@ def alpha_bar_picture(model):
     """The schedule: ᾱ, and the amplitudes of picture and noise, over t."""
     alpha_bar = tiny_sd.scaled_linear_schedule()
     figure, axes = plot(xlabel="t", xlim=(0, 1000), ylim=(0, 1))
-    for values, colour, name, x in ((alpha_bar, RED, "signal's share of the variance, ᾱ", 190),
-                                    (alpha_bar ** 0.5, BLUE, "amplitude of the picture, √ᾱ", 600),
-                                    ((1 - alpha_bar) ** 0.5, GREEN, "amplitude of the noise", 560)):
+    for values, colour, x, y, name in (
+            (alpha_bar, RED, 90, 0.2, "ᾱ, the fraction of the\nvariance that is signal"),
+            (alpha_bar ** 0.5, BLUE, 560, 0.5, "√ᾱ, the amplitude of the picture"),
+            ((1 - alpha_bar) ** 0.5, GREEN, 560, 0.8, "√(1 - ᾱ), the amplitude of the noise")):
         axes.plot(values, color=colour, linewidth=2)
-    axes.text(20, 0.62, "ᾱ, the fraction of\nthe variance that\nis signal", color=RED)
-    axes.text(560, 0.5, "√ᾱ, the amplitude of the picture", color=BLUE)
-    axes.text(560, 0.8, "√(1 - ᾱ), the amplitude of the noise", color=GREEN)
+        axes.text(x, y, name, color=colour)
     axes.axvline(354, color="gray", linewidth=0.8)
     axes.text(360, 0.03, "t = 354", color="gray")
     return figure
 
 
-def plane(figure, position, points, title):
-    """Return axes of a plane with faint points and no ticks."""
-    axes = figure.add_subplot(*position, title=title, xlim=(-2.9, 2.9), ylim=(-2.3, 2.3), aspect=1)
+def plane(axes, points, title):
+    """Prepare axes as a plane with faint points, and return them."""
+    axes.set(title=title, xlim=(-2.5, 2.6), ylim=(-2.1, 1.9), aspect=1)
     axes.set_axis_off()
     axes.scatter(*points.T, s=2, color="#ccc", linewidths=0)
     return axes
@@ -260,24 +258,25 @@ def moons_picture(model):
     """Two moons: arrows from x̄ to the guesses, exact and learnt, at two levels; drawn points."""
     rng = np.random.default_rng(0)
     weights = moons.new_network(rng)
-    for _ in tqdm(moons.train(weights, lambda n: moons.two_moons(n, rng)[0], 4000, rng), "moons",
-                  4000, leave=False):
+    steps = moons.train(weights, lambda n: moons.two_moons(n, rng)[0], MOON_STEPS, rng)
+    for _ in tqdm(steps, "moons", MOON_STEPS, leave=False):
         pass
     points, _ = moons.two_moons(3000, rng)
     learnt, exact = moons.learnt_denoiser(weights), moons.exact_denoiser(points)
-    figure = Figure((8.4, 2.5), dpi=100, layout="constrained")
-    for i, t in enumerate((600, 250)):
+    figure = Figure((9.2, 2.8), dpi=100, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    x_bar = np.stack(np.meshgrid(np.linspace(-2.3, 2.4, 13), np.linspace(-1.9, 1.8, 11)), -1)
+    x_bar = x_bar.reshape(-1, 2)
+    for axes, t in ((left, 600), (middle, 250)):
+        plane(axes, points, f"t = {t}")
         alpha_bar = moons.ALPHA_BARS[t]
-        axes = plane(figure, (1, 3, 1 + i), points, f"t = {t}: exact (black), learnt (red)")
-        x_bar = np.stack(np.meshgrid(np.linspace(-2.4, 2.4, 13), np.linspace(-1.9, 1.9, 11)), -1).reshape(-1, 2)
-        for denoise, colour, width in ((exact, "black", 0.005), (learnt, RED, 0.0025)):
+        for denoise, colour, width in ((exact, "black", 0.007), (learnt, "#ff8a3c", 0.003)):
             x_0, _ = denoise(alpha_bar ** 0.5 * x_bar, t, alpha_bar)
             axes.quiver(*x_bar.T, *(0.4 * (x_0 - x_bar)).T, color=colour, width=width,
                         angles="xy", scale_units="xy", scale=1)
     *_, x = tiny_sd.ddim(learnt, rng.standard_normal((1000, 2)),
                          tiny_sd.evenly_spaced_steps(50, moons.ALPHA_BARS))
-    axes = plane(figure, (1, 3, 3), points, "1000 points drawn with it")
-    axes.scatter(*x.T, s=3, color=BLUE, linewidths=0)
+    plane(right, points, "drawn with the network").scatter(*x.T, s=3, color=BLUE, linewidths=0)
     return figure
 
 
@@ -286,26 +285,29 @@ def arrows_picture(model):
     rng = np.random.default_rng(1)
     points, upper = moons.two_moons(3000, rng)
     nothing, caption = moons.exact_denoiser(points), moons.exact_denoiser(points[upper])
-    figure = Figure((8.4, 2.3), dpi=100, layout="constrained")
-    axes, t, x_bar = plane(figure, (1, 4, 1), points, "the guesses at t = 500"), 500, [[0.2, -1.9]]
-    alpha_bar, x_bar = moons.ALPHA_BARS[t], np.array(x_bar)
+    figure = Figure((10, 2.9), dpi=100, layout="constrained")
+    first, *others = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
+    plane(first, points, "three guesses at t = 500")
+    t, x_bar = 500, np.array([[0.3, -1.8]])
+    alpha_bar = moons.ALPHA_BARS[t]
     guesses = [f(alpha_bar ** 0.5 * x_bar, t, alpha_bar)[0] for f in (nothing, caption)]
     guesses.append(tiny_sd.guide(*guesses, 3))
-    axes.plot(*np.concatenate(guesses).T, color="gray", linewidth=0.8, linestyle="--")
-    for guess, colour, name in zip(guesses, ("black", BLUE, RED), ("without", "with caption", "w = 3")):
-        axes.annotate("", guess[0], x_bar[0], arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.6})
-        axes.text(*(guess[0] + [0.1, 0.05]), name, color=colour)
-    axes.plot(*x_bar.T, "ko", markersize=4)
-    axes.text(*(x_bar[0] + [0.12, -0.1]), "x_t")
+    first.plot(*np.concatenate(guesses).T, color="gray", linewidth=0.8, linestyle="--")
+    names = ("without a caption", 'with "upper"', "guided, w = 3")
+    for guess, colour, name in zip(guesses, ("black", BLUE, RED), names):
+        how = {"arrowstyle": "->", "color": colour, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
+        first.annotate("", guess[0], x_bar[0], arrowprops=how)
+        first.text(*(guess[0] + [0.08, 0.08]), name, color=colour, weight="bold")
+    first.plot(*x_bar.T, "ko", markersize=4)
+    first.text(*(x_bar[0] + [0.12, -0.1]), "x_t / √ᾱ")
 
     noise = rng.standard_normal((400, 2))
-    for i, w in enumerate((1, 3, 8)):
+    for axes, w in zip(others, (1, 3, 8)):
         def guided(x, t, alpha_bar, w=w):
             eps = tiny_sd.guide(nothing(x, t, alpha_bar)[1], caption(x, t, alpha_bar)[1], w)
             return tiny_sd.split_prediction("epsilon", eps, x, alpha_bar)
         *_, x = tiny_sd.ddim(guided, noise, tiny_sd.evenly_spaced_steps(50, moons.ALPHA_BARS))
-        axes = plane(figure, (1, 4, 2 + i), points, f"drawn with w = {w}")
-        axes.scatter(*x.T, s=3, color=BLUE if w == 1 else RED, linewidths=0)
+        plane(axes, points, f"drawn with w = {w}").scatter(*x.T, s=3, color=BLUE, linewidths=0)
     return figure
 
 
@@ -318,7 +320,7 @@ def film_picture(model):
     return grid(rows, [f"t = {t}" for t, _, _ in steps], ["x_t", "guess"], 128)
 
 
-GUIDED = [("a cat", 0), ("a hamburger", 1), ("a rocket on a blue background", 2)]
+GUIDED = [("a cat", 0), ("a hamburger", 1), ("a rocket", 2)]
 
 
 def guidance_picture(model):
@@ -355,7 +357,6 @@ STYLES = ["blob", "shaded", "flat", "twemoji", "firefox", "noto"]
 PAIRS = ["cat", "dog", "car", "tractor", "rocket", "airplane", "red apple", "rose"]
 TAUGHT = ["cat", "pizza", "red apple", "rocket", "ghost", "tractor", "penguin", "rose", "crown",
           "bee", "snail", "hamburger"]
-CLIP_STEPS, UNET_STEPS = 400, 480
 
 
 def drawings(style, side):
@@ -495,6 +496,7 @@ PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().it
 
 def main(names, folder=FOLDER):
     """Draw the pictures of these names, or all."""
+    torch.set_num_threads(1)        # of small arrays: more would only wait for each other
     model = tiny_sd.load("weights/emoji")
     for name in tqdm(names or PICTURES, unit="picture"):
         save(PICTURES[name](model), folder / f"{name}.png")
