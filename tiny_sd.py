@@ -400,7 +400,7 @@ def text_encoder(ids, n_head, activation, embeddings, layers):
 
 def resnet(x, temb, groups, delta, norm1, conv1, norm2, conv2,
            time_emb_proj=None, conv_shortcut=None):
-    """A ResNet block: x plus two rounds of GroupNorm, SiLU, 3x3 convolution (4.5).
+    """A ResNet block: x plus two rounds of GroupNorm, SiLU, 3x3 convolution (4.1).
 
     He et al., 2015. x: (batch, height, width, in). Returns (batch, height, width, out). temb: the
     time embedding (batch, 1280), which tells the U-Net the noise level; None in the VAE.
@@ -455,7 +455,7 @@ def vae_decoder(z, groups, conv_in, mid_block, up_blocks, conv_norm_out, conv_ou
 
 
 def vae_encode(picture, vae, groups):
-    """Return the mean and log variance of q(z | picture), each (batch, h, w, 4) (4.2).
+    """Return the mean and log variance of q(z | picture), each (batch, h, w, 4) (4.3).
 
     Kingma and Welling, 2014. picture: (batch, 8 h, 8 w, 3) in [-1, 1].
     """

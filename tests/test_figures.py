@@ -1,4 +1,4 @@
-"""extras/figures.py: the pictures of NOTES.md, and the two small trainings behind two of them."""
+"""The pictures of NOTES.md, drawn again, and the small trainings behind some of them."""
 
 import re
 import subprocess
@@ -10,13 +10,17 @@ from PIL import Image
 
 import tiny_sd as sd
 from conftest import ROOT
-from extras import figures, like_diffusers
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+from extras.tools import figures, moons  # noqa: E402
 
 
-def test_the_notes_show_every_picture():
+def test_the_documents_show_every_picture():
     """Each of those that figures.py and teach_demo.py draw, once, and all of them small."""
-    notes = (ROOT / "NOTES.md").read_text(encoding="utf-8")
-    shown = re.findall(r"!\[.+?\]\(extras/pictures/(\w+)\.png\)", notes)
+    text = "".join((ROOT / name).read_text(encoding="utf-8")
+                   for name in ("NOTES.md", "extras/REFERENCE.md"))
+    shown = re.findall(r"!\[.+?\]\((?:extras/)?pictures/(\w+)\.png\)", text)
     files = sorted(ROOT.glob("extras/pictures/*"))
     drawn = sorted([*figures.PICTURES, "overfit", "teach"])
     assert sorted(shown) == drawn == [path.stem for path in files]
@@ -27,59 +31,95 @@ def test_the_notes_show_every_picture():
 def test_help_draws_and_writes_nothing(module):
     before = {path: path.stat().st_mtime_ns for path in ROOT.glob("extras/pictures/*")}
     before[ROOT / "tiny_sd.ipynb"] = (ROOT / "tiny_sd.ipynb").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, "-m", f"extras.{module}", "--help"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", f"extras.tools.{module}", "--help"], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.returncode == 0 and f"python -m extras.{module}" in done.stdout
+    assert done.returncode == 0 and f"python -m extras.tools.{module}" in done.stdout
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-
-
-def draw_pictures(folder, monkeypatch):
-    """Draw all pictures, from the bundled model, with fewer steps."""
-    generate = like_diffusers.generate
-    monkeypatch.setattr(sd, "generate", lambda *args, **settings: generate(
-        *args, **{**settings, "steps": 20 if "init" in settings else 5}))
-    monkeypatch.setattr(figures, "CLIP_STEPS", 3)
-    monkeypatch.setattr(figures, "UNET_STEPS", 8)
-    figures.draw_pictures(folder)
-    return {path.stem: np.asarray(Image.open(path)) for path in folder.iterdir()}
 
 
 @pytest.mark.slow
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
-    pictures = draw_pictures(tmp_path / "pictures", monkeypatch)
-    assert pictures.keys() == figures.PICTURES.keys()
-    assert all(np.ptp(picture) > 100 for picture in pictures.values())
-
-
-@pytest.mark.slow
-def test_without_torch_the_others_are_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    pictures = draw_pictures(tmp_path / "pictures", monkeypatch)
-    assert figures.PICTURES.keys() - pictures.keys() == {"clip", "training"}
-    said = capsys.readouterr().out
-    assert all(f"{name}.png is left as it is" in said for name in ("clip", "training"))
+    """With fewer steps."""
+    steps = sd.evenly_spaced_steps
+    monkeypatch.setattr(sd, "evenly_spaced_steps", lambda n, levels: steps(min(n, 10), levels))
+    for name in ("CLIP_STEPS", "MOON_STEPS", "UNET_STEPS"):
+        monkeypatch.setattr(figures, name, 8)
+    figures.main([], tmp_path)
+    drawn = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in tmp_path.iterdir()}
+    assert drawn.keys() == figures.PICTURES.keys()
+    assert all(np.ptp(picture) > 100 for picture in drawn.values())
 
 
 @pytest.mark.slow
 def test_the_small_training_learns(monkeypatch):
     """It begins at a loss of about 1, that of always answering 0, with samples on the way."""
-    pytest.importorskip("torch")
     monkeypatch.setattr(figures, "UNET_STEPS", 120)
-    losses, drawn = figures.training(sd.load("weights/emoji"), ["a cat", "a rocket"], 60)
+    model = sd.load("weights/emoji")
+    losses, drawn = figures.training(model, ["a cat", "a rocket"], 60)
     assert losses[0] == pytest.approx(1, abs=0.25)
     assert np.mean(losses[-20:]) < 0.8 * losses[0]
     assert [*drawn] == [0, 60, 120]
-    assert all(sample.size == (64, 64) for samples in drawn.values() for sample in samples)
+    side = figures.side_of(model)
+    assert all(sample.shape == (side, side, 3) for samples in drawn.values() for sample in samples)
 
 
 @pytest.mark.slow
 def test_the_matrix_of_clip():
-    """Eight drawings in a style that was not shown: most captions find theirs, at first few."""
-    pytest.importorskip("torch")
-    before, after = figures.clip_scores(sd.load("weights/emoji"))
-    names = [*figures.drawings("noto")]
-    chosen = [names.index(name) for name in figures.PAIRS]
-    found = [(scores[chosen][:, chosen].argmax(1) == range(8)).sum() for scores in (before, after)]
-    assert found[0] <= 3 and found[1] >= 6
-    assert after[chosen, chosen].mean() > after.mean() + 0.5
+    """Eight drawings in a style that was not shown: most captions find theirs."""
+    captions, scores = figures.clip_scores(sd.load("weights/emoji"))
+    chosen = [captions.index(name) for name in figures.PAIRS]
+    assert (scores[chosen][:, chosen].argmax(1) == range(8)).sum() >= 6
+    assert scores[chosen, chosen].mean() > scores.mean() + 0.5
+
+
+# ── The two moons ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_exact_guess_is_the_score_of_the_blurred_points():
+    """By the difference quotient of log q(x_t), where three points are all the pictures."""
+    points = np.random.default_rng(0).standard_normal((3, 2))
+    alpha_bar, x, h = 0.4, np.array([[0.3, -0.2]]), 1e-5
+
+    def log_q(x):
+        return np.log(np.exp(-np.square(x - alpha_bar ** 0.5 * points).sum(1)
+                             / (2 * (1 - alpha_bar))).sum())
+    slope = [(log_q(x + step) - log_q(x - step)) / (2 * h) for step in h * np.eye(2)]
+    _, eps = moons.exact_denoiser(points)(x, 0, alpha_bar)
+    np.testing.assert_allclose(-eps[0] / (1 - alpha_bar) ** 0.5, slope, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_network_of_the_moons_learns_the_exact_arrows():
+    rng = np.random.default_rng(0)
+    weights = moons.new_network(rng)
+    losses = [*moons.train(weights, lambda n: moons.two_moons(n, rng)[0], 1500, rng)]
+    assert np.mean(losses[-100:]) < 0.8 * np.mean(losses[:20])
+    points, _ = moons.two_moons(1000, rng)
+    learnt, exact = moons.learnt_denoiser(weights), moons.exact_denoiser(points)
+    for t in (250, 600):
+        alpha_bar = moons.ALPHA_BARS[t]
+        x = sd.add_noise(points, alpha_bar, rng.standard_normal(points.shape))
+        (guess, _), (mean, _) = (f(x, t, alpha_bar) for f in (learnt, exact))
+        assert np.square(guess - mean).mean() < 0.02 * np.square(x - mean).mean()
+    *_, x = sd.ddim(learnt, rng.standard_normal((300, 2)),
+                    sd.evenly_spaced_steps(30, moons.ALPHA_BARS))
+    nearest = np.sqrt(np.square(x[:, None] - points).sum(-1)).min(1)
+    assert np.mean(nearest < 0.25) > 0.75
+
+
+def test_guidance_narrows_what_is_drawn():
+    """With w = 8 the points of the upper moon vary less, and are further from the lower one."""
+    rng = np.random.default_rng(1)
+    points, upper = moons.two_moons(600, rng)
+    nothing, caption = moons.exact_denoiser(points), moons.exact_denoiser(points[upper])
+
+    def drawn(w):
+        def guided(x, t, alpha_bar):
+            eps = sd.guide(nothing(x, t, alpha_bar)[1], caption(x, t, alpha_bar)[1], w)
+            return sd.split_prediction("epsilon", eps, x, alpha_bar)
+        *_, x = sd.ddim(guided, np.random.default_rng(0).standard_normal((150, 2)),
+                        sd.evenly_spaced_steps(25, moons.ALPHA_BARS))
+        return x
+    loose, tight = drawn(1), drawn(8)
+    assert tight.std(0)[0] < 0.7 * loose.std(0)[0]
+    assert tight.mean(0)[0] < loose.mean(0)[0] - 0.4        # the lower moon is on the right

@@ -84,7 +84,8 @@ def test_names_exist(module, name):
     first, _, rest = name.partition(".")
     if first in EXTRAS:
         module, name = importlib.import_module(f"extras.{first}"), rest
-    functools.reduce(getattr, name.split("."), sd if first == "tiny_sd" else module)
+    functools.reduce(getattr, name.removeprefix("tiny_sd.").split("."),
+                     sd if first == "tiny_sd" else module)
 
 
 def test_every_function_is_named():
@@ -106,7 +107,8 @@ def test_equations():
     assert all(len(numbers_of(block)) == 1 for block in BLOCKS)
     numbers = sorted(numbers_of(BOTH))
     for n in range(1, 13):
-        assert [k for m, k in numbers if m == n] == list(range(1, sum(m == n for m, _ in numbers) + 1))
+        found = [k for m, k in numbers if m == n]
+        assert found == list(range(1, len(found) + 1)) != []
     first, _ = NOTES.split("\n## Part II")
     for text in (first, TEXTS["REFERENCE"]):
         assert numbers_of(text) == sorted(numbers_of(text))
@@ -236,6 +238,22 @@ def test_gelu():
     assert 0.0203 < abs(sd.quick_gelu(x) - exact).max() < 0.0204
 
 
+def test_attention_by_hand():
+    """The table under (1.10), by dot_product_attention."""
+    def numbers(cell):
+        return [float(n) for n in re.findall(r"[\d.]+", cell)]
+    table = np.array([sum(map(numbers, cells), []) for cells in rows("is divided by $`")[1:]])
+    q, scores, weights, means = np.split(table, [4, 7, 10], axis=1)
+    k, v = 2 * np.eye(4)[:3], np.array([[1, 0], [0, 1], [1, 1.0]])
+    np.testing.assert_array_equal(scores, q @ k.T / 2)
+    np.testing.assert_allclose(weights, sd.softmax(scores), atol=0.0005)
+    found = sd.dot_product_attention(*(x[None, None] for x in (q, k, v)))
+    np.testing.assert_allclose(means, found[0, 0], atol=0.0005)
+    given = ("the keys are (2, 0, 0, 0), (0, 2, 0, 0), (0, 0, 2, 0), "
+             "their values (1, 0), (0, 1), (1, 1)")
+    assert given in " ".join(NOTES.split())
+
+
 def test_tokens_of_the_example():
     """(2.2)"""
     clip = formats.clip_tokenizer()
@@ -331,6 +349,25 @@ def test_the_drawing_of_the_unet():
     assert len(lines) == 4
 
 
+def test_why_four_sizes():
+    """The table in §5, and how far one pixel at the end of the middle sees."""
+    for size, channels, scores, products, covers in rows("whatever a pixel stands for")[1:]:
+        n, m = int(size.split("×")[0]), int(channels)
+        assert int(scores.replace(",", "")) == n ** 4
+        assert products == f"{n * n * 9 * m * m / 1e9:.1f} billion"
+        assert covers.startswith(f"{512 // n}×{512 // n}")
+    levels = [(f"down_blocks.{i}.", 2 ** i) for i in range(4)] + [("mid_block.", 8)]
+    convolutions, seen, names = 1, 3, list(shapes_of("unet", SD1))     # conv_in
+    for prefix, step in levels:
+        windows = [name for name in names if name.startswith(prefix)
+                   and re.search(r"conv[12]?\.weight$", name)]
+        convolutions += len(windows)
+        seen += 2 * step * len(windows)     # each reaches one pixel further to both sides
+    assert (convolutions, 1 + 2 * convolutions, seen) == (24, 49, 201)
+    assert "24 convolutions" in NOTES and "201" in NOTES
+    assert 8 * 8 * 1280 == 5 * 64 * 64 * 4
+
+
 def test_table_of_noise_levels():
     """(6.5), and the curve."""
     for index, mean, bar, *cells in rows("is `sigma_of`:\n")[1:]:
@@ -390,6 +427,43 @@ def test_guidance_may_come_before_or_after_the_split(kind):
     first = sd.split_prediction(kind, sd.guide(uncond, cond, 7.5), x, 0.3)
     parts = (sd.split_prediction(kind, output, x, 0.3) for output in (uncond, cond))
     np.testing.assert_allclose(first, [sd.guide(u, c, 7.5) for u, c in zip(*parts)], atol=1e-9)
+
+
+def test_flow_matching_is_ddim():
+    """(6.29), (6.30): Euler's method along straight lines, beside ddim at the same σ."""
+    rng = np.random.default_rng(0)
+    times = np.linspace(0.99, 0, 21).tolist()
+    steps = [(r, *((1 - s) ** 2 / ((1 - s) ** 2 + s ** 2) for s in (r, after)))
+             for r, after in zip(times, times[1:])]
+
+    def mixed(r):       # (6.29); its derivative is u
+        return (1 - r) * x_0 + r * eps
+    x_0, eps = rng.standard_normal((2, 50))
+    np.testing.assert_allclose((mixed(0.7) - mixed(0.4)) / 0.3, eps - x_0)
+    for r, alpha_bar, _ in steps:       # the same as x_t, in other units
+        np.testing.assert_allclose(mixed(r) / (1 - r),
+                                   sd.add_noise(x_0, alpha_bar, eps) / alpha_bar ** 0.5)
+        assert sd.sigma_of(alpha_bar) == pytest.approx(r / (1 - r))
+
+    x = rng.standard_normal(50)
+    y = x * (1 - times[0]) / steps[0][1] ** 0.5
+    for (r, alpha_bar, level), after, ours in zip(steps, times[1:],
+                                                  sd.ddim(denoise_crooked, x, steps)):
+        x_t = y * alpha_bar ** 0.5 / (1 - r)
+        picture, noise = denoise_crooked(x_t, r, alpha_bar)
+        y = y + (after - r) * (noise - picture)                                     # (6.30)
+        np.testing.assert_allclose(y, (1 - after) * picture + after * noise, atol=1e-9)
+        np.testing.assert_allclose(y / (1 - after), ours / level ** 0.5, atol=1e-9)
+
+
+def test_what_flow_matching_weighs():
+    """Under (6.30): an error of u, in those of the picture."""
+    rng, r = np.random.default_rng(0), 0.8
+    x_0, guess, eps = rng.standard_normal((3, 50))
+    y = (1 - r) * x_0 + r * eps
+    u, other = eps - x_0, (y - (1 - r) * guess) / r - guess
+    sigma = r / (1 - r)
+    np.testing.assert_allclose(np.square(u - other), (1 + 1 / sigma) ** 2 * np.square(x_0 - guess))
 
 
 def test_euler_ancestral_is_ddpm():
@@ -512,18 +586,21 @@ def test_the_loss_of_a_perfect_denoiser():
 
 
 def test_numbers_of_the_spacings():
-    """Around (9.1) and (7.2)."""
+    """Around (9.1)."""
     def steps(sampler, n, **settings):
         return like_diffusers.sampling_steps(sampler, n, scheduler(**settings), ALPHA_BAR)
     assert [round(step[0]) for step in steps("ddim", 50)][:2] == [981, 961]
     first = steps("ddim", 600)[0]
     assert first[0] == 600 and math.sqrt(first[1]) == pytest.approx(0.40, abs=0.005)
-    t, a, _ = sd.last_steps(steps("dpm++2m", 20, timestep_spacing="leading"), 0.75)[0]
-    assert t == 706
-    assert (math.sqrt(1 / a - 1), math.sqrt(a)) == pytest.approx((3.4, 0.28), abs=0.05)
     assert samplers.lcm_timesteps(50, 1000).tolist() == list(range(999, 0, -20))
     left = steps("ddim", 20, set_alpha_to_one=False)[-1][2]
     assert left == ALPHA_BAR[0] and math.sqrt(1 - left) == pytest.approx(0.029, abs=0.0005)
+
+
+def test_where_a_strength_begins():
+    """Under (7.3)"""
+    t, a, _ = sd.last_steps(sd.evenly_spaced_steps(20, ALPHA_BAR), 0.75)[0]
+    assert t == 749 and (sd.sigma_of(a), math.sqrt(a)) == pytest.approx((4.1, 0.24), abs=0.05)
 
 
 def test_the_largest_normal_number():

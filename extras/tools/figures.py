@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import samplers
 from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes
 from extras.tools import moons
-from extras.training.fitting import initial
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 FOX, STEPS = "a fox on a light blue background", 20
@@ -164,9 +164,10 @@ def latents_picture(model):
     """A picture, its latent channels, and what the decoder makes of them."""
     picture = drawn(model)
     z = encoded(model, [picture]).numpy()
-    channels = [np.repeat(channel[..., None], 3, -1) / 6 + 0.5 for channel in np.moveaxis(z[0], -1, 0)]
+    channels = [np.clip(channel / 6 + 0.5, 0, 1)[..., None].repeat(3, -1)
+                for channel in np.moveaxis(z[0], -1, 0)]
     titles = ["picture", *(f"channel {i}" for i in range(4)), "decoded"]
-    return grid([[picture, *np.clip(channels, 0, 1), tiny_sd.decode(model, z)[0]]], titles, size=128)
+    return grid([[picture, *channels, tiny_sd.decode(model, z)[0]]], titles, size=128)
 
 
 def time_picture(model):
@@ -227,8 +228,9 @@ def noising_picture(model):
     """Ever more noise on one picture, by the closed form."""
     x, times = latents_of(model), [0, 100, 200, 354, 500, 700, 999]
     noise = tiny_sd.numpy_noise([1], x.shape[1:])()
-    noisy = [tiny_sd.add_noise(x, model.alpha_bars[t], noise) for t in times]
-    return grid([[tiny_sd.decode(model, x_t)[0] for x_t in noisy]], [f"t = {t}" for t in times], size=128)
+    row = [tiny_sd.decode(model, tiny_sd.add_noise(x, model.alpha_bars[t], noise))[0]
+           for t in times]
+    return grid([row], [f"t = {t}" for t in times], size=128)
 
 
 def alpha_bar_picture(model):
@@ -261,11 +263,11 @@ def moons_picture(model):
     steps = moons.train(weights, lambda n: moons.two_moons(n, rng)[0], MOON_STEPS, rng)
     for _ in tqdm(steps, "moons", MOON_STEPS, leave=False):
         pass
-    points, _ = moons.two_moons(3000, rng)
+    points, _ = moons.two_moons(1500, rng)
     learnt, exact = moons.learnt_denoiser(weights), moons.exact_denoiser(points)
     figure = Figure((9.2, 2.8), dpi=100, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    x_bar = np.stack(np.meshgrid(np.linspace(-2.3, 2.4, 13), np.linspace(-1.9, 1.8, 11)), -1)
+    x_bar = np.stack(np.meshgrid(np.linspace(-2.3, 2.4, 11), np.linspace(-1.9, 1.8, 9)), -1)
     x_bar = x_bar.reshape(-1, 2)
     for axes, t in ((left, 600), (middle, 250)):
         plane(axes, points, f"t = {t}")
@@ -283,7 +285,7 @@ def moons_picture(model):
 def arrows_picture(model):
     """Guidance: the guesses without and with "upper", their extrapolation, and what is drawn."""
     rng = np.random.default_rng(1)
-    points, upper = moons.two_moons(3000, rng)
+    points, upper = moons.two_moons(1500, rng)
     nothing, caption = moons.exact_denoiser(points), moons.exact_denoiser(points[upper])
     figure = Figure((10, 2.9), dpi=100, layout="constrained")
     first, *others = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
@@ -291,9 +293,9 @@ def arrows_picture(model):
     t, x_bar = 500, np.array([[0.3, -1.8]])
     alpha_bar = moons.ALPHA_BARS[t]
     guesses = [f(alpha_bar ** 0.5 * x_bar, t, alpha_bar)[0] for f in (nothing, caption)]
-    guesses.append(tiny_sd.guide(*guesses, 3))
+    guesses.append(tiny_sd.guide(*guesses, 2))
     first.plot(*np.concatenate(guesses).T, color="gray", linewidth=0.8, linestyle="--")
-    names = ("without a caption", 'with "upper"', "guided, w = 3")
+    names = ("without a caption", 'with "upper"', "guided, w = 2")
     for guess, colour, name in zip(guesses, ("black", BLUE, RED), names):
         how = {"arrowstyle": "->", "color": colour, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
         first.annotate("", guess[0], x_bar[0], arrowprops=how)
@@ -306,7 +308,7 @@ def arrows_picture(model):
         def guided(x, t, alpha_bar, w=w):
             eps = tiny_sd.guide(nothing(x, t, alpha_bar)[1], caption(x, t, alpha_bar)[1], w)
             return tiny_sd.split_prediction("epsilon", eps, x, alpha_bar)
-        *_, x = tiny_sd.ddim(guided, noise, tiny_sd.evenly_spaced_steps(50, moons.ALPHA_BARS))
+        *_, x = tiny_sd.ddim(guided, noise, tiny_sd.evenly_spaced_steps(25, moons.ALPHA_BARS))
         plane(axes, points, f"drawn with w = {w}").scatter(*x.T, s=3, color=BLUE, linewidths=0)
     return figure
 
@@ -344,9 +346,10 @@ def strength_picture(model):
 
 def samplers_picture(model):
     """What three samplers draw over the same few levels, and over many."""
-    counts = [3, 4, 6, 10, 20]
-    named = {"ddim": tiny_sd.ddim, "dpm++2m": tiny_sd.dpm_pp_2m, "euler_a": samplers.euler_ancestral}
-    rows = [[drawn(model, steps=n, sampler=sampler) for n in counts] for sampler in named.values()]
+    counts, named = [2, 3, 4, 6, 10, 20], {"ddim": tiny_sd.ddim, "dpm++2m": tiny_sd.dpm_pp_2m,
+                                           "euler_a": samplers.euler_ancestral}
+    rows = [[drawn(model, "a cat", steps=n, sampler=sampler, guidance=6) for n in counts]
+            for sampler in named.values()]
     return grid(rows, [f"{n} steps" for n in counts], list(named), 128)
 
 
@@ -376,6 +379,21 @@ def side_of(model):
     return model.factor * model.config.unet.sample_size
 
 
+def initial(shapes, zero=()):
+    """Return random weights for shapes of checks.py: norms 1, biases 0, outputs of variance 1.
+
+    zero: names whose weights are 0.
+    """
+    rng, arrays = np.random.default_rng(0), {}
+    for name, shape in tiny_sd.flatten(shapes).items():
+        if len(shape) == 1:
+            array = np.full(shape, "norm" in name and name.endswith("weight"), np.float32)
+        else:
+            array = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(shape[1:]))
+        arrays[name] = tiny_sd.to_backend(array * (name not in zero), "torch")
+    return tiny_sd.nest(arrays)
+
+
 def encoder_pair(vocabulary, width=64):
     """Return a text encoder for captions and an image encoder for latents, both untrained."""
     text = SimpleNamespace(vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
@@ -384,7 +402,7 @@ def encoder_pair(vocabulary, width=64):
                             out_channels=4, latent_channels=width // 2)
     shapes = {"text": text_shapes(text),
               "image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 16)}}
-    return tiny_sd.nest(initial(shapes, 0))
+    return initial(shapes)
 
 
 def unit(x):
@@ -449,7 +467,7 @@ def training(model, shown, every):
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]})
     small = tiny_sd.load("weights/emoji", "torch")
     small.config.unet = config
-    small.unet = tiny_sd.nest(initial(unet_shapes(config), 0, ("conv_out.weight",)))
+    small.unet = initial(unet_shapes(config), ["conv_out.weight"])
     pictures, rng = drawings("noto", side), np.random.default_rng(0)
     latents = encoded(model, [pictures[name] for name in TAUGHT])
     batches = tiny_sd.random_batches(latents, [f"a {name}" for name in TAUGHT], 16, rng)
@@ -479,7 +497,7 @@ def training_picture(model):
     axes.plot(losses, color="#bbb", linewidth=1, label="one step")
     axes.plot(mean, color=RED, linewidth=2, label="mean of the last 20")
     axes.legend(frameon=False)
-    for i, (step, pictures) in enumerate(found.items()):
+    for i, pictures in enumerate(found.values()):
         for j, picture in enumerate(pictures):
             below = figure.add_axes((0.12 + 0.1 * i - 0.045, 0.27 - 0.13 * j, 0.09, 0.135))
             below.imshow(picture)

@@ -1,53 +1,48 @@
-"""Make tiny_sd.ipynb of NOTES.md and tiny_sd.py:
+"""Make tiny_sd.ipynb of NOTES.md and tiny_sd.py, and run it:
 
-    python -m extras.notebook
+    python -m extras.tools.notebook
 
-Each section's prose and mathematics, and after each paragraph and its equations the functions that
-it names, as cells that run in order. Change one, run on, and see the picture change.
-
-Needs nbformat.
+Each section's prose, then its code as one cell; pictures and examples are cells that show
+something. Change a function, run on, and see the picture change. Needs nbformat and nbclient.
 """
 
 import argparse
-import ast
 import re
-import sys
+import subprocess
 from pathlib import Path
 
 import nbformat
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-HERE = Path(__file__).resolve().parents[1]
-COLAB = "https://colab.research.google.com/github/OWNER/tiny_sd/blob/main/tiny_sd.ipynb"
+ROOT = Path(__file__).resolve().parents[2]
 
 FIRST = """\
 # tiny_sd, as a notebook
+{badge}
+[NOTES.md](NOTES.md) and the lesson of [tiny_sd.py](tiny_sd.py) in one: each section's prose and
+equations, then its code. Change a function, run from there on, and see what it does to the picture.
+Training (§8) needs torch.
 
-[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})
-
-The notes and the file [tiny_sd.py](tiny_sd.py) in one: prose, equation, and the function that
-computes it, in cells that run in order. Change a function, run from there on, and see what it does
-to the picture. The formulas are the file's own, so a picture takes some seconds and not one.
-
-Needs Python 3.11, and `pip install numpy pillow safetensors tqdm ipywidgets`. In Colab, first run
-`!git clone https://github.com/OWNER/tiny_sd && mv tiny_sd/* .`; for real Stable Diffusion weights
-`!pip install huggingface_hub`, then `from extras.formats import load` and
-`model = load("sd15", device="cuda", dtype="float16")`.
+Needs Python 3.11, and `pip install numpy pillow safetensors tqdm`, in the project's folder.
+"""
+BADGE = """
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](\
+https://colab.research.google.com/github/{0}/blob/main/tiny_sd.ipynb)
+(there, first `!git clone https://github.com/{0} tiny && mv tiny/* .`)
 """
 
 LAST = '''\
-import ipywidgets as widgets
+from IPython.display import display
 from PIL import Image
 
-model = load("weights/emoji")
 
-
-def panel(prompt="red apple on a blue background", seed=0, steps=20, guidance=2.0):
-    """Draw a picture, and beneath it what the network guessed on the way."""
+def draw(prompt, steps=20, guidance=None, sampler=ddim, seed=0):
+    """Show a picture, and beside it what the network guessed on the way."""
     guesses = []
 
-    def watching(model, *args):
-        denoise = denoiser(model, *args)
+    def watching(*args):
+        denoise = denoiser(*args)
 
         def watched(x_t, t, alpha_bar):
             x_0, eps = denoise(x_t, t, alpha_bar)
@@ -55,198 +50,102 @@ def panel(prompt="red apple on a blue background", seed=0, steps=20, guidance=2.
             return x_0, eps
         return watched
 
-    *_, x = generate(model, prompt, seeds=[seed], steps=steps, guidance=guidance,
-                     denoiser=watching)
-    film = decode(model, np.concatenate(guesses[:: max(1, steps // 8)]))
-    display(Image.fromarray(decode(model, x)[0]).resize((256, 256), Image.Resampling.NEAREST))
-    display(Image.fromarray(np.concatenate(list(film), axis=1)))
+    levels = evenly_spaced_steps(steps, model.alpha_bars)
+    *_, x = generate(model, prompt, guidance=guidance, sampler=sampler, steps=levels,
+                     noise=numpy_noise([seed], latent_shape(model)), make_denoiser=watching)
+    shown = decode(model, np.concatenate([x, *guesses[::max(1, steps // 5)]]))
+    display(Image.fromarray(np.concatenate(list(shown), axis=1)))
 
 
-widgets.interact_manual(panel, seed=(0, 99), steps=(1, 50), guidance=(1.0, 15.0))
-panel(steps=8)'''
+model = load("weights/emoji")
+draw("red apple on a blue background")
+draw("a fox on a light blue background", guidance=1)
+draw("a fox on a light blue background", steps=5, sampler=dpm_pp_2m)'''
 
 
-class Definition:
-    """A top-level statement of tiny_sd.py: its source, the names it makes, and those it needs."""
-
-    def __init__(self, node, source):
-        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        self.source = "\n".join(source.split("\n")[start - 1:node.end_lineno])
-        self.line, self.names = start, names_made(node)
-        self.needs = names_needed(node)
-        self.uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def names_made(node):
-    """Return the names that a statement defines."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return [node.name]
-    targets = getattr(node, "targets", [])
-    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-
-
-def names_needed(node):
-    """Return the names that must exist when the statement runs, not only when it is called."""
-    if isinstance(node, ast.FunctionDef):
-        types = [argument.annotation for argument in node.args.args]
-        parts = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults, *types,
-                 node.returns]
-    elif isinstance(node, ast.ClassDef):
-        fields = [n for n in node.body if isinstance(n, (ast.AnnAssign, ast.Assign))]
-        methods = [d for n in node.body if isinstance(n, ast.FunctionDef) for d in n.args.defaults]
-        parts = [*node.decorator_list, *node.bases, *fields, *methods]
-    else:
-        parts = [node]
-    return {n.id for part in parts if part for n in ast.walk(part) if isinstance(n, ast.Name)}
-
-
-def definitions(source):
-    """Return (the statements before section 1 as text, [[definitions of §1], [of §2], ...])."""
-    lines = source.split("\n")
-    starts = [i for i, line in enumerate(lines) if re.match(r"# ── \d+\. ", line)] + [len(lines)]
-    head, sections = [], [[] for _ in starts[:-1]]
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.If) or (isinstance(node, ast.Expr) and node.lineno == 1):
-            continue        # what runs it as a program, and its docstring
-        definition = Definition(node, source)
-        section = sum(start < node.lineno for start in starts) - 1
-        if section < 0:
-            text = definition.source.replace("Path(__file__).resolve().parent", "Path.cwd()")
-            head.append(text)
-        else:
-            sections[section].append(definition)
-    return "\n".join(head), sections
+def parts_of(source):
+    """Return the text before section 1, the lesson's sections, and what follows the lesson."""
+    lesson, rest = re.split(r"^# ═+\n# The lesson ends here", source, flags=re.M)
+    head, *sections = re.split(r"^# ── \d+\. .*\n", lesson, flags=re.M)
+    return head, [section.strip() for section in sections], rest
 
 
 def markdown(text):
     """Turn GitHub's way of writing mathematics into a notebook's."""
     text = re.sub(r"```math\n(.*?)\n```", r"$$\n\1\n$$", text, flags=re.S)
-    return re.sub(r"\$`(.*?)`\$", r"$\1$", text, flags=re.S)
+    text = re.sub(r"\$`(.*?)`\$", r"$\1$", text, flags=re.S)
+    return re.sub(r"\]\(#", "](NOTES.md#", text).strip()
 
 
-def anchor(title):
-    """Return a heading's name in a link, as GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+def cells_of(text, code=None):
+    """Return a section's cells: prose, pictures, examples, and its code before the examples."""
+    cells = []
+    for piece in re.split(r"(^!\[[^\n]*\n|^```python\n.*?^```\n)", text, flags=re.M | re.S):
+        if piece.startswith("!["):
+            path = re.search(r"\((.+)\)", piece)[1]
+            cells.append(new_code_cell(f'Image.open("{path}")'))
+        elif piece.startswith("```python"):
+            if code:
+                cells.append(new_code_cell(code))
+                code = None
+            piece = re.sub(r"^import tiny_sd\n", "", piece[len("```python\n"):-len("```\n")],
+                           flags=re.M)
+            cells.append(new_code_cell(piece.strip()))
+        elif piece.strip():
+            cells.append(new_markdown_cell(markdown(piece)))
+    return cells + ([new_code_cell(code)] if code else [])
 
 
-def link(cells):
-    """Let the links within NOTES.md lead to the cells' headings, or else to the file.
-
-    Jupyter, Colab and VS Code name headings in three ways, so each gets a name of its own.
-    """
-    text = "\n".join(cell["source"] for cell in cells)
-    names = {anchor(title) for title in re.findall(r"^##+ (.+)$", text, re.M)}
-    for cell in cells:
-        cell["source"] = re.sub(r"^##+ (.+)$", lambda heading:
-                                f'<a id="{anchor(heading[1])}"></a>\n\n{heading[0]}',
-                                cell["source"], flags=re.M)
-        cell["source"] = re.sub(r"\]\(#([^)]+)\)", lambda target:
-                                target[0] if target[1] in names else f"](NOTES.md#{target[1]})",
-                                cell["source"])
+def badge(root=ROOT):
+    """Return the link to Colab, if this folder is a clone of a repository on GitHub."""
+    url = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True,
+                         text=True).stdout
+    found = re.search(r"github\.com[:/](\S+?)(\.git)?$", url.strip())
+    return BADGE.format(found[1]) if found else ""
 
 
-def continues(text, after):
-    """Does the next block belong to this one: an equation, or the prose about it?"""
-    if text.startswith("```math"):
-        return after != "" and not after.startswith(("#", "**"))     # a new subject
-    return after.startswith("```math") or text.endswith((":", ","))
-
-
-def blocks(text):
-    """Split notes into paragraphs and fenced blocks; Python code stays apart."""
-    pieces = re.split(r"(```python\n.*?\n```)", text, flags=re.S)
-    for piece in pieces:
-        if piece.startswith("```python"):
-            yield "code", piece[len("```python\n"):-len("\n```")]
-        else:
-            parts = re.split(r"\n{2,}(?=(?:[^`]|`(?!``)|```[\s\S]*?```)*$)", piece.strip())
-            yield from (("text", part) for part in parts if part.strip())
-
-
-class Notebook:
-    """Cells in order; each definition is written once, after those that it needs."""
-
-    def __init__(self, all_definitions):
-        self.cells, self.written, self.ready = [], set(), set()
-        self.by_name = {name: d for d in all_definitions for name in d.names}
-
-    def say(self, text):
-        """Add prose, joined to prose before it."""
-        text = markdown(text)
-        if self.cells and self.cells[-1]["cell_type"] == "markdown":
-            self.cells[-1]["source"] += "\n\n" + text
-        else:
-            self.cells.append(new_markdown_cell(text))
-
-    def define(self, definition, to_run=False):
-        """Add the cell of a definition; with all that it calls, if it is to run at once."""
-        if definition.line in (self.ready if to_run else self.written):
-            return
-        is_new = definition.line not in self.written
-        self.written.add(definition.line)
-        if to_run:
-            self.ready.add(definition.line)
-        for name in sorted(definition.uses if to_run else definition.needs):
-            if name in self.by_name:
-                self.define(self.by_name[name], to_run)
-        if is_new:
-            self.cells.append(new_code_cell(definition.source))
-
-    def run(self, code):
-        """Add a cell of the notes' own, after the definitions that it takes from tiny_sd."""
-        for name in re.findall(r"tiny_sd\.(\w+)", code):
-            if name in self.by_name:
-                self.define(self.by_name[name], to_run=True)
-        self.cells.append(new_code_cell(re.sub(r"^import tiny_sd\n", "", code, flags=re.M)))
-
-
-def make(notes, source):
-    """Return the notebook of the notes and the file."""
-    head, sections = definitions(source)
-    book = Notebook([d for section in sections for d in section])
-    book.say(FIRST.format(colab=COLAB))
-    book.cells.append(new_code_cell(head + "\n\ntiny_sd = sys.modules[__name__]"))
-
-    for part in re.split(r"\n(?=## )", notes):
-        number = re.match(r"## §(\d+)", part)
-        mine = sections[int(number[1]) - 1] if number and int(number[1]) <= len(sections) else []
-        if number and int(number[1]) > len(sections):
-            continue
-        found, pieces = [], list(blocks(part))
-        for (kind, text), (_, after) in zip(pieces, [*pieces[1:], ("text", "")]):
-            if kind == "code":      # where tiny_sd is the notebook itself
-                book.run(text)
-                continue
-            book.say(text)
-            if not text.startswith("|"):        # a table sums up, it does not introduce
-                found += [book.by_name.get(name) for name in re.findall(r"`(\w+)`", text)]
-            if not continues(text, after):
-                for definition in found:
-                    if definition in mine:
-                        book.define(definition)
-                found = []
-        for definition in mine:
-            book.define(definition)
-    book.say("## Draw\n\nThe whole of it at work. Move the sliders and press the button.")
-    book.cells.append(new_code_cell(LAST))
-    link([cell for cell in book.cells if cell["cell_type"] == "markdown"])
-    for i, cell in enumerate(book.cells):
+def make(notes, source, link=""):
+    """Return the notebook of the notes and the file, not run yet."""
+    head, sections, rest = parts_of(source)
+    head = head.replace("Path(__file__).resolve().parent", "Path.cwd()")
+    head = re.sub(r'^""".*?^"""\n|^if __name__ == .*?(?=^\S)', "", head, flags=re.M | re.S)
+    reading = rest[rest.index("# ── Torch's operations"):rest.index("# ── The small program")]
+    cells = [new_markdown_cell(FIRST.format(badge=link)),
+             new_code_cell("from PIL import Image\n\n" + head.strip()
+                           + "\n\ntiny_sd = sys.modules[__name__]      # for the examples")]
+    course = notes[notes.index("## §1"):notes.index("## Exercises")]
+    for text, code in zip(re.split(r"^(?=## §)", course, flags=re.M)[1:], sections):
+        cells += cells_of(text, code)
+    cells += [new_markdown_cell("## Below the lesson\n\nTorch's operations; reading weights."),
+              new_code_cell(reading.strip()),
+              new_markdown_cell("## Draw\n\nThe picture, then the guesses on the way to it."),
+              new_code_cell(LAST)]
+    for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i}"
-    notebook = new_notebook(cells=book.cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3",
-                                       "language": "python"}
-    return notebook
+    book = new_notebook(cells=cells)
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3",
+                                   "language": "python"}
+    return book
+
+
+def run(book):
+    """Run all cells, which keeps what they show."""
+    NotebookClient(book, timeout=1200, kernel_name="python3",
+                   resources={"metadata": {"path": str(ROOT)}}).execute()
+    for cell in book.cells:     # when it ran is nobody's business
+        cell.metadata.pop("execution", None)
 
 
 def main():
     """Write tiny_sd.ipynb."""
     argparse.ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    notebook = make((HERE / "NOTES.md").read_text(encoding="utf-8"),
-                    (HERE / "tiny_sd.py").read_text(encoding="utf-8"))
-    nbformat.write(notebook, HERE / "tiny_sd.ipynb")
-    print(f"tiny_sd.ipynb: {len(notebook.cells)} cells")
+    book = make((ROOT / "NOTES.md").read_text(encoding="utf-8"),
+                (ROOT / "tiny_sd.py").read_text(encoding="utf-8"), badge())
+    run(book)
+    nbformat.write(book, ROOT / "tiny_sd.ipynb")
+    print(f"tiny_sd.ipynb: {len(book.cells)} cells")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
