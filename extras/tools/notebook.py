@@ -50,9 +50,9 @@ def draw(prompt, steps=20, guidance=None, sampler=ddim, seed=0):
             return x_0, eps
         return watched
 
-    levels = evenly_spaced_steps(steps, model.alpha_bars)
+    side, levels = model.config.unet.sample_size, evenly_spaced_steps(steps, model.alpha_bars)
     *_, x = generate(model, prompt, guidance=guidance, sampler=sampler, steps=levels,
-                     noise=numpy_noise([seed], latent_shape(model)), make_denoiser=watching)
+                     noise=numpy_noise([seed], (side, side, 4)), make_denoiser=watching)
     shown = decode(model, np.concatenate([x, *guesses[::max(1, steps // 5)]]))
     display(Image.fromarray(np.concatenate(list(shown), axis=1)))
 
