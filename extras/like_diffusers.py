@@ -13,6 +13,7 @@ import numpy as np
 
 import tiny_sd
 from extras.samplers import SCHEDULERS
+from extras.schedules import SCHEDULES, SPACINGS, time_of
 from tiny_sd import (
     SAMPLERS,
     Model,
@@ -41,9 +42,9 @@ def defaults(model):
 
 def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequence[int] = (0,),
              steps: int | None = None, guidance: float | None = None,
-             sampler: str | Callable | None = None, karras=False, width: int | None = None,
-             height: int | None = None, init: np.ndarray | None = None, strength=0.75,
-             mask: np.ndarray | None = None, make_denoiser=None,
+             sampler: str | Callable | None = None, schedule: str | None = None,
+             width: int | None = None, height: int | None = None, init: np.ndarray | None = None,
+             strength=0.75, mask: np.ndarray | None = None, make_denoiser=None,
              embed=tiny_sd.embed_prompts) -> Iterator[np.ndarray]:
     """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step, as diffusers'.
 
@@ -62,7 +63,7 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
         height, width = init.shape[:2]
 
     levels = sampling_steps(sampler, own_steps if steps is None else steps, model.config.scheduler,
-                            model.alpha_bars, karras)
+                            model.alpha_bars, own_schedule(schedule, model))
     noise = torch_noise(seeds, latent_shape(model, width, height))
     if init is None or mask is not None and strength == 1:
         sampler = from_scaled_noise(sampler, initial_scale(sampler, model.config.scheduler, levels))
@@ -86,7 +87,12 @@ def check_start(model, picture, mask):
 
 def with_guidance(make_denoiser, guidance, model, context, _, *others):
     """Make a denoiser with this guidance, whatever generate() made of it."""
-    return make_denoiser(model, context, guidance, *others)
+    denoise = make_denoiser(model, context, guidance, *others)
+
+    def denoise_anywhere(x_t, t, alpha_bar):
+        return denoise(x_t, t, alpha_bar)
+    denoise_anywhere.alpha_bars = model.alpha_bars
+    return denoise_anywhere
 
 
 def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None) -> Callable:
@@ -130,9 +136,9 @@ def timestep_spacing(sampler, scheduler):
     return own or scheduler.timestep_spacing or getattr(sampler, "default_spacing", "leading")
 
 
-def timesteps(sampler, n, scheduler):
-    """Return n timesteps, the noisiest first (9.1)."""
-    T, spacing = scheduler.num_train_timesteps, timestep_spacing(sampler, scheduler)
+def timesteps(sampler, n, scheduler, spacing=None):
+    """Return n timesteps, the noisiest first (9.1). spacing: see SPACINGS (timestep_spacing's)."""
+    T, spacing = scheduler.num_train_timesteps, spacing or timestep_spacing(sampler, scheduler)
     if custom := getattr(sampler, "timesteps", None):
         return custom(n, T)
     if spacing == "trailing":
@@ -145,44 +151,64 @@ def timesteps(sampler, n, scheduler):
     return t[::-1][:n]
 
 
-def sampling_steps(sampler, n, scheduler, alpha_bars, karras=False):
-    """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config."""
+def own_schedule(schedule, model):
+    """Return the name of the schedule for this model: SDXL has its own of one."""
+    xl = schedule == "align your steps" and len(model.encoders) == 2
+    return "align your steps xl" if xl else schedule
+
+
+def schedule_of(sampler, scheduler):
+    """Return the schedule that the config asks for, where diffusers' sampler would follow it."""
+    follows = hasattr(sampler, "range") and getattr(sampler, "follows_config", True)
+    asked = [name for name in ("karras", "exponential", "beta")
+             if follows and getattr(scheduler, f"use_{name}_sigmas", False)]
+    return asked[0] if asked else None
+
+
+def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
+    """Return the n steps (t, ᾱ_t, ᾱ_next) that diffusers takes with this sampler and config.
+
+    schedule: a name in SCHEDULES or SPACINGS; if None, the levels are spaced as the config says.
+    """
     sampler = function_of(sampler)
     T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
     most = min(T, 1000) - 1
     require(hasattr(n, "__index__") and 1 <= n <= most, f"steps {n} is not from 1 to {most}")
-    t = timesteps(sampler, n, scheduler)
+    require(schedule in (None, *SCHEDULES, *SPACINGS), f"there is no schedule {schedule}")
+    require(not schedule or not hasattr(sampler, "timesteps"),
+            f"schedule {schedule} does not go with sampler {getattr(sampler, 'name', sampler)}")
+    name = schedule or schedule_of(sampler, scheduler)
+
+    t = timesteps(sampler, n, scheduler, name if name in SPACINGS else None)
     require(t[0] < T, f"{n} steps are more than this sampler can take")
-    takes_karras = getattr(sampler, "karras", None)
-    require(not karras or takes_karras, "karras does not go with sampler "
-            f"{getattr(sampler, 'name', sampler.__name__)}")
     if not getattr(sampler, "fractional", False):
         t = np.round(t)
-
     sigma = np.interp(t, np.arange(T), sigmas)
-    follows = takes_karras and getattr(sampler, "follows_config", True)
-    if karras or scheduler.use_karras_sigmas and follows:
-        sigma, t = karras_levels(takes_karras == "whole range", sigma, sigmas)
+    if name in SCHEDULES:
+        sigma, t = scheduled_levels(name, n, sampler, sigma, sigmas)
     levels = (1 / (1 + sigma ** 2)).tolist()
 
     ends_clean = getattr(sampler, "ends_clean", True)
     if getattr(sampler, "follows_set_alpha", False) and scheduler.set_alpha_to_one is not None:
         ends_clean = scheduler.set_alpha_to_one
-    last = 1.0 if ends_clean else float(alpha_bars[0])
+    last = 1.0 if ends_clean or name in SCHEDULES else float(alpha_bars[0])
     return list(zip(t.tolist(), levels, [*levels[1:], last]))
 
 
-def karras_levels(whole_range, sigma, sigmas):
-    """Return levels evenly spaced in σ^(1/7), and the times t that have those levels (9.2).
+def scheduled_levels(name, n, sampler, sigma, sigmas):
+    """Return a schedule's levels and their times.
 
-    Karras et al., 2022, eq. 5. sigma: the levels chosen so far; sigmas: all of the model's, whose
-    whole range is used if asked for.
+    sigma: the levels that the sampler would take, over whose range some schedules extend; sigmas:
+    all of the model's. Three schedules are also diffusers', whose times are whole with samplers
+    that think in log σ.
     """
-    low, high = (sigmas[0], sigmas[-1]) if whole_range else (sigma[-1], sigma[0])
-    ramp = np.linspace(0, 1, len(sigma))
-    sigma = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    t = np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
-    return sigma, t.round() if whole_range else t
+    in_diffusers = name in ("karras", "exponential", "beta") and getattr(sampler, "range", None)
+    sigma = SCHEDULES[name](n, sigma[::-1] if in_diffusers == "steps" else sigmas)
+    t = time_of(sigma, sigmas)
+    if in_diffusers == "model":
+        # it cuts the others', whose first comes out as 998.9999
+        t = t.round() if name == "karras" else np.floor(t - 1e-4).clip(0)
+    return sigma, t
 
 
 def initial_scale(sampler, scheduler, steps):

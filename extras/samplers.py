@@ -5,42 +5,49 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     name, title         as in SAMPLERS, and as pictures record it
     spacing             how its timesteps are always spaced: "leading", "trailing" or "linspace"
     default_spacing     likewise, where the scheduler's config does not say ("leading")
-    timesteps           a function (n, T) that chooses them instead
+    timesteps           a function (n, T) that chooses them instead; no schedule can
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
     fractional          its times need not be whole, and x_T has the standard deviation of its noise
-    karras              it can take Karras' levels: over the "whole range" of the model's, or over
-                        the "range of the steps"
-    follows_config      ... whenever the config says use_karras_sigmas (True)
+    range               what a schedule such as Karras' extends over: "model", all levels that the
+                        model knows, or "steps", those that the sampler would take ("model")
+    follows_config      takes the schedule that the config asks for (whether it has a range)
     ends_clean          the last step ends at ᾱ = 1, not at the model's first level (True)
     follows_set_alpha   ... unless the config's set_alpha_to_one says otherwise (False)
+
+Some ask the model at levels between those of the steps. They find the time of a level in
+denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
 """
 
 import re
+from itertools import zip_longest
 
 import numpy as np
 
+from extras.schedules import karras, schedule_named, time_of
 from tiny_sd import SAMPLERS, add_noise, ddim, ddpm, dpm_pp_2m, sigma_of
 
 TITLES, SCHEDULERS = {}, {}     # {name: title}, {diffusers' class: name}
 
 
-def sampler(name, title, scheduler, **facts):
+def sampler(name, title, scheduler=None, **facts):
     """Register a sampler under these names, with its facts."""
     def register(function):
         vars(function).update(facts, name=name, title=title)
-        SAMPLERS[name], TITLES[name], SCHEDULERS[scheduler] = function, title, name
+        SAMPLERS[name], TITLES[name] = function, title
+        if scheduler:
+            SCHEDULERS[scheduler] = name
         return function
     return register
 
 
-SIGMA = {"default_spacing": "linspace", "fractional": True}     # of samplers that think in σ
+SIGMA = {"default_spacing": "linspace", "fractional": True, "range": "steps"}   # that think in σ
+LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     # ... in log σ
 sampler("ddpm", "DDPM", "DDPMScheduler")(ddpm)
 sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True)(ddim)
-sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", default_spacing="linspace",
-        drops_last=1, karras="whole range")(dpm_pp_2m)
+sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2m)
 
 
-@sampler("euler", "Euler", "EulerDiscreteScheduler", karras="range of the steps", **SIGMA)
+@sampler("euler", "Euler", "EulerDiscreteScheduler", **SIGMA)
 def euler(denoise, x, steps, noise=None):
     """Follow dx̄/dσ = ε̂, where x̄ = x_t / √ᾱ, by Euler's method (6.22): ddim in other coordinates.
 
@@ -54,8 +61,7 @@ def euler(denoise, x, steps, noise=None):
         yield x
 
 
-@sampler("euler_a", "Euler a", "EulerAncestralDiscreteScheduler", karras="range of the steps",
-         follows_config=False, **SIGMA)
+@sampler("euler_a", "Euler a", "EulerAncestralDiscreteScheduler", follows_config=False, **SIGMA)
 def euler_ancestral(denoise, x, steps, noise):
     """Step below the next level, then back up to it with fresh noise (6.23)."""
     for t, alpha_bar, alpha_bar_next in steps:
@@ -126,21 +132,180 @@ def lcm(denoise, x, steps, noise):
         yield x
 
 
+def heun_step(denoise, x, step, t_next):
+    """Take ddim's step along the mean of the noise here and at its end (9.20)."""
+    t, alpha_bar, alpha_bar_next = step
+    _, eps = denoise(x, t, alpha_bar)
+    if alpha_bar_next < 1:
+        guess = ddim_step(x, eps, alpha_bar, alpha_bar_next)
+        eps = (eps + denoise(guess, t_next, alpha_bar_next)[1]) / 2
+    return ddim_step(x, eps, alpha_bar, alpha_bar_next)
+
+
+@sampler("heun", "Heun", "HeunDiscreteScheduler", **SIGMA)
+def heun(denoise, x, steps, noise=None):
+    """Heun's method, of second order, with two evaluations a step (9.20). Karras et al., 2022."""
+    for step, following in zip_longest(steps, steps[1:]):
+        x = heun_step(denoise, x, step, following and following[0])
+        yield x
+
+
+@sampler("restart", "Restart", **SIGMA)
+def restart(denoise, x, steps, noise):
+    """Heun's steps; where they pass σ = 0.1, noise x again up to σ = 2 and come down anew (9.21).
+
+    Xu et al., 2023. How often, and in how many steps, is the web UI's choice, which begins at 20.
+    """
+    n, highest = len(steps), min(2, sigma_of(steps[0][1]))
+    times, again = (2, n // 4) if n >= 36 else (1, 9) if n >= 20 else (0, 0)
+    path = heun(denoise, x, steps)
+    for (_, alpha_bar, alpha_bar_next), x in zip(steps, path):
+        low = sigma_of(alpha_bar_next)
+        if times and 0 < low <= 0.1 < sigma_of(alpha_bar):
+            sigma = karras(again + 1, np.array([low, highest]))
+            t, levels = time_of(sigma, sigma_of(denoise.alpha_bars)), 1 / (1 + sigma ** 2)
+            for _ in range(times):
+                noised = add_noise(x, levels[0] / alpha_bar_next, noise())
+                *_, x[...] = heun(denoise, noised, list(zip(t, levels, levels[1:])))
+        yield x
+
+
+def ddpm_step(x, x_0, alpha_bar, alpha_bar_next, eps):
+    """Draw x at the next level as ddpm does, given x̂_0 and the fresh noise (6.18)."""
+    return next(ddpm(lambda *_: (x_0, None), x, [(None, alpha_bar, alpha_bar_next)], lambda: eps))
+
+
+def lam(alpha_bar):
+    """Return λ = -log σ = ½ log(ᾱ / (1 - ᾱ)) (6.24)."""
+    return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+
+
+def slope(past):
+    """Return by how much x̂_0 grew with λ between the first two of [(λ, x̂_0), ...]."""
+    (lam_0, x_0), (lam_1, x_1), *_ = past
+    return (x_0 - x_1) / (lam_0 - lam_1)
+
+
+@sampler("dpm++2msde", "DPM++ 2M SDE", **LAMBDA)
+def dpm_pp_2m_sde(denoise, x, steps, noise):
+    """Take ddpm's step with x̂_0 extrapolated to the middle of the step, as in dpm_pp_2m (9.22)."""
+    past = []
+    for t, alpha_bar, alpha_bar_next in steps:
+        x_0, _ = denoise(x, t, alpha_bar)
+        past = [(lam(alpha_bar), x_0), *past[:1]]
+        if len(past) == 2 and alpha_bar_next < 1:
+            x_0 = x_0 + (lam(alpha_bar_next) - lam(alpha_bar)) / 2 * slope(past)
+        x = ddpm_step(x, x_0, alpha_bar, alpha_bar_next, noise())
+        yield x
+
+
+@sampler("dpm++3msde", "DPM++ 3M SDE", **LAMBDA)
+def dpm_pp_3m_sde(denoise, x, steps, noise):
+    """Take ddpm's step with the mean over it of a curve through three guesses x̂_0 (9.23).
+
+    Crowson, 2023. As there, of the curvature half is taken.
+    """
+    past = []
+    for t, alpha_bar, alpha_bar_next in steps:
+        x_0, _ = denoise(x, t, alpha_bar)
+        past = [(lam(alpha_bar), x_0), *past[:2]]
+        if len(past) > 1 and alpha_bar_next < 1:
+            h, bend = lam(alpha_bar_next) - lam(alpha_bar), 0.0
+            if len(past) == 3:
+                bend = (slope(past) - slope(past[1:])) / (past[0][0] - past[2][0])
+            start = slope(past) + (past[0][0] - past[1][0]) * bend      # the slope here
+            reach = -np.expm1(-2 * h)
+            phi = 1 - reach / (2 * h)
+            x_0 = x_0 + (phi * h * start + (h - phi) * h / 2 * bend) / reach
+        x = ddpm_step(x, x_0, alpha_bar, alpha_bar_next, noise())
+        yield x
+
+
+@sampler("dpm++sde", "DPM++ SDE", "DPMSolverSDEScheduler", **SIGMA)
+def dpm_pp_sde(denoise, x, steps, noise):
+    """Take ddpm's step with x̂_0 from halfway in λ, where half a step leads (9.24).
+
+    Lu et al., 2022, as in k-diffusion: along σ the noise is a Brownian motion, so that a step's
+    noise contains that of its first half.
+    """
+    for t, alpha_bar, alpha_bar_next in steps:
+        x_0, _ = denoise(x, t, alpha_bar)
+        eps = first = noise()
+        if alpha_bar_next < 1:
+            sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
+            middle = (sigma * sigma_next) ** 0.5
+            level, t = 1 / (1 + middle ** 2), time_of(middle, sigma_of(denoise.alpha_bars))
+            x_0, _ = denoise(ddpm_step(x, x_0, alpha_bar, level, first), t, level)
+            share = (sigma - middle) / (sigma - sigma_next)
+            eps = share ** 0.5 * first + (1 - share) ** 0.5 * noise()
+        x = ddpm_step(x, x_0, alpha_bar, alpha_bar_next, eps)
+        yield x
+
+
+@sampler("unipc", "UniPC", "UniPCMultistepScheduler", **LAMBDA)
+def unipc(denoise, x, steps, noise=None):
+    """Take dpm_pp_2m's steps, each corrected by the guess at its end (9.25). Zhao et al., 2023."""
+    past, weight, direction = [], 0.0, 0.0
+    for t, alpha_bar, alpha_bar_next in steps:
+        x_0, _ = denoise(x, t, alpha_bar)
+        if past:
+            x = x + weight * (corrected(past, lam(alpha_bar), x_0) - direction)
+
+        past, direction = [(lam(alpha_bar), x_0), *past[:1]], x_0
+        if len(past) == 2 and alpha_bar_next < 1:
+            direction = x_0 + (lam(alpha_bar_next) - lam(alpha_bar)) / 2 * slope(past)
+        weight = alpha_bar_next ** 0.5 * (1 - sigma_of(alpha_bar_next) / sigma_of(alpha_bar))
+        x = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * x + weight * direction
+        yield x
+
+
+def corrected(past, lam_1, x_1):
+    """Return the mean of x̂_0 over the last step, now that the guess x_1 at its end is known (9.25).
+
+    past: (λ, x̂_0) at its start, and perhaps of the step before.
+    """
+    lam_0, x_0 = past[0]
+    if len(past) == 1:
+        return (x_0 + x_1) / 2
+    h, before = lam_1 - lam_0, lam_0 - past[1][0]
+    b_1 = -1 / np.expm1(-h) - 1 / h
+    b_2 = -1 / np.expm1(-h) - 2 * b_1 / h
+    rho = (b_1 - b_2) / (1 + before / h)
+    return x_0 + rho * h * slope(past) + (b_1 - rho) * (x_1 - x_0)
+
+
+GAMMA = 0.3     # of how much of the noise each of tcd's steps draws anew
+
+
+@sampler("tcd", "TCD", "TCDScheduler", timesteps=lcm_timesteps, ends_clean=False)
+def tcd(denoise, x, steps, noise):
+    """Leap along ε̂ to below the next level, then noise x up to it (9.26). Zheng et al., 2024."""
+    for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
+        t_next = following[0] if following else 0
+        level = denoise.alpha_bars[int((1 - GAMMA) * t_next)]
+        x_0, eps = denoise(x, t, alpha_bar)
+        x = add_noise(x_0, level, eps)
+        if following:
+            x = add_noise(x, alpha_bar_next / level, noise())
+        yield x
+
+
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────
 
-KARRAS = tuple(name for name, function in SAMPLERS.items() if hasattr(function, "karras"))
+SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multistep", ""),
+             ("dpmsolversde", "dpm++sde"), ("bh2", ""))
 
 
 def bare(name):
     """Return a name in lower case, without what programs disagree on."""
-    name = re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("scheduler")
-    for old, new in ("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""):
+    name = re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("scheduler").removesuffix("gpu")
+    for old, new in SPELLINGS:
         name = name.replace(old, new)
     return name
 
 
 def sampler_named(text):
-    """Return (sampler, whether with Karras' spacing) for a name that people know it by, or None.
+    """Return (sampler, schedule or None) for a name that people know it by, or None.
 
     "DPM++ 2M Karras", "dpmpp_2m", "k_euler_a" and "EulerDiscreteScheduler" are such names.
     """
@@ -148,9 +313,10 @@ def sampler_named(text):
     known |= {bare(title): name for name, title in TITLES.items() if name in SAMPLERS}
     known |= {bare(name): sampler for name, sampler in SCHEDULERS.items()}
     name = bare(text)
-    for spacing in False, True:
-        for key in name, name.removeprefix("k"), name.removeprefix("sample"):
-            if key in known:
-                return known[key], spacing
-        name = name.removesuffix("karras")
+    for key in name, name.removeprefix("k"), name.removeprefix("sample"):
+        if key in known:
+            return known[key], None
+        for start in sorted(filter(key.startswith, known), key=len, reverse=True):
+            if schedule := schedule_named(key.removeprefix(start)):
+                return known[start], schedule
     return None
