@@ -33,6 +33,7 @@ from extras import (
 )
 from extras.checks import check_memory, nearest
 from extras.samplers import KARRAS, sampler_named
+from extras.schedules import SCHEDULES, SPACINGS, schedule_named
 from extras.start import import_problem
 from tiny_sd import SAMPLERS, UserError, require, tell
 
@@ -48,15 +49,25 @@ def lora(text):
 
 
 def sampler(text):
-    """Return a sampler's name here for one that people know it by, with " Karras" if it has that.
+    """Return (sampler, schedule or None) for a name that people know them by.
 
     An error names the nearest.
     """
-    name, karras = sampler_named(text) or (None, False)
-    if name is None:
+    named = sampler_named(text)
+    if named is None:
         raise argparse.ArgumentTypeError(
             f"there is no {text!r}: choose one of {', '.join(SAMPLERS)}{nearest(text, SAMPLERS)}")
-    return name + " Karras" * karras
+    return named
+
+
+def schedule(text):
+    """Return a schedule's name here, "" for "automatic"; an error names the nearest."""
+    name = "" if text.lower() in ("automatic", "default") else schedule_named(text)
+    if name is None:
+        raise argparse.ArgumentTypeError(
+            f"there is no {text!r}: choose one of {', '.join((*SCHEDULES, *SPACINGS))}"
+            f"{nearest(text, (*SCHEDULES, *SPACINGS))}")
+    return name
 
 
 def output(text):
@@ -172,7 +183,11 @@ def option_parser(**settings):
           help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
     sampling("--prediction", choices=("epsilon", "v", "sample"),
              help="what the U-Net predicts (as the model's config says)")
-    sampling("--karras", action="store_true", help="Karras' spacing of the noise levels")
+    sampling("--scheduler", type=schedule, dest="schedule", metavar="NAME",
+             help=f"which noise levels to visit: {', '.join((*SCHEDULES, *SPACINGS))} (as the "
+                  "model's config says)")
+    sampling("--karras", action="store_const", dest="schedule", const="karras",
+             help="--scheduler karras")
     start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
     files_out("--preview", type=Path, metavar="PNG",
               help="a file that shows, in small, what the picture looks like after each step")
@@ -263,8 +278,10 @@ def complete(args):
         text if text is None else files.printable("--" if text == [] else text)
         for text in (prompt, args.negative_prompt))
     if args.sampler:
-        args.karras = args.karras or args.sampler.endswith(" Karras")
-        args.sampler = args.sampler.removesuffix(" Karras")
+        args.sampler, own = args.sampler
+        args.schedule = own if args.schedule is None else args.schedule
+    args.schedule = args.schedule or None
+    args.karras = args.schedule == "karras"     # which is all that the page knows of schedules
     emoji = str(tiny_sd.HERE / "weights" / "emoji")
     args.model = emoji if args.model is None else named.find_model(args.model)
     args.any_seed = args.seed == -1
@@ -295,8 +312,8 @@ def check_arguments(args):
     require(0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1")
     require(args.mask is None or args.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
-    require(not args.karras or args.sampler in (None, *KARRAS),
-            f"--karras does not go with --sampler {args.sampler}")
+    require(not args.schedule or args.sampler in (None, *KARRAS),
+            f"--scheduler {args.schedule} does not go with --sampler {args.sampler}")
     require(not args.show or not args.explain, "--explain draws nothing that --show could show")
     require(not args.prompts or not (args.show or args.explain or args.play),
             "--show, --explain and --play take one prompt, not --prompts")
@@ -596,7 +613,7 @@ def start_walk(model, args, width, height, denoiser):
         mask = files.read_mask(args.mask, args.init_img, width, height, args.notes)
     return like_diffusers.generate(
         model, words_of(args), args.negative_prompt, seeds_of(args), args.steps, args.cfg_scale,
-        args.sampler, args.karras, width, height, init, args.strength, mask, denoiser,
+        args.sampler, args.schedule, width, height, init, args.strength, mask, denoiser,
         embedder(model, args))
 
 

@@ -16,6 +16,8 @@ from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
 from extras.prompts import LONGEST
 from extras.samplers import KARRAS, TITLES, sampler_named
+from extras.schedules import schedule_named
+from extras.schedules import title as schedule_title
 from extras.tiny_vae import HUB as VAES
 from tiny_sd import UserError, require, shorten
 
@@ -51,7 +53,7 @@ class Fact(NamedTuple):
 FACTS = {       # in the order in which they are recorded
     "Steps": Fact(lambda job, model: job.steps, "steps"),
     "Sampler": Fact(lambda job, model: job.sampler and (
-        plain(TITLES.get(job.sampler, job.sampler)) + " Karras" * job.karras)),
+        plain(f"{TITLES.get(job.sampler, job.sampler)} {schedule_title(job.schedule)}".strip()))),
     "CFG scale": Fact(lambda job, model: job.cfg_scale, "cfg-scale"),
     "Seed": Fact(lambda job, model: job.seed, "seed"),
     "Size": Fact(lambda job, model: f"{job.width}x{job.height}"
@@ -287,22 +289,17 @@ def split_words(words):
     return prompt[1:], negative.removeprefix(" ").removesuffix("\n")
 
 
-SPACINGS = "karras|normal|simple|sgm_uniform|exponential|beta|ddim_uniform|kl_optimal"
-
-
 def sampler_again(path, facts, args, left):
     """Return the options for a picture's sampler, and add to left what they do not say."""
-    title, schedule = facts.get("Sampler", ""), facts.get("Schedule type", "")
-    if mark := re.fullmatch(f"(.+)[ _]({SPACINGS})", title):        # as ComfyUI names them
-        title, schedule = mark.groups()
-    sampler, karras = sampler_named(title) or (args.sampler, False)
+    title, asked = facts.get("Sampler", ""), facts.get("Schedule type", "Automatic")
+    sampler, schedule = sampler_named(title) or args.sampler or (None, None)
     require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
                      "add --sampler NAME")
-    karras = karras or schedule.lower() == "karras"
-    if schedule.lower() not in ("", "karras", "automatic", "normal"):
-        left["Schedule type"] = schedule
-    taken = (args.sampler or sampler).removesuffix(" Karras")
-    return {"sampler": [sampler]} | ({"karras": [None]} if karras and taken in KARRAS else {})
+    schedule = schedule or schedule_named(asked)
+    if not schedule and asked != "Automatic":
+        left["Schedule type"] = asked
+    takes = (args.sampler or [sampler])[0] in KARRAS
+    return {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
 
 
 def files_again(path, facts, args, left):

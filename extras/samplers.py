@@ -18,6 +18,7 @@ Some ask the model at levels between those of the steps. They find the time of a
 denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
 """
 
+import math
 import re
 from itertools import zip_longest
 
@@ -132,21 +133,24 @@ def lcm(denoise, x, steps, noise):
         yield x
 
 
-def heun_step(denoise, x, step, t_next):
-    """Take ddim's step along the mean of the noise here and at its end (9.20)."""
-    t, alpha_bar, alpha_bar_next = step
-    _, eps = denoise(x, t, alpha_bar)
-    if alpha_bar_next < 1:
-        guess = ddim_step(x, eps, alpha_bar, alpha_bar_next)
-        eps = (eps + denoise(guess, t_next, alpha_bar_next)[1]) / 2
-    return ddim_step(x, eps, alpha_bar, alpha_bar_next)
+def time_of_level(denoise, alpha_bar):
+    """Return the time t that the model knows this level by."""
+    return float(time_of(sigma_of(alpha_bar), sigma_of(denoise.alpha_bars)))
 
 
 @sampler("heun", "Heun", "HeunDiscreteScheduler", **SIGMA)
 def heun(denoise, x, steps, noise=None):
-    """Heun's method, of second order, with two evaluations a step (9.20). Karras et al., 2022."""
-    for step, following in zip_longest(steps, steps[1:]):
-        x = heun_step(denoise, x, step, following and following[0])
+    """Take ddim's step along the mean of the noise here and at its end (9.20).
+
+    Karras et al., 2022.
+    """
+    for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
+        _, eps = denoise(x, t, alpha_bar)
+        if alpha_bar_next < 1:
+            guess = ddim_step(x, eps, alpha_bar, alpha_bar_next)
+            t = following[0] if following else time_of_level(denoise, alpha_bar_next)
+            eps = (eps + denoise(guess, t, alpha_bar_next)[1]) / 2
+        x = ddim_step(x, eps, alpha_bar, alpha_bar_next)
         yield x
 
 
@@ -163,7 +167,8 @@ def restart(denoise, x, steps, noise):
         low = sigma_of(alpha_bar_next)
         if times and 0 < low <= 0.1 < sigma_of(alpha_bar):
             sigma = karras(again + 1, np.array([low, highest]))
-            t, levels = time_of(sigma, sigma_of(denoise.alpha_bars)), 1 / (1 + sigma ** 2)
+            levels = (1 / (1 + sigma ** 2)).tolist()
+            t = [time_of_level(denoise, alpha_bar) for alpha_bar in levels]
             for _ in range(times):
                 noised = add_noise(x, levels[0] / alpha_bar_next, noise())
                 *_, x[...] = heun(denoise, noised, list(zip(t, levels, levels[1:])))
@@ -177,7 +182,7 @@ def ddpm_step(x, x_0, alpha_bar, alpha_bar_next, eps):
 
 def lam(alpha_bar):
     """Return λ = -log σ = ½ log(ᾱ / (1 - ᾱ)) (6.24)."""
-    return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
 def slope(past):
@@ -214,7 +219,7 @@ def dpm_pp_3m_sde(denoise, x, steps, noise):
             if len(past) == 3:
                 bend = (slope(past) - slope(past[1:])) / (past[0][0] - past[2][0])
             start = slope(past) + (past[0][0] - past[1][0]) * bend      # the slope here
-            reach = -np.expm1(-2 * h)
+            reach = -math.expm1(-2 * h)
             phi = 1 - reach / (2 * h)
             x_0 = x_0 + (phi * h * start + (h - phi) * h / 2 * bend) / reach
         x = ddpm_step(x, x_0, alpha_bar, alpha_bar_next, noise())
@@ -234,8 +239,9 @@ def dpm_pp_sde(denoise, x, steps, noise):
         if alpha_bar_next < 1:
             sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
             middle = (sigma * sigma_next) ** 0.5
-            level, t = 1 / (1 + middle ** 2), time_of(middle, sigma_of(denoise.alpha_bars))
-            x_0, _ = denoise(ddpm_step(x, x_0, alpha_bar, level, first), t, level)
+            level = 1 / (1 + middle ** 2)
+            halfway = ddpm_step(x, x_0, alpha_bar, level, first)
+            x_0, _ = denoise(halfway, time_of_level(denoise, level), level)
             share = (sigma - middle) / (sigma - sigma_next)
             eps = share ** 0.5 * first + (1 - share) ** 0.5 * noise()
         x = ddpm_step(x, x_0, alpha_bar, alpha_bar_next, eps)
@@ -268,8 +274,8 @@ def corrected(past, lam_1, x_1):
     if len(past) == 1:
         return (x_0 + x_1) / 2
     h, before = lam_1 - lam_0, lam_0 - past[1][0]
-    b_1 = -1 / np.expm1(-h) - 1 / h
-    b_2 = -1 / np.expm1(-h) - 2 * b_1 / h
+    b_1 = -1 / math.expm1(-h) - 1 / h
+    b_2 = -1 / math.expm1(-h) - 2 * b_1 / h
     rho = (b_1 - b_2) / (1 + before / h)
     return x_0 + rho * h * slope(past) + (b_1 - rho) * (x_1 - x_0)
 
@@ -282,7 +288,7 @@ def tcd(denoise, x, steps, noise):
     """Leap along ε̂ to below the next level, then noise x up to it (9.26). Zheng et al., 2024."""
     for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
         t_next = following[0] if following else 0
-        level = denoise.alpha_bars[int((1 - GAMMA) * t_next)]
+        level = float(denoise.alpha_bars[int((1 - GAMMA) * t_next)])
         x_0, eps = denoise(x, t, alpha_bar)
         x = add_noise(x_0, level, eps)
         if following:
@@ -291,6 +297,8 @@ def tcd(denoise, x, steps, noise):
 
 
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────
+
+KARRAS = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))
 
 SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multistep", ""),
              ("dpmsolversde", "dpm++sde"), ("bh2", ""))

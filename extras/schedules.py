@@ -129,6 +129,6 @@ def schedule_named(text):
 
 
 def title(name):
-    """Return a schedule's name as other programs write it: "Align Your Steps"."""
+    """Return a schedule's name as other programs write it: "Align Your Steps"; "" for None."""
     return " ".join({"kl": "KL", "sgm": "SGM", "ddim": "DDIM", "xl": "XL"}.get(word, word.title())
-                    for word in name.split())
+                    for word in (name or "").split())

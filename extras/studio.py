@@ -231,6 +231,8 @@ def arguments(base, request):
         value = float(value) if kind is float and type(value) is int else value
         require(type(value) is kind, f"{name} {value!r:.50} is not what it should be")
         setattr(args, name, files.printable(value) if kind is str else value)
+    if args.karras != (args.schedule == "karras"):
+        args.schedule = "karras" if args.karras else None
     args.negative_prompt = args.negative_prompt or None
     args.init_img, args.mask = request.get("init_img"), request.get("mask")
     args.notes, args.facts = [], {}
@@ -262,6 +264,8 @@ def command_line(model, args):
     if args.init_img:
         flags.append(("--strength", args.strength, None))
     words = [args.prompt, *["--karras"] * args.karras, *["--plain-prompt"] * args.plain_prompt]
+    if not args.karras:
+        flags.append(("--scheduler", args.schedule, None))
     for flag, value, default in flags:
         if value != default:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]

@@ -169,11 +169,13 @@ ARGUMENTS = {  # the arguments, and what the line must name
     "a --cfg-scale x": "'x'", "a -i in.png --strength 0": "--strength 0",
     "a -i in.png --strength -0.5": "-0.5", "a -i in.png --strength 1.01": "1.01",
     "a -i in.png --strength nan": "--strength nan", "a -i in.png --strength inf": "--strength inf",
-    "a -i in.png --strength 0.4": "--strength 0.4", "a --sampler heun": "'heun'",
-    "a --mask in.png": "--init-img", "a --karras --sampler plms": "--karras",
+    "a -i in.png --strength 0.4": "--strength 0.4", "a --sampler heum": "'heum'",
+    "a --scheduler nix": "'nix'",
+    "a --mask in.png": "--init-img", "a --karras --sampler tcd": "--scheduler karras",
     "a --prompts in.png": "one prompt", "--prompts none.txt": "none.txt",
     "--like none.png": "none.png", "--like in.png": "in.png", "a --preview x.jpg": "x.jpg",
-    "a --karras --sampler ddim": "--karras", "a -W 15": "--width 15", "a -H 17": "--height 17",
+    "a --scheduler simple --sampler lcm": "--scheduler simple", "a -W 15": "--width 15",
+    "a -H 17": "--height 17",
     "a -W -16": "--width -16", "a -W 0": "--width 0", "a -H 0": "--height 0", "a -W 2": "--width 2",
     "a -H 4098": "--height 4098", "a -W 1e3": "1e3", "a -b 0": "--batch-size 0", "a -b -1": "-1",
     "a -b 1001": "1001", "a -o no/such.png": "no", "a -o out.gif": "out.gif", "a -o out": "out",
@@ -214,14 +216,18 @@ def test_a_decompression_bomb(refuse, monkeypatch):
 
 # ── Names that people know ────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("name, sampler, karras", [
-    ("DPM++ 2M Karras", "DPM++ 2M", True), ("dpm++ 2m", "DPM++ 2M", False),
-    ("dpmpp_2m", "DPM++ 2M", False), ("Euler a", "Euler a", False),
-    ("EULER_ANCESTRAL", "Euler a", False), ("k_euler_a", "Euler a", False),
-    ("k_euler", "Euler", False), ("EulerDiscreteScheduler", "Euler", False),
-    ("PNDM", "PLMS", False), ("euler_karras", "Euler", True)])
-def test_samplers_by_the_names_of_other_programs(draw, name, sampler, karras):
-    assert parse(draw("apple", "--sampler", name))[2]["Sampler"] == sampler + " Karras" * karras
+@pytest.mark.parametrize("flags, recorded", [
+    (["DPM++ 2M Karras"], "DPM++ 2M Karras"), (["dpm++ 2m"], "DPM++ 2M"),
+    (["dpmpp_2m"], "DPM++ 2M"), (["Euler a"], "Euler a"), (["EULER_ANCESTRAL"], "Euler a"),
+    (["k_euler_a"], "Euler a"), (["k_euler"], "Euler"), (["EulerDiscreteScheduler"], "Euler"),
+    (["PNDM"], "PLMS"), (["euler_karras"], "Euler Karras"),
+    (["DPM++ 2M SDE", "--scheduler", "sgm_uniform"], "DPM++ 2M SDE SGM Uniform"),
+    (["heun karras", "--scheduler", "simple"], "Heun Simple"),
+    (["heun karras", "--scheduler", "automatic"], "Heun"),
+    (["ddim", "--karras"], "DDIM Karras")])
+def test_samplers_by_the_names_of_other_programs(draw, flags, recorded):
+    assert parse(draw("apple", "--sampler", *flags))[2]["Sampler"] == recorded
+
 
 
 @pytest.mark.parametrize("argv, hint", [
@@ -231,7 +237,7 @@ def test_samplers_by_the_names_of_other_programs(draw, name, sampler, karras):
     ("red -m emogi", "did you mean emoji?"), ("red --clip_skip 2", "did you mean --clip-skip?"),
     ("red --embeding x", "did you mean --embedding?"),
     ("red apple", 'quote the prompt: "red apple"'), ("-p red -s 3 apple pie", 'quote the prompt'),
-    ("red --sampler 'DPM++ 2M SDE'", "there is no 'DPM++ 2M SDE': choose one of ddpm, ddim,"),
+    ("red --sampler 'DPM++ 2S a'", "there is no 'DPM++ 2S a': choose one of ddpm, ddim,"),
     ("red --sampler x", "there is no 'x': choose one of ddpm")])
 def test_a_hint(refuse, argv, hint):
     assert hint in refuse(*shlex.split(argv))
@@ -291,9 +297,10 @@ def test_a_registered_sampler_goes_from_the_command_line_into_the_picture_and_ba
 
 def test_karras_with_a_models_own_sampler_that_has_none(run, model):
     """Found when the sampler is known, before anything is drawn."""
-    change(SCHEDULER, _class_name="PNDMScheduler")(Path(shutil.copytree(model, "model")))
+    change(SCHEDULER, _class_name="LCMScheduler")(Path(shutil.copytree(model, "model")))
     status, out, err = run("red", "-m", "model", "--karras")
-    assert (status, out) == (2, []) and err[-1].endswith("--karras does not go with --sampler plms")
+    assert (status, out) == (2, []) and err[-1].endswith(
+        "schedule karras does not go with sampler lcm")
 
 
 # ── When it cannot go on ──────────────────────────────────────────────────────────────────────────

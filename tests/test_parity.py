@@ -26,15 +26,18 @@ CLASSES = {
     "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
     "dpm++2m": diffusers.DPMSolverMultistepScheduler, "plms": diffusers.PNDMScheduler,
-    "lcm": diffusers.LCMScheduler,
+    "lcm": diffusers.LCMScheduler, "heun": diffusers.HeunDiscreteScheduler,
+    "dpm++2msde": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler, "tcd": diffusers.TCDScheduler,
 }
 OPTIONS = {
-    ("euler", True): {"use_karras_sigmas": True}, ("dpm++2m", True): {"use_karras_sigmas": True},
-    ("plms", False): {"skip_prk_steps": True},
+    "plms": {"skip_prk_steps": True}, "dpm++2msde": {"algorithm_type": "sde-dpmsolver++"},
+    "karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True},
 }
 SAMPLERS = [
-    *((name, False) for name in CLASSES), ("euler", True), ("dpm++2m", True),
-]  # and whether Karras' spacing
+    *((name, None) for name in CLASSES), ("euler", "karras"), ("dpm++2m", "karras"),
+    ("heun", "exponential"), ("unipc", "karras"), ("dpm++2msde", "exponential"),
+]  # and schedules
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +247,10 @@ def test_unet(changes, folder_with, model, backend, reference):
 
 # ── Samplers ──────────────────────────────────────────────────────────────────────────────────────
 
+def options(sampler, schedule):
+    return OPTIONS.get(sampler, {}) | OPTIONS.get(schedule, {})
+
+
 def reference_trajectory(scheduler, x, steps, seed):
     """Each (t, x_t) of a diffusers scheduler, in our scale, where a picture's and the noise's
     variance add up to one.
@@ -254,7 +261,8 @@ def reference_trajectory(scheduler, x, steps, seed):
     twice = (
         isinstance(scheduler, diffusers.PNDMScheduler) and steps > 1
     )  # its first step, whose first end is not yet x_t
-    divided = isinstance(
+    heun = isinstance(scheduler, diffusers.HeunDiscreteScheduler)   # two a step, but the last
+    divided = heun or isinstance(
         scheduler, (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
     )
     if divided:      # by √ᾱ
@@ -262,16 +270,17 @@ def reference_trajectory(scheduler, x, steps, seed):
     for i, t in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(output, t, x, **takes).prev_sample
-        if twice and i == 0:
+        if twice and i == 0 or heun and i % 2 == 0 and i + 1 < len(scheduler.timesteps):
             continue
+        began = twice and i == 1 or heun and i % 2
         yield (
-            float(scheduler.timesteps[0] if twice and i == 1 else t),
+            float(scheduler.timesteps[i - 1] if began else t),
             last(x / (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if divided else x),
         )
 
 
 @pytest.mark.parametrize(
-    "sampler, karras, spacing",
+    "sampler, schedule, spacing",
     [
         (*sampler, spacing)
         for sampler in SAMPLERS
@@ -280,32 +289,36 @@ def reference_trajectory(scheduler, x, steps, seed):
     ],
 )  # they step to levels where no step begins
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_trajectory(sampler, karras, spacing, kind):
+def test_trajectory(sampler, schedule, spacing, kind):
     """Each x_t of the whole way, the stream of noise included."""
     if (sampler, kind) == ("plms", "v_prediction"):
         pytest.skip(
             "PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts"
         )
     bars = tiny_sd.scaled_linear_schedule()
+
+    def denoise(x, t, a):
+        return tiny_sd.split_prediction(kind, network(x, t), x, a)
+    denoise.alpha_bars = bars
+
     for steps in (1, 2, 20, 50, *((7, 30) if spacing == "leading" else ())):
         for alpha_to_one, offset in ((False, 1), (True, 0)):
             config = {
                 **SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing,
                 "steps_offset": offset, "set_alpha_to_one": alpha_to_one,
             }
-            scheduler = CLASSES[sampler].from_config(config, **OPTIONS.get((sampler, karras), {}))
+            scheduler = CLASSES[sampler].from_config(config, **options(sampler, schedule))
             ours = tiny_sd.read_config("scheduler", config)
-            levels = like_diffusers.sampling_steps(sampler, steps, ours, bars, karras)
+            levels = like_diffusers.sampling_steps(sampler, steps, ours, bars, schedule)
             stream = like_diffusers.Noise(7)
             x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(np.float32)
             path = tiny_sd.SAMPLERS[sampler](
-                lambda x, t, a: tiny_sd.split_prediction(kind, network(x, t), x, a), x, levels,
-                lambda stream=stream: stream(6, 5, 4)[None],
+                denoise, x, levels, lambda stream=stream: stream(6, 5, 4)[None],
             )
             expected = reference_trajectory(scheduler, first(x), steps, 7)
             for (t, _, _), ours, (their_t, theirs) in zip(levels, path, expected, strict=True):
                 assert abs(t - their_t) < 2e-3
-                same(f"x_t of {sampler}{' Karras' * karras}", ours, theirs, 2e-5)
+                same(f"x_t of {sampler}, {schedule}", ours, theirs, 2e-5)
 
 
 # ── Seeds ─────────────────────────────────────────────────────────────────────────────────────────
@@ -341,17 +354,18 @@ def test_parameters_of_stable_diffusion(part):
 
 PICTURE = {
     "prompt": "a photo of a cat", "negative": "a dog", "seeds": (5,), "steps": 6, "guidance": 7.5,
-    "sampler": "ddim", "karras": False, "width": 72, "height": 104, "init": None, "strength": 0.5,
+    "sampler": "ddim", "schedule": None, "width": 72, "height": 104, "init": None, "strength": 0.5,
     "kind": "epsilon",
 }
 CHANGES = [
-    *({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS),
+    *({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS),
     {"width": None, "height": None}, {"width": 128, "height": 64, "steps": 1}, {"guidance": 1.0},
     {"seeds": (8, 2**40)}, {"seeds": (8, 3), "sampler": "euler_a"},
     {"prompt": "ein Bär, ½ 日本 " * 30, "negative": ""}, {"kind": "v_prediction"},
 ]
 FROM_PICTURES = [
-    *({"sampler": sampler, "karras": karras} for sampler, karras in SAMPLERS if sampler != "plms"),
+    *({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS
+      if sampler != "plms"),
     {"strength": 1.0, "sampler": "euler"}, {"seeds": (8, 3), "sampler": "ddpm"},
     {"width": 128, "height": 64},
 ]
@@ -380,11 +394,11 @@ def reference_pictures(reference):
     return draw
 
 
-def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
-              strength, kind):
+def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, schedule, width, height,
+              init, strength, kind):
     scheduler = CLASSES[sampler].from_config(
         pipe.scheduler.config, timestep_spacing="leading", clip_sample=False, prediction_type=kind,
-        **OPTIONS.get((sampler, karras), {}))
+        **options(sampler, schedule))
     takes = {"width": width, "height": height}
     cls = diffusers.StableDiffusionPipeline
     if init:
@@ -398,14 +412,14 @@ def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, karras, w
     return np.stack(list(map(np.asarray, images)))
 
 
-def draw(model, prompt, negative, seeds, steps, guidance, sampler, karras, width, height, init,
+def draw(model, prompt, negative, seeds, steps, guidance, sampler, schedule, width, height, init,
          strength, kind):
     scheduler = SimpleNamespace(**vars(model.config.scheduler) | {"prediction_type": kind})
     config = SimpleNamespace(**vars(model.config) | {"scheduler": scheduler})
     model = dataclasses.replace(model, config=config)
     init = some_picture(init, width, height) if init else None
     *_, x = like_diffusers.generate(model, prompt, negative, seeds, steps, guidance, sampler,
-                                    karras, width, height, init, strength)
+                                    schedule, width, height, init, strength)
     return tiny_sd.decode(model, x)
 
 
