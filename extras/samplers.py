@@ -140,7 +140,7 @@ def time_of_level(denoise, alpha_bar):
 
 @sampler("heun", "Heun", "HeunDiscreteScheduler", **SIGMA)
 def heun(denoise, x, steps, noise=None):
-    """Take ddim's step along the mean of the noise here and at its end (9.20).
+    """Take ddim's step along the mean of the noise here and at its end (9.10).
 
     Karras et al., 2022.
     """
@@ -156,7 +156,7 @@ def heun(denoise, x, steps, noise=None):
 
 @sampler("restart", "Restart", **SIGMA)
 def restart(denoise, x, steps, noise):
-    """Heun's steps; where they pass σ = 0.1, noise x again up to σ = 2 and come down anew (9.21).
+    """Heun's steps; where they pass σ = 0.1, noise x again up to σ = 2 and come down anew (9.11).
 
     Xu et al., 2023. How often, and in how many steps, is the web UI's choice, which begins at 20.
     """
@@ -193,7 +193,7 @@ def slope(past):
 
 @sampler("dpm++2msde", "DPM++ 2M SDE", **LAMBDA)
 def dpm_pp_2m_sde(denoise, x, steps, noise):
-    """Take ddpm's step with x̂_0 extrapolated to the middle of the step, as in dpm_pp_2m (9.22)."""
+    """Take ddpm's step with x̂_0 extrapolated to the middle of the step, as in dpm_pp_2m (9.12)."""
     past = []
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
@@ -206,7 +206,7 @@ def dpm_pp_2m_sde(denoise, x, steps, noise):
 
 @sampler("dpm++3msde", "DPM++ 3M SDE", **LAMBDA)
 def dpm_pp_3m_sde(denoise, x, steps, noise):
-    """Take ddpm's step with the mean over it of a curve through three guesses x̂_0 (9.23).
+    """Take ddpm's step with the mean over it of a curve through three guesses x̂_0 (9.13).
 
     Crowson, 2023. As there, of the curvature half is taken.
     """
@@ -228,7 +228,7 @@ def dpm_pp_3m_sde(denoise, x, steps, noise):
 
 @sampler("dpm++sde", "DPM++ SDE", "DPMSolverSDEScheduler", **SIGMA)
 def dpm_pp_sde(denoise, x, steps, noise):
-    """Take ddpm's step with x̂_0 from halfway in λ, where half a step leads (9.24).
+    """Take ddpm's step with x̂_0 from halfway in λ, where half a step leads (9.14).
 
     Lu et al., 2022, as in k-diffusion: along σ the noise is a Brownian motion, so that a step's
     noise contains that of its first half.
@@ -250,7 +250,7 @@ def dpm_pp_sde(denoise, x, steps, noise):
 
 @sampler("unipc", "UniPC", "UniPCMultistepScheduler", **LAMBDA)
 def unipc(denoise, x, steps, noise=None):
-    """Take dpm_pp_2m's steps, each corrected by the guess at its end (9.25). Zhao et al., 2023."""
+    """Take dpm_pp_2m's steps, each corrected by the guess at its end (9.15). Zhao et al., 2023."""
     past, weight, direction = [], 0.0, 0.0
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
@@ -266,7 +266,7 @@ def unipc(denoise, x, steps, noise=None):
 
 
 def corrected(past, lam_1, x_1):
-    """Return the mean of x̂_0 over the last step, now that the guess x_1 at its end is known (9.25).
+    """Return the mean of x̂_0 over the last step, now that the guess x_1 at its end is known (9.15).
 
     past: (λ, x̂_0) at its start, and perhaps of the step before.
     """
@@ -285,7 +285,7 @@ GAMMA = 0.3     # of how much of the noise each of tcd's steps draws anew
 
 @sampler("tcd", "TCD", "TCDScheduler", timesteps=lcm_timesteps, ends_clean=False)
 def tcd(denoise, x, steps, noise):
-    """Leap along ε̂ to below the next level, then noise x up to it (9.26). Zheng et al., 2024."""
+    """Leap along ε̂ to below the next level, then noise x up to it (9.16). Zheng et al., 2024."""
     for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
         t_next = following[0] if following else 0
         level = float(denoise.alpha_bars[int((1 - GAMMA) * t_next)])
