@@ -281,7 +281,6 @@ def complete(args):
         args.sampler, own = args.sampler
         args.schedule = own if args.schedule is None else args.schedule
     args.schedule = args.schedule or None
-    args.karras = args.schedule == "karras"     # which is all that the page knows of schedules
     emoji = str(tiny_sd.HERE / "weights" / "emoji")
     args.model = emoji if args.model is None else named.find_model(args.model)
     args.any_seed = args.seed == -1

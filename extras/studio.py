@@ -27,14 +27,15 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
-from extras import cli, files, like_diffusers, prompts, show, things
+from extras import cli, facts, files, like_diffusers, prompts, show, things
 from extras.samplers import KARRAS, TITLES
+from extras.schedules import SCHEDULES, SPACINGS, title
 from tiny_sd import UserError, require, tell
 
 LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a control moves
 KEPT = 4            # the last drawings, which can be looked into
 FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg_scale": float,
-          "sampler": str, "karras": bool, "width": int, "height": int, "strength": float}
+          "sampler": str, "schedule": str, "width": int, "height": int, "strength": float}
 
 
 def main():
@@ -93,7 +94,8 @@ class Studio:
         """Say what the model is, then answer requests."""
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
-                  karras=KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
+                  schedules={name: title(name) for name in (*SCHEDULES, *SPACINGS)},
+                  scheduled=KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
                   things=[names[0] for names in (self.known or {}).get("things", [])])
         while True:
             while not (self.next and self.inbox.empty()):
@@ -205,7 +207,7 @@ class Studio:
         """Save a picture as the command line does, and send its name."""
         run = self.run_of(request)
         args = run.args
-        text = files.parameters_text(args, self.model, args.seed, args.width, args.height)
+        text = facts.parameters_text(args, self.model)
         name, = cli.output_names(args)
         send("saved", name=str(files.save_picture(run.picture, name, text)))
 
@@ -231,9 +233,7 @@ def arguments(base, request):
         value = float(value) if kind is float and type(value) is int else value
         require(type(value) is kind, f"{name} {value!r:.50} is not what it should be")
         setattr(args, name, files.printable(value) if kind is str else value)
-    if args.karras != (args.schedule == "karras"):
-        args.schedule = "karras" if args.karras else None
-    args.negative_prompt = args.negative_prompt or None
+    args.negative_prompt, args.schedule = args.negative_prompt or None, args.schedule or None
     args.init_img, args.mask = request.get("init_img"), request.get("mask")
     args.notes, args.facts = [], {}
     cli.check_arguments(args)
@@ -258,14 +258,12 @@ def command_line(model, args):
              ("--clip-skip", args.clip_skip, None), ("--prediction", args.prediction, None),
              ("-n", args.negative_prompt, None), ("-s", args.seed, 0),
              ("--steps", args.steps, steps), ("--cfg-scale", args.cfg_scale, guidance),
-             ("--sampler", args.sampler, sampler),
+             ("--sampler", args.sampler, sampler), ("--scheduler", args.schedule, None),
              ("-W", args.width, size), ("-H", args.height, size), ("-i", args.init_img, None),
              ("--mask", args.mask, None)]
     if args.init_img:
         flags.append(("--strength", args.strength, None))
-    words = [args.prompt, *["--karras"] * args.karras, *["--plain-prompt"] * args.plain_prompt]
-    if not args.karras:
-        flags.append(("--scheduler", args.schedule, None))
+    words = [args.prompt, *["--plain-prompt"] * args.plain_prompt]
     for flag, value, default in flags:
         if value != default:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]

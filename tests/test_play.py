@@ -157,7 +157,8 @@ def test_a_picture_has_a_largest_size(site):
     ({"steps": 1000}, "steps 1000"), ({"width": 8192}, "width 8192"), ({"width": 7}, "width 7"),
     ({"seed": -3}, "seed -3"), ({"cfg_scale": 1e9}, "1000000000"), ({"strength": 0}, "strength"),
     ({"sampler": "none"}, "none"), ({"steps": "4"}, "steps"), ({"prompt": ["a"]}, "prompt"),
-    ({"karras": 1}, "karras"), ({"seed": 2 ** 70}, "seed"), ({"cfg_scale": True}, "cfg_scale")])
+    ({"schedule": 1}, "schedule"), ({"schedule": "x"}, "x"), ({"seed": 2 ** 70}, "seed"),
+    ({"cfg_scale": True}, "cfg_scale")])
 def test_what_is_out_of_range_is_said(site, values, said):
     """In a line, and the next picture is drawn."""
     found = answers(site, "draw", {"prompt": "apple", **values})
@@ -207,11 +208,11 @@ def test_the_guesses_of_large_pictures(site, monkeypatch):
 def test_it_saves_what_the_command_line_draws(site):
     """The same pixels, and the same record of how they were made; nothing is overwritten."""
     values = {"prompt": "red apple's", "negative_prompt": "app", "seed": 7, "steps": 3,
-              "cfg_scale": 3.5, "sampler": "euler", "karras": True, "width": 24}
+              "cfg_scale": 3.5, "sampler": "euler", "schedule": "karras", "width": 24}
     found = answers(site, "draw", values)
     command = found[0]["command"]
     names = [answers(site, "save", {"run": found[-1]["id"]})[0]["name"] for _ in range(2)]
-    assert names == ["out.png", "out-1.png"] and "--karras" in command
+    assert names == ["out.png", "out-1.png"] and "--scheduler karras" in command
     assert subprocess.run(f"{command} -o again.png", shell=True, cwd=site.folder, env=os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}).returncode == 0
     ours, other = (Image.open(site.folder / name) for name in ("out.png", "again.png"))
