@@ -69,7 +69,7 @@ PHASES = {  # the arguments, where it is interrupted, and what is there already 
     "reading a prompt": ("", "tiny_sd.py:merge:2", []),
     "encoding the prompt": ("", "tiny_sd.py:text_layer:3", []),
     "encoding a picture": ("-i in.png", "tiny_sd.py:vae_block:2", []),
-    "sampling": ("", "tiny_sd.py:denoise:2", []),
+    "sampling": ("", "like_diffusers.py:denoise:2", []),
     "writing a preview": ("--preview preview.png", "PngImagePlugin.py:putchunk:5", ["preview.png"]),
     "decoding": ("", "tiny_sd.py:vae_decode:1", []),
     "writing the picture": ("", "PngImagePlugin.py:putchunk:2", []),
