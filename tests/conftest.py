@@ -189,6 +189,28 @@ def compvis_vae_name(name, levels=LEVELS):
     return name
 
 
+def open_clip_names(arrays):
+    """Return the tensors of a text encoder of transformers under OpenCLIP's names."""
+    import torch
+    renamed = {}
+    for name, array in arrays.items():
+        name = name.removeprefix("text_model.")
+        for old, new in [
+            ("embeddings.token_embedding", "token_embedding"),
+            ("embeddings.position_embedding.weight", "positional_embedding"),
+            ("encoder.layers", "transformer.resblocks"), ("final_layer_norm", "ln_final"),
+            ("layer_norm", "ln_"), ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
+            ("mlp.fc2", "mlp.c_proj"),
+        ]:
+            name = name.replace(old, new)
+        renamed[name] = array
+    for kind in ("weight", "bias"):
+        for name in [name for name in renamed if name.endswith(f"q_proj.{kind}")]:
+            parts = [renamed.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv"]
+            renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    return renamed
+
+
 @pytest.fixture(scope="session", params=["numpy", "torch"])
 def backend(request):
     return request.param

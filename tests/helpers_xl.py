@@ -10,7 +10,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file
-from test_families import open_clip_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from conftest import (
@@ -19,6 +18,7 @@ from conftest import (
     VAE,
     compvis_name,
     compvis_unet_name,
+    open_clip_names,
     randomise,
     reference_tokenizer,
 )

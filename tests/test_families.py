@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 from test_parity import first, last, same_pictures, some_picture
 
 import tiny_sd
-from conftest import ROOT, SCHEDULER, TEXT, compvis, make_unet, randomise, same
+from conftest import (
+    ROOT,
+    SCHEDULER,
+    TEXT,
+    compvis,
+    make_unet,
+    open_clip_names,
+    randomise,
+    same,
+)
 from extras import formats, like_diffusers
 
 pytestmark = pytest.mark.slow
@@ -139,27 +148,6 @@ def open_clip(arrays):
                                       "logit_scale": torch.tensor(1.0)}
 
 
-def open_clip_names(arrays):
-    """transformers' text encoder under OpenCLIP's names."""
-    renamed = {}
-    for name, array in arrays.items():
-        name = name.removeprefix("text_model.")
-        for old, new in [
-            ("embeddings.token_embedding", "token_embedding"),
-            ("embeddings.position_embedding.weight", "positional_embedding"),
-            ("encoder.layers", "transformer.resblocks"), ("final_layer_norm", "ln_final"),
-            ("layer_norm", "ln_"), ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
-            ("mlp.fc2", "mlp.c_proj"),
-        ]:
-            name = name.replace(old, new)
-        renamed[name] = array
-    for kind in ("weight", "bias"):
-        for name in [name for name in renamed if name.endswith(f"q_proj.{kind}")]:
-            parts = [renamed.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv"]
-            renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    return renamed
-
-
 @torch.no_grad()
 def test_single_file_of_the_second(family, backend, tmp_path):
     pipe, folder = family("Stable Diffusion 2")
@@ -183,7 +171,10 @@ def test_single_file_of_the_second(family, backend, tmp_path):
     assert model.encoders[0].tokenizer.pad == 0
     ids = np.array([[3, 7, 11, 0, 0], [1, 2, 3, 4, 5]])
     expected = pipe.text_encoder(torch.from_numpy(ids))[0]
-    ours = tiny_sd.text_encoder(ids, 2, tiny_sd.gelu, **model.encoders[0].weights)
+    weights = model.encoders[0].weights
+    states = tiny_sd.text_encoder(ids, 2, tiny_sd.gelu, weights["embeddings"],
+                                  weights["encoder"]["layers"])
+    ours = tiny_sd.layer_norm(states[-1], **weights["final_layer_norm"])
     same("text encoder of Stable Diffusion 2", tiny_sd.to_numpy(ours), expected, 1e-5)
     chance = np.random.default_rng(0)
     x, context = (
@@ -191,13 +182,10 @@ def test_single_file_of_the_second(family, backend, tmp_path):
         chance.normal(size=(1, 7, 128)).astype(np.float32),
     )
     like = model.unet["conv_in"]["bias"]
-    ours = tiny_sd.unet(
-        tiny_sd.array_like(like, x), np.array([500], np.float32), tiny_sd.array_like(like, context),
-        model.config.unet.n_head, 32, **model.unet,
-    )
+    ours = tiny_sd.predict(model, x, 500, tiny_sd.array_like(like, context))
     same(
         "U-Net of Stable Diffusion 2",
-        last(torch.as_tensor(tiny_sd.to_numpy(ours)).permute(0, 3, 1, 2)),
+        ours,
         last(pipe.unet(first(x), 500, torch.as_tensor(context)).sample), 2e-5,
     )
 
@@ -244,5 +232,5 @@ def test_inpainting(channels, strength, scheduler, reference, folder_with, backe
 
 def test_a_model_for_inpainting_needs_a_mask(folder_with):
     model = formats.load(folder_with(unet=make_unet(in_channels=9)))
-    with pytest.raises(tiny_sd.UserError, match="--mask"):
+    with pytest.raises(tiny_sd.UserError, match="needs a picture and a mask"):
         drawn(model, steps=2)

@@ -23,9 +23,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
-from test_families import open_clip_names
 
-from conftest import compvis_unet_name, compvis_vae_name
+from conftest import compvis_unet_name, compvis_vae_name, open_clip_names
 from extras import cli, facts, files, formats, things
 from helpers import (
     CONFIG,

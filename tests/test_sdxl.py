@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers.models.embeddings import TimestepEmbedding
 from helpers_xl import TEXT_1, TEXT_2, UNET, make_pipeline, original_layout, unet_name
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -100,39 +101,48 @@ def test_no_text_is_zero_and_an_empty_one_is_not(model):
     assert context[1].any(-1).all() and pooled[1].any() and (context[2] != context[1]).any()
 
 
-def test_what_the_unet_is_told(model, pipe):
+def test_what_the_unet_is_told(model, backend, pipe):
     """(9.9), as the pipeline and the reference U-Net make it."""
-    pooled = torch.randn(2, 80)
-    given = {"text_embeds": pooled, "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72.0]] * 2)}
+    x, t, pooled = arrays(backend, np.zeros((2, 13, 9, 4)), np.array([1, 500]),
+                          np.random.default_rng(0).normal(size=(2, 80)))
+    given = {"text_embeds": torch.as_tensor(pooled),
+             "time_ids": torch.tensor([[104, 72, 0, 0, 104, 72.0]] * 2)}
     heard = []
-    handle = pipe.unet.add_embedding.register_forward_pre_hook(
-        lambda module, inputs: heard.append(inputs[0]))
-    pipe.unet(torch.zeros(2, 4, 13, 9), 1, torch.zeros(2, 77, 192), added_cond_kwargs=given)
-    handle.remove()
-    ours = tiny_sd.unet_conditions(model, 2, 7.5, pooled, (2, 13, 9, 4))
-    same("pooled text and sizes", ours, heard[0], 1e-6)
+    handles = [network.register_forward_hook(lambda module, inputs, y: heard.append(y))
+               for network in (pipe.unet.time_embedding, pipe.unet.add_embedding)]
+    pipe.unet(first(x), torch.as_tensor(t), torch.zeros(2, 77, 192), added_cond_kwargs=given)
+    for handle in handles:
+        handle.remove()
+    same("time, pooled text and sizes", model.embed_time(model, x, t, pooled), sum(heard), 1e-5)
 
 
-def test_a_row_for_each_context_of_a_distilled_model():
-    unet = SimpleNamespace(time_cond_proj_dim=64)
-    told = tiny_sd.unet_conditions(SimpleNamespace(config=SimpleNamespace(unet=unet)), 2, 8.5, None,
-                                   (1, 8, 8, 4))
-    assert np.array_equal(told, np.concatenate([like_diffusers.guidance_condition(64, 8.5)] * 2))
+def test_a_distilled_model_is_told_its_guidance():
+    """(9.5), as diffusers' pipeline makes it, in every row."""
+    torch.manual_seed(0)
+    network = TimestepEmbedding(16, 24, cond_proj_dim=64)
+    weights = {name: array.numpy() for name, array in network.state_dict().items()}
+    model = SimpleNamespace(config=SimpleNamespace(unet=SimpleNamespace(time_cond_proj_dim=64)),
+                            unet={"time_embedding": tiny_sd.nest(weights)})
+    t, x = np.array([1, 500, 981]), np.zeros((3, 8, 8, 4), np.float32)
+    times = torch.tensor(tiny_sd.timestep_embedding(t, 16), dtype=torch.float32)
+    told = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([7.5] * 3), 64)
+    ours = like_diffusers.embed_time_and_guidance(model, x, t, guidance=8.5)
+    same("time and guidance", ours, network(times, told), 1e-5)
 
 
 @pytest.mark.parametrize("size", [(13, 9), (8, 16), (5, 3)])
 def test_unet(size, model, backend, pipe):
-    """Each picture at its own time, with its own words, pooled text and sizes."""
-    chance = np.random.default_rng(0)
+    """Each picture at its own time, with its own words and pooled text."""
+    chance, (h, w) = np.random.default_rng(0), size
     x, t, context, pooled = arrays(
-        backend, chance.normal(size=(3, *size, 4)), np.array([1, 500, 981]),
+        backend, chance.normal(size=(3, h, w, 4)), np.array([1, 500, 981]),
         chance.normal(size=(3, 77, 192)), chance.normal(size=(3, 80)))
-    ids = chance.integers(0, 128, (3, 6))
+    ids = torch.tensor([[8 * h, 8 * w, 0, 0, 8 * h, 8 * w]] * 3)
     expected = pipe.unet(first(x), torch.as_tensor(t), torch.as_tensor(context), added_cond_kwargs={
-        "text_embeds": torch.as_tensor(pooled), "time_ids": torch.from_numpy(ids)}).sample
-    waves = tiny_sd.timestep_embedding(ids.reshape(-1), 32).reshape(3, -1)
-    condition = np.concatenate([tiny_sd.to_numpy(pooled), waves], axis=1)
-    ours = tiny_sd.unet(x, t, context, [1, 2, 3], 32, condition=condition, **model.unet)
+        "text_embeds": torch.as_tensor(pooled), "time_ids": ids}).sample
+    temb = model.embed_time(model, x, t, pooled)
+    ours = tiny_sd.unet(x, temb, context, [1, 2, 3], 32, **model.unet)
     same("U-Net of SDXL", ours, last(expected), 1e-5)
 
 
@@ -273,8 +283,7 @@ def test_a_row_for_each_picture_of_a_batch(model):
 def test_in_half_precision(folder):
     """Both text encoders and the U-Net are of the type asked for."""
     model = formats.load(folder, dtype="bfloat16")
-    weights = tiny_sd.flatten(vars(model.second))
-    kinds = {array.dtype for array in weights.values() if hasattr(array, "dtype")}
+    kinds = {array.dtype for name, array in everything(model).items() if "vae" not in name}
     assert kinds == {torch.bfloat16} and model.vae["quant_conv"]["bias"].dtype == torch.float32
     plain = drawn(formats.load(folder), None, steps=1, width=64, height=64)
     half = drawn(model, None, steps=1, width=64, height=64)
@@ -393,6 +402,11 @@ def everything(model):
     return tiny_sd.flatten({"unet": model.unet, "vae": model.vae} | texts)
 
 
+def config_of(model, part):
+    encoders = dict(zip(("text_encoder", "text_encoder_2"), model.encoders))
+    return encoders[part].config if part in encoders else getattr(model.config, part)
+
+
 def test_single_file_equals_folder(single_file, folder, capsys):
     """Bit for bit, its settings included; and nothing usual is worth a line."""
     one, other = formats.load(single_file), formats.load(folder)
@@ -408,10 +422,10 @@ def test_single_file_equals_folder(single_file, folder, capsys):
             "scheduler": ["_class_name", "timestep_spacing", "steps_offset", "prediction_type",
                           "beta_start", "beta_end"]}.items():
         for name in names:
-            ours, theirs = (getattr(getattr(model.config, part), name) for model in (one, other))
+            ours, theirs = (getattr(config_of(model, part), name) for model in (one, other))
             assert ours == theirs, name
     assert one.config.unet.sample_size == 128 and one.digest
-    assert one.tokenizer.pad == 49407 and one.second.tokenizer.pad == 0
+    assert [encoder.tokenizer.pad for encoder in one.encoders] == [49407, 0]
 
 
 def test_diffusers_reads_the_single_file(single_file, folder, pipe):
@@ -486,11 +500,9 @@ NAMINGS = {"kohya": kohya, "kohya, original layout": kohya_original, "diffusers"
 
 def named_weights(model):
     """Return {part: {name: array}} of what LoRAs change, as a folder has the names."""
-    n = len(model.encoders[1].weights["encoder"]["layers"])
-    tail = {f"encoder.layers.{n}": model.second.last_layer}
     return {"unet": tiny_sd.flatten(model.unet),
             "text_encoder": tiny_sd.flatten(model.encoders[0].weights),
-            "text_encoder_2": tiny_sd.flatten(model.encoders[1].weights) | tiny_sd.flatten(tail)}
+            "text_encoder_2": tiny_sd.flatten(model.encoders[1].weights)}
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +530,8 @@ def write_lora(path, pairs, naming, alpha=None):
     return path
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming, backend", zip(NAMINGS, ["numpy", "torch", "numpy"]),
+                         indirect=["backend"])
 def test_loras(naming, folder, pairs, backend, tmp_path, monkeypatch):
     path = write_lora(tmp_path / "lora.safetensors", pairs, NAMINGS[naming], 6)
     plain = named_weights(formats.load(folder))
@@ -528,7 +541,8 @@ def test_loras(naming, folder, pairs, backend, tmp_path, monkeypatch):
     assert largest_error(model, plain, pairs, names, 1.0) < 1e-5
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming, backend", zip(NAMINGS, ["numpy", "torch", "numpy"]),
+                         indirect=["backend"])
 def test_diffusers_draws_the_same_with_a_lora(naming, folder, pairs, backend, tmp_path):
     pytest.importorskip("peft")
     # the names that diffusers' own reader of each spelling knows
