@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a test never needs a network
+for name in [name for name in os.environ if name.startswith("TQDM_")]:
+    del os.environ[name]                                # the bar is as the program asks for it
 for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads would only wait
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
