@@ -530,7 +530,7 @@ def write_lora(path, pairs, naming, alpha=None):
     return path
 
 
-@pytest.mark.parametrize("naming, backend", zip(NAMINGS, ["numpy", "torch", "numpy"]),
+@pytest.mark.parametrize("naming, backend", [*zip(NAMINGS, ["numpy", "torch", "numpy"])],
                          indirect=["backend"])
 def test_loras(naming, folder, pairs, backend, tmp_path, monkeypatch):
     path = write_lora(tmp_path / "lora.safetensors", pairs, NAMINGS[naming], 6)
@@ -541,7 +541,7 @@ def test_loras(naming, folder, pairs, backend, tmp_path, monkeypatch):
     assert largest_error(model, plain, pairs, names, 1.0) < 1e-5
 
 
-@pytest.mark.parametrize("naming, backend", zip(NAMINGS, ["numpy", "torch", "numpy"]),
+@pytest.mark.parametrize("naming, backend", [*zip(NAMINGS, ["numpy", "torch", "numpy"])],
                          indirect=["backend"])
 def test_diffusers_draws_the_same_with_a_lora(naming, folder, pairs, backend, tmp_path):
     pytest.importorskip("peft")
