@@ -107,6 +107,7 @@ def read_captioned(folder, caption=None):
     pictures = [path for path in paths if path.suffix.lower() in PICTURES]
     require(pictures, f"{folder} has no pictures: none of its files ends in {', '.join(PICTURES)}")
     for path in pictures:
+        require(path.is_file(), f"{path} is not a file")    # of a pipe, reading waits for ever
         with opened(path) as picture:
             picture.load()
     captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]
@@ -118,16 +119,22 @@ def read_captioned(folder, caption=None):
 
 def read_caption(file, picture, caption):
     """Return what this file says, or else the caption, on one line."""
-    words = " ".join((read_text(file) if file.exists() else caption or "").split())
+    require(file.is_file() or not file.exists(), f"{file} is not a file")
+    words = " ".join((read_text(file, 2 ** 13) if file.exists() else caption or "").split())
     require(words, f"{picture} has no caption: write one into {file} (for a LoRA, teach.py also "
                    "takes one --caption for all)")
     return words
 
 
-def read_text(file):
-    """Return a file's text; UserError if it cannot be read."""
+def read_text(file, limit=2 ** 24):
+    """Return a file's text; UserError if it cannot be read, or has more bytes than the limit."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with open(file, "rb") as stream:
+            content = stream.read(limit + 1)
+        require(len(content) <= limit, f"{file} is larger than a text of {limit:,} bytes")
+        return content.decode("utf-8-sig")
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
@@ -168,16 +175,21 @@ def save_picture(pixels, path, parameters):
     with unfinished_name(path) as unfinished:
         with open(unfinished, "xb") as file:
             write_picture(Image.fromarray(pixels), file, path.suffix.lower(), parameters)
-        for target in free_names(path):
+        return take_free_name(unfinished, path)
+
+
+def take_free_name(unfinished, path):
+    """Rename a finished file to the first free name of a.png, a-1.png, ...; return that name."""
+    for target in free_names(path):
+        try:
+            os.link(unfinished, target)     # which, unlike renaming, refuses a taken name
+        except OSError:     # it is taken, or this file system, as on USB sticks, has no links
             try:
-                os.link(unfinished, target)     # which, unlike renaming, refuses a taken name
-            except OSError:     # it is taken, or this file system, as on USB sticks, has no links
-                try:
-                    open(target, "xb").close()
-                except FileExistsError:
-                    continue
-                os.replace(unfinished, target)
-            return target
+                open(target, "xb").close()
+            except FileExistsError:
+                continue
+            os.replace(unfinished, target)
+        return target
 
 
 def free_names(path):

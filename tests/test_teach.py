@@ -2,12 +2,17 @@
 the same picture here and in diffusers; what the user did wrong is said in one line.
 """
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +21,13 @@ import pytest
 import torch
 from helpers_xl import make_pipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
 from extras import cli, files, formats, like_diffusers
-from extras.training import teach
-from helpers import contents, write_model
+from extras.training import lora, teach
+from helpers import CONFIG, contents, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +70,7 @@ def run(pictures, tiny, capsys):
 
 def random_pairs(model, rank=3, text=True):
     """A model with a LoRA, and the LoRA, whose B are not 0."""
-    adapted, pairs = teach.adapt(model, rank, text)
+    adapted, pairs = lora.adapt(model, rank, text)
     for _, up in pairs.values():
         up.data.normal_(0, 0.3)
     return adapted, pairs
@@ -91,7 +96,7 @@ def test_an_adapted_weight_is_the_sum(kernel):
     x, weight, bias = torch.randn(4, 5, 6), torch.randn(8, *kernel, 6), torch.randn(8)
     down, up = torch.randn(3, 6, requires_grad=True), torch.randn(8, 3, requires_grad=True)
     written_out = weight + (up @ down).reshape(weight.shape)
-    ours = tiny_sd.linear(x, teach.Adapted(weight, down, up), bias)
+    ours = tiny_sd.linear(x, lora.Adapted(weight, down, up), bias)
     theirs = tiny_sd.linear(x, written_out, bias)
     same("adapted layer", ours.detach(), theirs.detach(), 1e-6)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (down, up)) for y in (ours, theirs))):
@@ -100,7 +105,7 @@ def test_an_adapted_weight_is_the_sum(kernel):
 
 def test_before_the_first_step_the_model_predicts_what_it_did(folder):
     model = formats.load(folder, "torch")
-    adapted, _ = teach.adapt(model, 4, text=True)
+    adapted, _ = lora.adapt(model, 4, text=True)
     context = tiny_sd.embed_prompts(model, ["a cat"])[0]
     assert torch.equal(tiny_sd.embed_prompts(adapted, ["a cat"])[0], context)
     assert loss_of(model, adapted.unet, context)[0] == loss_of(model, model.unet, context)[0]
@@ -110,7 +115,7 @@ def test_before_the_first_step_the_model_predicts_what_it_did(folder):
 def test_what_kohya_adapts_is_adapted(changes, folder_with, reference):
     """All linear layers and 1x1 convolutions of the transformers, by diffusers' class of them."""
     unet = make_unet(**changes)
-    _, pairs = teach.adapt(formats.load(folder_with(unet=unet), "torch"), 2, text=True)
+    _, pairs = lora.adapt(formats.load(folder_with(unet=unet), "torch"), 2, text=True)
     expected = {("unet", f"{name}.{inner}.weight") for name, module in unet.named_modules()
                 if type(module).__name__ == "Transformer2DModel"
                 for inner, layer in module.named_modules()
@@ -161,7 +166,7 @@ def test_gradients_are_the_same_where_layers_are_recomputed(folder):
             return tensor
 
         context = tiny_sd.embed_prompts(adapted, ["a photo of a cat"])[0]
-        with teach.recomputed(*names):
+        with lora.recomputed(*names):
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss, _ = loss_of(model, adapted.unet, context)
             found.append((kept, torch.autograd.grad(loss, matrices)))
@@ -235,7 +240,9 @@ def test_it_learns(run, tiny):
     def errors(loras):
         model = formats.load(tiny, "torch", loras=loras)
         still = torch.optim.SGD(tiny_sd.parameters(model.unet), 0.0)
-        return np.mean([*tiny_sd.train(model, still, *shown(tiny), 30, 8, seed=9)])
+        rng, (latents, captions) = np.random.default_rng(9), shown(tiny)
+        batches = tiny_sd.random_batches(torch.from_numpy(latents), captions, 8, rng)
+        return np.mean([*itertools.islice(tiny_sd.train(model, still, batches, rng), 30)])
 
     assert run("--steps", 80, "--rate", 0.02)[0] == 0
     assert errors([("mine.safetensors", 1)]) < 0.9 * errors([])
@@ -248,17 +255,17 @@ def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch):
     """Ctrl-C in step 4 of 6, and the same command again, is the same as 6 steps at once."""
     how = ("--steps", 6, "--rate", 0.01, *options)
     assert run(*how, output="once.safetensors")[0] == 0
-    step = teach.Teaching.step
+    step = lora.Teaching.step
 
     def interrupted(teaching):
-        if len(teaching.losses) == 3:
+        if teaching.steps == 3:
             raise KeyboardInterrupt
-        step(teaching)
+        return step(teaching)
 
-    monkeypatch.setattr(teach.Teaching, "step", interrupted)
+    monkeypatch.setattr(lora.Teaching, "step", interrupted)
     status, out, said = run(*how)
     assert status == 130 and not out and "step 3 is kept in mine.safetensors.state" in said[0]
-    monkeypatch.setattr(teach.Teaching, "step", step)
+    monkeypatch.setattr(lora.Teaching, "step", step)
     status, out, said = run(*how)
     assert (status, out) == (0, ["mine.safetensors"]) and "going on from step 3" in said[0]
     once, again = load_file("once.safetensors"), load_file("mine.safetensors")
@@ -279,8 +286,8 @@ def test_what_was_reached_is_kept_every_minute(run, monkeypatch, clock):
     clock(25)
     seen, fit = [], teach.fit
 
-    def watched(teaching, begun, keep, draw):
-        fit(teaching, begun, lambda: (seen.append("kept"), keep()),
+    def watched(teaching, keep, draw):
+        fit(teaching, lambda: (seen.append("kept"), keep()),
             lambda: (seen.append("sheet"), draw()))
 
     monkeypatch.setattr(teach, "fit", watched)
@@ -290,14 +297,14 @@ def test_what_was_reached_is_kept_every_minute(run, monkeypatch, clock):
 
 def test_minutes_end_it(run, monkeypatch, clock):
     clock(10)
-    steps, step = [], teach.Teaching.step
-    monkeypatch.setattr(teach.Teaching, "step", lambda t: (steps.append(t.progress), step(t)))
+    steps, step = [], lora.Teaching.step
+    monkeypatch.setattr(lora.Teaching, "step", lambda t: (steps.append(t.progress), step(t))[1])
     assert run("--minutes", 1)[0] == 0
     assert steps == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
 def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
-    monkeypatch.setattr(teach.Teaching, "step", lambda teaching: (_ for _ in ()).throw(
+    monkeypatch.setattr(lora.Teaching, "step", lambda teaching: (_ for _ in ()).throw(
         KeyboardInterrupt))
     assert run("--steps", 2)[0] == 130
     monkeypatch.undo()
@@ -308,9 +315,9 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
     (pictures / "0.txt").write_text("red apple")
     status, _, (line,) = run("--steps", 2)
     assert status == 2 and "was begun with other options or captions" in line
-    (pictures.parent / "mine.safetensors.state").write_bytes(b"PK")
+    Path("mine.safetensors.state/reached.pt").write_bytes(b"PK")
     status, _, (line,) = run("--steps", 2)
-    assert status == 2 and "mine.safetensors.state cannot be read, remove it" in line
+    assert status == 2 and "mine.safetensors.state/reached.pt cannot be read, remove it" in line
 
 
 def test_the_sheet_shows_it_without_and_with(run):
@@ -321,12 +328,260 @@ def test_the_sheet_shows_it_without_and_with(run):
     assert np.abs(before[:-4] - after).mean() > 5
 
 
+def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock):
+    """Ten minutes of drawing what it knows take nothing of a minute of teaching."""
+    clock(10)
+    lessons, steps, step = teach.lessons, [], lora.Teaching.step
+
+    def slow(*args):
+        for _ in range(60):
+            teach.time.monotonic()
+        return lessons(*args)
+
+    monkeypatch.setattr(teach, "lessons", slow)
+    monkeypatch.setattr(lora.Teaching, "step", lambda t: (steps.append(t.progress), step(t))[1])
+    assert run("--minutes", 1)[0] == 0
+    assert steps == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+
+
+def test_the_bar_says_step_steps_expected_and_loss(pictures, tiny, clock, capsys):
+    """Of --minutes too: with ten seconds a step, one minute is six steps from the first on."""
+    clock(10)
+    assert teach.main(["pictures", "-m", str(tiny), "-o", "a.safetensors", "--minutes", "1"]) == 0
+    bars = re.findall(r"(\d+)/(\d+) \[[^\]]*step.*?loss (\d\.\d+)", capsys.readouterr().err)
+    assert bars and {total for _, total, _ in bars} == {"6"} and bars[-1][0] == "6"
+
+
+@pytest.mark.parametrize("steps, said", [(149, ["--minutes 84 would"]), (150, [])])
+def test_too_few_steps_are_said(steps, said, capsys):
+    """500 of them take 84 minutes where 149 take 25."""
+    teach.say_if_short(steps, 25)
+    assert re.findall(r"--minutes \d+ would", capsys.readouterr().err) == said
+
+def test_a_short_run_says_so(run):
+    status, _, said = run("--steps", 3)
+    assert status == 0 and "these were 3 steps" in said[-1]
+
+
+def test_what_is_drawn_is_drawn_by_numpy(run, monkeypatch):
+    """On a CPU: its own pictures, the encoding of those taught, and the sheet."""
+    kinds, generate = [], like_diffusers.generate
+
+    def watched(model, *args, **settings):
+        kinds.extend(map(type, tiny_sd.flatten([model.unet, model.vae]).values()))
+        return generate(model, *args, **settings)
+
+    monkeypatch.setattr(like_diffusers, "generate", watched)
+    Path("keep.txt").write_text("dog")
+    assert run("--steps", 1, "--keep", "keep.txt")[0] == 0
+    assert {*kinds} == {np.ndarray}
+
+
+# ── What must not be lost ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def stopped(run, monkeypatch):
+    """stopped(): a run that Ctrl-C ended in step 2 of 4."""
+    def stopped():
+        step = lora.Teaching.step
+
+        def interrupted(teaching):
+            if teaching.steps == 1:
+                raise KeyboardInterrupt
+            return step(teaching)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lora.Teaching, "step", interrupted)
+            assert run("--steps", 4)[0] == 130
+    return stopped
+
+
+def test_a_picture_made_in_between_is_kept(run, stopped):
+    stopped()
+    Path("mine.png").write_text("the user's")
+    Path("mine.safetensors").write_text("the user's")
+    assert run("--steps", 4)[:2] == (0, ["mine-1.safetensors"])
+    assert Path("mine.png").read_text() == Path("mine.safetensors").read_text() == "the user's"
+    assert load_file("mine-1.safetensors") and Image.open("mine-1.png").size
+    assert not Path("mine.safetensors.state").exists()
+
+
+def test_files_that_came_while_it_ran_are_kept(run, monkeypatch):
+    step = lora.Teaching.step
+
+    def meanwhile(teaching):
+        Path("mine.png").write_text("the user's")
+        Path("mine.safetensors").symlink_to("nowhere")
+        return step(teaching)
+
+    monkeypatch.setattr(lora.Teaching, "step", meanwhile)
+    assert run("--steps", 1)[:2] == (0, ["mine-1.safetensors"])
+    assert Path("mine.png").read_text() == "the user's" and Path("mine.safetensors").is_symlink()
+    assert Image.open("mine-1.png").size
+
+
+def test_the_sheets_on_the_way_replace_no_picture(run, monkeypatch, clock):
+    clock(100)
+    step = lora.Teaching.step
+
+    def meanwhile(teaching):
+        if teaching.steps == 1:
+            Path("mine.png").write_text("the user's")
+        return step(teaching)
+
+    monkeypatch.setattr(lora.Teaching, "step", meanwhile)
+    assert run("--steps", 8)[0] == 0
+    assert Path("mine.png").read_text() == "the user's" and Image.open("mine-1.png").size
+
+
+@pytest.mark.skipif(teach.fcntl is None, reason="there are no such locks")
+def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
+    """The second is refused, while the first is at work in a process of its own."""
+    command = [*COMMAND, "pictures", "-m", tiny, "-o", "mine.safetensors", "--minutes", "5"]
+    with subprocess.Popen(command, env=FROM_ANYWHERE, stderr=subprocess.PIPE) as first:
+        while not (found := [*Path().glob("mine.safetensors.state")]):
+            assert first.poll() is None
+            time.sleep(0.01)
+        status, _, (line,) = run("--steps", 1)
+        first.kill()
+    assert found and status == 2 and "another process teaches this" in line
+    assert run("--steps", 1)[0] == 0        # once that is gone
+
+
+def never(*_, **__):
+    raise KeyboardInterrupt
+
+
+def not_finite(model, *_, **__):
+    yield np.full((1, *tiny_sd.latent_shape(model, 16, 16)), np.nan, np.float32)
+
+
+@contextlib.contextmanager
+def full_disk(room=0):
+    """Let no file grow beyond this many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("spoilt, status, said", [
+    (never, 130, "interrupted"), (not_finite, 2, "mine.safetensors is written, but not its sheet"),
+    (None, 2, "mine.safetensors is written, but not its sheet: mine.png cannot be written")])
+def test_what_ends_the_last_sheet_loses_nothing(spoilt, status, said, run, monkeypatch):
+    generate, fit = spoilt or like_diffusers.generate, teach.fit
+    with contextlib.ExitStack() as stack:
+        def then_spoilt(*args):
+            fit(*args)
+            monkeypatch.setattr(like_diffusers, "generate", generate)
+
+        monkeypatch.setattr(teach, "fit", then_spoilt)
+        if spoilt is None:
+            take = files.take_free_name
+
+            def take_and_fill(*names):
+                name = take(*names)
+                stack.enter_context(full_disk())
+                return name
+            monkeypatch.setattr(files, "take_free_name", take_and_fill)
+        found, out, lines = run("--steps", 2)
+    assert (found, out) == (status, ["mine.safetensors"]) and said in lines[-1]
+    assert load_file("mine.safetensors") and not Path("mine.png").exists()
+    assert not Path("mine.safetensors.state").exists()
+
+
+def test_a_sheet_on_the_way_that_cannot_be_drawn_is_passed_over(run, monkeypatch, clock):
+    clock(100)
+    fit, generate = teach.fit, like_diffusers.generate
+
+    def spoilt_on_the_way(*args):
+        monkeypatch.setattr(like_diffusers, "generate", not_finite)
+        fit(*args)
+        monkeypatch.setattr(like_diffusers, "generate", generate)
+
+    monkeypatch.setattr(teach, "fit", spoilt_on_the_way)
+    status, out, lines = run("--steps", 8)
+    assert (status, out) == (0, ["mine.safetensors"])
+    assert [line for line in lines if "there is no sheet this time: the picture is not" in line]
+
+
+def test_a_full_disk_is_one_line_and_what_was_kept_stays(run, stopped):
+    stopped()
+    kept = Path("mine.safetensors.state/reached.pt").read_bytes()
+    with full_disk(1000):
+        status, out, lines = run("--steps", 4)
+    assert (status, out) == (2, []) and lines[-1].startswith(
+        "mine.safetensors.state/reached.pt cannot be written: ")
+    assert {*contents("mine.safetensors.state").values()} == {kept}
+    assert run("--steps", 4)[0] == 0
+
+
+def test_a_signal_waits_for_the_end_of_a_step(run, monkeypatch):
+    """Ctrl-C while the optimizer changes the matrices: what is kept is a whole step."""
+    assert run("--steps", 4, output="once.safetensors")[0] == 0
+    lerp, calls = torch.Tensor.lerp_, []
+
+    def pressed(*args):
+        calls.append(args)
+        if len(calls) == 50:
+            signal.raise_signal(signal.SIGINT)
+        return lerp(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "lerp_", pressed)
+        status, _, said = run("--steps", 4)
+    assert status == 130 and "is kept in mine.safetensors.state" in said[0]
+    assert run("--steps", 4)[0] == 0
+    once, again = load_file("once.safetensors"), load_file("mine.safetensors")
+    assert all(torch.equal(once[k], again[k]) for k in once)
+
+
+def other_values(model):
+    file = next((model / "unet").glob("*.safetensors"))
+    save_file({name: array + 0.1 for name, array in load_file(file).items()}, file)
+
+
+def other_shapes(model):
+    shutil.rmtree(model)
+    write_model(model, CONFIG | {"unet": CONFIG["unet"] | {"block_out_channels": [8, 24]}})
+
+
+@pytest.mark.parametrize("change", [other_values, other_shapes])
+def test_a_model_that_was_replaced_is_not_gone_on_with(change, run, tiny, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.Teaching, "step", never)
+        assert run("--steps", 4, model=model)[0] == 130
+    change(model)
+    status, _, (line,) = run("--steps", 4, "--rate", 0.0125, model=model)
+    assert status == 2 and "was begun with other options, captions or weights" in line
+
+
+def test_a_lora_that_is_not_finite_is_not_written(run, monkeypatch):
+    step = lora.Teaching.step
+
+    def spoilt(teaching):
+        loss = step(teaching)
+        if teaching.steps == 2:
+            teaching.matrices[0].data[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(lora.Teaching, "step", spoilt)
+    status, out, lines = run("--steps", 2)
+    assert (status, out) == (2, []) and "the LoRA is not finite after 2 steps" in lines[-1]
+    assert not Path("mine.safetensors").exists()
+
+
 # ── The pictures ──────────────────────────────────────────────────────────────────────────────────
 
 
 def shown(tiny, *options):
     """Return the latents and captions that training shows."""
-    model = formats.load(tiny, "torch")
+    model = formats.load(tiny)
     args = teach.parse_arguments(["pictures", "-o", "x.safetensors", "-m", str(tiny), *options])
     teach.fill_in(args, model)
     pictures = files.read_captioned(args.folder, args.caption)
@@ -342,13 +597,14 @@ def test_pictures_are_cut_to_the_size(pictures, tiny, capsys):
 
 
 def test_flip_shows_each_picture_mirrored_too(pictures, tiny, monkeypatch):
-    monkeypatch.setattr(tiny_sd, "torch_noise", lambda seeds, size: lambda: np.zeros((1, *size)))
+    monkeypatch.setattr(like_diffusers, "torch_noise",
+                        lambda seeds, size: lambda: np.zeros((1, *size)))
     both, captions = shown(tiny, "--flip")
     assert captions == ["apple 0", "apple 0", "apple 1", "apple 1", "apple 2", "apple 2"]
     plain, _ = shown(tiny)
     for path in pictures.glob("*.png"):
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
-    same("mirrored latents", both, torch.stack([plain, shown(tiny)[0]], 1).flatten(0, 1), 1e-3)
+    same("mirrored latents", both, np.stack([plain, shown(tiny)[0]], 1).reshape(both.shape), 1e-3)
 
 
 def test_half_of_what_is_shown_is_what_the_model_draws_itself(pictures, tiny):
@@ -358,7 +614,7 @@ def test_half_of_what_is_shown_is_what_the_model_draws_itself(pictures, tiny):
     taught = ["apple 0", "apple 1", "apple 2"]
     assert captions[:6] == 2 * taught and len(latents) == len(captions) == 13
     assert sorted(captions[6:]) == ["a  dog", *["apple"] * 5, "red apple"]
-    *_, x = like_diffusers.generate(formats.load(tiny, "torch"), captions[8], seeds=(2,))
+    *_, x = like_diffusers.generate(formats.load(tiny), captions[8], seeds=(2,))
     same("a picture of its own", latents[8:9], x, 1e-6)
     assert shown(tiny)[1] == taught
     known = ROOT / "weights/emoji/things.json"
@@ -401,6 +657,17 @@ def latin(pictures):
     return ()
 
 
+def unending(name, target=None):
+    """A FIFO, in which reading waits for ever, or a link to a file without end."""
+    def make(pictures):
+        path = pictures / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target) if target else os.mkfifo(path)
+        return ("--keep", path) if name == "../keep" else ()
+    return make
+
+
 def empty(pictures):
     for path in pictures.iterdir():
         path.unlink()
@@ -424,6 +691,14 @@ def there(name):
     (broken, "b.png is not a picture"), (no_caption, "1.png has no caption: write one into"),
     (empty_caption, "1.png has no caption"), (latin, "1.txt cannot be read"),
     (empty, "has no pictures"), (missing, "there is no folder"),
+    (unending("a.png"), "a.png is not a file"),
+    (unending("a.png", "/dev/zero"), "a.png is not a file"),
+    (unending("1.txt"), "1.txt is not a file"),
+    (unending("1.txt", "/dev/zero"), "1.txt is not a file"),
+    (unending("../keep", "/dev/zero"), "keep is larger"),
+    (unending("../mine.safetensors"), "mine.safetensors is there already"),
+    (unending("../mine.safetensors.state"), "mine.safetensors.state is not a folder"),
+    (unending("../mine.safetensors.state/reached.pt"), "reached.pt is not a file"),
     (there("mine.safetensors"), "mine.safetensors is there already"),
     (there("mine.png"), "mine.png is there already"),
     (lambda _: ("--rank", "0"), "--rank 0 is not from 1 to 1024"),
@@ -438,7 +713,7 @@ def there(name):
     (lambda _: ("--from-scratch", "--device", "mps"), "trains with --device cpu or cuda"),
     (lambda _: ("--keep", "none.txt"), "none.txt cannot be read"),
     (lambda _: ("-o", "nowhere/mine.safetensors"), "there is no folder nowhere to write to"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_a_user_error_is_one_line_before_anything_is_loaded(prepare, said, run, pictures,
                                                             monkeypatch):
     monkeypatch.setattr(formats, "load", None)
@@ -447,6 +722,14 @@ def test_a_user_error_is_one_line_before_anything_is_loaded(prepare, said, run, 
     status, out, lines = run(*options)
     assert (status, out, len(lines)) == (2, [], 1) and said in lines[0]
     assert contents(pictures.parent) == before
+
+
+@pytest.mark.parametrize("name, said", [("a.png", "is not a picture"), ("1.txt", "is larger")])
+def test_a_file_of_a_terabyte_is_refused(name, said, run, pictures):
+    with open(pictures / name, "w") as file:
+        file.truncate(2 ** 40)
+    status, _, (line,) = run("--steps", 1)
+    assert status == 2 and f"{name} {said}" in line
 
 
 def test_a_loss_that_is_not_finite_is_one_line(run, monkeypatch):
@@ -472,6 +755,21 @@ def test_it_runs_as_a_program(pictures, tiny):
     assert (done.returncode, done.stdout) == (0, "a.safetensors\n"), done.stderr
     done = teach("-o", "a.safetensors")
     assert (done.returncode, done.stderr) == (2, "tiny_sd: a.safetensors is there already\n")
+
+
+def test_help_needs_no_torch(pictures):
+    """And what it needs torch for says how to install it."""
+    script = ("import sys; sys.modules['torch'] = None; from extras.training import teach; "
+              "sys.exit(teach.main(sys.argv[1:]))")
+
+    def without_torch(*options):
+        return subprocess.run([sys.executable, "-c", script, *options], env=FROM_ANYWHERE,
+                              capture_output=True, text=True)
+
+    done = without_torch("--help")
+    assert done.returncode == 0 and "--from-scratch" in done.stdout and not done.stderr
+    done = without_torch("pictures", "-o", "a.safetensors")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "torch" in done.stderr
 
 
 def test_the_lora_is_one_for_the_command_line(run, tiny):

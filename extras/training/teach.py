@@ -4,26 +4,30 @@
     python tiny_sd.py "a zorp on a blue background" --lora mine.safetensors
 
 pictures/ holds pictures of any size with a caption beside each: a.png, a.txt, b.jpg, b.txt, ...
-Each matrix W in the transformers of the U-Net becomes W + B A, and only B (out, r) and A (r, in)
-are trained (Hu et al., 2021), by tiny_sd.train. NOTES §7 says what that can do. Needs torch.
+What is trained is in lora.py; NOTES says what that can do. Needs torch.
 
-mine.safetensors.state keeps what was reached: after Ctrl-C or a kill the same command resumes from
-there. mine.png shows some captions drawn without what was learnt, and with it, from fixed seeds.
+mine.png is a sheet of some captions drawn without what was learnt, and with it, from fixed seeds.
+mine.safetensors.state/ holds what was reached, and a sheet every five minutes: after Ctrl-C or a
+kill the same command resumes from there.
 
-With some thousands of pictures, train a model of your own on them, by the recipe in weights/:
+With some thousands of pictures, train a model of your own on them, by the recipe in train.py:
 
     python -m extras.training.teach pictures/ -o mine --from-scratch --minutes 600
     python tiny_sd.py "a zorp on a blue background" -m mine
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
 import sys
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:     # on Windows, where nothing keeps two processes apart
+    fcntl = None
 
 if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does to the command line
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -35,16 +39,12 @@ from extras import cli, like_diffusers
 
 # isort: split
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tiny_sd
 from extras import fast, files, formats, show, things
-from tiny_sd import UserError, flatten, nest, require, tell
+from tiny_sd import UserError, require, tell
 
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────
 
@@ -71,217 +71,31 @@ def prompts_to_keep(args):
     return [name for name, *_ in known["things"]]
 
 
-@torch.no_grad()
-def own_pictures(model, prompts, args):
-    """Return the latents (1, h, w, 4) and prompts of up to 100 pictures that the model draws."""
-    prompts, latents = np.random.default_rng(args.seed).permutation(prompts)[:100].tolist(), []
-    for seed, prompt in enumerate(tqdm(prompts, "drawing what it knows", leave=False)):
-        *_, x = like_diffusers.generate(model, prompt, None, [seed], width=args.width,
-                                        height=args.height)
-        latents.append(x)
-    return latents, prompts
-
-
-def lessons(model, pictures, prompts, args):
+def lessons(artist, pictures, prompts, args):
     """Return the latents (n, h, w, 4) and captions to show: half of them taught, half its own.
 
-    What a model draws itself keeps it from forgetting that (Ruiz et al., 2023).
+    What a model draws itself, here of up to 100 prompts, keeps it from forgetting that (Ruiz et
+    al., 2023). artist: the model, as lora.drawable makes it.
     """
-    taught, captions = encode_pictures(model, pictures, args)
-    own, prompts = own_pictures(model, prompts, args)
+    taught, captions = encode_pictures(artist, pictures, args)
+    prompts = np.random.default_rng(args.seed).permutation(prompts)[:100].tolist()
+    bar = tqdm(prompts, "drawing what it knows", leave=False)
+    own = [draw(artist, prompt, seed, args) for seed, prompt in enumerate(bar)]
     n = max(1, len(own) // len(taught))
-    latents = torch.from_numpy(np.concatenate(taught * n + own))
-    return latents.to(args.device, torch.float32), captions * n + prompts
+    return np.concatenate(taught * n + own), captions * n + prompts
 
 
-# ── The LoRA ────────────────────────────────────────────────────────────────────────────────────
-
-# Which matrices are adapted in each part: those with this in their names.
-WITHIN = {"unet": ".attentions.", "text_encoder": "encoder.layers.",
-          "text_encoder_2": "encoder.layers."}
-METADATA = {"format": "pt", "ss_network_module": "networks.lora"}   # how programs tell what it is
-
-
-class Adapted:
-    """A weight W + B A, which torch.nn.functional.linear takes like a tensor.
-
-    x (W + B A)ᵀ is computed as x Wᵀ + (x Aᵀ) Bᵀ: neither the sum nor its gradient, each as large
-    as W, is ever written.
-    """
-
-    def __init__(self, weight, down, up):
-        self.weight, self.down, self.up = weight, down, up
-
-    def __len__(self):
-        return len(self.weight)
-
-    def reshape(self, *shape):
-        """Return self: __torch_function__ has W as a matrix anyway."""
-        return self
-
-    @classmethod
-    def __torch_function__(cls, function, types, args, kwargs=None):
-        x, adapted, bias = args
-        y = F.linear(x, adapted.weight.reshape(len(adapted), -1), bias)
-        return y + F.linear(F.linear(x, adapted.down), adapted.up)
+def draw(artist, prompt, seed, args):
+    """Return the latents (1, h, w, 4) of a picture of a prompt."""
+    *_, x = like_diffusers.generate(artist, prompt, None, [seed], width=args.width,
+                                    height=args.height)
+    return x
 
 
-def adapt(model, rank, text=False, seed=0):
-    """Return a model with W + B A for W, and {(part, name of W): (A, B)}, whose B are 0 at first.
-
-    text: whether to adapt the text encoders, too. All other weights are the given model's own.
-    """
-    pairs, random = {}, torch.Generator().manual_seed(seed)
-    networks = {"unet": model.unet}
-    if text:
-        parts = ("text_encoder", "text_encoder_2")
-        networks |= {part: encoder.weights for part, encoder in zip(parts, model.encoders)}
-    for part in networks:
-        weights = flatten(networks[part])
-        for name, weight in weights.items():
-            if WITHIN[part] in name and name.endswith(".weight") and weight.ndim > 1:
-                inputs = weight[0].numel()
-                down = torch.randn(rank, inputs, generator=random) * inputs ** -0.5
-                up = torch.zeros(len(weight), rank)
-                pairs[part, name] = [p.to(weight.device).requires_grad_() for p in (down, up)]
-                weights[name] = Adapted(weight, *pairs[part, name])
-        networks[part] = nest(weights)
-    unet, *texts = networks.values()
-    encoders = [encoder._replace(weights=weights)
-                for encoder, weights in zip(model.encoders, texts)] or model.encoders
-    return dataclasses.replace(model, unet=unet, encoders=encoders), pairs
-
-
-def kohya(model, pairs):
-    """Return {name: tensor} of a model's LoRA as kohya names it, which all programs read."""
-    arrays, first, unet = {}, "te1" if len(model.encoders) == 2 else "te", flatten(model.unet)
-    prefix = {"unet": "lora_unet_", "text_encoder": f"lora_{first}_text_model_",
-              "text_encoder_2": "lora_te2_text_model_"}
-    for (part, name), (down, up) in pairs.items():
-        stem = prefix[part] + name.removesuffix(".weight").replace(".", "_")
-        kernel = [1] * (unet[name].ndim - 2) if part == "unet" else []      # of convolutions
-        for side, p in ("down", down), ("up", up):
-            arrays[f"{stem}.lora_{side}.weight"] = p.detach().cpu().reshape(*p.shape, *kernel)
-        arrays[f"{stem}.alpha"] = torch.tensor(float(len(down)))
-    return arrays
-
-
-# ── Training ────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def recomputed(*names):
-    """Keep nothing of what these functions of tiny_sd compute inside: backward does it again.
-
-    Gradient checkpointing (Chen et al., 2016).
-    """
-    originals = {name: getattr(tiny_sd, name) for name in names}
-    try:
-        for name, function in originals.items():
-            setattr(tiny_sd, name, functools.partial(checkpoint, function, use_reentrant=False))
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(tiny_sd, name, function)
-
-
-class Teaching:
-    """A LoRA in training: what changes from step to step, how it is kept, and what it draws."""
-
-    def __init__(self, model, latents, captions, args):
-        self.model, self.latents, self.captions, self.args = model, latents, captions, args
-        self.adapted, self.pairs = adapt(model, args.rank, args.text, args.seed)
-        self.matrices = [p for pair in self.pairs.values() for p in pair]
-        self.optimizer = torch.optim.AdamW(self.matrices)
-        self.losses, self.seconds, self.before = [], 0.0, None
-
-    @property
-    def progress(self):
-        """How much of it is done, 0 to 1."""
-        if self.args.steps:
-            return len(self.losses) / self.args.steps
-        return self.seconds / (60 * self.args.minutes)
-
-    def autocast(self):
-        """Return a context in which torch computes in the dtype asked for."""
-        dtype = getattr(torch, self.args.dtype)
-        return torch.autocast(self.args.device, dtype, enabled=dtype != torch.float32)
-
-    def step(self):
-        """Take one step of tiny_sd.train, which depends on the seed and its number alone."""
-        n, args = len(self.losses), self.args
-        for group in self.optimizer.param_groups:       # up over 20 steps, then down along a cosine
-            group["lr"] = args.rate * min(1, (n + 1) / 20) * math.cos(self.progress * math.pi / 2)
-        with self.autocast():
-            rng = np.random.default_rng([args.seed, n])
-            batches = tiny_sd.random_batches(self.latents, self.captions, args.batch_size, rng)
-            loss = next(tiny_sd.train(self.adapted, self.optimizer, batches, rng))
-        require(math.isfinite(loss), f"the loss is {loss} at step {n}: begin again with a lower "
-                f"--rate; if {state_of(args.output)} is there, remove it first")
-        self.losses.append(loss)
-
-    def facts(self):
-        """Return what must be the same to go on."""
-        names = ("model", "rank", "text", "seed", "batch_size", "rate", "width", "height")
-        facts = {name: str(getattr(self.args, name)) for name in names}
-        return facts | {"captions": self.captions}
-
-    def keep(self, file):
-        """Write all that restore() needs."""
-        torch.save({"facts": self.facts(), "matrices": self.matrices, "losses": self.losses,
-                    "optimizer": self.optimizer.state_dict(), "seconds": self.seconds}, file)
-
-    def restore(self, file):
-        """Go on from what was kept; UserError if that was begun otherwise."""
-        try:
-            kept = torch.load(file, self.args.device, weights_only=True)
-            same = kept["facts"] == self.facts()
-        except Exception as error:      # of whatever kind torch raises
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{file} cannot be read, remove it: {reason}") from None
-        require(same, f"{file} was begun with other options or captions: go on with those, or "
-                      "remove it")
-        for p, values in zip(self.matrices, kept["matrices"]):
-            p.data.copy_(values)
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.losses, self.seconds = kept["losses"], kept["seconds"]
-        tell(f"going on from step {len(self.losses)}")
-
-    @torch.no_grad()
-    def draw(self, model):
-        """Return a picture for each of the first four captions, from seeds 0 to 3."""
-        pictures, size = [], (self.args.width, self.args.height)
-        for seed, prompt in enumerate([*dict.fromkeys(self.captions)][:4]):
-            with self.autocast():
-                *_, x = like_diffusers.generate(model, prompt, None, [seed], width=size[0],
-                                                height=size[1])
-            pictures.append(Image.fromarray(tiny_sd.decode(model, x)[0]))
-        return pictures
-
-    def draw_sheet(self, file):
-        """Write a PNG of pictures without what was learnt, and with it."""
-        self.before = self.before or self.draw(self.model)
-        rows = [self.before, self.draw(self.adapted)]
-        show.sheet(rows, down=["before", "after"]).save(file, "PNG")
-
-
-def fit(teaching, begun, keep, draw):
-    """Take all steps; keep what was reached every minute, and draw a sheet now and then."""
-    args, begun = teaching.args, begun - teaching.seconds
-    total, to_keep, to_draw = args.steps or round(60 * args.minutes), 60, 300
-    with tqdm(total=total, unit="step" if args.steps else "s", desc="teaching") as bar:
-        while teaching.progress < 1:
-            teaching.step()
-            now = teaching.seconds = time.monotonic() - begun
-            bar.set_postfix_str(f"loss {np.mean(teaching.losses[-100:]):.4f}", refresh=False)
-            bar.update(min(total, round(teaching.progress * total)) - bar.n)
-            if now > to_keep:
-                keep()
-                to_keep = now + 60
-            if now > to_draw:       # every five minutes, and for at most a tenth of the time
-                draw()
-                took = time.monotonic() - begun - now
-                to_draw = now + max(300, 10 * took)
+def sheet_row(artist, captions, args):
+    """Return the first four captions as pictures that this model draws, from seeds 0 to 3."""
+    return [Image.fromarray(tiny_sd.decode(artist, draw(artist, caption, seed, args))[0])
+            for seed, caption in enumerate([*dict.fromkeys(captions)][:4])]
 
 
 # ── The command line ────────────────────────────────────────────────────────────────────────────
@@ -297,7 +111,7 @@ OPTIONS = [     # (flags, type, default, help)
     ("--text", bool, False, "adapt the text encoder, or both of SDXL's, too"),
     ("--from-scratch", bool, False, "make no LoRA but a whole model, in the folder --output"),
     ("--config", ("small", "base"), "small", "the model's size, with --from-scratch (%(default)s)"),
-    ("--minutes", float, None, "how long to teach (10; 180 from scratch)"),
+    ("--minutes", float, None, "how long to teach, from the first step on (10; 180 from scratch)"),
     ("--steps", int, None, "how many steps to take instead"),
     ("-b --batch-size", int, None, "pictures a step (one of 512 x 512, or as much of smaller)"),
     ("--rate", float, None, "the highest learning rate (lower, the wider the model)"),
@@ -311,7 +125,7 @@ OPTIONS = [     # (flags, type, default, help)
 
 def parse_arguments(argv):
     """Return the options, checked as far as no model is needed for that."""
-    parser = tiny_sd.Parser(prog="teach.py", allow_abbrev=False,
+    parser = tiny_sd.Parser(prog="python -m extras.training.teach", allow_abbrev=False,
                             description="Teach a model something new from captioned pictures.")
     parser.add_argument("folder", type=Path, help="pictures, and captions: a.png, a.txt, ...")
     for flags, kind, default, text in OPTIONS:
@@ -329,20 +143,26 @@ def parse_arguments(argv):
     return args
 
 
+REACHED, SHEET = "reached.pt", "sheet.png"      # in the folder that holds what was reached
+
+
 def state_of(output):
-    """Return the name of the file that keeps what was reached."""
+    """Return the folder that holds what was reached."""
     return output.with_name(f"{output.name}.state")
 
 
 def check_output(args):
     """UserError if the files could not be written at the end."""
-    output = args.output
+    output, state = args.output, state_of(args.output)
+    reached = state / REACHED
     require(args.from_scratch or output.suffix == ".safetensors",
             f"--output {output} does not end in .safetensors")
     require(output.parent.is_dir(), f"there is no folder {output.parent} to write to")
     require(os.access(output.parent, os.W_OK), f"the folder {output.parent} cannot be written to")
-    for path in [output] + [output.with_suffix(".png")] * (not state_of(output).exists()):
-        require(not path.exists(), f"{path} is there already")
+    require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: remove it")
+    require(reached.is_file() or not os.path.lexists(reached), f"{reached} is not a file")
+    for path in [] if reached.exists() else [output, output.with_suffix(".png")]:
+        require(not os.path.lexists(path), f"{path} is there already")
 
 
 def fill_in(args, model):
@@ -354,12 +174,6 @@ def fill_in(args, model):
     args.batch_size = args.batch_size or max(1, 64 * 64 // (h * w))
     args.rate = args.rate or 0.2 / max(model.config.unet.block_out_channels)
     args.minutes = args.minutes or 10
-
-
-def write(path, fill):
-    """Replace a file by what fill(unfinished) writes, or leave it as it is."""
-    with files.replace_atomically(path) as unfinished:
-        fill(unfinished)
 
 
 def train_from_scratch(args):
@@ -381,34 +195,133 @@ def train_from_scratch(args):
     os.execv(sys.executable, [sys.executable, str(recipe), "all", *options])
 
 
-def run(argv):
-    """Do what the command line asks for."""
-    args, begun = parse_arguments(argv), time.monotonic()
-    if args.from_scratch:
-        train_from_scratch(args)
-    pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
+# ── What is done for them ───────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def held(folder):
+    """Make a folder and keep other processes out of it; remove it at the end if it is empty."""
+    folder.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is in use: another process teaches this") from None
+            except OSError:     # a file system without locks
+                pass
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def fit(teaching, keep, draw):
+    """Take all steps; keep what was reached every minute, and draw a sheet now and then."""
+    begun, losses = time.monotonic() - teaching.seconds, []
+    to_keep, to_draw = teaching.seconds + 60, teaching.seconds + 300
+    with tqdm(initial=teaching.steps, unit="step", desc="teaching") as bar:
+        while teaching.progress < 1:
+            losses.append(teaching.step())
+            now = teaching.seconds = time.monotonic() - begun
+            bar.total = max(teaching.steps, round(teaching.steps / (teaching.progress or 1)))
+            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}", refresh=False)
+            bar.update()
+            if now > to_keep:
+                keep()
+                to_keep = now + 60
+            if now > to_draw:       # every five minutes, and for at most a tenth of the time
+                draw()
+                took = time.monotonic() - begun - now
+                to_draw = now + max(300, 10 * took)
+
+
+def say_if_short(steps, minutes):
+    """Say how long it should have been, where it can hardly have learnt anything."""
+    if steps < 150:
+        tell(f"these were {steps} steps, where a new thing needs some 500: "
+             f"--minutes {math.ceil(500 * minutes / steps)} would take so many here")
+
+
+def begin(args, pictures, prompts, state):
+    """Return the training of a LoRA, as it was kept or as it begins, and what draws its sheets."""
+    from extras.training import lora  # here, since --help needs no torch
     model = formats.load(args.model, "torch", args.device, args.dtype)
     fill_in(args, model)
     fast.keep_freed_memory()
-    teaching = Teaching(model, *lessons(model, pictures, prompts, args), args)
-    state = state_of(args.output)
-    if state.exists():
-        teaching.restore(state)
-    keep = functools.partial(write, state, teaching.keep)
-    draw = functools.partial(write, args.output.with_suffix(".png"), teaching.draw_sheet)
+    latents, captions = lessons(lora.drawable(model, args.device), pictures, prompts, args)
+    teaching = lora.Teaching(model, latents, captions, args)
+    if (state / REACHED).exists():
+        teaching.restore(state / REACHED)
+        tell(f"going on from step {teaching.steps}")
 
+    @functools.cache
+    def before():
+        return sheet_row(lora.drawable(model, args.device), captions, args)
+
+    def sheet():
+        after = sheet_row(lora.drawable(teaching.adapted, args.device), captions, args)
+        return show.sheet([before(), after], down=["before", "after"])
+
+    return teaching, sheet
+
+
+def keep(teaching, state):
+    """Write what was reached."""
+    kept = teaching.kept()
+    with files.replace_atomically(state / REACHED) as unfinished:
+        unfinished.write_bytes(kept)
+
+
+def show_progress(sheet, state):
+    """Write a sheet, if that is possible."""
     try:
-        with recomputed(*("resnet", "transformer") * args.save_memory):
-            fit(teaching, begun, keep, draw)
+        with files.replace_atomically(state / SHEET) as unfinished:
+            sheet().save(unfinished, "PNG")
+    except (UserError, MemoryError, RuntimeError) as error:     # which torch has for memory
+        tell(f"there is no sheet this time: {error}")
+
+
+def finish(teaching, sheet, state):
+    """Write the LoRA, and its sheet last, since much can happen while that is drawn."""
+    output, lora = teaching.args.output, teaching.lora()
+    with files.unfinished_name(output) as unfinished:
+        unfinished.write_bytes(lora)
+        output = files.take_free_name(unfinished, output)
+    for file in state / REACHED, state / SHEET, *state.glob(".tiny_sd-*.part"):
+        file.unlink(missing_ok=True)
+    print(output, flush=True)
+    try:
+        files.save_picture(np.asarray(sheet()), output.with_suffix(".png"), "")
+    except UserError as error:
+        raise UserError(f"{output} is written, but not its sheet: {error}") from None
+
+
+def teach(args, pictures, prompts, state):
+    """Train a LoRA, and write it and its sheet; state: a folder for what was reached."""
+    teaching, sheet = begin(args, pictures, prompts, state)
+    try:
+        fit(teaching, functools.partial(keep, teaching, state),
+            functools.partial(show_progress, sheet, state))
     except (KeyboardInterrupt, SystemExit):
-        keep()
-        tell(f"step {len(teaching.losses)} is kept in {state}: the same command resumes from there")
+        keep(teaching, state)
+        tell(f"step {teaching.steps} is kept in {state}: the same command resumes from there")
         raise
-    draw()
-    arrays = kohya(model, teaching.pairs)
-    write(args.output, lambda file: file.write_bytes(save(arrays, METADATA)))
-    state.unlink(missing_ok=True)
-    print(args.output)
+    keep(teaching, state)
+    say_if_short(teaching.steps, teaching.seconds / 60)
+    finish(teaching, sheet, state)
+
+
+def run(argv):
+    """Do what the command line asks for."""
+    args = parse_arguments(argv)
+    if args.from_scratch:
+        train_from_scratch(args)
+    pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
+    with held(state_of(args.output)) as state:
+        teach(args, pictures, prompts, state)
 
 
 def main(argv=None):
