@@ -81,7 +81,8 @@ def loss_of(model, weights, context):
     torch.manual_seed(1)
     x_0, eps = torch.randn(2, 1, 8, 8, 4)
     level = torch.tensor(0.5).reshape(1, 1, 1, 1)
-    predict = functools.partial(tiny_sd.unet, t=[300], context=context,
+    temb = tiny_sd.time_mlp(x_0, [300], **weights["time_embedding"])
+    predict = functools.partial(tiny_sd.unet, temb=temb, context=context,
                                 n_head=model.config.unet.n_head,
                                 groups=model.config.unet.norm_num_groups, **weights)
     return tiny_sd.diffusion_loss(predict, "epsilon", x_0, level, eps).mean(), (x_0, level, eps)

@@ -1,4 +1,4 @@
-"""A step of extras/teach.py beside one of peft and diffusers, as diffusers' own script takes it.
+"""A step of teach.py beside one of peft and diffusers, as diffusers' own script takes it.
 
     python -m extras.tools.teach_benchmark                         Stable Diffusion 1.5's shapes
     python -m extras.tools.teach_benchmark --width 32 --size 128   a quick look, small model
@@ -22,21 +22,21 @@ CAPTION = "a zorp on a red background"
 
 
 def tiny_sd_steps(args, folder):
-    """Yield after each step, as extras/teach.py takes it."""
-    from extras import formats, teach  # isort: skip  (sets up BLAS before torch is loaded)
-    import torch
+    """Yield after each step, as teach.py takes it."""
+    from extras import formats
+    from extras.training import teach, lora  # isort: skip  (BLAS is set up before torch is loaded)
+    import numpy as np
 
     import tiny_sd
     model = formats.load(folder, "torch", "cpu", args.dtype)
     model.vae = None
     options = [str(folder), "-o", "none.safetensors", "--dtype", args.dtype, "--steps", "100",
-               "--rate", "1e-4", "-b", "1"]
-    latents = torch.randn(1, args.size // 8, args.size // 8, 4)
-    teaching = teach.Teaching(model, latents, [CAPTION], teach.parse_arguments(options))
-    with teach.recomputed(*("resnet", "transformer") * args.save_memory):
-        while True:
-            teaching.step()
-            yield len(teaching.pairs), sum(p.numel() for p in teaching.matrices), tiny_sd
+               "--rate", "1e-4", "-b", "1", *["--save-memory"] * args.save_memory]
+    latents = np.random.standard_normal((1, args.size // 8, args.size // 8, 4))
+    teaching = lora.Teaching(model, latents, [CAPTION], teach.parse_arguments(options))
+    while True:
+        teaching.step()
+        yield len(teaching.pairs), sum(p.numel() for p in teaching.matrices), tiny_sd
 
 
 def diffusers_steps(args, folder):

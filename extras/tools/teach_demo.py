@@ -6,7 +6,7 @@
     python -m extras.tools.teach_demo overfit FOLDER   one picture, shown for too long
     python -m extras.tools.teach_demo picture FOLDER   extras/pictures/teach.png, of the first two
 
-Each runs extras/teach.py as a user does, unless FOLDER has the LoRA already, and prints what
+Each runs teach.py as a user does, unless FOLDER has the LoRA already, and prints what
 weights/measure.py's judge makes of the result: of all drawings of all things, and the new ones, the
 nearest says what a picture shows. Needs the drawings (weights/train.py render).
 """
@@ -52,8 +52,8 @@ def taught(kind, folder, *options, name=None):
     if not pictures.exists():
         write_pictures(kind, pictures)
     if not lora.exists():
-        subprocess.run([sys.executable, ROOT / "extras/teach.py", pictures, "-o", lora, *options],
-                       check=True)
+        command = [sys.executable, "-m", "extras.training.teach", pictures.resolve()]
+        subprocess.run([*command, "-o", lora.resolve(), *options], cwd=ROOT, check=True)
     return lora
 
 

@@ -112,7 +112,7 @@ PICTURES = {"zorp": zorp_pictures, "ink": ink_pictures}
 
 
 def write_pictures(kind, folder):
-    """Write pictures and captions as extras/teach.py reads them, into a new folder."""
+    """Write pictures and captions as teach.py reads them, into a new folder."""
     folder.mkdir(parents=True)
     for i, (picture, caption) in enumerate(PICTURES[kind]()):
         picture.save(folder / f"{kind}-{i:02}.png")
