@@ -24,6 +24,8 @@ from extras import (
     facts,
     files,
     formats,
+    guidance,
+    in_time,
     like_diffusers,
     named,
     narrow,
@@ -68,6 +70,12 @@ def schedule(text):
             f"there is no {text!r}: choose one of {', '.join((*SCHEDULES, *SPACINGS))}"
             f"{nearest(text, (*SCHEDULES, *SPACINGS))}")
     return name
+
+
+def interval(text):
+    """Return LOW:HIGH as two numbers."""
+    low, high = map(float, re.split("[:-]", text))
+    return low, high
 
 
 def output(text):
@@ -186,6 +194,10 @@ def option_parser(**settings):
     sampling("--scheduler", type=schedule, dest="schedule", metavar="NAME",
              help=f"which noise levels to visit: {', '.join((*SCHEDULES, *SPACINGS))} (as the "
                   "model's config says)")
+    sampling("--cfg-rescale", type=float, default=0.0, metavar="X", help="how much to undo the "
+             "contrast that guidance adds, 0 to 1 (%(default)s)")
+    sampling("--cfg-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, "
+             "0:1 from picture to noise; elsewhere steps take half as long")
     sampling("--karras", action="store_const", dest="schedule", const="karras",
              help="--scheduler karras")
     start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
@@ -309,6 +321,10 @@ def check_arguments(args):
     require(0 <= args.seed <= 2 ** 64 - args.batch_size,
             f"--seed {args.seed} is not from 0 to 2^64 - 1")
     require(0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1")
+    require(0 <= args.cfg_rescale <= 1, f"--cfg-rescale {args.cfg_rescale} is not from 0 to 1")
+    low, high = args.cfg_interval or (0, 1)
+    require(0 <= low < high <= 1, f"--cfg-interval {low:g}:{high:g} is not two rising numbers from "
+                                  "0 to 1")
     require(args.mask is None or args.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
     require(not args.schedule or args.sampler in (None, *KARRAS),
@@ -610,10 +626,31 @@ def start_walk(model, args, width, height, denoiser):
         init = files.read_picture(args.init_img, width, height, args.notes)
     if args.mask is not None:
         mask = files.read_mask(args.mask, args.init_img, width, height, args.notes)
+    make, embed, sampler = denoiser, embedder(model, args), tiny_sd.SAMPLERS[args.sampler]
+    combine = tiny_sd.guide
+    timeline = timeline_of(args, embed)
+    if timeline:
+        embed, sampler, combine = timeline.embed, timeline.sampler(sampler), timeline.combine
+    if args.cfg_rescale:
+        combine = guidance.rescaled(args.cfg_rescale, combine)
+    if combine is not tiny_sd.guide:
+        make = guidance.combining(make, combine)
+    if args.cfg_interval:
+        make = guidance.within(make, *args.cfg_interval)
+    if timeline:
+        make = timeline.denoiser(make)
     return like_diffusers.generate(
         model, words_of(args), args.negative_prompt, seeds_of(args), args.steps, args.cfg_scale,
-        args.sampler, args.schedule, width, height, init, args.strength, mask, denoiser,
-        embedder(model, args))
+        sampler, args.schedule, width, height, init, args.strength, mask, make, embed)
+
+
+def timeline_of(args, embed):
+    """Return the Timeline of prompts that change on the way, or None."""
+    texts = words_of(args), args.negative_prompt
+    if args.plain_prompt or not in_time.changes(*texts):
+        return None
+    require(not args.show, "--show takes a prompt that stays the same")
+    return in_time.Timeline(*texts, args.steps, embed)
 
 
 def words_of(args):
@@ -630,9 +667,9 @@ def embedder(model, args):
 
 def fill_in(model, args):
     """Set sampler, steps and guidance to the model's own where they are not given."""
-    sampler, steps, guidance = like_diffusers.defaults(model)
+    sampler, steps, scale = like_diffusers.defaults(model)
     args.sampler, args.steps = args.sampler or sampler, args.steps or steps
-    args.cfg_scale = guidance if args.cfg_scale is None else args.cfg_scale
+    args.cfg_scale = scale if args.cfg_scale is None else args.cfg_scale
 
 
 def check_picture_memory(model, args, width, height):

@@ -55,6 +55,9 @@ FACTS = {       # in the order in which they are recorded
     "Sampler": Fact(lambda job, model: job.sampler and (
         plain(f"{TITLES.get(job.sampler, job.sampler)} {schedule_title(job.schedule)}".strip()))),
     "CFG scale": Fact(lambda job, model: job.cfg_scale, "cfg-scale"),
+    "CFG rescale": Fact(lambda job, model: job.cfg_rescale or "", "cfg-rescale"),
+    "CFG interval": Fact(lambda job, model: "{:g}-{:g}".format(*job.cfg_interval)
+                         if job.cfg_interval else "", "cfg-interval"),
     "Seed": Fact(lambda job, model: job.seed, "seed"),
     "Size": Fact(lambda job, model: f"{job.width}x{job.height}"
                  if job.width and job.height else None),

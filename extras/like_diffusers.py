@@ -95,10 +95,12 @@ def with_guidance(make_denoiser, guidance, model, context, _, *others):
     return denoise_anywhere
 
 
-def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None) -> Callable:
+def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None,
+             combine=guide) -> Callable:
     """Do what tiny_sd.denoiser does, but ask with both contexts at once.
 
-    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch.
+    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch. combine:
+    see extras/guidance.py, for which there may be more than two contexts.
     """
     numpy = isinstance(context, np.ndarray)
 
@@ -114,7 +116,7 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
         both = list(range(len(context)))
         halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if numpy
                   else np.split(ask(both), len(both)))
-        output = halves[0] if len(halves) == 1 else guide(*halves, guidance)
+        output = halves[0] if len(halves) == 1 else combine(*halves, guidance)
         return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
 
     return denoise

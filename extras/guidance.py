@@ -1,0 +1,60 @@
+"""Variations of guidance: rescaled, within an interval of noise levels, several prompts at once.
+
+Those that combine outputs of the U-Net take the place of tiny_sd.guide in like_diffusers.denoiser:
+functions of the output with the negative prompt, those with the prompts, and the scale.
+"""
+
+from tiny_sd import guide
+
+
+def combining(make_denoiser, combine):
+    """Return make_denoiser, so that what it makes combines outputs by this function."""
+    def make(*args):
+        return make_denoiser(*args, combine)
+    return make
+
+
+def composed(weights):
+    """Return a function like guide for several prompts: ε_u + s Σ wᵢ (εᵢ - ε_u) (9.27).
+
+    Liu et al., 2022: what the prompts say is multiplied, where guidance multiplies one with itself.
+    """
+    def combine(uncond, *conds):
+        *conds, scale = conds
+        pushes = [weight * (cond - uncond) for weight, cond in zip(weights, conds, strict=True)]
+        return uncond + scale * sum(pushes)
+    return combine
+
+
+def rescaled(phi, combine=guide):
+    """Return a function like guide whose result has, to the share phi, cond's deviation (9.28).
+
+    Lin et al., 2024, §3.4: guidance widens the distribution of values, which overexposes pictures.
+    """
+    def rescale(*outputs):
+        *conditions, _ = outputs
+        guided, cond = combine(*outputs), combine(*conditions, 1.0)
+        axes = tuple(range(1, guided.ndim))
+        ratio = cond.std(axis=axes, keepdims=True) / guided.std(axis=axes, keepdims=True)
+        return guided * (phi * ratio + 1 - phi)
+    return rescale
+
+
+def within(make_denoiser, low, high):
+    """Return make_denoiser, so that it makes denoisers that guide at times from low to high only.
+
+    These are shares of the model's times: 1 is pure noise. Elsewhere the prompt alone is asked for,
+    which halves the work. Kynkäänniemi et al., 2024.
+    """
+    def make(model, context, guidance=1.0, pooled=None, *others):
+        guided = make_denoiser(model, context, guidance, pooled, *others)
+        if len(context) != 2:       # no guidance, or several prompts
+            return guided
+        alone = make_denoiser(model, context[1:], 1.0, None if pooled is None else pooled[1:],
+                              *others)
+
+        def denoise(x_t, t, alpha_bar):
+            inside = low <= t / len(model.alpha_bars) <= high
+            return (guided if inside else alone)(x_t, t, alpha_bar)
+        return denoise
+    return make

@@ -1,0 +1,159 @@
+"""Prompts that change from step to step, and several at once, as in AUTOMATIC1111's web UI.
+
+    [from:to:when]   [to:when]   [from::when]   one text until step `when`, then another
+    [one|two|...]                               one after the other, at each step the next
+    one AND two :0.5                            both at once, each with a weight
+
+`when` with a decimal point is a share of the steps, else a number of steps. What does not read like
+that is text, as are brackets that only weigh (extras/prompts.py reads those).
+"""
+
+import functools
+import re
+
+from extras.guidance import composed
+from tiny_sd import guide, require
+
+DEEPEST = 50        # brackets within one another; deeper ones are text
+NUMBER = re.compile(r"\s*([+-]?(\d+\.?\d*|\.\d+))\s*")
+
+
+def parts_of(text):
+    """Return [(prompt, weight), ...] of a prompt with AND in it."""
+    parts = re.split(r"\bAND\b", text)
+    if len(parts) == 1:
+        return [(text, 1.0)]
+    splits = [part.rpartition(":") for part in parts]
+    weights = [NUMBER.fullmatch(end) for _, _, end in splits]
+    return [(start, float(weight[1])) if colon and weight else (part, 1.0)
+            for part, (start, colon, _), weight in zip(parts, splits, weights)]
+
+
+def texts_of(text, n):
+    """Return what a prompt says at each of n steps."""
+    try:
+        return ["".join(at(tree, step, n)) for tree in [parsed(text)] for step in range(1, n + 1)]
+    except ValueError:
+        return [text] * n
+
+
+def at(tree, step, n):
+    """Yield the pieces of a parsed prompt as it is at a step, from 1 to n."""
+    for node in tree:
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, list):
+            yield from at(node[(step - 1) % len(node)], step, n)
+        else:
+            before, after, when = node
+            share = float(when) * n if "." in when else float(when)
+            yield from at(before if step <= min(n, int(share)) else after, step, n)
+
+
+def parsed(text, depth=0):
+    """Return a prompt as a list of texts, lists of alternatives and (before, after, when).
+
+    Alternatives, before and after are such lists too. Raises ValueError if all of it is text, as
+    it is where a "|" stands alone.
+    """
+    tree, i, ends = [], 0, closing(text)
+    for mark in re.finditer(r"\\.|[\[|]", text, re.DOTALL):
+        if mark.start() < i or mark[0][0] == "\\":
+            continue
+        if mark[0] == "|" or depth > DEEPEST:
+            raise ValueError
+        if (end := ends.get(mark.start())) is not None:
+            tree += [text[i:mark.start()], *bracket(text[mark.end():end], depth + 1)]
+            i = end + 1
+    return [*tree, text[i:]]
+
+
+def closing(text):
+    """Return {index of "[": index of the "]" that closes it}."""
+    opened, ends = [], {}
+    for mark in re.finditer(r"\\.|[\[\]]", text, re.DOTALL):
+        if mark[0] == "[":
+            opened.append(mark.start())
+        elif mark[0] == "]" and opened:
+            ends[opened.pop()] = mark.start()
+    return ends
+
+
+def bracket(inside, depth):
+    """Return the nodes of what stands between "[" and "]"."""
+    options, parts = separated(inside, "|"), separated(inside, ":")
+    if len(options) > 1 and len(parts) == 1:
+        return [[parsed(option, depth) for option in options]]
+    when = NUMBER.fullmatch(parts[-1])
+    if len(options) == 1 and len(parts) in (2, 3) and when:
+        before, after = ["", *parts[:-1]][-2:]
+        return [(parsed(before, depth), parsed(after, depth), when[1])]
+    return ["[", *parsed(inside, depth), "]"]
+
+
+def separated(text, separator):
+    """Split a text at the separators outside of brackets; never, where these do not match."""
+    parts, opened, start = [], [], 0
+    for mark in re.finditer(r"\\.|[\[\]():|]", text, re.DOTALL):
+        if mark[0] in "[(":
+            opened.append("])"["[(".index(mark[0])])
+        elif mark[0] in "])" and (not opened or opened.pop() != mark[0]):
+            return [text]
+        elif mark[0] == separator and not opened:
+            parts.append(text[start:mark.start()])
+            start = mark.end()
+    return [text] if opened else [*parts, text[start:]]
+
+
+def changes(*texts):
+    """Does any of these prompts, of which some may be None, change in time or have parts?"""
+    return any(len(parts_of(text)) > 1 or len({*texts_of(text, 97)}) > 1 for text in texts if text)
+
+
+class Timeline:
+    """What two prompts say at each of n steps; each distinct text is encoded once.
+
+    embed, denoiser(make_denoiser) and sampler(sampler) are for like_diffusers.generate; combine
+    is for extras/guidance.py.
+    """
+
+    def __init__(self, prompt, negative, n, embed):
+        self.inner, self.step = embed, 0
+        parts = parts_of(prompt)
+        weights = [weight for _, weight in parts]
+        self.combine = composed(weights) if len(weights) > 1 else guide
+        texts = [[negative] * n if negative is None else texts_of(negative, n),
+                 *(texts_of(text, n) for text, _ in parts)]
+        self.steps = list(zip(*texts))      # of each, the negative prompt's text and the prompts'
+        self.texts = list(dict.fromkeys(text for step in self.steps for text in step))
+        require(len(self.texts) <= 1000, "the prompt changes a thousand times")
+
+    def embed(self, model, texts):
+        """Return the contexts of all texts, and their pooled vectors."""
+        self.guided = len(texts) == 2 or self.combine is not guide
+        return self.inner(model, self.texts)
+
+    def denoiser(self, make_denoiser):
+        """Return make_denoiser, given the contexts of the step where sampler() is."""
+        def make(model, context, guidance=1.0, pooled=None, *others):
+            @functools.cache
+            def asking(*rows):
+                rows = list(rows)
+                pooled_rows = None if pooled is None else pooled[rows]
+                return make_denoiser(model, context[rows], guidance, pooled_rows, *others)
+
+            def denoise(x_t, t, alpha_bar):
+                texts = self.steps[self.step][0 if self.guided else 1:]
+                return asking(*map(self.texts.index, texts))(x_t, t, alpha_bar)
+            return denoise
+        return make
+
+    def sampler(self, sampler):
+        """Return the sampler, counting its steps."""
+        @functools.wraps(sampler)
+        def counted(denoise, x, steps, noise=None):
+            self.step = 0
+            for x in sampler(denoise, x, steps, noise):     # noqa: B020
+                self.step = min(self.step + 1, len(self.steps) - 1)
+                yield x
+        return counted
