@@ -524,7 +524,8 @@ def remarks(model, args, known):
     known: see things.known_things.
     """
     if known and not (args.lora or args.embedding):     # which teach new words
-        yield from things.remarks(known, words_of(args))
+        words = words_of(args)
+        yield from things.remarks(known, words if args.plain_prompt else in_time.all_words(words))
     for name in facts.other_files(args.facts, args, model):
         yield f"--like {args.like}: the {name} is another file than the picture was made with"
     yield from prompts.remarks(model, [words_of(args), args.negative_prompt or ""],

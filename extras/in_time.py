@@ -12,7 +12,7 @@ import functools
 import re
 
 from extras.guidance import composed
-from tiny_sd import guide, require
+from tiny_sd import guide, require, shorten
 
 DEEPEST = 50        # brackets within one another; deeper ones are text
 NUMBER = re.compile(r"\s*([+-]?(\d+\.?\d*|\.\d+))\s*")
@@ -31,10 +31,8 @@ def parts_of(text):
 
 def texts_of(text, n):
     """Return what a prompt says at each of n steps."""
-    try:
-        return ["".join(at(tree, step, n)) for tree in [parsed(text)] for step in range(1, n + 1)]
-    except ValueError:
-        return [text] * n
+    tree = tree_of(text)
+    return ["".join(at(tree, step, n)) for step in range(1, n + 1)]
 
 
 def at(tree, step, n):
@@ -105,9 +103,30 @@ def separated(text, separator):
     return [text] if opened else [*parts, text[start:]]
 
 
+def tree_of(text):
+    """Return what parsed() does, or the text alone where all of it is text."""
+    try:
+        return parsed(text)
+    except ValueError:
+        return [text]
+
+
 def changes(*texts):
     """Does any of these prompts, of which some may be None, change in time or have parts?"""
-    return any(len(parts_of(text)) > 1 or len({*texts_of(text, 97)}) > 1 for text in texts if text)
+    return any(len(parts_of(text)) > 1 or not all(isinstance(node, str) for node in tree_of(text))
+               for text in texts if text)
+
+
+def all_words(text):
+    """Return everything that a prompt says at some step, without the signs for when."""
+    def words(tree):
+        for node in tree:
+            if isinstance(node, str):
+                yield node
+            else:       # alternatives, or before and after
+                for option in node if isinstance(node, list) else node[:2]:
+                    yield from words(option)
+    return " ".join(word for part, _ in parts_of(text) for word in words(tree_of(part)))
 
 
 class Timeline:
@@ -120,13 +139,15 @@ class Timeline:
     def __init__(self, prompt, negative, n, embed):
         self.inner, self.step = embed, 0
         parts = parts_of(prompt)
+        for text in filter(None, (prompt, negative)):
+            require(text.count("[") + len(parts) <= 1000, "the prompt changes in more than a "
+                    f"thousand places: {shorten(text, 30)}")
         weights = [weight for _, weight in parts]
         self.combine = composed(weights) if len(weights) > 1 else guide
         texts = [[negative] * n if negative is None else texts_of(negative, n),
                  *(texts_of(text, n) for text, _ in parts)]
         self.steps = list(zip(*texts))      # of each, the negative prompt's text and the prompts'
         self.texts = list(dict.fromkeys(text for step in self.steps for text in step))
-        require(len(self.texts) <= 1000, "the prompt changes a thousand times")
 
     def embed(self, model, texts):
         """Return the contexts of all texts, and their pooled vectors."""

@@ -222,32 +222,7 @@ def reads_weights(model):
     return tokenizer.length == 77 and len(tokenizer.vocab) >= 49408
 
 
-CHANGE = re.compile(r"\\.|[\[\]{}|]|:\s*[\d.]+\s*(?=\])|\bAND\b|__[\w/*.-]{1,60}__")
-
-
-def not_here(text):
-    """Return (what, why) of the first words that elsewhere change from step to step or are drawn.
-
-    That is [from:to:when] and [a|b], which may be nested, AND, and the {a|b} and __name__ of
-    extensions; or return None.
-    """
-    opened = []     # [bracket, where, whether a bar or a number is in it]
-    for mark in CHANGE.finditer(text):
-        sign = mark[0]
-        if sign == "AND":
-            return sign, "nothing changes between steps here"
-        if sign.startswith("__"):
-            return sign, "nothing is drawn from lists here"
-        if sign in "[{":
-            opened.append([sign, mark.start(), False])
-        elif opened and sign in "]}":
-            bracket, start, changes = opened.pop()
-            if changes:
-                why = "changes between steps" if bracket == "[" else "is drawn from lists"
-                return text[start:mark.end()], f"nothing {why} here"
-        elif opened and sign[0] in "|:":
-            opened[-1][2] = opened[-1][2] or sign == "|" or opened[-1][0] == "["
-    return None
+LISTS = re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}|__[\w/*.-]{1,60}__")     # of extensions
 
 
 def remarks(model, texts, plain=False):
@@ -258,8 +233,9 @@ def remarks(model, texts, plain=False):
     weighted = reads_weights(model) and not plain
     for text in texts:
         check_length(text)
-        if weighted and (found := not_here(text)):
-            yield f"{shorten(found[0], 60)} in the prompt is read as words: {found[1]}"
+        if weighted and (found := LISTS.search(text)):
+            yield (f"{shorten(found[0], 60)} in the prompt is read as words: nothing is drawn from "
+                   "lists here")
         if mark := not weighted and not plain and re.search(r"\([^()]*:[\d.]+\)", text):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import TEXT, randomise, same
-from extras import cli, formats, like_diffusers, named, prompts, show
+from extras import cli, formats, in_time, like_diffusers, named, prompts, show
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -328,22 +328,13 @@ def test_clip_skip_on_the_command_line(run):
 
 
 @pytest.mark.parametrize("prompt, said", [
-    ("a [cat:dog:0.5]", ["[cat:dog:0.5] in the prompt is read as words: nothing changes between "
-                         "steps here"]),
-    ("a [cat|dog]", ["[cat|dog] in the prompt is read as words: nothing changes between steps "
-                     "here"]),
-    ("a cat AND a dog", ["AND in the prompt is read as words: nothing changes between steps here"]),
-    ("a [a [b] | c]", ["[a [b] | c] in the prompt is read as words: nothing changes between steps "
-                       "here"]),
-    ("a [b [c: 3 ]]", ["[c: 3 ] in the prompt is read as words: nothing changes between steps "
-                       "here"]),
     ("a {red|blue} cat", ["{red|blue} in the prompt is read as words: nothing is drawn from lists "
                           "here"]),
     ("a __animal__", ["__animal__ in the prompt is read as words: nothing is drawn from lists "
                       "here"]),
     (r"a \[red|blue\] box", []), ("a | b: 3 {c} _ d", []),
     ("a [cat] (dog:0.5) and SAND", [])])
-def test_what_changes_between_steps_elsewhere_gets_a_line(run, prompt, said):
+def test_what_is_drawn_from_lists_elsewhere_gets_a_line(run, prompt, said):
     assert draw(run, prompt)[1] == said
     assert draw(run, prompt, "--plain-prompt")[1] == []
 
@@ -352,7 +343,8 @@ def test_what_changes_between_steps_elsewhere_gets_a_line(run, prompt, said):
                                   "[:1" * 30_000, ":" + "1 " * 40_000, "__" * 40_000, "{" * 90_000])
 def test_nothing_takes_for_ever(tokenizer, text):
     start = time.process_time()
-    prompts.not_here(text)
+    prompts.LISTS.search(text)
+    in_time.all_words(text)
     with contextlib.suppress(UserError):
         prompts.weighted_parts(text)
     assert time.process_time() - start < 3
