@@ -166,13 +166,23 @@ class Worker:
         """Take up what the process writes on stderr."""
         for line in process.stderr:
             said.append(line.decode(errors="replace"))
-            if process is self.process and line.startswith(b"tiny_sd: "):
-                self.tell(notes=[*self.state["notes"], said[-1][9:].strip()][-20:])
+            if line.startswith(b"tiny_sd: "):
+                self.note(process, said[-1])
+
+    def note(self, process, line):
+        """Add a line to the state's notes."""
+        if process is self.process:
+            line = line.removeprefix("tiny_sd: ").strip()
+            self.tell(notes=[*self.state["notes"], line][-20:])
 
     def read_answers(self, process, said, listener):
         """Pass on what the process answers, and tell when it ends by itself."""
         for line in process.stdout:
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line) | {}
+            except (ValueError, TypeError):     # what the module prints while it is imported
+                self.note(process, line.decode(errors="replace"))
+                continue
             if "id" not in answer:
                 self.tell("ready", **answer)
             elif answers := self.queues.get(answer["id"]):
@@ -224,6 +234,8 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Be quiet where a connection breaks."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 HEADERS = {

@@ -196,8 +196,7 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
             x_0, eps = denoise(x, t, alpha_bar)
             pixels = np.concatenate(small(x_0), axis=1)
             with unfinished_name(path) as unfinished:
-                picture = Image.fromarray(np.nan_to_num(pixels).clip(0, 255).astype(np.uint8))
-                picture.save(unfinished, "PNG", pnginfo=mark)
+                Image.fromarray(as_pixels(pixels)).save(unfinished, "PNG", pnginfo=mark)
                 check_preview(path)
                 os.replace(unfinished, path)
             return x_0, eps
@@ -223,6 +222,11 @@ def quick_decoder(model):
         return functools.partial(tiny_sd.decode, model)
     fit = colour_map(model)
     return lambda x: x @ fit[:-1] + fit[-1]
+
+
+def as_pixels(picture):
+    """Return a picture of floats from 0 to 255, or what is near, as one of uint8."""
+    return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
 
 
 def colour_map(model):

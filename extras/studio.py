@@ -46,6 +46,7 @@ def main():
 def work(argv):
     """Answer the requests on stdin until it is closed, then end at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the server hears it, and closes stdin
+    sys.stdout.flush()
     answers, inbox, lock = os.fdopen(os.dup(1), "wb", 0), queue.SimpleQueue(), threading.Lock()
     os.dup2(2, 1)       # nothing else that prints disturbs the answers
 
@@ -157,7 +158,7 @@ class Studio:
         steps, guesses = [], []
         for n, x in enumerate(walk, 1):      # noqa: B007
             steps.append(film.steps[-1])
-            guesses.append(as_pixels(decode(steps[-1].x_0)[0]))
+            guesses.append(show.as_pixels(decode(steps[-1].x_0)[0]))
             left = (time.monotonic() - begun) / n * (total - n)
             send("step", n=n, of=total, t=steps[-1].t, sigma=show.sigma(steps[-1]), left=left,
                  x=png(self.quick(steps[-1].x)[0]), x_0=png(guesses[-1]))
@@ -270,15 +271,10 @@ def command_line(model, args):
     return "python tiny_sd.py " + shlex.join(words)
 
 
-def as_pixels(picture):
-    """Return a picture of floats, or of uint8, as one of uint8."""
-    return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
-
-
 def png(picture):
     """Return a picture as the text of a data URL."""
     if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(as_pixels(picture))
+        picture = Image.fromarray(show.as_pixels(picture))
     data = io.BytesIO()
     picture.save(data, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

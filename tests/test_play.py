@@ -497,6 +497,8 @@ def test_a_line_is_changed(page, site):
         lesson.write_text(text.replace("return uncond + scale",
                                        "print('guided'); return uncond + scale"))
         page.locator("#notes", has_text="guided").wait_for()
+        lesson.write_text(text + "\nprint('imported')\n")
+        page.locator("#code", has_text="imported").wait_for()
     finally:
         lesson.write_text(text)
     page.locator("#code").wait_for(state="hidden")
