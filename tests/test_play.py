@@ -407,6 +407,7 @@ def test_hover_a_word(page):
     page.locator("#words button", has_text="apple").hover()
     page.wait_for_timeout(100)
     assert wait_for(lambda: source(page) != result)
+    assert re.search(r"“apple” gets [\d.]+ % .* at most", page.locator("#words-hint").inner_text())
     page.mouse.move(0, 0)
     assert wait_for(lambda: source(page) == result)
     page.locator("#push").click()
