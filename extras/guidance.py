@@ -15,7 +15,7 @@ def combining(make_denoiser, combine):
 
 
 def composed(weights):
-    """Return a function like guide for several prompts: ε_u + s Σ wᵢ (εᵢ - ε_u) (9.27).
+    """Return a function like guide for several prompts: ε_u + s Σ wᵢ (εᵢ - ε_u) (9.17).
 
     Liu et al., 2022: what the prompts say is multiplied, where guidance multiplies one with itself.
     """
@@ -27,7 +27,7 @@ def composed(weights):
 
 
 def rescaled(phi, combine=guide):
-    """Return a function like guide whose result has, to the share phi, cond's deviation (9.28).
+    """Return a function like guide whose result has, to the share phi, cond's deviation (9.18).
 
     Lin et al., 2024, §3.4: guidance widens the distribution of values, which overexposes pictures.
     """
