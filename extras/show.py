@@ -82,7 +82,8 @@ class Film:
     """What a run computes at each step: generate() takes it as make_denoiser, then save().
 
     steps: for each guess t, alpha_bar = ᾱ_t, x = x_t and x_0 = x̂_0 (batch, h, w, channels), push
-    = ε̂_c - ε̂_∅ of the same shape (None without guidance), and attention, see attention_maps.
+    = ε̂_c - ε̂_∅ of the same shape (None unless there are two contexts), and attention, see
+    attention_maps.
     UserError if the folder to save to is in use, or cannot be made.
     """
 
@@ -349,8 +350,12 @@ def enlarge(values, size):
 
 
 def push_maps(steps, k):
-    """Return (steps, h, w), the length over the channels of what guidance adds to picture k."""
-    return np.array([np.sqrt(np.square(step.push[k]).sum(-1)) for step in steps])
+    """Return (steps, h, w), the length over the channels of what guidance adds to picture k.
+
+    It is 0 at steps without guidance.
+    """
+    pushes = [0 * step.x if step.push is None else step.push for step in steps]
+    return np.array([np.sqrt(np.square(push[k]).sum(-1)) for push in pushes])
 
 
 def push_lengths(steps, k):
@@ -437,7 +442,7 @@ def write_page(film, x, prompt, seeds, folder):
         film_section(page, film.steps, pairs, Image.fromarray(final[k]))
         if film.steps[0].attention:
             words_section(page, film, k, final[k], prompt)
-        if film.steps[0].push is not None:
+        if any(step.push is not None for step in film.steps):
             guidance_section(page, film.steps, k)
         latents_section(page, film, k, x[k])
     page.write(prompt or "tiny_sd",

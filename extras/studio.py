@@ -11,6 +11,7 @@ import io
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
-from extras import cli, facts, files, like_diffusers, prompts, show, things
+from extras import cli, facts, files, in_time, like_diffusers, prompts, show, things
 from extras.samplers import KARRAS, TITLES
 from extras.schedules import SCHEDULES, SPACINGS, title
 from tiny_sd import UserError, require, tell
@@ -135,7 +136,8 @@ class Studio:
                 {"draw": self.draw, "look": self.look, "save": self.save}[request["ask"]](
                     request, send)
         except (UserError, OSError, MemoryError) as error:
-            send("error", text=str(error) or "there is not enough memory")
+            text = re.sub(r"(?<![^\s(])--(?=[a-z])", "", str(error))     # the page has no options
+            send("error", text=text or "there is not enough memory")
         except Exception as error:      # most likely in a line that was changed
             send("error", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         send("end")
@@ -148,7 +150,11 @@ class Studio:
             tell(note)
         if prompts.TAG.search(args.prompt) and not args.plain_prompt:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
+        changing = in_time.changes(cli.words_of(args), args.negative_prompt)
         film, chunks = show.Film(), chunks_of(model, args)
+        if changing and not args.plain_prompt:
+            tell("where the words of a prompt that changes were listened to is not shown")
+            chunks = []
         walk = cli.start_walk(model, args, args.width, args.height, film)
         send("begin", command=command_line(model, args),
              words=list(self.describe_words(args, chunks)))
@@ -170,7 +176,8 @@ class Studio:
                                                    guesses=guesses, picture=picture)
         for old in [*self.runs][:-KEPT]:
             del self.runs[old]
-        pushes = [] if steps[0].push is None else show.push_lengths(steps, 0).tolist()
+        guided = any(step.push is not None for step in steps)
+        pushes = show.push_lengths(steps, 0).tolist() if guided else []
         return send("done", picture=png(picture), seconds=time.monotonic() - begun, pushes=pushes)
 
     def describe_words(self, args, chunks):
@@ -182,7 +189,7 @@ class Studio:
         for chunk in chunks:
             ids += [bos, *(i for i, _ in chunk), eos]
             ids += [tokenizer.pad] * (-len(ids) % tokenizer.length)
-        for word, positions in show.positions_of_words(tokenizer, chunks, len(ids)):
+        for word, positions in chunks and show.positions_of_words(tokenizer, chunks, len(ids)):
             yield {"text": word, "chunk": int(positions[0]) // tokenizer.length,
                    "tokens": [[tokenizer.symbol[ids[p]], int(ids[p])] for p in positions[:20]],
                    "unknown": word in unknown}

@@ -194,6 +194,13 @@ def test_steps_arrive_and_then_the_picture(site):
     assert [word["text"] for word in words] == ["(start)", "red", "apple", "(end and padding)"]
 
 
+def test_prompts_that_change_on_the_way(site):
+    """And several at once are drawn; their words are not shown."""
+    for prompt in "[red:app:0.5] apple", "red AND apple":
+        found = answers(site, "draw", {"prompt": prompt})
+        assert only(found, "done") and only(found, "begin")[0]["words"] == [], prompt
+
+
 def test_the_guesses_of_large_pictures(site, monkeypatch):
     """Are shown in small: a map of the latents, which takes no VAE."""
     monkeypatch.setattr(studio, "LIVE", 0)

@@ -168,7 +168,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 
     def run(*argv):
         capsys.readouterr()
-        status = cli.main(["--model", str(tiny), "--steps", "2", *argv])
+        status = cli.main(["--model", str(tiny), "--steps", "2", "--sampler", "ddim", *argv])
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
         return status, out.splitlines(), lines
@@ -177,7 +177,8 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, pictures, steps, guided", [
     ("", 1, 2, True), ("-b 2", 2, 2, True), ("--cfg-scale 1", 1, 2, False),
-    ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True)])
+    ("-i in.png --backend torch", 1, 1, True), ("-W 10 -H 18 --steps 4", 1, 4, True),
+    ("--cfg-interval 0.5:1 --steps 4", 1, 4, True)])
 def test_the_page(run, flags, pictures, steps, guided):
     """Of every picture.
 
