@@ -315,7 +315,7 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
         assert status == 2 and "was begun with other options" in line
     (pictures / "0.txt").write_text("red apple")
     status, _, (line,) = run("--steps", 2)
-    assert status == 2 and "was begun with other options or captions" in line
+    assert status == 2 and "was begun with other options, captions or weights" in line
     Path("mine.safetensors.state/reached.pt").write_bytes(b"PK")
     status, _, (line,) = run("--steps", 2)
     assert status == 2 and "mine.safetensors.state/reached.pt cannot be read, remove it" in line
@@ -771,6 +771,16 @@ def test_help_needs_no_torch(pictures):
     assert done.returncode == 0 and "--from-scratch" in done.stdout and not done.stderr
     done = without_torch("pictures", "-o", "a.safetensors")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "torch" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+def test_torchs_threads_do_not_wait_busily(pictures, tiny):
+    """With other programs on the same cores, the waiting would take most of the time."""
+    environment = FROM_ANYWHERE | {"OMP_DISPLAY_ENV": "true"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run([*COMMAND, "pictures", "-m", tiny, "-o", "a.safetensors", "--steps", "1"],
+                          env=environment, capture_output=True, text=True)
+    assert re.findall("OMP_WAIT_POLICY = '(.*)'", done.stderr) == ["PASSIVE"]
 
 
 def test_the_lora_is_one_for_the_command_line(run, tiny):

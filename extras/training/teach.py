@@ -247,7 +247,9 @@ def say_if_short(steps, minutes):
 
 def begin(args, pictures, prompts, state):
     """Return the training of a LoRA, as it was kept or as it begins, and what draws its sheets."""
-    from extras.training import lora  # here, since --help needs no torch
+    # Torch's threads wait busily for each other: where other programs work too, most of the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from extras.training import lora  # not above: --help needs no torch
     model = formats.load(args.model, "torch", args.device, args.dtype)
     fill_in(args, model)
     fast.keep_freed_memory()
