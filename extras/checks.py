@@ -132,7 +132,7 @@ def replaced_settings(settings):
 def nearest(word, known):
     """Return "; did you mean ...?" if one of the known words is like this one."""
     found = [other for other in known if other.strip("-") == word.strip("-")]       # --W: -W
-    found = found or difflib.get_close_matches(word[:60].lower(), list(known), 1)
+    found = found or difflib.get_close_matches(word[:60].lower(), list(known), 1, 0.79)
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,16 +31,17 @@ from extras import (
     named,
     narrow,
     prompts,
+    samplers,
     things,
     tiny_vae,
 )
 from extras.checks import check_memory, nearest
-from extras.samplers import KARRAS, sampler_named
 from extras.schedules import SCHEDULES, SPACINGS, schedule_named
 from extras.start import import_problem
 from tiny_sd import SAMPLERS, UserError, require, tell
 
 tqdm.monitor_interval = 0       # needs no thread of its own
+LEVELS = (*SCHEDULES, *SPACINGS)
 
 # ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -47,7 +49,7 @@ tqdm.monitor_interval = 0       # needs no thread of its own
 def lora(text):
     """Return FILE or FILE:WEIGHT as (file, weight)."""
     file, weight = re.fullmatch(r"(.*?)(?::(-?[\d.]+))?", text, re.DOTALL).groups()
-    return file, float(weight or 1)
+    return file, prompts.lora_weight(weight or "1")
 
 
 def sampler(text):
@@ -55,20 +57,19 @@ def sampler(text):
 
     An error names the nearest.
     """
-    named = sampler_named(text)
-    if named is None:
+    found = samplers.sampler_named(text)
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"there is no {text!r}: choose one of {', '.join(SAMPLERS)}{nearest(text, SAMPLERS)}")
-    return named
+    return found
 
 
 def schedule(text):
     """Return a schedule's name here, "" for "automatic"; an error names the nearest."""
     name = "" if text.lower() in ("automatic", "default") else schedule_named(text)
     if name is None:
-        raise argparse.ArgumentTypeError(
-            f"there is no {text!r}: choose one of {', '.join((*SCHEDULES, *SPACINGS))}"
-            f"{nearest(text, (*SCHEDULES, *SPACINGS))}")
+        raise argparse.ArgumentTypeError(f"there is no {text!r}: choose one of "
+                                         f"{', '.join(LEVELS)}{nearest(text, LEVELS)}")
     return name
 
 
@@ -83,64 +84,6 @@ def output(text):
     return Path(text, "out.png") if text.endswith(("/", os.sep)) else Path(text)
 
 
-OPTIONS = [     # (heading, flags, type or choices, default, help)
-    ("what to draw", "words", str, None, "the prompt"),
-    ("what to draw", "-p --prompt", str, None, "the same, as an option"),
-    ("what to draw", "-n --negative-prompt", str, None, "what to avoid"),
-    ("what to draw", "-s --seed", int, 0, "(%(default)s)"),
-    ("model", "-m --model", str, None, "a folder, or a name in weights/ (emoji)"),
-    ("sampling", "--steps", int, None, "(20, fewer for distilled models)"),
-    ("sampling", "--cfg-scale --guidance-scale", float, None,
-     "guidance: how much to stress the prompt (7.5, or the model's own)"),
-    ("sampling", "--sampler", SAMPLERS, None, "(the model's own)"),
-    ("size", "-W --width", int, None, "in pixels (the model's own size)"),
-    ("size", "-H --height", int, None, None),
-    ("from a picture", "-i --init-img", str, None, "a picture to start from"),
-    ("from a picture", "--strength", float, None, "how much to change it, 0 to 1 (0.75)"),
-    ("output", "-o --output", Path, Path("out.png"), "the file to write (%(default)s)"),
-    ("hardware", "--backend", ("numpy", "torch"), None, "numpy; torch on a GPU, or not in float32"),
-    ("hardware", "--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
-    ("hardware", "--dtype", ("float32", "float16", "bfloat16"), "float32", "(%(default)s)"),
-]
-
-
-def table_parser(options, **settings):
-    """Return a parser of a table like OPTIONS."""
-    parser = tiny_sd.Parser(description="Draw a picture from a prompt with Stable Diffusion.",
-                    allow_abbrev=False, **settings)
-    parser.sections = {heading: parser.add_argument_group(heading)
-                       for heading in dict.fromkeys(heading for heading, *_ in options)}
-    for heading, flags, kind, default, text in options:
-        how = {"type": kind} if callable(kind) else {"choices": kind}
-        if flags == "words":
-            how |= {"nargs": "?", "metavar": "PROMPT"}
-        parser.sections[heading].add_argument(*flags.split(), default=default, help=text, **how)
-    return parser
-
-
-TYPES = {"--sampler": sampler, "-o --output": output}       # in place of tiny_sd.py's
-HELP = {        # likewise
-    "-W --width": "in pixels (the model's own)",
-    "-H --height": "in pixels (the model's own)",
-    "--strength": "how much to change it, 0 to 1 (0.75, or 1 with --mask)",
-    "--device": "where to compute (%(default)s)",
-    "--dtype": "the numbers to compute with (%(default)s); the VAE's are float32",
-    "-s --seed": "the number that the noise is made from; -1 draws one at random (%(default)s)",
-    "--steps": "how many, from noise to the picture (20, fewer for distilled models)",
-    "--backend": "what computes (numpy, unless a GPU is asked for)",
-    "-m --model": "a folder, a .safetensors or .ckpt file, a name in weights/, OWNER/NAME on the "
-                  f"Hugging Face hub, or {', '.join(formats.HUB)} (emoji)",
-    "--sampler": f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's "
-                 "own)",
-    "-o --output": "the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the "
-                   "name are filled in; a file that is there is kept, and out-1.png taken "
-                   "(%(default)s)",
-}
-
-
-METAVARS = {"negative_prompt": "PROMPT", "seed": "N", "steps": "N", "cfg_scale": "X",
-            "sampler": "NAME", "width": "N", "height": "N", "init_img": "FILE", "strength": "X",
-            "output": "FILE"}
 EXAMPLES = """examples:
   python tiny_sd.py "a fox on a light blue background" -s 7 -o fox.png
   python tiny_sd.py "lion" -n yellow --sampler euler_a -b 4         four pictures, seeds 0 to 3
@@ -161,63 +104,143 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def option_parser(**settings):
-    """Return the parser of all options: those of tiny_sd.py, and these."""
-    table = [(heading, flags, TYPES.get(flags, kind), default, HELP.get(flags, text))
-             for heading, flags, kind, default, text in OPTIONS]
-    parser = table_parser(table, usage="python tiny_sd.py PROMPT [option ...]",
-                                   epilog=EXAMPLES, formatter_class=Help, **settings)
-    for action in parser._actions:
-        action.metavar = METAVARS.get(action.dest, action.metavar)
-    what, model, sampling, start, files_out, hardware = (
-        parser.sections[heading].add_argument for heading in
-        ("what to draw", "model", "sampling", "from a picture", "output", "hardware"))
-    what("-b", "--batch-size", type=int, default=1, metavar="N",
-         help="how many pictures, out-000.png and so on, of the seeds seed, seed + 1, ... "
-              "(%(default)s)")
-    what("--prompts", metavar="FILE", help="a picture for each line, which may end in flags of "
-                                           "its own; # begins a comment")
-    what("--like", metavar="PNG", help="draw that picture again, but for the flags given")
-    what("--plain-prompt", action="store_true",
-         help="take brackets, BREAK and <lora:...> in prompts for words")
-    model("--things", action="store_true",
-          help="draw nothing: list what the model can draw, where it says so")
-    model("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
-          help="a LoRA to add; repeatable")
-    model("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
-                                        f"{' or '.join(tiny_vae.HUB)}, tiny ones (the model's own)")
-    model("--embedding", action="append", default=[], metavar="FILE",
-          help="a textual inversion, a word for prompts with the name of its file; repeatable")
-    model("--clip-skip", type=int, metavar="N",
-          help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
-    sampling("--prediction", choices=("epsilon", "v", "sample"),
-             help="what the U-Net predicts (as the model's config says)")
-    sampling("--scheduler", type=schedule, dest="schedule", metavar="NAME",
-             help=f"which noise levels to visit: {', '.join((*SCHEDULES, *SPACINGS))} (as the "
-                  "model's config says)")
-    sampling("--cfg-rescale", type=float, default=0.0, metavar="X", help="how much to undo the "
-             "contrast that guidance adds, 0 to 1 (%(default)s)")
-    sampling("--cfg-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, "
-             "0:1 from picture to noise; elsewhere steps take half as long")
-    sampling("--karras", action="store_const", dest="schedule", const="karras",
-             help="--scheduler karras")
-    start("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
-    files_out("--preview", type=Path, metavar="PNG",
-              help="a file that shows, in small, what the picture looks like after each step")
-    files_out("--show", type=Path, metavar="DIR",
-              help="a new folder for pictures of what is computed on the way")
-    files_out("--play", action="store_true",
-              help="a page to play with, in the browser")
-    files_out("--port", type=int, default=0, metavar="N",
-              help="where --play listens (any that is free)")
-    files_out("--no-browser", action="store_true",
-              help="print the address of --play, and open no browser")
-    files_out("--explain", action="store_true",
-              help="draw nothing: print the prompt's tokens and the model's parts")
-    hardware("--low-memory", action="store_true", help="keep the weights in their file, widening "
-             "each as it is used: 2 GB do for Stable Diffusion 1.5, up to twice as slowly")
-    hardware("--formulas", action="store_true",
-             help="compute by tiny_sd.py's formulas alone, slowly")
+    """Return the parser of all options."""
+    parser = tiny_sd.Parser(
+        description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False,
+        usage="python tiny_sd.py PROMPT [option ...]", epilog=EXAMPLES, formatter_class=Help,
+        **settings)
+    parser.add_argument("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
+                        help="print the version, and end")
+
+    add = parser.add_argument_group("what to draw").add_argument
+    add("words", nargs="?", metavar="PROMPT", help="the prompt")
+    add("-p", "--prompt", help="the same, as an option")
+    add("-n", "--negative-prompt", metavar="PROMPT", help="what to avoid")
+    add("-s", "--seed", type=int, default=0, metavar="N",
+        help="the number that the noise is made from; -1 draws one at random (%(default)s)")
+    add("-b", "--batch-size", type=int, default=1, metavar="N", help="how many pictures, "
+        "out-000.png and so on, of the seeds seed, seed + 1, ... (%(default)s)")
+    add("--prompts", metavar="FILE",
+        help="a picture for each line, which may end in flags of its own; # begins a comment")
+    add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+    add("--plain-prompt", action="store_true",
+        help="take brackets, BREAK and <lora:...> in prompts for words")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", help="a folder, a .safetensors or .ckpt file, a name in weights/, "
+        f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)")
+    add("--things", nargs="?", const="", metavar="WORD",
+        help="draw nothing: list what the model can draw, or what of it has WORD in its name")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="a LoRA to add, by its file or, in loras/, its name; repeatable")
+    add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
+        f"{' or '.join(tiny_vae.HUB)}, tiny ones (the model's own)")
+    add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion, a "
+        "word for prompts with the name of its file, which may be in embeddings/; repeatable")
+    add("--clip-skip", type=int, metavar="N",
+        help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=int, metavar="N",
+        help="how many, from noise to the picture (20, fewer for distilled models)")
+    add("--cfg-scale", "--guidance-scale", type=float, metavar="X",
+        help="guidance: how much to stress the prompt (7.5, or the model's own)")
+    add("--cfg-rescale", type=float, default=0.0, metavar="X",
+        help="how much to undo the contrast that guidance adds, 0 to 1 (%(default)s)")
+    add("--cfg-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, "
+        "0:1 from picture to noise; elsewhere steps take half as long")
+    add("--sampler", type=sampler, metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's own)")
+    add("--prediction", choices=("epsilon", "v", "sample"),
+        help="what the U-Net predicts (as the model's config says)")
+    add("--scheduler", type=schedule, dest="schedule", metavar="NAME",
+        help=f"which noise levels to visit: {', '.join(LEVELS)} (as the model's config says)")
+    add("--karras", action="store_const", dest="schedule", const="karras",
+        help="--scheduler karras")
+    add("--web-ui", action="store_true", help="noise levels as in AUTOMATIC1111's web UI, "
+        "whatever the model's config says; --like sets it for that program's pictures")
+
+    add = parser.add_argument_group("size").add_argument
+    add("-W", "--width", type=int, metavar="N", help="in pixels (the model's own)")
+    add("-H", "--height", type=int, metavar="N", help="in pixels (the model's own)")
+
+    add = parser.add_argument_group("from a picture").add_argument
+    add("-i", "--init-img", metavar="FILE", help="a picture to start from")
+    add("--strength", type=float, metavar="X",
+        help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
+    add("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", type=output, default=Path("out.png"), metavar="FILE",
+        help="the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the name are "
+        "filled in; a file that is there is kept, and out-1.png taken (%(default)s)")
+    add("--enlarge", type=int, default=1, metavar="N",
+        help="write pictures N times as large, smoothed (%(default)s)")
+    add("--preview", type=Path, metavar="PNG",
+        help="a file that shows, in small, what the picture looks like after each step")
+    add("--show", type=Path, metavar="DIR",
+        help="a new folder for pictures of what is computed on the way")
+    add("--play", action="store_true", help="a page to play with, in the browser")
+    add("--port", type=int, default=0, metavar="N", help="where --play listens (any that is free)")
+    add("--no-browser", action="store_true",
+        help="print the address of --play, and open no browser")
+    add("--explain", action="store_true",
+        help="draw nothing: print the prompt's tokens and the model's parts")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--backend", choices=("numpy", "torch"),
+        help="what computes (numpy, unless a GPU is asked for)")
+    add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
+        help="where to compute (%(default)s)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="the numbers to compute with (%(default)s); the VAE's are float32")
+    add("--low-memory", action="store_true", help="keep the weights in their file, widening each "
+        "as it is used: 2 GB do for Stable Diffusion 1.5, up to twice as slowly")
+    add("--formulas", action="store_true", help="compute by tiny_sd.py's formulas alone, slowly")
     return parser
+
+
+NOT_HERE = "has no counterpart here"
+THEIRS = {      # other programs' options: what to say of them
+    "--schedule --schedule-type": "--scheduler NAME",
+    "--sampler-name --sampler-index --sampling-method --method": "--sampler NAME",
+    "--plms --ddim": "--sampler NAME",
+    "--num-inference-steps --ddim-steps --sampling-steps --n-steps": "--steps N",
+    "--scale --cfg --guidance --cfg-guidance": "--cfg-scale X",
+    "--n --n-iter --n-samples --num-images --num-images-per-prompt --count --iterations":
+        "-b N for several pictures, -n PROMPT for what to avoid",
+    "--neg --negative --uc": "--negative-prompt PROMPT",
+    "--ckpt --sd-model --checkpoint --model-id --model-path --unet": "--model NAME",
+    "--lora-model-dir --lora-dir --loras": "--lora FILE, or <lora:NAME:1> for files in loras/",
+    "--embeddings --textual-inversion --embd-dir": "--embedding FILE",
+    "--outdir --out --output-dir --output-path --outpath-samples --save-dir": "-o FOLDER/",
+    "--from-file --prompt-file --prompts-file --batch-file": "--prompts FILE",
+    "--init-image --image --img --input --input-image --img2img": "--init-img FILE",
+    "--denoise --denoising --denoising-strength --img2img-strength": "--strength X",
+    "--mask-image --mask-img --inpaint-mask": "--mask FILE",
+    "--lowvram --medvram --novram --vram --offload": "--low-memory, which is for NumPy",
+    "--gpu --cuda --use-gpu": "--device cuda", "--cpu": "--device cpu, which is the default",
+    "--fp16 --half --no-half --fp32 --bf16 --precision --type": "--dtype NAME",
+    "--taesd": "--vae taesd",
+    "--hr-scale --hr --hires --hires-fix --enable-hr --upscale --hr-upscaler --hires-scale":
+        "draw it, then once more from that with -i, a larger -W and -H, and --strength 0.5",
+    "--eta --ddim-eta": "--sampler ddim is eta 0, --sampler ddpm eta 1",
+    "--rng --noise-device": "the noise is always the CPU's",
+    "--threads -t": "as many threads as there are cores",
+    "--tiling --tile --vae-tiling --restore-faces --gfpgan --codeformer --subseed "
+    "--subseed-strength --variation --refiner --controlnet --control-net --control-image "
+    "--hypernetwork --ip-adapter --safety-checker --nsfw --styles --xformers --listen --port "
+    "--share --api --webui --gui --do-not-save-samples --do-not-save-grid --config": None,
+}
+
+
+def their_option(flag):
+    """Return what to say of an option that other programs have, or "" if none is known to."""
+    flag = flag.replace("_", "-").lower() if flag.startswith("--") else flag
+    for flags, ours in THEIRS.items():
+        if flag in flags.split():
+            return f": {NOT_HERE}" if ours is None else f": here, {ours}"
+    return ""
 
 
 def parse_known(parser, argv):
@@ -227,210 +250,159 @@ def parse_known(parser, argv):
     if left and not flags and isinstance(args.words, str):
         parser.error(f'quote the prompt: "{" ".join([args.words, *left])}"')
     if left:
-        hint = nearest(flags[0].partition("=")[0], parser._option_string_actions) if flags else ""
+        flag = flags[0].partition("=")[0] if flags else ""
+        hint = their_option(flag) or flag and nearest(flag, parser._option_string_actions)
         parser.error(f"unrecognized arguments: {' '.join(left)}{hint}")
     return args
 
 
-def parse_arguments(argv, **settings):
-    """Return the command line as a namespace, filled in as far as no model is needed for that.
+# ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
 
-    Its notes are lines to print as soon as drawing begins.
+# What a command, or a line of a list, asks for: the options, and whether the seed was drawn at
+# random, what the picture of --like records, and lines to print as soon as drawing begins.
+Job = namedtuple("Job", [*vars(option_parser().parse_args([])), "any_seed", "facts", "notes"])
+
+
+def make_job(argv, prompt=None, **settings):
+    """Return the Job of a command line, checked and filled in as far as no model is needed for it.
+
+    prompt: that of a line of --prompts. settings: of the parser.
     """
-    parser = option_parser(**settings)
-    args, found, notes = parse_known(parser, argv), {}, []
-    given = sum(source is not None for source in (args.words, args.prompt, args.prompts))
-    if given > 1 or not given and not (args.like or args.things or args.play):
-        parser.error("give one prompt, in quotes")
+    parser, found, notes = option_parser(**settings), {}, []
+    args = parse_known(parser, argv)
+    given = [text for text in (args.words, args.prompt) if text is not None]
+    if len(given) > 1 or given and args.prompts and prompt is None or not (
+            given or args.prompts or args.like or args.play or args.things is not None):
+        parser.error("give one prompt, in quotes" + ", or a list: --prompts and a prompt exclude "
+                     "each other" * bool(args.prompts))
     if args.like:
-        flags, found, notes = flags_like(args)
+        options, found, notes = facts.read_again(args.like, args)
+        flags = [f"--{option}" if value is None else f"--{option}={value}"
+                 for option, values in options.items() for value in values]
         args = parse_known(parser, flags + argv)
-    args.notes, args.facts = notes, found
-    complete(args)
-    check_arguments(args)
-    return args
+
+    words = args.words if args.words is not None else args.prompt or ""
+    words = words if prompt is None else prompt
+    args.prompt, args.negative_prompt = (
+        text if text is None else files.printable("--" if text == [] else text)
+        for text in (words, args.negative_prompt))
+    args.model = named.find_model(args.model)
+    args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
+    args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
+    args.vae = args.vae and named.find("vae", args.vae, args.model)
+    if not args.plain_prompt:
+        args.lora += tagged_loras(args, notes)
+
+    if args.sampler:
+        args.sampler, own = args.sampler
+        args.schedule = own if args.schedule is None else args.schedule
+    args.schedule = args.schedule or None
+    any_seed = args.seed == -1
+    if any_seed:
+        args.seed = secrets.randbelow(2 ** 32)
+        notes += [f"the seed is {args.seed}"] * (not args.prompts)
+    if args.strength is not None and not args.init_img and not args.like:
+        notes.append("--strength does nothing without --init-img")
+    if args.strength is None:
+        args.strength = 0.75 if args.mask is None else 1.0
+    args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
+    for name in re.findall(r"\{\w*\}|\[\w+\]", args.output.stem):
+        if name not in ("{seed}", "{prompt}"):
+            notes.append(f"--output: {name} stays as it is; {{seed}} and {{prompt}} are filled in")
+    job = Job(**vars(args), any_seed=any_seed, facts=found, notes=notes)
+    check_job(job)
+    return job
 
 
-def flags_like(args):
-    """Return the flags that draw the picture of --like again, its facts, and lines on the rest."""
-    options, found, notes = facts.read_again(args.like, args)
-    flags = [f"--{option}" if value is None else f"--{option}={value}"
-             for option, values in options.items() for value in values]
-    return flags, found, notes
+def tagged_loras(args, notes):
+    """Return [(file, weight), ...] of the LoRAs that the prompt names as <lora:name:weight>.
 
-
-def take_up_loras(args):
-    """Add to args.lora what the prompt names as <lora:name:weight>.
-
-    UserError for what cannot be found, or, with --like, a note.
+    UserError for what cannot be found, or, with --like, a note. What --lora names is not looked
+    for.
     """
-    if args.plain_prompt:
-        return
     found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
     for tag, name, weight in prompts.tags(args.prompt):
         file = name and name not in given and named.find_file("lora", name, args.model)
         if file:
             found.append((file, weight))
-        elif name is None or name not in given:
+        elif name not in given:
             reason = weight if name is None else (
                 "there is no such LoRA beside the model, in loras/ or here: --lora FILE names one "
                 "elsewhere")
             wrong.setdefault(reason, []).append(tiny_sd.shorten(tag, 60))
     for reason, tags in wrong.items():
         require(args.like, f"{tags[0]} in the prompt: {reason}")
-        args.notes.append(f"--like {args.like}: {', '.join(tags)} "
-                          f"{'are' if len(tags) > 1 else 'is'} not taken up: {reason}")
-    args.lora = [*args.lora, *found]
+        notes.append(f"--like {args.like}: {', '.join(tags)} {'are' if len(tags) > 1 else 'is'} "
+                     f"not taken up: {reason}")
+    return found
 
 
-def complete(args):
-    """Fill in what is not given."""
-    prompt = (args.prompt or "") if args.words is None else args.words
-    args.prompt, args.negative_prompt = (
-        text if text is None else files.printable("--" if text == [] else text)
-        for text in (prompt, args.negative_prompt))
-    if args.sampler:
-        args.sampler, own = args.sampler
-        args.schedule = own if args.schedule is None else args.schedule
-    args.schedule = args.schedule or None
-    emoji = str(tiny_sd.HERE / "weights" / "emoji")
-    args.model = emoji if args.model is None else named.find_model(args.model)
-    args.any_seed = args.seed == -1
-    if args.any_seed:
-        args.seed = secrets.randbelow(2 ** 32)
-    if args.strength is not None and not args.init_img and not args.like:
-        args.notes.append("--strength does nothing without --init-img")
-    if args.strength is None:
-        args.strength = 0.75 if args.mask is None else 1.0
-    if args.backend is None:
-        args.backend = "numpy" if args.device == "cpu" else "torch"
+RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000), "clip_skip": (1, 100),
+          "enlarge": (1, 16)}
 
 
-def check_arguments(args):
+def check_job(job):
     """UserError where an option is out of range, or does not go with another."""
-    plain = (args.device, args.dtype) == ("cpu", "float32")
-    require(args.backend == "torch" or plain,
-            f"NumPy computes in float32 on the CPU: --device {args.device} "
-            f"--dtype {args.dtype} need --backend torch")
-    require(args.backend == "numpy" or not args.low_memory, "--low-memory goes with NumPy alone")
-    for option, low, high in ("steps", 1, 999), ("cfg_scale", 0, 100), ("batch_size", 1, 1000), (
-            "clip_skip", 1, 100):
-        value = getattr(args, option)
+    plain = (job.device, job.dtype) == ("cpu", "float32")
+    require(job.backend == "torch" or plain,
+            f"NumPy computes in float32 on the CPU: --device {job.device} "
+            f"--dtype {job.dtype} need --backend torch")
+    require(job.backend == "numpy" or not job.low_memory, "--low-memory goes with NumPy alone")
+    for name, (low, high) in RANGES.items():
+        value = getattr(job, name)
         require(value is None or low <= value <= high,
-                f"--{option.replace('_', '-')} {value} is not from {low} to {high}")
-    require(0 <= args.seed <= 2 ** 64 - args.batch_size,
-            f"--seed {args.seed} is not from 0 to 2^64 - 1")
-    require(0 < args.strength <= 1, f"--strength {args.strength} is not above 0 and up to 1")
-    require(0 <= args.cfg_rescale <= 1, f"--cfg-rescale {args.cfg_rescale} is not from 0 to 1")
-    low, high = args.cfg_interval or (0, 1)
+                f"--{name.replace('_', '-')} {value} is not from {low} to {high}")
+    require(0 <= job.seed < 2 ** 64, f"--seed {job.seed} is not from 0 to 2^64 - 1")
+    require(job.seed + job.batch_size <= 2 ** 64, f"the seeds of --batch-size {job.batch_size} "
+            f"from --seed {job.seed} on go beyond 2^64 - 1")
+    require(0 < job.strength <= 1, f"--strength {job.strength} is not above 0 and up to 1 (near 0 "
+                                   "the picture stays what it is, at 1 little is left of it)")
+    low, high = job.cfg_interval or (0, 1)
     require(0 <= low < high <= 1, f"--cfg-interval {low:g}:{high:g} is not two rising numbers from "
                                   "0 to 1")
-    require(args.mask is None or args.init_img is not None,
+    require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
-    require(not args.schedule or args.sampler in (None, *KARRAS),
-            f"--scheduler {args.schedule} does not go with --sampler {args.sampler}")
-    require(not args.show or not args.explain, "--explain draws nothing that --show could show")
-    require(not args.prompts or not (args.show or args.explain or args.play),
+    require(not job.schedule or job.sampler in (None, *samplers.KARRAS),
+            f"--scheduler {job.schedule} does not go with --sampler {job.sampler}")
+    require(not job.show or not job.explain, "--explain draws nothing that --show could show")
+    require(not job.prompts or not (job.show or job.explain or job.play),
             "--show, --explain and --play take one prompt, not --prompts")
-    check_outputs(args)
+    for text in filter(None, (job.prompt, job.negative_prompt)):
+        prompts.check_length(text)
+    check_outputs(job)
 
 
-def check_outputs(args):
+def check_outputs(job):
     """UserError where a file could not be written at the end."""
-    require(not args.output.is_dir() or args.output == Path(),
-            f"--output {args.output} is a folder: {args.output}/ writes into it")
-    suffix = args.output.suffix.lower()
-    require(suffix in files.SUFFIXES, f"--output {args.output} does not end in .png (nor in .jpg "
+    require(not job.output.is_dir() or job.output == Path(),
+            f"--output {job.output} is a folder: {job.output}/ writes into it")
+    suffix = job.output.suffix.lower()
+    require(suffix in files.SUFFIXES, f"--output {job.output} does not end in .png (nor in .jpg "
                                       "or .webp)")
     require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
-    require(args.preview is None or args.preview.suffix.lower() == ".png",
-            f"--preview {args.preview} does not end in .png")
-    require(args.preview != args.output, f"--preview and --output are both {args.output}")
-    for path in filter(None, (*output_names(args), args.preview)):
+    require(job.preview is None or job.preview.suffix.lower() == ".png",
+            f"--preview {job.preview} does not end in .png")
+    require(job.preview != job.output, f"--preview and --output are both {job.output}")
+    for path in filter(None, (*output_names(job), job.preview)):
         require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
         require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
         free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
             free.lstat()        # fails where a name is too long
-        page = args.show and args.show.resolve()
+        page = job.show and job.show.resolve()
         require(page not in (path.resolve(), *path.resolve().parents),
-                f"--show {args.show} needs a folder of its own, without {path}")
+                f"--show {job.show} needs a folder of its own, without {path}")
 
 
-# ── Lists of prompts ────────────────────────────────────────────────────────────────────────────
-
-
-def read_prompts(args, argv):
-    """Return the arguments of each line of --prompts that holds a prompt."""
-    try:
-        text = Path(args.prompts).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts {args.prompts} cannot be read: {reason}") from None
-    jobs = []
-    for number, line in enumerate(text.split("\n"), 1):
-        words = " ".join(line.split())
-        kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
-        prompt, *flags = re.split(r" (?=--?[A-Za-z])", kept.strip(), maxsplit=1)
-        if not prompt:
-            continue
-        require(not re.match("--?[A-Za-z]", prompt), f"{args.prompts}, line {number}: a line "
-                f"begins with its prompt, not with {prompt.split()[0]}; flags follow it")
-        target = args.output.with_stem(f"{args.output.stem}-{number:04d}")
-        try:
-            job = line_arguments(args, [*argv, f"--prompts={args.prompts}",
-                                        *shlex.split("".join(flags)), f"--output={target}"])
-            job.prompt = files.printable(prompt)
-            take_up_loras(job)
-            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
-                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
-        except ValueError as error:
-            raise UserError(f"{args.prompts}, line {number}: {error}") from None
-        if mark and comment[:1].strip():
-            job.notes.append(f"{args.prompts}, line {number}: from #{comment} on, this is a "
-                             "comment")
-        jobs.append(job)
-    require(jobs, f"--prompts {args.prompts} has no prompt in it")
-    return jobs
-
-
-def line_arguments(args, argv):
-    """Return the arguments of a line, whose flags follow the command's."""
-    job = parse_arguments(argv, add_help=False)
-    for file in filter(None, (job.init_img, job.mask)):
-        require(Path(file).exists(), f"{file} is not there")
-    fixed = ("model", "lora", "vae", "embedding", "backend", "device", "dtype", "prediction",
-             "preview", "formulas", "low_memory")
-    require(all(getattr(job, name) == getattr(args, name) for name in fixed),
-            "the model and --preview are the same for all lines")
-    return job
-
-
-def is_drawn(job):
-    """Is each picture of a line there already, with its prompts and options recorded in it?"""
-    for seed, path in zip(seeds_of(job), output_names(job)):
-        for name in files.free_names(path):
-            if not os.path.lexists(name):
-                return False
-            if facts.records(name, changed(job, seed=None if job.any_seed else seed)):
-                break
-    return True
-
-
-def changed(args, **fields):
-    """Return a copy of the arguments with some of them changed."""
-    return argparse.Namespace(**vars(args) | fields)
-
-
-def seeds_of(args):
+def seeds_of(job):
     """Return the seed of each picture."""
-    return [args.seed + k for k in range(args.batch_size)]
+    return [job.seed + k for k in range(job.batch_size)]
 
 
-def output_names(args):
+def output_names(job):
     """Return the name of each picture, numbered unless it has its seed in it."""
-    path, seeds = args.output, seeds_of(args)
-    words = re.sub(r"[^\w-]+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore")
+    path, seeds = job.output, seeds_of(job)
+    words = re.sub(r"[^\w-]+", "-", job.prompt).strip("-").encode()[:100].decode(errors="ignore")
     stem = path.stem.replace("{prompt}", words or "picture")
     if "{seed}" in stem:
         return [path.with_stem(stem.replace("{seed}", str(seed))) for seed in seeds]
@@ -439,108 +411,202 @@ def output_names(args):
     return [path.with_stem(f"{stem}-{k:03d}") for k in range(len(seeds))]
 
 
+# ── Lists of prompts ────────────────────────────────────────────────────────────────────────────
+
+
+def read_prompts(first, argv):
+    """Return the Job of each line of --prompts that holds a prompt; first: the command's own."""
+    jobs, text = [], files.read_text(Path(first.prompts))
+    for number, line in enumerate(text.split("\n"), 1):
+        words = " ".join(line.split())
+        kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
+        if not kept.strip():
+            continue
+        target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
+        try:
+            prompt, flags = split_line(kept.strip())
+            job = make_job([*argv, f"--prompts={first.prompts}", *flags, f"--output={target}"],
+                           prompt, add_help=False)
+            check_line(job, first)
+            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
+                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
+        except ValueError as error:
+            raise UserError(f"{first.prompts}, line {number}: {error}") from None
+        if mark and comment[:1].strip():
+            said = f"{first.prompts}, line {number}: from #{comment} on, this is a comment"
+            job = job._replace(notes=[*job.notes, said])
+        jobs.append(job)
+    require(jobs, f"--prompts {first.prompts} has no prompt in it")
+    return jobs
+
+
+def split_line(line):
+    """Return the prompt of a line and its flags, which follow it.
+
+    A prompt may be in quotes. The lists of AUTOMATIC1111's web UI have it behind --prompt, among
+    flags with underscores.
+    """
+    if line.startswith("--") and "--prompt" in (words := shlex.split(line)[:-1]):
+        words, i = shlex.split(line), words.index("--prompt")
+        flags = [word.replace("_", "-").replace("--sampler-name", "--sampler")
+                 if word.startswith("--") else word for word in words[:i] + words[i + 2:]]
+        return words[i + 1], flags
+    prompt, *flags = re.split(r" (?=--?[A-Za-z])", line, maxsplit=1)
+    require(not re.match("--?[A-Za-z]", prompt), f"a line begins with its prompt, not with "
+            f"{prompt.split()[0]}; flags follow it")
+    quoted = len(prompt) > 1 and prompt[0] == prompt[-1] == '"'
+    return prompt[1:-1] if quoted else prompt, shlex.split("".join(flags))
+
+
+def check_line(job, first):
+    """UserError where a line cannot share the model of the command, or a picture is not there."""
+    for file in filter(None, (job.init_img, job.mask)):
+        require(Path(file).exists(), f"{file} is not there")
+    fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
+             "formulas", "low_memory")
+    require(all(getattr(job, name) == getattr(first, name) for name in fixed),
+            "the model and --preview are the same for all lines")
+
+
+def is_drawn(job):
+    """Is each picture of a line there already, with its prompts and options recorded in it?"""
+    for seed, path in zip(seeds_of(job), output_names(job)):
+        for name in files.free_names(path):
+            if not os.path.lexists(name):
+                return False
+            if facts.records(name, job._replace(seed=None if job.any_seed else seed)):
+                break
+    return True
+
+
 # ── What is done for them ───────────────────────────────────────────────────────────────────────
 
 
 def run(argv):
     """Do what the command line asks for."""
-    args = parse_arguments(argv)
-    known = things.known_things(args.model)
-    if args.things:
-        return print(things.describe_things(known))
-    if args.play:
+    first = make_job(argv)
+    known = things.known_things(first.model)
+    if first.things is not None:
+        with until_nobody_reads():
+            print(things.describe_things(known, first.things))
+        return None
+    if first.play:
         from extras.play import play
-        return play(argv, args.port, not args.no_browser)
-    if args.formulas:
+        return play(argv, first.port, not first.no_browser)
+    if first.formulas:
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
-    jobs = [args]
-    if args.prompts:    # shared out first: what is drawn already changes while others start
-        jobs = [job for job in read_prompts(args, argv)[rank::ranks] if not is_drawn(job)]
-        args.lora = jobs[0].lora if jobs else []
-    else:
-        take_up_loras(args)
+    jobs = [first]
+    if first.prompts:   # shared out first: what is drawn already changes while others start
+        jobs = [job for job in read_prompts(first, argv)[rank::ranks] if not is_drawn(job)]
     if not jobs and ranks == 1:
-        return tell(f"{args.prompts}: every picture is there already")
+        return tell(f"{first.prompts}: every picture is there already")
 
-    film, denoiser = watchers(args)
-    model = load_model(args, jobs)
-    if args.explain:
+    film, denoiser = watchers(first)
+    model = load_model(jobs[0] if jobs else first, jobs)
+    jobs = [filled(model, job) for job in jobs]
+    if first.explain:
         from extras import show
-        h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
-        return show.explain(model, words_of(args), w * model.factor, h * model.factor,
-                            prompts.reads_weights(model) and not args.plain_prompt)
+        job, = jobs
+        with until_nobody_reads():
+            show.explain(model, words_of(job), job.width, job.height, weighted(model, job))
+        return None
 
-    begun, notes = time.monotonic(), set()
+    begun, told = time.monotonic(), set()
     for number, job in enumerate(jobs):
-        job.notes = [note for note in [*job.notes, *remarks(model, job, known)]
-                     if note not in notes]
-        notes |= set(job.notes)
+        notes = [note for note in [*job.notes, *remarks(model, job, known)] if note not in told]
+        told |= {*notes}
         title = queue_title(number, len(jobs), time.monotonic() - begun)
-        x = draw(model, job, denoiser, last=job is jobs[-1], title=title)
+        x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
     if film:
-        if prompts.reads_weights(model) and not args.plain_prompt:
-            film.chunks = prompts.chunks_of(model.encoders[0].tokenizer, words_of(args))
-        print(film.save(x, args.prompt, seeds_of(args)))
-    if args.prompts and ranks > 1:
+        if weighted(model, first):
+            film.chunks = prompts.chunks_of(model.encoders[0].tokenizer, words_of(first))
+        print(film.save(x, first.prompt, seeds_of(first)))
+    if first.prompts and ranks > 1:
         wait_for_other_ranks()
     return None
 
 
+@contextlib.contextmanager
+def until_nobody_reads():
+    """Print as long as stdout is read: what `| head` leaves out is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def load_model(job, jobs=()):
+    """Return the model of a job, with its LoRAs, VAE and learnt words.
+
+    jobs: all that it will draw, where that is known: for a few steps some weights stay narrow.
+    """
+    vae = None if job.vae is None else tiny_vae.read_vae(job.vae)
+    model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
+                         vae)
+    if jobs and job.backend == "numpy" and not job.low_memory:
+        narrow.keep_what_pays(model, passes_of(model, [filled(model, job) for job in jobs]))
+    if job.embedding:
+        model = prompts.with_embeddings(model, job.embedding)
+    if job.prediction:
+        kind = job.prediction + "_prediction" * (job.prediction == "v")
+        model.config.scheduler.prediction_type = kind
+    model.name = files.printable(model.name, control=False)
+    return model
+
+
+def filled(model, job):
+    """Return the job with the model's own size, sampler, steps and guidance where it has none."""
+    h, w, _ = tiny_sd.latent_shape(model, job.width, job.height)
+    sampler, steps, scale = like_diffusers.defaults(model)
+    return job._replace(
+        width=w * model.factor, height=h * model.factor, sampler=job.sampler or sampler,
+        steps=job.steps or steps, cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
+
+
 def passes_of(model, jobs):
     """Return {part of the model: how many times it will run, for all jobs}."""
-    _, own_steps, own_guidance = like_diffusers.defaults(model)
     passes = {"unet": 0, "vae": 0, "text": len(jobs)}
     for job in jobs:
-        guidance = own_guidance if job.cfg_scale is None else job.cfg_scale
-        contexts = 1 if guidance == 1 or model.config.unet.time_cond_proj_dim else 2
-        share = job.strength if job.init_img else 1
-        passes["unet"] += contexts * share * (job.steps or own_steps)
+        contexts = 1 if job.cfg_scale == 1 or model.config.unet.time_cond_proj_dim else 2
+        passes["unet"] += contexts * steps_of(job)
         passes["vae"] += job.batch_size
     return passes
 
 
-def load_model(args, jobs=()):
-    """Return the model that args name, with its LoRAs, VAE and learnt words.
-
-    jobs: what it will draw, where that is known: for a few steps some weights are kept narrow.
-    """
-    vae = None if args.vae is None else tiny_vae.read_vae(args.vae)
-    model = formats.load(args.model, args.backend, args.device, args.dtype, args.lora,
-                         args.low_memory, vae)
-    if jobs and args.backend == "numpy" and not args.low_memory:
-        narrow.keep_what_pays(model, passes_of(model, jobs))
-    if args.embedding:
-        model = prompts.with_embeddings(model, args.embedding)
-    if args.prediction:
-        kind = args.prediction + "_prediction" * (args.prediction == "v")
-        model.config.scheduler.prediction_type = kind
-    return model
+def steps_of(job):
+    """Return how many steps a job takes: from a picture, a share of all."""
+    return int(round(job.steps * job.strength, 9)) if job.init_img else job.steps
 
 
-def remarks(model, args, known):
+def remarks(model, job, known):
     """Yield warnings about what was asked for and cannot be done.
 
     known: see things.known_things.
     """
-    if known and not (args.lora or args.embedding):     # which teach new words
-        words = words_of(args)
-        yield from things.remarks(known, words if args.plain_prompt else in_time.all_words(words))
-    for name in facts.other_files(args.facts, args, model):
-        yield f"--like {args.like}: the {name} is another file than the picture was made with"
-    yield from prompts.remarks(model, [words_of(args), args.negative_prompt or ""],
-                               args.plain_prompt)
+    if known and not (job.lora or job.embedding):       # which teach new words
+        words = words_of(job)
+        yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
+    side = model.config.unet.sample_size * model.factor
+    if known and (job.width, job.height) != (side, side):
+        yield (f"the model learnt pictures of {side} x {side}: of other sizes it draws poor ones "
+               "(--enlarge N makes its own larger)")
+    for name in facts.other_files(job.facts, job, model):
+        yield f"--like {job.like}: the {name} is another file than the picture was made with"
+    yield from prompts.remarks(model, [words_of(job), job.negative_prompt or ""],
+                               job.plain_prompt)
 
 
-def watchers(args):
+def watchers(job):
     """Return the film of --show, or None, and the denoiser to draw with."""
     film, denoiser = None, like_diffusers.denoiser
-    if args.show or args.preview:
+    if job.show or job.preview:
         from extras import show
-        if args.show:
-            film = denoiser = show.Film(args.show)
-        if args.preview:
-            denoiser = show.previewer(args.preview, denoiser)
+        if job.show:
+            film = denoiser = show.Film(job.show)
+        if job.preview:
+            denoiser = show.previewer(job.preview, denoiser)
     return film, denoiser
 
 
@@ -577,41 +643,36 @@ def wait_for_other_ranks():
         raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
-def draw(model, args, denoiser=like_diffusers.denoiser, last=False, title=None):
-    """Draw and save the pictures that args ask for; return their latents.
+def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, title=None):
+    """Draw and save the pictures of a filled job; return their latents.
 
-    While the last of all are drawn, this program's model loses each network that has done its
-    work: the rest need the memory.
+    notes: lines to print as soon as it is sure that drawing begins. While the last of all are
+    drawn, this program's model loses each network that has done its work: the rest need the memory.
     """
-    h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
-    height, width = h * model.factor, w * model.factor
-    fill_in(model, args)
-    check_picture_memory(model, args, width, height)
+    check_picture_memory(model, job)
     formats.check_unchanged(model)
-    texts = [facts.parameters_text(changed(args, seed=seed, width=width, height=height), model)
-             for seed in seeds_of(args)]
-    walk = start_walk(model, args, width, height, denoiser)
-    for note in args.notes:
+    texts = [facts.parameters_text(job._replace(seed=seed), model) for seed in seeds_of(job)]
+    walk, notes = start_walk(model, job, denoiser, notes)
+    for note in notes:
         tell(note)
 
-    total = args.steps if args.init_img is None else int(round(args.steps * args.strength, 9))
     if last:
         model.encoders = [encoder._replace(weights=None) for encoder in model.encoders]
-    for x in tqdm(walk, desc=title, total=total, unit="step"):      # noqa: B007
+    for x in tqdm(walk, desc=title, total=steps_of(job), unit="step"):      # noqa: B007
         pass
     if last:
         model.unet = None
     formats.check_unchanged(model)
-    save_pictures(model, x, output_names(args), texts)
+    save_pictures(model, job, x, texts)
     return x
 
 
-def save_pictures(model, x, paths, texts):
+def save_pictures(model, job, x, texts):
     """Decode, save and name the pictures, one after the other, so that none waits for the last."""
     unheard = None
-    for latents, path, text in zip(x, paths, texts):
+    for latents, path, text in zip(x, output_names(job), texts):
         pixels, = tiny_sd.decode(model, latents[None])
-        name = files.save_picture(pixels, path, text)
+        name = files.save_picture(pixels, path, text, job.enlarge)
         try:
             print(name, flush=True)
         except OSError as error:        # stdout is full or closed, which is no picture's fault
@@ -620,65 +681,70 @@ def save_pictures(model, x, paths, texts):
         raise unheard
 
 
-def start_walk(model, args, width, height, denoiser):
-    """Return the generator of latents that args ask for."""
-    init = mask = None
-    if args.init_img is not None:
-        init = files.read_picture(args.init_img, width, height, args.notes)
-    if args.mask is not None:
-        mask = files.read_mask(args.mask, args.init_img, width, height, args.notes)
-    make, embed, sampler = denoiser, embedder(model, args), tiny_sd.SAMPLERS[args.sampler]
-    combine = tiny_sd.guide
-    timeline = timeline_of(args, embed)
+def start_walk(model, job, denoiser, notes):
+    """Return the generator of a job's latents, and the notes with those on its pictures."""
+    init, mask, notes = None, None, [*notes]
+    if job.init_img is not None:
+        init = files.read_picture(job.init_img, job.width, job.height, notes)
+    if job.mask is not None:
+        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes)
+    make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
+    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
+    combine, timeline = tiny_sd.guide, timeline_of(job, embed)
     if timeline:
         embed, sampler, combine = timeline.embed, timeline.sampler(sampler), timeline.combine
-    if args.cfg_rescale:
-        combine = guidance.rescaled(args.cfg_rescale, combine)
+    if job.cfg_rescale:
+        combine = guidance.rescaled(job.cfg_rescale, combine)
     if combine is not tiny_sd.guide:
         make = guidance.combining(make, combine)
-    if args.cfg_interval:
-        make = guidance.within(make, *args.cfg_interval)
+    if job.cfg_interval:
+        make = guidance.within(make, *job.cfg_interval)
     if timeline:
         make = timeline.denoiser(make)
     return like_diffusers.generate(
-        model, words_of(args), args.negative_prompt, seeds_of(args), args.steps, args.cfg_scale,
-        sampler, args.schedule, width, height, init, args.strength, mask, make, embed)
+        model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
+        sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes
 
 
-def timeline_of(args, embed):
+def timeline_of(job, embed):
     """Return the Timeline of prompts that change on the way, or None."""
-    texts = words_of(args), args.negative_prompt
-    if args.plain_prompt or not in_time.changes(*texts):
+    texts = words_of(job), job.negative_prompt
+    if job.plain_prompt or not in_time.changes(*texts):
         return None
-    require(not args.show, "--show takes a prompt that stays the same")
-    return in_time.Timeline(*texts, args.steps, embed)
+    require(not job.show, "--show takes a prompt that stays the same")
+    return in_time.Timeline(*texts, job.steps, embed)
 
 
-def words_of(args):
+def words_of(job):
     """Return the prompt without <lora:...>."""
-    return args.prompt if args.plain_prompt else prompts.without_tags(args.prompt)
+    return job.prompt if job.plain_prompt else prompts.without_tags(job.prompt)
 
 
-def embedder(model, args):
-    """Return the function that makes contexts of the prompts, as args want them read."""
-    weighted = prompts.reads_weights(model) and not args.plain_prompt
-    embed = prompts.embed_prompts if weighted else tiny_sd.embed_prompts
-    return prompts.skipping(embed, args.clip_skip) if args.clip_skip else embed
+def weighted(model, job):
+    """Are brackets in a job's prompts read as weights?"""
+    return prompts.reads_weights(model) and not job.plain_prompt
 
 
-def fill_in(model, args):
-    """Set sampler, steps and guidance to the model's own where they are not given."""
-    sampler, steps, scale = like_diffusers.defaults(model)
-    args.sampler, args.steps = args.sampler or sampler, args.steps or steps
-    args.cfg_scale = scale if args.cfg_scale is None else args.cfg_scale
+def embedder(model, job):
+    """Return the function that makes contexts of the prompts, as the job wants them read."""
+    embed = prompts.embed_prompts if weighted(model, job) else tiny_sd.embed_prompts
+    return prompts.skipping(embed, job.clip_skip) if job.clip_skip else embed
 
 
-def check_picture_memory(model, args, width, height):
+def check_picture_memory(model, job):
     """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit."""
-    if args.device == "cpu":
+    if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
-        bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * args.batch_size // model.factor ** 2)
-        check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
+        bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
+        check_memory(3 * bytes_per_pixel * job.width * job.height,
+                     f"--width {job.width} --height {job.height}")
+
+
+FLAGS = {       # what the library says of its parameters, as options
+    "^(steps|strength|width|height) ": r"--\1 ", "^guidance ": "--cfg-scale ",
+    "^schedule ": "--scheduler ",
+    "with sampler ": "with --sampler ", "a picture and a mask$": "--init-img and --mask",
+    r"\(take float32\)": "(--dtype float32)"}
 
 
 def main(argv=None, run=run):
@@ -695,7 +761,10 @@ def main(argv=None, run=run):
     except (UserError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise       # torch reports a lack of memory this way
-        tell(str(error))
+        message = str(error)
+        for words, flags in FLAGS.items():
+            message = re.sub(words, flags, message)
+        tell(message)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):

@@ -77,6 +77,8 @@ FACTS = {       # in the order in which they are recorded
         [file for file, _ in job.lora], lambda file: lora_hashes(file)[0])),
     "TI hashes": Fact(lambda job, model: model and hashes(job.embedding, file_hash)),
     "Prediction": Fact(lambda job, model: job.prediction or "", "prediction"),
+    "Levels": Fact(lambda job, model: "web UI" if job.web_ui else ""),
+    "Enlarged": Fact(lambda job, model: job.enlarge if job.enlarge > 1 else "", "enlarge"),
     "RNG": Fact(lambda job, model: model and "CPU"),
     "Version": Fact(lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"),
 }
@@ -115,6 +117,7 @@ CHUNKS = {"workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "Invo
           "sd-metadata": "InvokeAI", "Dream": "InvokeAI", "fooocus_scheme": "Fooocus"}
 VERSIONS = {"tiny_sd": "tiny_sd", "ComfyUI": "ComfyUI", "Fooocus": "Fooocus", r"f\d|neo": "Forge",
             r"v?\d+\.": "AUTOMATIC1111"}
+WEB_UI = {"AUTOMATIC1111", "Forge", ""}      # "": of its first years
 ON_THE_CPU = {"tiny_sd", "ComfyUI", "SwarmUI", "InvokeAI", "Fooocus"}     # where noise is drawn
 
 
@@ -224,6 +227,7 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
     "Face restoration": "another program mended the faces",
     "Schedule|Sigma|Noise Schedule|SGM|Discard|Downcast|Zero": "the noise levels were others",
     "Variation seed|Seed resize": "the noise was mixed from two seeds",
+    "the noise of": "it came from a Brownian tree, and is other noise here",
     "ENSD": "what a sampler adds on the way came from another seed",
     "Hypernet": "another network changed the model",
     "Regional|RP |Latent Couple|Cutoff": "words were kept to parts of the picture",
@@ -257,6 +261,8 @@ def read_again(path, args):
     options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))
     if facts.get("Plain prompt"):
         options["plain-prompt"] = [None]
+    if facts.get("Levels") or program in WEB_UI:
+        options["web-ui"] = [None]
     options |= sampler_again(path, facts, args, left)
     options |= files_again(path, facts, args, left)
 
@@ -298,6 +304,8 @@ def sampler_again(path, facts, args, left):
     sampler, schedule = sampler_named(title) or args.sampler or (None, None)
     require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
                      "add --sampler NAME")
+    if sampler.endswith("sde") and facts.get("Version", "").split(" ")[0] != "tiny_sd":
+        left["the noise of its steps"] = None
     schedule = schedule or schedule_named(asked)
     if not schedule and asked != "Automatic":
         left["Schedule type"] = asked

@@ -4,13 +4,17 @@ Read any picture; write one whole or not at all, and never over another.
 """
 
 import contextlib
+import functools
 import itertools
 import os
+import re
 import secrets
 import shutil
 import struct
+import time
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,6 +39,8 @@ def opened(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+                raise ValueError("it is not a file")        # a pipe could be waited for, for ever
             with Image.open(path) as picture:
                 if picture.format == "EPS":     # for which Pillow starts Ghostscript
                     raise ValueError("PostScript is a program, which need not come to an end")
@@ -58,37 +64,61 @@ def eight_bits(picture):
     return picture
 
 
-def read_picture(path, width, height, notes=None, ground="white"):
+def upright(path):
+    """Return a picture file as RGBA of 8 bits, turned upright."""
+    with opened(path) as file:
+        return eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+
+
+def fitted(picture, width, height, ground):
+    """Return an RGBA picture laid on a ground, resized and cut at the centre, as uint8 of RGB."""
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def read_picture(path, width, height, notes=None):
     """Return a picture file as (height, width, 3) uint8.
 
-    It is turned upright, laid on a ground where it is transparent, resized and cut at the centre.
+    It is turned upright, laid on white where it is transparent, resized and cut at the centre.
     notes: a list that gets a line if something is cut off.
     """
-    with opened(path) as file:
-        picture = eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
-        picture = picture.convert("RGB")
-        w, h = picture.size
-        if notes is not None and abs(w * height - h * width) >= max(w, h):
-            notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
-        if picture.size != (width, height):
-            picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-        return np.asarray(picture)
+    picture = upright(path)
+    w, h = picture.size
+    if notes is not None and abs(w * height - h * width) >= max(w, h):
+        notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
+    return fitted(picture, width, height, "white")
 
 
 def read_mask(path, init, width, height, notes):
-    """Return a mask file as (height, width) of bool, true where it is white; see read_picture.
+    """Return a mask file as (height, width) of bool, true where init is to be replaced.
 
-    init: the picture file that it belongs to, whose proportions it must have.
+    That is where it is white. But where it is a picture itself, with a hole in it, as ComfyUI's
+    editor leaves it, that is the hole. init: the picture file that it belongs to, whose proportions
+    it must have.
     """
-    (w, h), (init_w, init_h) = map(upright_size, (path, init))
+    picture = upright(path)
+    (w, h), (init_w, init_h) = picture.size, upright_size(init)
     require(abs(w * init_h - h * init_w) < max(w, h, init_w, init_h),
             f"--mask {path} is {w} x {h}, and {init} is {init_w} x {init_h}: they must have the "
             "same shape")
-    mask = read_picture(path, width, height, ground="black").mean(axis=-1) > 127.5
+    alpha = picture.getchannel("A")
+    if alpha.getextrema()[0] < 128 and (os.path.samefile(path, init) or not is_painted(picture)):
+        notes.append(f"{path} is a mask by its transparency: the hole in it is replaced")
+        picture = Image.eval(alpha, lambda a: 255 - a).convert("RGBA")
+    mask = fitted(picture, width, height, "black").mean(axis=-1) > 127.5
     if not mask.any():
         notes.append(f"{path} has no white, and so nothing is replaced")
     return mask
+
+
+def is_painted(picture):
+    """Is an RGBA picture, where it can be seen, all but black and white, as masks are?"""
+    pixels = np.asarray(picture)
+    seen = pixels[pixels[..., 3] > 127][:, :3]
+    plain = (seen < 32).all(axis=1) | (seen > 223).all(axis=1)
+    return not len(seen) or plain.mean() > 0.95
 
 
 def upright_size(path):
@@ -104,7 +134,7 @@ def read_captioned(folder, caption=None):
     """
     require(folder.is_dir(), f"there is no folder {folder}")
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in paths if path.suffix.lower() in PICTURES]
+    pictures = [path for path in paths if path.suffix.lower() in PICTURES and path.is_file()]
     require(pictures, f"{folder} has no pictures: none of its files ends in {', '.join(PICTURES)}")
     for path in pictures:
         require(path.is_file(), f"{path} is not a file")    # of a pipe, reading waits for ever
@@ -136,7 +166,26 @@ def read_text(file, limit=2 ** 24):
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read: {reason}") from None
+
+
+@functools.cache
+def sweep(folder):
+    """Remove what this program left unfinished in a folder a day ago or longer, once a process."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.tiny_sd-[0-9a-f]{16}\.part", path.name):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < time.time() - 24 * 3600:
+                    remove(path)
+
+
+def remove(path):
+    """Remove a file, or a folder with all that is in it, where that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -148,14 +197,12 @@ def unfinished_name(path, inside=False):
     name = f".tiny_sd-{secrets.token_hex(8)}.part"
     unfinished = path / name if inside else path.with_name(name)
     try:
+        sweep(unfinished.parent.absolute())
         yield unfinished
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        if unfinished.is_dir() and not unfinished.is_symlink():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        remove(unfinished)
 
 
 @contextlib.contextmanager
@@ -167,14 +214,18 @@ def replace_atomically(path):
         os.replace(unfinished, path)
 
 
-def save_picture(pixels, path, parameters):
+def save_picture(pixels, path, parameters, enlarge=1):
     """Write a picture whole or not at all, under the first free name of a.png, a-1.png, ...
 
-    parameters: the text to record in it. Returns the name taken.
+    parameters: the text to record in it. enlarge: how many times as large to write it, smoothed.
+    Returns the name taken.
     """
+    picture = Image.fromarray(pixels)
+    if enlarge > 1:
+        picture = ImageOps.scale(picture, enlarge, Image.Resampling.LANCZOS)
     with unfinished_name(path) as unfinished:
         with open(unfinished, "xb") as file:
-            write_picture(Image.fromarray(pixels), file, path.suffix.lower(), parameters)
+            write_picture(picture, file, path.suffix.lower(), parameters)
         return take_free_name(unfinished, path)
 
 
@@ -214,6 +265,10 @@ def write_picture(picture, file, suffix, parameters):
     return picture.save(file, "WEBP" if suffix == ".webp" else "JPEG", quality=95, exif=exif)
 
 
-def printable(text):
-    """Return a text whose letters all can be written: lone surrogates become question marks."""
-    return text.encode(errors="replace").decode()
+def printable(text, control=True):
+    """Return a text that can be written: lone surrogates become question marks.
+
+    control: whether it may have letters that control a terminal, else spaces.
+    """
+    text = text.encode(errors="replace").decode()
+    return text if control else "".join(c if c.isprintable() else " " for c in text)

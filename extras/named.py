@@ -20,6 +20,8 @@ def find_model(name):
 
     UserError for a folder of several models, which lists them.
     """
+    if name is None:
+        return str(tiny_sd.HERE / "weights" / "emoji")
     path = Path(name)
     if path.is_dir() and not (path / "unet").exists():
         inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
@@ -62,6 +64,11 @@ def find_file(kind, name, model=None):
             if path.suffix in SUFFIXES and path.is_file():
                 return str(path)
     return None
+
+
+def find(kind, name, model):
+    """Return the path of a file that an option names: a path, or a name to look for."""
+    return name if Path(name).exists() else find_file(kind, name, model) or name
 
 
 def places(kind, model=None):

@@ -296,6 +296,21 @@ def tcd(denoise, x, steps, noise):
         yield x
 
 
+def as_web_ui(function):
+    """Return a sampler with the levels that AUTOMATIC1111's web UI gives it, and Forge.
+
+    k-diffusion's are linspace(T - 1, 0, n), with the noise's standard deviation in x_T; the
+    others' timesteps are "leading".
+    """
+    def same(*args):
+        return function(*args)
+    vars(same).update(vars(function), spacing="leading")
+    if hasattr(function, "range"):
+        vars(same).update(spacing="linspace", drops_last=0, fractional=True, range="steps",
+                          follows_config=False)
+    return same
+
+
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────
 
 KARRAS = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))

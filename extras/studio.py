@@ -6,7 +6,6 @@ request. What the program prints, perhaps from a line that was changed, is a not
 
 import base64
 import contextlib
-import copy
 import io
 import json
 import os
@@ -84,12 +83,9 @@ class Studio:
     def __init__(self, argv, inbox, send):
         self.inbox, self.send, self.runs = inbox, send, {}
         self.next, self.stopped = None, 0       # the request to draw next, the number to stop
-        self.args = args = cli.parse_arguments(argv)
-        cli.take_up_loras(args)
-        self.known, self.model = things.known_things(args.model), cli.load_model(args)
-        cli.fill_in(self.model, args)
-        h, w, _ = tiny_sd.latent_shape(self.model, args.width, args.height)
-        args.height, args.width = h * self.model.factor, w * self.model.factor
+        job = cli.make_job(argv)
+        self.known, self.model = things.known_things(job.model), cli.load_model(job)
+        self.args = cli.filled(self.model, job)
         self.quick = show.quick_decoder(self.model)
 
     def run(self):
@@ -145,9 +141,7 @@ class Studio:
     def draw(self, request, send):
         """Draw a picture, and send each step."""
         args, model, begun = arguments(self.args, request), self.model, time.monotonic()
-        cli.check_picture_memory(model, args, args.width, args.height)
-        for note in cli.remarks(model, args, self.known):
-            tell(note)
+        cli.check_picture_memory(model, args)
         if prompts.TAG.search(args.prompt) and not args.plain_prompt:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
         changing = in_time.changes(cli.words_of(args), args.negative_prompt)
@@ -155,12 +149,14 @@ class Studio:
         if changing and not args.plain_prompt:
             tell("where the words of a prompt that changes were listened to is not shown")
             chunks = []
-        walk = cli.start_walk(model, args, args.width, args.height, film)
+        walk, notes = cli.start_walk(model, args, film, cli.remarks(model, args, self.known))
+        for note in notes:
+            tell(note)
         send("begin", command=command_line(model, args),
              words=list(self.describe_words(args, chunks)))
 
         decode = (lambda x: tiny_sd.decode(model, x)) if is_live(args) else self.quick
-        total = int(round(args.steps * (args.strength if args.init_img else 1), 9))
+        total = cli.steps_of(args)
         steps, guesses = [], []
         for n, x in enumerate(walk, 1):      # noqa: B007
             steps.append(film.steps[-1])
@@ -233,19 +229,18 @@ def is_live(args):
 
 def arguments(base, request):
     """Return the command line's arguments with what the page asks for; UserError as there."""
-    args = copy.copy(base)
+    given = {"init_img": request.get("init_img"), "mask": request.get("mask")}
     for name, kind in FIELDS.items():
         value = request.get(name)
         if value is None:
             continue
         value = float(value) if kind is float and type(value) is int else value
         require(type(value) is kind, f"{name} {value!r:.50} is not what it should be")
-        setattr(args, name, files.printable(value) if kind is str else value)
-    args.negative_prompt, args.schedule = args.negative_prompt or None, args.schedule or None
-    args.init_img, args.mask = request.get("init_img"), request.get("mask")
-    args.notes, args.facts = [], {}
-    cli.check_arguments(args)
-    return args
+        given[name] = files.printable(value) if kind is str else value
+    job = base._replace(**given, notes=[], facts={})
+    job = job._replace(negative_prompt=job.negative_prompt or None, schedule=job.schedule or None)
+    cli.check_job(job)
+    return job
 
 
 def chunks_of(model, args):

@@ -1,5 +1,6 @@
 """What a small model knows how to draw, where its folder says so: things.json."""
 
+import difflib
 import json
 import re
 import textwrap
@@ -29,26 +30,59 @@ def texts(values):
 
 
 def split_words(text):
-    """Return a text's words in lower case, and each other sign by itself."""
-    return re.findall(r"[\w']+|[^\w\s]", text.lower())
+    """Return a text's words in lower case."""
+    return re.findall(r"[\w'-]+", text.lower())
 
 
 # What captions say beside things, styles, backgrounds and places.
 FRAME = "a an small and next to above below in the style on background"
+# What many say for a thing that is known by another name.
+SAME = dict(pair.split("=") for pair in (
+    "sofa=couch kitten=cat kitty=cat puppy=dog plane=airplane jet=airplane cellphone=phone "
+    "pc=computer tv=television home=house burger=hamburger bunny=rabbit ape=monkey auto=car "
+    "cab=taxi motorbike=motorcycle spaceship=rocket dinosaur=t-rex donut=doughnut pasta=spaghetti "
+    "noodles=spaghetti goldfish=fish hen=chicken toad=frog alligator=crocodile hippo=hippopotamus "
+    "rhino=rhinoceros insect=bug squirrel=chipmunk suitcase=luggage earth=globe yacht=sailboat "
+    "sea=wave ocean=wave present=gift bike=bicycle phone=telephone").split())
+
+
+def singular(word):
+    """Return a word without the ending of a plural."""
+    for ending, other in ("ies", "y"), ("ses", "s"), ("xes", "x"), ("hes", "h"), ("s", ""):
+        if word.endswith(ending) and not word.endswith("ss"):
+            return word.removesuffix(ending) + other
+    return word
+
+
+def like(word, names):
+    """Return the known name that is nearest to a word, or None; names: {words: name}."""
+    for said in word, singular(word):
+        if inside := [name for words, name in names.items() if said in words]:
+            return min(inside, key=len)
+        if (SAME.get(said),) in names:
+            return SAME[said]
+    alike = [words[0] for words in names if len(words) == 1 and abs(len(words[0]) - len(word)) < 2]
+    return next(iter(difflib.get_close_matches(word, alike, 1, 0.8)), None)
 
 
 def remarks(known, prompt):
     """Yield a line if a prompt names none of the known things, or has words beside them."""
     words = split_words(prompt)
-    names = [split_words(name) for names in known["things"] for name in names]
-    if words and not any(name == words[i:i + len(name)] for name in names
-                         for i in range(len(words))):
-        yield (f"the model knows nothing in \"{prompt[:100]}\": --things lists the "
-               f"{len(known['things'])} things that it can draw")
-        return
-    if new := [f'"{word}"' for word in unknown_words(known, prompt)]:
-        more = ", ..." if len(new) > 5 else ""
-        yield f"the model never learnt {', '.join(new[:5])}{more}: they can spoil the picture"
+    names = {tuple(split_words(name)): name for names in known["things"] for name in names}
+    lengths = {*map(len, names)}
+    named = any(tuple(words[i:i + n]) in names for n in lengths for i in range(len(words)))
+    new = unknown_words(known, prompt)
+    nearest = {word: like(word[:60], names) for word in new[:5]}
+    said = ", ".join(f'"{word[:60]}"' + f" (it knows {nearest[word]})" * bool(nearest[word])
+                     for word in new[:5]) + ", ..." * (len(new) > 5)
+    if named and new or any(nearest.values()):
+        yield (f"the model never learnt {said}: {'they' if len(new) > 1 else 'it'} can spoil the "
+               "picture")
+    elif prompt.strip() and not named:
+        near = next(filter(None, (like(word[:60], names) for word in words[:50]
+                                  if word not in FRAME.split())), None)
+        yield (f"the model knows nothing in \"{prompt[:100]}\"{f', but {near}' if near else ''}: "
+               f"--things lists the {len(known['things'])} things that it can draw")
 
 
 def unknown_words(known, prompt):
@@ -59,13 +93,24 @@ def unknown_words(known, prompt):
     return [word for word in dict.fromkeys(split_words(prompt)) if word not in learnt]
 
 
-def describe_things(known):
-    """Return what a model knows as text: things with their aliases, then the rest."""
+def describe_things(known, word=""):
+    """Return what a model knows as text: things with their aliases, then the rest.
+
+    word: list only what has it in its name.
+    """
     if known is None:
         raise UserError("this model does not say what it knows: it has no things.json, or "
                         "one that cannot be read")
     names = sorted(known["things"], key=lambda names: names[0].lower())
+    if word:
+        all_names = {tuple(split_words(name)): name for one in names for name in one}
+        near = like(word.lower(), all_names)
+        names = [one for one in names if word.lower() in " ".join(one).lower()]
+        if not names:
+            return f"no thing has {word} in its name" + f"; the nearest is {near}" * bool(near)
     things = [first + (f" ({', '.join(others)})" if others else "") for first, *others in names]
+    if word:
+        return "\n".join(things)
     parts = [(f"{len(things)} things, other names in brackets", "; ".join(things)),
              ('styles, as in "a cat in the blob style"', ", ".join(known["styles"])),
              ('backgrounds, as in "a cat on a light blue background"',

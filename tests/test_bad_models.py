@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from extras import cli, formats, like_diffusers
-from helpers import finish, sd
+from helpers import finish
 from helpers_cli import *  # noqa: F403
 from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
 
@@ -102,10 +102,10 @@ def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
             change()
         return lambda *args, **settings: walk(generate(*args, **settings))
 
-    monkeypatch.setattr(sd, "generate", then(write_it))
+    monkeypatch.setattr(like_diffusers, "generate", then(write_it))
     status, out, err = run("red", "-m", "model")
     assert (status, out) == (2, []) and "was changed while it was in use" in err[-1]
-    monkeypatch.setattr(sd, "generate", then(replace_it))
+    monkeypatch.setattr(like_diffusers, "generate", then(replace_it))
     assert run("red", "-m", "model")[:2] == (0, ["out.png"])
 
 

@@ -48,7 +48,7 @@ def test_parameters(draw):
 def test_parameters_with_all_left_as_it_is(draw):
     prompt, negative, facts = parse(draw("-p", "red apple"))
     assert (prompt, negative) == ("red apple", "")
-    assert facts.items() >= {"Sampler": "DPM++ 2M", "CFG scale": "7.5", "Seed": "0"}.items()
+    assert facts.items() >= {"Sampler": "PLMS", "CFG scale": "7.5", "Seed": "0"}.items()
     assert "Denoising strength" not in facts
 
 
@@ -77,12 +77,13 @@ def test_the_same_command_draws_the_same_file(run):
     "flags",
     [
         "-s 1", "-n apple", "--cfg-scale 2", "--guidance-scale 1", "--steps 3", "--karras",
+        "--web-ui",
         *(f"--sampler {name}" for name in sd.SAMPLERS if name != "dpm++2m"),
     ],
 )
 def test_every_option_matters(draw, flags):
-    flags = ["--steps", "4", *flags.split()]
-    assert abs(pixels(draw("red", *flags)) - pixels(draw("red", *flags[:2]))).max() > 0
+    plain = ["red", "--steps", "4", "--sampler", "dpm++2m"]
+    assert abs(pixels(draw(*plain, *flags.split())) - pixels(draw(*plain))).max() > 0
 
 
 @pytest.mark.slow
@@ -232,7 +233,16 @@ def test_samplers_by_the_names_of_other_programs(draw, flags, recorded):
 
 @pytest.mark.parametrize("argv, hint", [
     ("red --stepps 3", "did you mean --steps?"), ("red --sampler eular", "did you mean euler?"),
-    ("red --guidance 3", "did you mean --guidance-scale?"), ("red --W 8", "did you mean -W?"),
+    ("red --guidance 3", "here, --cfg-scale X"), ("red --scheduler Karras", "here, --sampler NA"),
+    ("red --lowvram", "here, --low-memory"), ("red --n 4", "here, -b N"),
+    ("red --eta 0.5", "eta 0"),
+    ("red --tiling", "has no counterpart here"), ("red --hr-scale 2", "draw it, then once more"),
+    ("red --num_inference_steps=9", "here, --steps N"), ("red --zzzz 1", "--zzzz 1 (--help lists"),
+    ("red --sampler 'DPM++ 3M SDE'", "plms, lcm (--help"),
+    ("--prompts p.txt red", "--prompts and a prompt exclude each other"),
+    (f"red -b 2 -s {2 ** 64 - 1}", "the seeds of --batch-size 2 from --seed"),
+    ("red -i in.png --strength 0", "near 0 the picture stays what it is"),
+    ("red --lora x:1001", "--lora"), ("red --W 8", "did you mean -W?"),
     ("red -m sd1.5", "did you mean sd15?"), ("red -m sdxl-trubo", "did you mean sdxl-turbo?"),
     ("red -m emogi", "did you mean emoji?"), ("red --clip_skip 2", "did you mean --clip-skip?"),
     ("red --embeding x", "did you mean --embedding?"),
@@ -243,7 +253,40 @@ def test_a_hint(refuse, argv, hint):
     assert hint in refuse(*shlex.split(argv))
 
 
-def test_a_seed_drawn_at_random(draw):
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"tiny_sd {sd.__version__}\n"
+
+
+def test_things_that_nobody_reads_to_the_end():
+    """As after "| head -1"."""
+    process = launch("--things")
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert (process.wait(), err) == (0, "")
+
+
+def test_files_by_their_names(run, model, here, monkeypatch):
+    """A checkpoint in weights/, a LoRA and an embedding in their folders; and a folder of files."""
+    monkeypatch.setattr(sd, "HERE", here / "program")
+    for file in ("program/weights/dreamy_v2.safetensors", "loras/ink.safetensors",
+                 "embeddings/word.pt", "checkpoints/other.ckpt", "checkpoints/one.safetensors"):
+        (here / file).parent.mkdir(parents=True, exist_ok=True)
+        (here / file).touch()
+    job = cli.make_job(["red", "-m", "dreamy_v2", "--lora", "ink:0.5", "--embedding", "word"])
+    assert Path(job.model) == here / "program/weights/dreamy_v2.safetensors"
+    (lora, weight), (word,) = *job.lora, job.embedding
+    assert Path(lora).samefile("loras/ink.safetensors") and weight == 0.5
+    assert Path(word).samefile("embeddings/word.pt")
+    assert Path(cli.make_job(["red", "-m", "other"]).model).samefile("checkpoints/other.ckpt")
+    assert run.bare("red", "-m", "checkpoints")[2] == [
+        "tiny_sd: checkpoints is a folder of models, not one: choose one of one.safetensors, "
+        "other.ckpt"]
+
+
+def test_a_seed_drawn_at_random(run, draw):
+    assert re.search(r"tiny_sd: the seed is \d+$", "\n".join(run("apple", "-s", "-1")[2]), re.M)
     seeds = {parse(draw("apple", "-s", "-1", "-b", "1"))[2]["Seed"] for _ in range(3)}
     assert len(seeds) == 3 and all(0 <= int(seed) < 2 ** 32 for seed in seeds)
     again = draw("apple", "-s", seeds.copy().pop())

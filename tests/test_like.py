@@ -43,7 +43,7 @@ def test_like_reads_what_other_programs_write(tmp_path):
         "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1",
     )
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    args = cli.parse_arguments(["--like", str(tmp_path / "a.png"), "--steps", "9", "-m", "emoji"])
+    args = cli.make_job(["--like", str(tmp_path / "a.png"), "--steps", "9", "-m", "emoji"])
     assert (
         args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale,
         args.seed, args.width, args.height,
@@ -96,7 +96,7 @@ def test_like_image_to_image(run):
 def test_like_names_what_other_programs_do(facts, line):
     write_facts("a.png", "a (cat:1.2)\nSteps: 2, Sampler: Euler, Seed: 3, Size: 8x8, Model: emoji, "
                 f"{facts}")
-    notes = cli.parse_arguments(["--like", "a.png"]).notes
+    notes = cli.make_job(["--like", "a.png"]).notes
     assert len(notes) == (line is not None)
     assert not line or notes[0].startswith(f"--like a.png: {line}")
 
@@ -111,8 +111,7 @@ def test_like_a_picture_of_the_web_ui(model):
     Path("loras").mkdir()
     for name in "loras/some thing.safetensors", "neg-emb.pt", "v1-5-pruned-emaonly.safetensors":
         Path(name).touch()
-    args = cli.parse_arguments(["--like", "a.png"])
-    cli.take_up_loras(args)
+    args = cli.make_job(["--like", "a.png"])
     assert args.notes == [] and args.model == "v1-5-pruned-emaonly.safetensors"
     assert args.prompt.startswith("a (cat:1.2) <lora") and args.negative_prompt is None
     assert (args.sampler, args.clip_skip, args.seed) == ("euler_a", 2, 42)
@@ -143,7 +142,7 @@ def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):
 def test_an_empty_negative_prompt_is_not_none(run):
     assert run("red", "-n", "", "-o", "a.png")[0] == run("red", "-o", "b.png")[0] == 0
     for name, negative in ("a.png", ""), ("b.png", None):
-        args = cli.parse_arguments(["--like", name, "-m", run.model])
+        args = cli.make_job(["--like", name, "-m", run.model])
         assert args.negative_prompt == negative
 
 
@@ -152,13 +151,13 @@ def test_like_takes_no_model_from_a_strangers_picture(run, refuse, here):
         write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model hash: x, "
                     f"Model: {name}")
         with pytest.raises(UserError, match="a.png was drawn by the model "):
-            cli.parse_arguments(["--like", "a.png"])
+            cli.make_job(["--like", "a.png"])
     write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model hash: 463d6a9")
     with pytest.raises(UserError, match="drawn by the model 463d6a9, which"):
-        cli.parse_arguments(["--like", "a.png"])
+        cli.make_job(["--like", "a.png"])
     write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
     note = "the model is not recorded: the bundled one draws, unless --model names another"
-    assert cli.parse_arguments(["--like", "a.png"]).notes == [f"--like a.png: {note}"]
+    assert cli.make_job(["--like", "a.png"]).notes == [f"--like a.png: {note}"]
     assert cli_lines(run, "--like", "a.png")[2] == []
 
 
@@ -216,7 +215,7 @@ DETAILER = LINE + ', ADetailer prompt: "a face, Steps: 3, Seed: 4", ADetailer mo
     'Civitai metadata: {}'])
 def test_each_program_has_its_own_spelling(text):
     write_facts("a.png", text)
-    args = cli.parse_arguments(["--like", "a.png"])
+    args = cli.make_job(["--like", "a.png"])
     assert (args.prompt, args.negative_prompt, args.cfg_scale, args.seed, args.steps, args.width,
             args.sampler) == ("a cat", "dog", 6.5, 42, 20, 512, "euler_a")
     said = ["what was found in it, such as faces, was drawn over"] * ("ADetailer" in text)
@@ -232,7 +231,7 @@ def test_texts_in_exif(code, codec, directory):
     exif, text = Image.Exif(), f"a café\nNegative prompt: 灯台\n{LINE}"
     (exif.get_ifd(0x8769) if directory == "Exif" else exif)[0x9286] = code + text.encode(codec)
     Image.new("RGB", (8, 8)).save("a.jpg", exif=exif)
-    args = cli.parse_arguments(["--like", "a.jpg"])
+    args = cli.make_job(["--like", "a.jpg"])
     assert (args.prompt, args.negative_prompt, args.seed) == ("a café", "灯台", 42)
 
 
@@ -260,7 +259,7 @@ def test_the_weightiest_comes_first_and_nothing_is_cut(model):
                 "ADetailer version: 24, ControlNet 0: x, ControlNet 1: y, Hires upscale: 2, "
                 "Eta: 1, Hires upscaler: Latent, Variation seed: 1, ENSD: 3, Foo: 1, Bar: 2, "
                 "Version: v1.6.0")
-    args = cli.parse_arguments(["--like", "a.png", "-m", str(model)])
+    args = cli.make_job(["--like", "a.png", "-m", str(model)])
     assert [line.split(": ")[1].split(" is not")[0] for line in args.notes] == [
         "Hires upscale 2", "ControlNet 0 x", "RNG GPU", "ADetailer model a", "Variation seed 1",
         "ENSD 3", "Bar 2; Eta 1; Foo 1 are not taken up"]

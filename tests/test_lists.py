@@ -49,7 +49,7 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     )
     for line, said in (
         ("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"),
-        ("red -m x", "model"), ("--prompt red", "not with --prompt"),
+        ("red -m x", "model"), ("--seed 3 red", "not with --seed"),
     ):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2
@@ -139,6 +139,24 @@ def test_a_number_sign_in_a_prompt(run):
     assert said == ["tiny_sd: p.txt, line 1: from #1 in the list on, this is a comment"]
     assert parse(Image.open("out-0001.png"))[0] == "a house,"
     assert parse(Image.open("out-0003.png"))[0] == "a#b"
+
+
+def test_lines_of_the_web_uis_lists(run):
+    """Its flags have underscores; so has the prompt one."""
+    Path("p.txt").write_text(
+        '--prompt "red, apple" --negative_prompt "x y" --cfg_scale 3 --steps 3 --sampler_name '
+        '"Euler a"\n--seed 4 --prompt apple\n"a red apple" -s 5\n')
+    status, out, err = run("--prompts", "p.txt")
+    found = [parse(Image.open(name)) for name in out]
+    assert [prompt for prompt, _, _ in found] == ["red, apple", "apple", "a red apple"]
+    assert found[0][1] == "x y" and found[0][2].items() >= {
+        "CFG scale": "3.0", "Steps": "3", "Sampler": "Euler a"}.items()
+    assert [facts["Seed"] for _, _, facts in found] == ["0", "4", "5"]
+
+
+def test_a_list_without_end_is_refused(refuse):
+    assert refuse("--prompts", "/dev/zero") == (
+        "tiny_sd: /dev/zero is larger than a text of 16,777,216 bytes")
 
 
 def test_lines_end_where_files_say(run):

@@ -70,8 +70,8 @@ def test_the_same_picture_from_weights_that_stay_in_their_file():
     ("--steps 4 --cfg-scale 1", [True, False, False]), ("--steps 20", [True, False, False])])
 def test_a_weight_is_kept_only_where_it_is_used_often(line, kept):
     model = formats.load("emoji")
-    args = cli.parse_arguments(["a cat", *line.split()])
-    narrow.keep_what_pays(model, cli.passes_of(model, [args]))
+    args = cli.make_job(["a cat", *line.split()])
+    narrow.keep_what_pays(model, cli.passes_of(model, [cli.filled(model, args)]))
     networks = model.unet, model.vae, model.encoders[0].weights
     for network, stays in zip(networks, kept):
         kinds = {type(leaf) for leaf in tiny_sd.flatten(network).values() if leaf.ndim > 1}
@@ -80,4 +80,4 @@ def test_a_weight_is_kept_only_where_it_is_used_often(line, kept):
 
 def test_low_memory_is_for_numpy():
     with pytest.raises(tiny_sd.UserError, match="--low-memory"):
-        cli.parse_arguments(["a cat", "--low-memory", "--backend", "torch"])
+        cli.make_job(["a cat", "--low-memory", "--backend", "torch"])

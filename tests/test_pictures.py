@@ -154,6 +154,47 @@ def test_a_mask_is_black_where_it_is_transparent(run):
     assert "tiny_sd: mask.png has no white, and so nothing is replaced" in err
 
 
+def test_a_mask_by_transparency(run):
+    """A hole in the picture itself, or in a copy of it, as ComfyUI's editor leaves it."""
+    hole = np.zeros((16, 16), bool)
+    hole[3:9, 4:14] = True
+    picture = with_alpha(PLAIN.resize((16, 16)), np.uint8(255 * ~hole))
+    picture.save("in.png")
+    picture.save("copy.png")
+    Image.fromarray(hole).save("mask.png")
+    drawn = [run("red", "-i", "in.png", "--mask", name) for name in
+             ("mask.png", "in.png", "copy.png")]
+    one, *others = (np.asarray(Image.open(out[0])) for _, out, _ in drawn)
+    for (_, _, err), other, name in zip(drawn[1:], others, ("in.png", "copy.png")):
+        assert np.array_equal(one, other)
+        assert f"tiny_sd: {name} is a mask by its transparency: the hole in it is replaced" in err
+
+
+def test_pipes_are_not_waited_for(run, refuse):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has none")
+    os.mkfifo("pipe.png")
+    for flag in "-i", "--like":
+        assert "pipe.png is not a picture that can be read: it is not a file" in refuse(
+            *["red"] * (flag == "-i"), flag, "pipe.png")
+    assert run("red", "-o", "pipe.png")[:2] == (0, ["pipe-1.png"])
+    Path("p.txt").write_text("red")
+    os.mkfifo("out-0001.png")
+    assert run("--prompts", "p.txt")[1] == ["out-0001-1.png"]
+    assert run("--prompts", "p.txt")[1] == []
+
+
+def test_what_a_killed_program_left_is_removed_a_day_later(run):
+    names = [f".tiny_sd-{k * 16}.part" for k in "abc"] + [".tiny_sd-x.part", "mine.part"]
+    for name in names:
+        Path(name).mkdir() if "c" * 16 in name else Path(name).touch()
+    for name in names[1:]:
+        os.utime(name, (0, 0))
+    files.sweep.cache_clear()
+    assert run("red")[0] == 0
+    assert {*map(str, Path().glob("*.part"))} == {names[0], *names[3:]}
+
+
 def test_a_mask_is_recorded(run):
     PLAIN.resize((16, 16)).save("in.png")
     Image.new("L", (16, 16), 255).save("mask.png")
@@ -243,6 +284,23 @@ def test_names_filled_in(run, flags, names):
     assert sorted(path.name for path in Path().iterdir()) == names
 
 
+@pytest.mark.parametrize("name", ["{x}{seed}", "[seed]-{prompt}"])
+def test_what_is_not_filled_in_is_told(run, name):
+    what = name[:name.index("{", 1)].rstrip("-")
+    said = cli_lines(run, "red", "-o", f"{name}.png")[2]
+    assert said == [f"--output: {what} stays as it is; {{seed}} and {{prompt}} are filled in"]
+
+
+def test_larger_pictures(run):
+    assert run("red", "-o", "a.png")[0] == run("red", "--enlarge", "4", "-o", "b.png")[0] == 0
+    one, large = (Image.open(name) for name in ("a.png", "b.png"))
+    assert one.size == (16, 16) and large.size == (64, 64)
+    assert abs(pixels(large.resize((16, 16), Image.Resampling.BOX)) - pixels(one)).mean() < 12
+    assert "Size: 16x16" in large.text["parameters"]
+    assert run("--like", "b.png", "-o", "c.png")[0] == 0
+    assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
 def test_a_name_filled_in_is_never_too_long(run):
     assert run("🍎" * 300, "-o", "{prompt}{seed}.png")[0] == 0
     assert run("苹" * 300, "-o", "{prompt}{seed}.png")[0] == 0
@@ -273,7 +331,7 @@ def test_a_prompt_too_long_for_a_jpeg(run):
 
 def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, monkeypatch):
     """With its number, too, and with the one that it gets where it is taken."""
-    monkeypatch.setattr(sd, "generate", None)
+    monkeypatch.setattr(like_diffusers, "generate", None)
     refuse("apple", "-o", "a" * 300 + ".png")
     refuse("apple", "-b", "2", "-o", "a" * 249 + ".png")
     Path("a" * 251 + ".png").touch()
@@ -364,7 +422,7 @@ def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):
         walk = generate(*args, **settings)
         Path("l.safetensors").unlink()
         return walk
-    monkeypatch.setattr(sd, "generate", gone)
+    monkeypatch.setattr(like_diffusers, "generate", gone)
     assert run("red", "--lora", "l.safetensors")[:2] == (0, ["out.png"])
 
 

@@ -422,8 +422,7 @@ def test_a_lora_named_in_the_prompt_is_added(run, beside, lora):
 
 def test_the_flag_wins_over_the_tag():
     """Which is not looked for."""
-    args = cli.parse_arguments(["a <lora:l:0.5>", "--lora", "elsewhere/l.safetensors:2"])
-    cli.take_up_loras(args)
+    args = cli.make_job(["a <lora:l:0.5>", "--lora", "elsewhere/l.safetensors:2"])
     assert args.lora == [("elsewhere/l.safetensors", 2.0)]
 
 
@@ -447,8 +446,7 @@ def test_a_tag_that_cannot_be_followed_is_refused(run, beside, lora, tmp_path, t
 def test_tags_of_the_web_ui(beside, lora, tmp_path, monkeypatch, tag, weight):
     monkeypatch.chdir(tmp_path)
     shutil.copy(lora, "l.safetensors")
-    args = cli.parse_arguments([f"a {tag} b", "-m", str(beside)])
-    cli.take_up_loras(args)
+    args = cli.make_job([f"a {tag} b", "-m", str(beside)])
     assert args.lora == [("l.safetensors", weight)]
     assert prompts.without_tags(f"a {tag} b, x < 3 > <3") == "a  b, x < 3 > <3"
 

@@ -599,7 +599,7 @@ def test_no_negative_prompt_is_not_an_empty_one(run, small):
         *_, x = like_diffusers.generate(model, "red apple", negative, steps=2)
         assert np.array_equal(tiny_sd.decode(model, x)[0], picture)
     for name, negative in ("out.png", None), ("out-1.png", ""), ("out-2.png", "red"):
-        args = cli.parse_arguments(["--like", name, "-m", str(small)])
+        args = cli.make_job(["--like", name, "-m", str(small)])
         assert args.negative_prompt == negative
 
 

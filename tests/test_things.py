@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,40 @@ def test_a_prompt_is_known_if_it_names_a_thing(prompt, known):
 @pytest.mark.parametrize("prompt, new", [
     ("a small cat on a light blue background", ""),
     ("kitty next to a hot dog in the flat style", ""),
-    ("masterpiece, best cat", '"masterpiece", ",", "best"'), ("(cat)", '"(", ")"'),
+    ("masterpiece, best cat", '"masterpiece", "best"'), ("(cat), rocket!", ""),
+    ("a shiny cat", '"shiny"'), ("cats", '"cats" (it knows cat)'),
+    ("rockte", '"rockte" (it knows rocket)'),
+    ("puppies and spaceships", '"puppies", "spaceships" (it knows rocket)'),
     ("1 2 3 4 5 6 cat", '"1", "2", "3", "4", "5", ...')])
 def test_words_that_were_never_learnt(prompt, new):
-    said = [f"the model never learnt {new}: they can spoil the picture"] if new else []
+    it = "they" if ", " in new else "it"
+    said = [f"the model never learnt {new}: {it} can spoil the picture"] if new else []
     assert [*things.remarks(KNOWN, prompt)] == said
+
+
+def test_what_is_near(model, capsys):
+    assert [*things.remarks(KNOWN, "something hot")] == [
+        'the model knows nothing in "something hot", but hot dog: --things lists the 3 things that '
+        "it can draw"]
+    for word, said in ("cat", "cat (kitty)\n"), ("HOT", "hot dog\n"), (
+            "spaceship", "no thing has spaceship in its name; the nearest is rocket\n"), (
+            "zzz", "no thing has zzz in its name\n"):
+        assert cli.main(["--things", word, "-m", str(model)]) == 0
+        assert capsys.readouterr().out == said
+
+
+def test_a_prompt_of_many_words_takes_no_time():
+    known = KNOWN | {"things": [[f"thing {i}"] for i in range(2000)]}
+    start = time.process_time()
+    assert len([*things.remarks(known, "a b " * 25_000)]) == 1
+    assert time.process_time() - start < 3
+
+
+def test_a_size_that_was_not_learnt_is_told(model, capsys, tmp_path):
+    draw = ["a cat", "-m", str(model), "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert cli.main(draw) == 0 and "pictures of" not in capsys.readouterr().err
+    assert cli.main([*draw, "-W", "32"]) == 0
+    assert "the model learnt pictures of 16 x 16: of other sizes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", ["🐱", "!!!"])

@@ -403,10 +403,10 @@ def test_a_recorded_vae_that_is_not_there_is_told(run, folder, tiny, capsys):
 def test_a_recorded_alias_is_taken_up(run):
     facts = "red\nSteps: 1, Sampler: Euler, Seed: 1, Size: 8x8, Model: emoji, RNG: CPU, VAE: "
     write_facts("a.png", facts + "taesdxl")
-    args = cli.parse_arguments(["--like", "a.png"])
+    args = cli.make_job(["--like", "a.png"])
     assert (args.vae, args.notes) == ("taesdxl", [])
     write_facts("a.png", facts + "../taesd")
-    args = cli.parse_arguments(["--like", "a.png"])
+    args = cli.make_job(["--like", "a.png"])
     assert args.vae is None and args.notes == [
         "--like a.png: VAE ../taesd is not taken up: give it with --vae"]
 
