@@ -3,14 +3,15 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from extras import cli, facts
-from helpers import write_model
+from extras import cli, facts, formats, like_diffusers, prompts
+from helpers import sd, write_model
 from helpers_cli import *  # noqa: F403
-from helpers_cli import PLAIN, cli_lines, parse, write_facts
+from helpers_cli import PLAIN, cli_lines, parse, pixels, write_facts
 from tiny_sd import UserError
 
 
@@ -270,3 +271,61 @@ def test_quoted_facts_of_other_programs():
     assert found == {"Steps": "2", "Lora hashes": "a: 1, b: 2", "Seed": "3"}
     found = facts.read_facts('Steps: 2, Hashes: {"model": "a", "b": "c"}, X: "\\"a\\\\", Y: 4')
     assert found == {"Steps": "2", "Hashes": '{"model": "a", "b": "c"}', "X": '"a\\', "Y": "4"}
+
+
+# ── The levels of the web UI ──────────────────────────────────────────────────────────────────────
+
+def drawn_by_the_web_ui(model, prompt, n, sampler, karras):
+    """Return the latents as k-diffusion walks to them, in the web UI's settings: seed 3, CFG 5.
+
+    x is x̄ = x_t / √ᾱ throughout, as there, and in float64.
+    """
+    context, _ = prompts.embed_prompts(model, [None, prompt])
+    logs = np.log((1 - model.alpha_bars) / model.alpha_bars) / 2
+    sigmas = np.exp(np.interp(np.linspace(999, 0, n), np.arange(1000), logs))
+    if karras:
+        low, high = np.exp(logs[[0, -1]]) ** (1 / 7)
+        sigmas = (high + np.linspace(0, 1, n) * (low - high)) ** 7
+    sigmas, noise = [*sigmas, 0.0], like_diffusers.Noise(3)
+
+    def denoised(x, sigma):
+        t, x_in = np.interp(np.log(sigma), logs, np.arange(1000)), x / (sigma ** 2 + 1) ** 0.5
+        one, other = (x - sigma * sd.predict(model, x_in.astype(np.float32), t, row[None])
+                      for row in context)
+        return one + 5 * (other - one)
+
+    x, old = sigmas[0] * noise(8, 8, 4)[None].astype(float), None
+    for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
+        new = denoised(x, sigma)
+        if sampler == "Euler":
+            x = x + (x - new) / sigma * (after - sigma)
+        elif sampler == "Euler a":
+            up = after / sigma * (sigma ** 2 - after ** 2) ** 0.5
+            x = x + (x - new) / sigma * ((after ** 2 - up ** 2) ** 0.5 - sigma)
+            x = x + noise(8, 8, 4) * up if after else x
+        else:       # DPM++ 2M
+            slope = new
+            if old is not None and after:
+                r = np.log(sigmas[i - 1] / sigma) / np.log(sigma / after)
+                slope = (1 + 1 / (2 * r)) * new - old / (2 * r)
+            x, old = after / sigma * x + (1 - after / sigma) * slope, new
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ 2M", "Euler Karras",
+                                     "DPM++ 2M Karras"])
+def test_like_draws_with_the_levels_of_the_program(folder, sampler):
+    """Whatever the model's own config says, here "leading"."""
+    facts = f"Steps: 6, Sampler: {sampler}, CFG scale: 5, Seed: 3, Size: 64x64, Model: small"
+    write_facts("a.png", f"a red apple\n{facts}, RNG: CPU, Version: v1.10.1")
+    assert cli.main(["--like", "a.png", "-m", str(folder), "-o", "b.png"]) == 0
+    model = formats.load(folder)
+    x = drawn_by_the_web_ui(model, "a red apple", 6, sampler.removesuffix(" Karras"),
+                            "Karras" in sampler)
+    assert abs(pixels(Image.open("b.png")) - sd.decode(model, x.astype(np.float32))[0]).max() <= 1
+    assert cli.main(["--like", "b.png", "-m", str(folder), "-o", "c.png"]) == 0
+    assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+    assert cli.main(["a red apple", "-m", str(folder), "--sampler", sampler, "--steps", "6",
+                     "-s", "3", "--cfg-scale", "5", "-o", "d.png"]) == 0
+    assert Path("b.png").read_bytes() != Path("d.png").read_bytes()
