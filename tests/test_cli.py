@@ -233,12 +233,13 @@ def test_samplers_by_the_names_of_other_programs(draw, flags, recorded):
 
 @pytest.mark.parametrize("argv, hint", [
     ("red --stepps 3", "did you mean --steps?"), ("red --sampler eular", "did you mean euler?"),
-    ("red --guidance 3", "here, --cfg-scale X"), ("red --scheduler Karras", "here, --sampler NA"),
+    ("red --guidance 3", "here, --cfg-scale X"), ("red --schedule Karras", "here, --scheduler"),
+    ("red --scheduler karas", "did you mean karras?"),
     ("red --lowvram", "here, --low-memory"), ("red --n 4", "here, -b N"),
     ("red --eta 0.5", "eta 0"),
     ("red --tiling", "has no counterpart here"), ("red --hr-scale 2", "draw it, then once more"),
     ("red --num_inference_steps=9", "here, --steps N"), ("red --zzzz 1", "--zzzz 1 (--help lists"),
-    ("red --sampler 'DPM++ 3M SDE'", "plms, lcm (--help"),
+    ("red --sampler 'DPM adaptive'", "unipc, tcd (--help"),
     ("--prompts p.txt red", "--prompts and a prompt exclude each other"),
     (f"red -b 2 -s {2 ** 64 - 1}", "the seeds of --batch-size 2 from --seed"),
     ("red -i in.png --strength 0", "near 0 the picture stays what it is"),
@@ -343,7 +344,7 @@ def test_karras_with_a_models_own_sampler_that_has_none(run, model):
     change(SCHEDULER, _class_name="LCMScheduler")(Path(shutil.copytree(model, "model")))
     status, out, err = run("red", "-m", "model", "--karras")
     assert (status, out) == (2, []) and err[-1].endswith(
-        "schedule karras does not go with sampler lcm")
+        "--scheduler karras does not go with --sampler lcm")
 
 
 # ── When it cannot go on ──────────────────────────────────────────────────────────────────────────

@@ -46,9 +46,9 @@ def test_like_reads_what_other_programs_write(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     args = cli.make_job(["--like", str(tmp_path / "a.png"), "--steps", "9", "-m", "emoji"])
     assert (
-        args.prompt, args.negative_prompt, args.steps, args.sampler, args.karras, args.cfg_scale,
+        args.prompt, args.negative_prompt, args.steps, args.sampler, args.schedule, args.cfg_scale,
         args.seed, args.width, args.height,
-    ) == ("a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", True, 6.5, 42, 512, 768)
+    ) == ("a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", "karras", 6.5, 42, 512, 768)
 
 
 def test_like_says_what_it_does_not_take_up(run):
