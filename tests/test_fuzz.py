@@ -62,7 +62,9 @@ FLAGS = {
     "--vae": ["model", "xl/vae", "vae.safetensors", "single.ckpt", "in.png", "lora.pt", "taesd"],
     "--prediction": ["v", "sample", "x"],
     "--preview": ["preview.png", "kept.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
-    "--karras": [None], "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
+    "--karras": [None], "--scheduler": ["simple", "sgm uniform", "automatic", "x", ""],
+    "--web-ui": [None], "--enlarge": ["0", "1", "3", "17", "x"], "--things": [None, "apple", ""],
+    "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--frobnicate": [None], "--like": ["like.png", "in.png", "none.png", ""],
     "--show": ["", ".", "no/such", "in.png"],
     "--prompts": ["prompts.txt", "in.png", "none.txt", ""],
@@ -70,8 +72,12 @@ FLAGS = {
 FACTS = [
     "", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000,
     "--help", "-h", "..", "/", "a\0b", "🍎", "Euler a", "Euler Karras", "LCM", "8x", "x8", "8x8",
-    "-8x8", "8x8x8", "12x16", "emoji",
+    "-8x8", "8x8x8", "12x16", "emoji", '"a, Steps: 2, Seed: 3, Size: 8x8"', '"a', '{"a": [1, {}',
+    "[[", "UniPC", "DPM++ 2M SDE Karras", "euler_ancestral_sgm_uniform", "web UI",
+    "some 0.8 other thing 1",
 ]
+THEIRS = ["Hires upscale", "ADetailer prompt", "ControlNet 0", "Denoising strength", "Mask", "VAE",
+          "Lora", "Levels", "Enlarged", "Model hash", "Civitai resources", "Foo", "Schedule type"]
 LINES = [
     "red apple",
     "red",
@@ -81,7 +87,8 @@ LINES = [
     "--like none.png", "-m none", "-i in.png --mask in.png", "--mask in.png", "-p blue",
     "blue -p blue", "--preview x.png", "--karras --sampler ddim", "\0", "\x1b[31m", "\ud800",
     "a" * 3000, "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85",
-    "\f", "🍎 -s 1",
+    "\f", "🍎 -s 1", '--prompt "red" --cfg_scale 3', "--seed 3 --prompt", '--prompt "',
+    '"red" -s 1', '"', "{red|blue} __a__ [a|b]", "--negative_prompt x",
 ]
 
 
@@ -343,7 +350,7 @@ def text_spoilt(path, rng):
     if kind == 0:
         text = re.sub(
             rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG",
-                        "Clip skip", "TI hashes"])
+                        "Clip skip", "TI hashes", "Version"])
             + ": [^,]*", lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text,
         )
     elif kind == 1:
@@ -353,6 +360,9 @@ def text_spoilt(path, rng):
                     ("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""),
                     (": ", ":"), ("red", "-h"), ("red", "--help"), ("red", "\0Steps: 3\n" * 9),
                     ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed"),
+                    ("RNG", f"{rng.choice(THEIRS)}: {rng.choice(FACTS)}, RNG"),
+                    ("\nSteps", " Steps"), ("CFG scale", "CFG Scale"),
+                    ("\nSteps", "\nTemplate: Steps: 2, Seed: 1, Size: 8x8\nSteps"),
                 ]
             )
         )
@@ -535,9 +545,11 @@ def case(folder, rng):
 
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
-         r"|--like \S+: (.* (is|are) (not taken up|another file)|the model is not recorded: )"
-         r"|.* on, this is a comment$"
-         r"|no prompt says |.* is read as it stands: |the model (knows nothing in|never learnt) "
+         r"|--like \S+: (.* (is|are) (not taken up|another file)|the model is not "
+         r"recorded: |the noise of its steps: )|the seed is \d+$|the model learnt pictures of "
+         r"|--output: .* stays as it is; |\S+ is a mask by its transparency: "
+         r"|.* on, this is a comment$|no prompt says |.* is read as (it stands|words): "
+         r"|the model (knows nothing in|never learnt) "
          r"|--strength does nothing without |\S+ has no white, and so nothing is replaced"
          r"|\S+ holds more than |\S+, \d+ x \d+, is cut to the shape of "
          r"|the prompt is too long to be recorded)")
