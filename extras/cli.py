@@ -337,8 +337,8 @@ def tagged_loras(args, notes):
     return found
 
 
-RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000), "clip_skip": (1, 100),
-          "enlarge": (1, 16)}
+RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000),
+          "clip_skip": (1, 100), "enlarge": (1, 16)}
 
 
 def check_job(job):
