@@ -128,7 +128,7 @@ def test_a_distilled_model_is_told_its_guidance():
     told = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(
         None, torch.tensor([7.5] * 3), 64)
     ours = like_diffusers.embed_time_and_guidance(model, x, t, guidance=8.5)
-    same("time and guidance", ours, network(times, told), 1e-5)
+    same("time and guidance", ours, network(times, told), 1e-4)     # of phases up to 7500
 
 
 @pytest.mark.parametrize("size", [(13, 9), (8, 16), (5, 3)])
