@@ -1135,6 +1135,7 @@ def read_safetensors(path):
     try:
         data = np.memmap(path, np.uint8, "r")
         start = 8 + int(data[:8].view("<u8")[0])
+        require(start <= len(data), "its header ends beyond it")
         header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         arrays = {}

@@ -20,7 +20,7 @@ from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
 # ── Models ────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("settings, said", [
-    ({"_class_name": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler is not known here: dpm++2m"),
+    ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not known here: dpm++2m"),
     ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is False here, not True"),
     ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'dpmsolver++' here"),
     ({"solver_order": 3}, "solver_order is 2 here, not 3"),
@@ -161,7 +161,7 @@ MODELS = {  # what was done to the folder, and what the line must name
     ),
     "an array of bytes": (
         arrays(lambda w: w.update({"conv_in.bias": np.ones(8, np.uint8)})),
-        "conv_in.bias is U8",
+        "numbers are uint8, not floats",
     ),
     "an array named in two lines": (
         arrays(lambda w: w.update({"a\nb": np.ones(8, np.float32)})),
