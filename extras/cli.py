@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import (
+    control,
     facts,
     files,
     formats,
@@ -169,6 +170,11 @@ def option_parser(**settings):
     add("--strength", type=float, metavar="X",
         help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
     add("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
+    add("--control", nargs=2, action="append", default=[], metavar=("FILE[:WEIGHT]", "PICTURE"),
+        help="a ControlNet, and the picture that it follows, such as outlines; repeatable")
+    add("--control-from", type=float, default=0.0, metavar="X",
+        help="the share of the steps from which it does (%(default)s)")
+    add("--control-until", type=float, default=1.0, metavar="X", help="and to which (%(default)s)")
 
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", type=output, default=Path("out.png"), metavar="FILE",
@@ -293,6 +299,7 @@ def make_job(argv, prompt=None, **settings):
     if not args.plain_prompt:
         args.lora += tagged_loras(args, notes)
 
+    args.control = [(*lora(file), picture) for file, picture in args.control]
     if args.sampler:
         args.sampler, own = args.sampler
         args.schedule = own if args.schedule is None else args.schedule
@@ -360,6 +367,11 @@ def check_job(job):
     low, high = job.cfg_interval or (0, 1)
     require(0 <= low < high <= 1, f"--cfg-interval {low:g}:{high:g} is not two rising numbers from "
                                   "0 to 1")
+    require(0 <= job.control_from < job.control_until <= 1,
+            f"--control-from {job.control_from:g} and --control-until {job.control_until:g} are "
+            "not two rising numbers from 0 to 1")
+    require(not job.control or not (job.show or job.play),
+            "--show and --play do not go with --control")
     require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
     require(not job.schedule or job.sampler in (None, *samplers.KARRAS),
@@ -460,7 +472,7 @@ def split_line(line):
 
 def check_line(job, first):
     """UserError where a line cannot share the model of the command, or a picture is not there."""
-    for file in filter(None, (job.init_img, job.mask)):
+    for file in filter(None, (job.init_img, job.mask, *(net[2] for net in job.control))):
         require(Path(file).exists(), f"{file} is not there")
     fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
              "formulas", "low_memory")
@@ -691,8 +703,15 @@ def start_walk(model, job, denoiser, notes):
     make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
     sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
     combine, timeline = tiny_sd.guide, timeline_of(job, embed)
+    controls = controls_of(model, job, notes)
+    counts = [net.count for net in controls]
+    if controls:
+        make = control.controlled(make, controls)
     if timeline:
-        embed, sampler, combine = timeline.embed, timeline.sampler(sampler), timeline.combine
+        embed, combine = timeline.embed, timeline.combine
+        counts.append(timeline.count)
+    if counts:
+        sampler = samplers.counting(sampler, *counts)
     if job.cfg_rescale:
         combine = guidance.rescaled(job.cfg_rescale, combine)
     if combine is not tiny_sd.guide:
@@ -704,6 +723,18 @@ def start_walk(model, job, denoiser, notes):
     return like_diffusers.generate(
         model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
         sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes
+
+
+def controls_of(model, job, notes):
+    """Return the control networks of --control with their pictures."""
+    n, controls = 1 + len(model.unet["down_blocks"][0]["resnets"]), []
+    for file, weight, path in job.control:
+        weights = control.read_control(file, n, job.backend, job.device, job.dtype)
+        control.check_control(file, weights, model)
+        picture = files.read_picture(path, job.width, job.height, notes)
+        controls.append(control.Control(model, weights, picture, weight, job.control_from,
+                                        job.control_until))
+    return controls
 
 
 def timeline_of(job, embed):

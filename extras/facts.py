@@ -66,6 +66,9 @@ FACTS = {       # in the order in which they are recorded
     "Denoising strength": Fact(lambda job, model: job.strength if job.init_img else "",
                                "strength"),
     "Mask": Fact(lambda job, model: plain(Path(job.mask or "").name)),
+    "ControlNet": Fact(lambda job, model: plain(" ".join(
+        f"{stem(file)} {weight} {Path(picture).name}"
+        for file, weight, picture in job.control))),
     "Clip skip": Fact(lambda job, model: job.clip_skip or "", "clip-skip"),
     "Plain prompt": Fact(lambda job, model: job.plain_prompt or ""),
     "Empty negative": Fact(lambda job, model: "encoded" if job.negative_prompt == "" else ""),
@@ -221,6 +224,7 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
     "Hires|First pass": "the picture was enlarged and drawn over (Hires fix)",
     "Ultimate SD|SD upscale|Tiled|MultiDiffusion": "it was enlarged and drawn over in tiles",
     "Refiner": "a second model drew the last steps",
+    "ControlNet$": "give it with --control",
     "ControlNet|T2I|IP.?Adapter": "another picture led the way",
     "RNG": "the noise came from a graphics card, and is other noise here",
     "ADetailer|FaceDetailer": "what was found in it, such as faces, was drawn over",
@@ -270,8 +274,7 @@ def read_again(path, args):
         options.pop("strength", None)       # that of the second drawing
     elif "strength" in options:
         left["Denoising strength"] = facts["Denoising strength"]
-    if "Mask" in facts:
-        left["Mask"] = facts["Mask"]
+    left |= {name: facts[name] for name in ("Mask", "ControlNet") if name in facts}
     if (noise := facts.get("RNG", "CPU" if program in ON_THE_CPU else "GPU")) != "CPU":
         left["RNG"] = noise
     if program == "ComfyUI" and "(" in re.sub(r"\\.", "", words):

@@ -132,8 +132,8 @@ def all_words(text):
 class Timeline:
     """What two prompts say at each of n steps; each distinct text is encoded once.
 
-    embed, denoiser(make_denoiser) and sampler(sampler) are for like_diffusers.generate; combine
-    is for extras/guidance.py.
+    embed and denoiser(make_denoiser) are for like_diffusers.generate, count for
+    samplers.counting, combine for extras/guidance.py.
     """
 
     def __init__(self, prompt, negative, n, embed):
@@ -155,7 +155,7 @@ class Timeline:
         return self.inner(model, self.texts)
 
     def denoiser(self, make_denoiser):
-        """Return make_denoiser, given the contexts of the step where sampler() is."""
+        """Return make_denoiser, given the contexts of the step that is next."""
         def make(model, context, guidance=1.0, pooled=None, *others):
             @functools.cache
             def asking(*rows):
@@ -169,12 +169,6 @@ class Timeline:
             return denoise
         return make
 
-    def sampler(self, sampler):
-        """Return the sampler, counting its steps."""
-        @functools.wraps(sampler)
-        def counted(denoise, x, steps, noise=None):
-            self.step = 0
-            for x in sampler(denoise, x, steps, noise):     # noqa: B020
-                self.step = min(self.step + 1, len(self.steps) - 1)
-                yield x
-        return counted
+    def count(self, step, n):
+        """Say that step `step` is next, counted from 0."""
+        self.step = min(step, len(self.steps) - 1)

@@ -96,11 +96,12 @@ def with_guidance(make_denoiser, guidance, model, context, _, *others):
 
 
 def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None,
-             combine=guide) -> Callable:
+             combine=guide, predict=None) -> Callable:
     """Do what tiny_sd.denoiser does, but ask with both contexts at once.
 
     NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch. combine:
-    see extras/guidance.py, for which there may be more than two contexts.
+    see extras/guidance.py, for which there may be more than two contexts. predict: what to ask
+    instead of tiny_sd.predict.
     """
     numpy = isinstance(context, np.ndarray)
 
@@ -110,8 +111,8 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
         def ask(contexts):      # for every picture, with each of these contexts
             rows = np.repeat(contexts, len(x))
             pooled_rows = None if pooled is None else pooled[rows]
-            return tiny_sd.predict(model, np.concatenate([x] * len(contexts)), t, context[rows],
-                                   pooled_rows, guidance)
+            return (predict or tiny_sd.predict)(model, np.concatenate([x] * len(contexts)), t,
+                                                context[rows], pooled_rows, guidance)
 
         both = list(range(len(context)))
         halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if numpy

@@ -18,6 +18,7 @@ Some ask the model at levels between those of the steps. They find the time of a
 denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
 """
 
+import functools
 import math
 import re
 from itertools import zip_longest
@@ -309,6 +310,20 @@ def as_web_ui(function):
         vars(same).update(spacing="linspace", drops_last=0, fractional=True, range="steps",
                           follows_config=False)
     return same
+
+
+def counting(sampler, *counts):
+    """Return the sampler, calling each of counts with (i, n) before step i of n, from 0."""
+    @functools.wraps(sampler)
+    def counted(denoise, x, steps, noise=None):
+        def count(i):
+            for call in counts:
+                call(i, len(steps))
+        count(0)
+        for i, x in enumerate(sampler(denoise, x, steps, noise), 1):        # noqa: B020
+            count(i)
+            yield x
+    return counted
 
 
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────

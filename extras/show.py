@@ -189,9 +189,9 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
     mark.add_text("Software", "tiny_sd preview")
     check_preview(path)
 
-    def make(model, *args):
+    def make(model, *args, **settings):
         small = quick_decoder(model)
-        denoise = inside(model, *args)
+        denoise = inside(model, *args, **settings)
 
         def watched(x, t, alpha_bar):
             x_0, eps = denoise(x, t, alpha_bar)

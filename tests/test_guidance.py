@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from PIL import Image
 
 import tiny_sd as sd
-from extras import guidance, in_time, like_diffusers
+from extras import guidance, in_time, like_diffusers, samplers
 from helpers_cli import *  # noqa: F403
 
 
@@ -163,7 +163,7 @@ def test_a_prompt_that_changes_is_asked_for_in_time(loaded, sampler):
     timeline = in_time.Timeline("[red:apple:2] re", "[a|b]", 4, embed)
     walk = like_diffusers.generate(
         loaded, "", None, steps=4, guidance=3, make_denoiser=timeline.denoiser(make),
-        embed=timeline.embed, sampler=timeline.sampler(sd.SAMPLERS[sampler]))
+        embed=timeline.embed, sampler=samplers.counting(sd.SAMPLERS[sampler], timeline.count))
     assert encoded == [["a", "red re", "b", "apple re"]]
     contexts, _ = sd.embed_prompts(loaded, encoded[0])
     expected = [(0, 1), (2, 1), (0, 3), (2, 3)]
@@ -177,8 +177,9 @@ def test_a_prompt_in_time_begins_and_ends_as_its_texts_do(loaded):
     """The first steps are those of the first text; a change after all of them is none."""
     def walk(prompt):
         timeline = in_time.Timeline(prompt, None, 6, sd.embed_prompts)
+        sampler = samplers.counting(sd.SAMPLERS["euler"], timeline.count)
         return list(like_diffusers.generate(
-            loaded, prompt, steps=6, sampler=timeline.sampler(sd.SAMPLERS["euler"]),
+            loaded, prompt, steps=6, sampler=sampler,
             make_denoiser=timeline.denoiser(like_diffusers.denoiser), embed=timeline.embed))
     red, changed, late = (walk(text) for text in ("red", "[red:apple:4]", "[red:apple:6]"))
     for x, y in zip(red[:4], changed[:4]):

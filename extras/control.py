@@ -1,0 +1,160 @@
+"""ControlNet: a second network that sees another picture, and steers the U-Net (REFERENCE §9).
+
+Zhang et al., 2023. It is a copy of the U-Net's way down, with a few convolutions in front for the
+other picture, such as its outlines, and a 1x1 convolution behind each skip. Those began as zeros,
+so that training began with the U-Net as it was. What they return is added to the U-Net's skips and
+to its middle.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+
+import tiny_sd
+from extras.formats import from_original_name
+from extras.narrow import to_backend
+from extras.pickles import read_tensors
+from tiny_sd import (
+    array_like,
+    conv2d,
+    down_block,
+    flatten,
+    group_norm,
+    linear,
+    nest,
+    require,
+    silu,
+    to_numpy,
+    up_block,
+)
+
+COPIED = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block")
+OWN = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+HINT_NAMES = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
+ORIGINAL_NAMES = [
+    (r"input_hint_block\.(\d{1,2})\.",
+     lambda m: f"controlnet_cond_embedding.{HINT_NAMES[min(int(m[1]) // 2, 7)]}."),
+    (r"zero_convs\.(\d{1,2})\.0\.", r"controlnet_down_blocks.\1."),
+    (r"middle_block_out\.0\.", "controlnet_mid_block.")]
+
+
+@functools.lru_cache(4)
+def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
+    """Return the nested weights of a control network in a file, or in a folder of diffusers.
+
+    n: ResNet blocks a level of the U-Net's way up, by which the original names count.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "diffusion_pytorch_model.safetensors"
+    require(file.is_file(), f"there is no control network {file}")
+    arrays = read_tensors(file)
+    start = "control_model."
+    if any(name.startswith(start) for name in arrays):
+        arrays = {current_name(name.removeprefix(start), n): array
+                  for name, array in arrays.items() if name.startswith(start)}
+    require(all(any(name.startswith(own) for name in arrays) for own in OWN),
+            f"{path} is not a control network")
+    return nest({name: to_backend(array, backend, device, dtype)
+                 for name, array in arrays.items()})
+
+
+def current_name(name, n):
+    """Return diffusers' name of a weight in the original layout."""
+    for old, new in ORIGINAL_NAMES:
+        name, found = re.subn(f"^{old}", new, name)
+        if found:
+            return name
+    return from_original_name("unet", name, None, n)
+
+
+def check_control(path, weights, model):
+    """UserError unless the network steers this model: its copies have the shapes of the U-Net's."""
+    def shapes(tree):
+        return {name: tuple(array.shape) for name, array in flatten(
+            {part: tree[part] for part in COPIED if part in tree}).items()}
+    ours, theirs = shapes(weights), shapes(model.unet)
+    if model.inpaints:
+        theirs["conv_in.weight"] = ours.get("conv_in.weight")
+    wrong = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
+    require(wrong is None, f"{path} is a control network for another model than {model.name}: "
+            f"{wrong} is {ours.get(wrong)}, and {theirs.get(wrong)} in the U-Net")
+
+
+def hint_features(picture, conv_in, blocks, conv_out):
+    """Shrink the other picture (1, 8 h, 8 w, 3) in [0, 1] to (1, h, w, 320)."""
+    h = silu(conv2d(picture, **conv_in))
+    for i, block in enumerate(blocks):
+        h = silu(conv2d(h, **block, stride=1 + i % 2))      # every second halves it
+    return conv2d(h, **conv_out)
+
+
+def way_down(x, temb, context, n_head, groups, down_blocks, mid_block=None):
+    """Return the middle and the skips: the first half of tiny_sd.unet, after its conv_in."""
+    skips = [x]
+    for heads, block in zip(n_head, down_blocks):
+        x = down_block(x, skips, temb, context, heads, groups, **block)
+    if mid_block:
+        x = down_block(x, [], temb, context, n_head[-1], groups, **mid_block)
+    return x, skips
+
+
+class Control:
+    """A control network and what it sees: picture (height, width, 3) of uint8.
+
+    strength: multiplies what it adds. start, end: shares of the steps between which it adds it.
+    """
+
+    def __init__(self, model, weights, picture, strength=1.0, start=0.0, end=1.0):
+        self.weights, self.strength, self.start, self.end = weights, strength, start, end
+        self.now = strength
+        pixels = array_like(weights["conv_in"]["bias"], picture[None] / 255)
+        self.hint = hint_features(pixels, **weights["controlnet_cond_embedding"])
+
+    def count(self, step, n):
+        """Say that step `step` of n is next, counted from 0."""
+        inside = step / n >= self.start and (step + 1) / n <= self.end
+        self.now = self.strength if inside else 0.0
+
+    def added(self, model, x, t, context, pooled):
+        """Return what is added to the U-Net's middle and skips at x (batch, h, w, 4), or None."""
+        if not self.now:
+            return None
+        weights, config = self.weights, model.config.unet
+        embed_time = tiny_sd.embed_time_and_text if pooled is not None else tiny_sd.embed_time
+        twin = tiny_sd.Model("", model.config, [], {}, weights, model.alpha_bars)
+        temb = embed_time(twin, x, np.full(len(x), t), pooled)
+        h = conv2d(x[..., :weights["conv_in"]["weight"].shape[-1]], **weights["conv_in"])
+        middle, skips = way_down(h + self.hint, temb, context, config.n_head,
+                                 config.norm_num_groups, weights["down_blocks"],
+                                 weights["mid_block"])
+        return (self.now * linear(middle, **weights["controlnet_mid_block"]),
+                [self.now * linear(skip, **zero)
+                 for skip, zero in zip(skips, weights["controlnet_down_blocks"], strict=True)])
+
+
+def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
+    """Do what tiny_sd.predict does, steered by control networks (9.17)."""
+    unet, config, x = model.unet, model.config.unet, array_like(context, x)
+    temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
+    size, heads = config.norm_num_groups, config.n_head
+    h, skips = way_down(conv2d(x, **unet["conv_in"]), temb, context, heads, size,
+                        unet["down_blocks"], unet.get("mid_block"))
+    for control in controls:
+        if added := control.added(model, x, t, context, pooled):
+            h = h + added[0]
+            skips = [skip + more for skip, more in zip(skips, added[1], strict=True)]
+
+    for n, block in zip(reversed(heads), unet["up_blocks"]):
+        h = up_block(h, skips, temb, context, n, size, **block)
+    h = silu(group_norm(h, size, 1e-5, **unet["conv_norm_out"]))
+    return to_numpy(conv2d(h, **unet["conv_out"]))
+
+
+def controlled(make_denoiser, controls):
+    """Return make_denoiser, so that what it makes is steered by these."""
+    def make(*args):
+        return make_denoiser(*args, predict=functools.partial(predict, controls))
+    return make

@@ -1,0 +1,215 @@
+"""ControlNet: equal to diffusers', on both backends; its files, its options."""
+
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from test_parity import first, last
+
+import tiny_sd as sd
+from conftest import randomise, same
+from extras import control, like_diffusers, samplers
+from helpers import TWO_ENCODERS, write_model
+
+SIZE = {"width": 72, "height": 104}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random_network(unet):
+    """A control network for a U-Net of diffusers, with noise where training begins at zero."""
+    torch.manual_seed(5)
+    network = randomise(diffusers.ControlNetModel.from_unet(unet), 7)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if name.startswith("controlnet_") and p.ndim > 1 and not p.any():
+                p += torch.randn_like(p) / p[0].numel() ** 0.5
+    return network
+
+
+@pytest.fixture(scope="module")
+def network(reference):
+    return random_network(reference.unet)
+
+
+@pytest.fixture(scope="module")
+def written(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("controls") / "outlines"
+    network.save_pretrained(path)
+    return path
+
+
+def edges(width=72, height=104):
+    pixels = np.random.default_rng(3).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(pixels // 128 * 255))
+
+
+def original_names(arrays):
+    """Return the arrays as in the single files of the ControlNet's authors."""
+    import re
+    names = {}
+    unet = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+            "conv_in": "input_blocks.0.0", "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    hint = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
+    for name in arrays:
+        new = name
+        if name.startswith("controlnet_cond_embedding."):
+            part, _, end = name.removeprefix("controlnet_cond_embedding.").rpartition(".")
+            new = f"input_hint_block.{2 * hint.index(part)}.{end}"
+        new = re.sub(r"^controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", new)
+        new = re.sub("^controlnet_mid_block", "middle_block_out.0", new)
+        for long, short in unet.items():
+            new = re.sub(f"^{re.escape(long)}\\.", f"{short}.", new)
+        new = re.sub(r"^down_blocks\.(\d)\.downsamplers\.0\.conv",
+                     lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op", new)
+        new = re.sub(r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)", lambda m:
+                     f"input_blocks.{3 * int(m[1]) + int(m[3]) + 1}.{int(m[2] == 'attentions')}",
+                     new)
+        if ".resnets." in name:
+            for long, short in inside.items():
+                new = new.replace(f".{long}.", f".{short}.")
+        names[f"control_model.{new}"] = arrays[name]
+    return names
+
+
+def weights_at(path, model, backend="numpy"):
+    n = len(model.unet["down_blocks"][0]["resnets"]) + 1
+    found = control.read_control(str(path), n, backend)
+    control.check_control(path, found, model)
+    return found
+
+
+def test_residuals_and_output(network, written, reference, model, backend):
+    """What the network adds, and the U-Net's output with it, each picture at its own noise."""
+    rng, hint = np.random.default_rng(0), edges()
+    x, context = (rng.normal(size=shape).astype(np.float32)
+                  for shape in ((2, 13, 9, 4), (2, 77, 128)))
+    ours = control.Control(model, weights_at(written, model, backend), hint, 0.8)
+    like = model.unet["conv_in"]["bias"]
+    context = sd.array_like(like, context)
+    middle, skips = ours.added(model, sd.array_like(like, x), 500, context, None)
+
+    picture = first(hint[None].astype(np.float32) / 255).repeat(2, 1, 1, 1)
+    words = torch.as_tensor(sd.to_numpy(context))
+    down, mid = network(first(x), 500, words, picture, conditioning_scale=0.8, return_dict=False)
+    assert len(down) == len(skips) == 12
+    for found, expected in zip([*skips, middle], [*down, mid], strict=True):
+        same("ControlNet", sd.to_numpy(found), last(expected), 2e-5)
+
+    expected = reference.unet(first(x), 500, words, down_block_additional_residuals=down,
+                              mid_block_additional_residual=mid).sample
+    found = control.predict([ours], model, x, 500, context)
+    same("U-Net with ControlNet", found, last(expected), 2e-5)
+    assert abs(found - sd.predict(model, x, 500, context)).max() > 0.01
+    ours.now = 0.0
+    same("U-Net with ControlNet", control.predict([ours], model, x, 500, context),
+         sd.predict(model, x, 500, context), 1e-6)
+
+
+@pytest.mark.slow
+def test_pictures(network, written, reference, model, backend):
+    """Two networks, one of them for a part of the steps, as diffusers' pipeline draws it."""
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **{**reference.components, "scheduler": diffusers.DDIMScheduler.from_config(
+            reference.scheduler.config, timestep_spacing="leading", clip_sample=False)},
+        controlnet=[network, network], requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    hints = [edges(), edges()[::-1].copy()]
+    expected = np.asarray(pipe(
+        "a photo of a cat", [Image.fromarray(hint) for hint in hints], negative_prompt="a dog",
+        generator=[torch.Generator().manual_seed(5)], num_inference_steps=6, guidance_scale=7.5,
+        controlnet_conditioning_scale=[0.8, 0.5], control_guidance_start=[0.0, 0.3],
+        control_guidance_end=[1.0, 0.8], **SIZE).images[0])
+
+    weights = weights_at(written, model, backend)
+    controls = [control.Control(model, weights, hints[0], 0.8),
+                control.Control(model, weights, hints[1], 0.5, 0.3, 0.8)]
+    sampler = samplers.counting(sd.ddim, *(c.count for c in controls))
+    *_, x = like_diffusers.generate(
+        model, "a photo of a cat", "a dog", (5,), 6, 7.5, sampler, **SIZE,
+        make_denoiser=control.controlled(like_diffusers.denoiser, controls))
+    assert abs(sd.decode(model, x)[0].astype(int) - expected).max() <= 1
+
+
+def test_single_files_and_folders_hold_the_same(written, model, tmp_path):
+    arrays = load_file(written / "diffusion_pytorch_model.safetensors")
+    save_file(original_names(arrays), tmp_path / "original.safetensors")
+    save_file(arrays, tmp_path / "bare.safetensors")
+    expected = sd.flatten(weights_at(written, model))
+    for file in ("original.safetensors", "bare.safetensors"):
+        found = sd.flatten(weights_at(tmp_path / file, model))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(sd.widen(found[name]), sd.widen(expected[name]))
+                   for name in found)
+
+
+def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
+    from extras import cli
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(edges()).save("edges.png")
+    shutil.copy(written / "diffusion_pytorch_model.safetensors", "outlines.safetensors")
+    base = ["a cat", "-m", str(folder), "--steps", "3", "-W", "72", "-H", "104", "-o"]
+
+    def draw(name, *flags):
+        assert cli.main([*base, name, *flags]) == 0
+        return np.asarray(Image.open(name))
+    plain = draw("a.png")
+    steered = draw("b.png", "--control", "outlines.safetensors:0.5", "edges.png")
+    twice = draw("c.png", *["--control", str(written), "edges.png"] * 2, "--control-until", "0.7")
+    assert len({picture.tobytes() for picture in (plain, steered, twice)}) == 3
+    never = draw("d.png", "--control", str(written), "edges.png", "--control-from", "0.9")
+    assert np.array_equal(plain, never)
+    assert "ControlNet: outlines 0.5 edges.png" in Image.open("b.png").info["parameters"]
+
+    Image.new("RGB", (8, 8)).save("outlines.png")
+    save_file({"x": np.zeros(3, np.float32)}, "other.safetensors")
+    arrays = load_file("outlines.safetensors")
+    wide = {**arrays, "conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}
+    save_file(wide, "wide.safetensors")
+    save_file({k: v for k, v in arrays.items() if "mid_block.resnets" not in k}, "cut.safetensors")
+    for flags, said in (
+            (["no.safetensors", "edges.png"], "no.safetensors"),
+            (["outlines.safetensors", "no.png"], "no.png"),
+            (["other.safetensors", "edges.png"], "other.safetensors is not a control network"),
+            (["wide.safetensors", "edges.png"], "another model"),
+            (["cut.safetensors", "edges.png"], "another model"),
+            (["outlines.safetensors", "edges.png", "--control-from", "1"], "--control-from 1"),
+            (["outlines.safetensors", "edges.png", "--show", "page"], "--show")):
+        capsys.readouterr()
+        assert cli.main([*base, "e.png", "--control", *flags]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if "tiny_sd:" in line]
+        assert said in errors[-1]
+
+
+def test_sdxl(tmp_path, backend):
+    """With a second text encoder, the network also gets the pooled text and the sizes."""
+    folder = write_model(tmp_path / "xl", TWO_ENCODERS)
+    network = random_network(diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"))
+    network.save_pretrained(tmp_path / "outlines")
+    model = sd.load(folder, backend)
+
+    rng, hint = np.random.default_rng(0), edges(64, 96)
+    x, context, pooled = (rng.normal(size=shape).astype(np.float32) for shape in
+                          ((2, 12, 8, 4), (2, 12, 28), (2, 10)))
+    ours = control.Control(model, weights_at(tmp_path / "outlines", model, backend), hint)
+    xs, *others = (sd.array_like(model.unet["conv_in"]["bias"], array)
+                   for array in (x, context, pooled))
+    middle, skips = ours.added(model, xs, 500, *others)
+    sizes = torch.tensor([[24, 16, 0, 0, 24, 16]] * 2)
+    down, mid = network(first(x), 500, torch.as_tensor(context),
+                        first(hint[None].astype(np.float32) / 255).repeat(2, 1, 1, 1),
+                        added_cond_kwargs={"text_embeds": torch.as_tensor(pooled),
+                                           "time_ids": sizes}, return_dict=False)
+    for found, expected in zip([*skips, middle], [*down, mid], strict=True):
+        same("ControlNet of SDXL", sd.to_numpy(found), last(expected), 2e-5)
