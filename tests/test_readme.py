@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import inspect
 import os
 import re
@@ -79,6 +80,18 @@ def test_links_and_options_exist():
     commands = [line for line in TEXT.split("\n") if "python tiny_sd.py" in line]
     for flag in set(re.findall(r" (--[a-z-]+|-[a-zA-Z])\b", "\n".join(commands))):
         assert flag in known, flag
+
+
+def test_what_it_runs_is_there():
+    """Each file, module and test that a command names."""
+    for module in set(re.findall(r"python -m ([a-z_.]*[a-z_])", TEXT)) - {"venv"}:
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"python ([\w/]+\.py)", TEXT):
+        assert file == "your_program.py" or (ROOT / file).exists(), file
+    for folder, names in re.findall(r"(tests/)(test_[\w{},]+)\.py", TEXT):
+        before, _, choice = names.rstrip("}").partition("{")
+        for name in choice.split(","):
+            assert (ROOT / folder / f"{before}{name}.py").exists(), names
 
 
 def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
