@@ -263,7 +263,9 @@ def command_line(model, args):
              ("--steps", args.steps, steps), ("--cfg-scale", args.cfg_scale, guidance),
              ("--sampler", args.sampler, sampler), ("--scheduler", args.schedule, None),
              ("-W", args.width, size), ("-H", args.height, size), ("-i", args.init_img, None),
-             ("--mask", args.mask, None)]
+             ("--mask", args.mask, None), ("--cfg-rescale", args.cfg_rescale, 0.0)]
+    if args.cfg_interval:
+        flags.append(("--cfg-interval", "{:g}:{:g}".format(*args.cfg_interval), None))
     if args.init_img:
         flags.append(("--strength", args.strength, None))
     words = [args.prompt, *["--plain-prompt"] * args.plain_prompt]
