@@ -85,7 +85,7 @@ class Studio:
         self.next, self.stopped = None, 0       # the request to draw next, the number to stop
         job = cli.make_job(argv)
         self.known, self.model = things.known_things(job.model), cli.load_model(job)
-        self.args = cli.filled(self.model, job)
+        self.job = cli.filled(self.model, job)
         self.quick = show.quick_decoder(self.model)
 
     def run(self):
@@ -93,7 +93,7 @@ class Studio:
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
                   schedules={name: title(name) for name in (*SCHEDULES, *SPACINGS)},
-                  scheduled=KARRAS, values={name: getattr(self.args, name) for name in FIELDS},
+                  scheduled=KARRAS, values={name: getattr(self.job, name) for name in FIELDS},
                   things=[names[0] for names in (self.known or {}).get("things", [])])
         while True:
             while not (self.next and self.inbox.empty()):
@@ -140,52 +140,53 @@ class Studio:
 
     def draw(self, request, send):
         """Draw a picture, and send each step."""
-        args, model, begun = arguments(self.args, request), self.model, time.monotonic()
-        cli.check_picture_memory(model, args)
-        if prompts.TAG.search(args.prompt) and not args.plain_prompt:
+        job, model, begun = job_of(self.job, request), self.model, time.monotonic()
+        cli.check_picture_memory(model, job)
+        if prompts.TAG.search(job.prompt) and not job.plain_prompt:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
-        changing = in_time.changes(cli.words_of(args), args.negative_prompt)
-        film, chunks = show.Film(), chunks_of(model, args)
-        if changing and not args.plain_prompt:
-            tell("where the words of a prompt that changes were listened to is not shown")
-            chunks = []
-        walk, notes = cli.start_walk(model, args, film, cli.remarks(model, args, self.known))
+        film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)
+        run.chunks = chunks_of(model, job)
+        walk, notes = cli.start_walk(model, job, film, cli.remarks(model, job, self.known))
         for note in notes:
             tell(note)
-        send("begin", command=command_line(model, args),
-             words=list(self.describe_words(args, chunks)))
+        send("begin", command=command_line(model, job), words=list(self.described_words(run)))
 
-        decode = (lambda x: tiny_sd.decode(model, x)) if is_live(args) else self.quick
-        total = cli.steps_of(args)
-        steps, guesses = [], []
-        for n, x in enumerate(walk, 1):      # noqa: B007
-            steps.append(film.steps[-1])
-            guesses.append(show.as_pixels(decode(steps[-1].x_0)[0]))
-            left = (time.monotonic() - begun) / n * (total - n)
-            send("step", n=n, of=total, t=steps[-1].t, sigma=show.sigma(steps[-1]), left=left,
-                 x=png(self.quick(steps[-1].x)[0]), x_0=png(guesses[-1]))
+        for x in walk:      # noqa: B007
+            run.steps.append(film.steps[-1])
+            self.send_step(run, time.monotonic() - begun, send)
             if self.interrupted(request["id"]):
                 return send("stopped")
+        run.picture = tiny_sd.decode(model, x)[0]
+        self.keep(request["id"], run)
+        guided = any(step.push is not None for step in run.steps)
+        return send("done", picture=png(run.picture), seconds=time.monotonic() - begun,
+                    pushes=show.push_lengths(run.steps, 0).tolist() if guided else [])
 
-        picture = tiny_sd.decode(model, x)[0]
-        self.runs[request["id"]] = SimpleNamespace(args=args, chunks=chunks, steps=steps,
-                                                   guesses=guesses, picture=picture)
+    def send_step(self, run, seconds, send):
+        """Decode and send the newest step, and how long the others will take."""
+        n, of, step = len(run.steps), cli.steps_of(run.job), run.steps[-1]
+        guess = tiny_sd.decode(self.model, step.x_0) if is_live(run.job) else self.quick(step.x_0)
+        run.guesses.append(show.as_pixels(guess[0]))
+        send("step", n=n, of=of, t=step.t, sigma=show.sigma(step), left=seconds / n * (of - n),
+             x=png(self.quick(step.x)[0]), x_0=png(run.guesses[-1]))
+
+    def keep(self, number, run):
+        """Keep a drawing, and forget the oldest."""
+        self.runs[number] = run
         for old in [*self.runs][:-KEPT]:
             del self.runs[old]
-        guided = any(step.push is not None for step in steps)
-        pushes = show.push_lengths(steps, 0).tolist() if guided else []
-        return send("done", picture=png(picture), seconds=time.monotonic() - begun, pushes=pushes)
 
-    def describe_words(self, args, chunks):
+    def described_words(self, run):
         """Yield {text, chunk, tokens, unknown} of each word, with the start and the end."""
         tokenizer = self.model.encoders[0].tokenizer
-        unknown = things.unknown_words(self.known, args.prompt) if self.known else []
+        unknown = things.unknown_words(self.known, run.job.prompt) if self.known else []
         bos, eos = tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS]
         ids = []
-        for chunk in chunks:
+        for chunk in run.chunks:
             ids += [bos, *(i for i, _ in chunk), eos]
             ids += [tokenizer.pad] * (-len(ids) % tokenizer.length)
-        for word, positions in chunks and show.positions_of_words(tokenizer, chunks, len(ids)):
+        for word, positions in run.chunks and show.positions_of_words(
+                tokenizer, run.chunks, len(ids)):
             yield {"text": word, "chunk": int(positions[0]) // tokenizer.length,
                    "tokens": [[tokenizer.symbol[ids[p]], int(ids[p])] for p in positions[:20]],
                    "unknown": word in unknown}
@@ -210,9 +211,8 @@ class Studio:
     def save(self, request, send):
         """Save a picture as the command line does, and send its name."""
         run = self.run_of(request)
-        args = run.args
-        text = facts.parameters_text(args, self.model)
-        name, = cli.output_names(args)
+        text = facts.parameters_text(run.job, self.model)
+        name, = cli.output_names(run.job)
         send("saved", name=str(files.save_picture(run.picture, name, text)))
 
     def run_of(self, request):
@@ -222,13 +222,13 @@ class Studio:
         return run
 
 
-def is_live(args):
+def is_live(job):
     """Is a picture of this size drawn so quickly that it can follow a control?"""
-    return args.width * args.height <= LIVE
+    return job.width * job.height <= LIVE
 
 
-def arguments(base, request):
-    """Return the command line's arguments with what the page asks for; UserError as there."""
+def job_of(base, request):
+    """Return the job that the page asks for; UserError as for a command line."""
     given = {"init_img": request.get("init_img"), "mask": request.get("mask")}
     for name, kind in FIELDS.items():
         value = request.get(name)
@@ -243,35 +243,39 @@ def arguments(base, request):
     return job
 
 
-def chunks_of(model, args):
-    """Return the chunks in which the model reads the prompt, as in extras.prompts."""
-    words = cli.words_of(args)
-    if prompts.reads_weights(model) and not args.plain_prompt:
-        return prompts.chunks_of(model.encoders[0].tokenizer, words)
-    return show.one_chunk(model.encoders[0].tokenizer, words)
+def chunks_of(model, job):
+    """Return the chunks in which the model reads the prompt, [] if they change on the way."""
+    words, tokenizer = cli.words_of(job), model.encoders[0].tokenizer
+    if not job.plain_prompt and in_time.changes(words, job.negative_prompt):
+        tell("where the words of a prompt that changes were listened to is not shown")
+        return []
+    if prompts.reads_weights(model) and not job.plain_prompt:
+        return prompts.chunks_of(tokenizer, words)
+    return show.one_chunk(tokenizer, words)
 
 
-def command_line(model, args):
+def command_line(model, job):
     """Return the command that draws the same picture, without what the model decides itself."""
     sampler, steps, guidance = like_diffusers.defaults(model)
     size = model.config.unet.sample_size * model.factor
-    flags = [("-m", args.model, str(tiny_sd.HERE / "weights" / "emoji")),
-             *(("--lora", f"{file}:{weight}", None) for file, weight in args.lora),
-             *(("--embedding", file, None) for file in args.embedding), ("--vae", args.vae, None),
-             ("--clip-skip", args.clip_skip, None), ("--prediction", args.prediction, None),
-             ("-n", args.negative_prompt, None), ("-s", args.seed, 0),
-             ("--steps", args.steps, steps), ("--cfg-scale", args.cfg_scale, guidance),
-             ("--sampler", args.sampler, sampler), ("--scheduler", args.schedule, None),
-             ("-W", args.width, size), ("-H", args.height, size), ("-i", args.init_img, None),
-             ("--mask", args.mask, None), ("--cfg-rescale", args.cfg_rescale, 0.0)]
-    if args.cfg_interval:
-        flags.append(("--cfg-interval", "{:g}:{:g}".format(*args.cfg_interval), None))
-    if args.init_img:
-        flags.append(("--strength", args.strength, None))
-    words = [args.prompt, *["--plain-prompt"] * args.plain_prompt]
+    flags = [("-m", job.model, str(tiny_sd.HERE / "weights" / "emoji")),
+             *(("--lora", f"{file}:{weight}", None) for file, weight in job.lora),
+             *(("--embedding", file, None) for file in job.embedding), ("--vae", job.vae, None),
+             ("--clip-skip", job.clip_skip, None), ("--prediction", job.prediction, None),
+             ("-n", job.negative_prompt, None), ("-s", job.seed, 0),
+             ("--steps", job.steps, steps), ("--cfg-scale", job.cfg_scale, guidance),
+             ("--cfg-rescale", job.cfg_rescale, 0.0), ("--sampler", job.sampler, sampler),
+             ("--scheduler", job.schedule, None), ("-W", job.width, size),
+             ("-H", job.height, size), ("-i", job.init_img, None), ("--mask", job.mask, None)]
+    if job.cfg_interval:
+        flags.append(("--cfg-interval", "{}:{}".format(*job.cfg_interval), None))
+    if job.init_img:
+        flags.append(("--strength", job.strength, None))
+    words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt,
+             *["--plain-prompt"] * job.plain_prompt]
     for flag, value, default in flags:
         if value != default:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [flag, str(value).removesuffix(".0")]
     return "python tiny_sd.py " + shlex.join(words)
 
 
