@@ -183,7 +183,9 @@ def option_parser(**settings):
     add("--enlarge", type=int, default=1, metavar="N",
         help="write pictures N times as large, smoothed (%(default)s)")
     add("--preview", type=Path, metavar="PNG",
-        help="a file that shows, in small, what the picture looks like after each step")
+        help="a file that shows, blurred, what the picture looks like after each step")
+    add("--film", type=Path, metavar="FILE",
+        help="a .gif or .png that moves: the guess of each step, decoded, which takes time")
     add("--show", type=Path, metavar="DIR",
         help="a new folder for pictures of what is computed on the way")
     add("--play", action="store_true", help="a page to play with, in the browser")
@@ -377,8 +379,8 @@ def check_job(job):
     require(not job.schedule or job.sampler in (None, *samplers.KARRAS),
             f"--scheduler {job.schedule} does not go with --sampler {job.sampler}")
     require(not job.show or not job.explain, "--explain draws nothing that --show could show")
-    require(not job.prompts or not (job.show or job.explain or job.play),
-            "--show, --explain and --play take one prompt, not --prompts")
+    require(not job.prompts or not (job.show or job.explain or job.play or job.film),
+            "--show, --explain, --film and --play take one prompt, not --prompts")
     for text in filter(None, (job.prompt, job.negative_prompt)):
         prompts.check_length(text)
     check_outputs(job)
@@ -394,8 +396,10 @@ def check_outputs(job):
     require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
     require(job.preview is None or job.preview.suffix.lower() == ".png",
             f"--preview {job.preview} does not end in .png")
+    require(job.film is None or job.film.suffix.lower() in (".gif", ".png"),
+            f"--film {job.film} does not end in .gif or .png")
     require(job.preview != job.output, f"--preview and --output are both {job.output}")
-    for path in filter(None, (*output_names(job), job.preview)):
+    for path in filter(None, (*output_names(job), job.preview, job.film)):
         require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
         require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
         free = next(name for name in files.free_names(path) if not os.path.lexists(name))
@@ -514,7 +518,7 @@ def run(argv):
     if not jobs and ranks == 1:
         return tell(f"{first.prompts}: every picture is there already")
 
-    film, denoiser = watchers(first)
+    film, frames, denoiser = watchers(first)
     model = load_model(jobs[0] if jobs else first, jobs)
     jobs = [filled(model, job) for job in jobs]
     if first.explain:
@@ -534,6 +538,8 @@ def run(argv):
         if weighted(model, first):
             film.chunks = prompts.chunks_of(model.encoders[0].tokenizer, words_of(first))
         print(film.save(x, first.prompt, seeds_of(first)))
+    if frames:
+        print(files.save_film(frames, first.film))
     if first.prompts and ranks > 1:
         wait_for_other_ranks()
     return None
@@ -611,15 +617,17 @@ def remarks(model, job, known):
 
 
 def watchers(job):
-    """Return the film of --show, or None, and the denoiser to draw with."""
-    film, denoiser = None, like_diffusers.denoiser
-    if job.show or job.preview:
+    """Return the film of --show, or None, a list for the frames of --film, and the denoiser."""
+    film, frames, denoiser = None, [], like_diffusers.denoiser
+    if job.show or job.preview or job.film:
         from extras import show
         if job.show:
             film = denoiser = show.Film(job.show)
         if job.preview:
             denoiser = show.previewer(job.preview, denoiser)
-    return film, denoiser
+        if job.film:
+            denoiser = show.recorder(frames, denoiser)
+    return film, frames, denoiser
 
 
 def queue_title(number, total, seconds):

@@ -229,6 +229,16 @@ def save_picture(pixels, path, parameters, enlarge=1):
         return take_free_name(unfinished, path)
 
 
+def save_film(frames, path):
+    """Write pictures as a GIF or an animated PNG, by path's suffix; return the name taken."""
+    first, *others = map(Image.fromarray, frames)
+    with unfinished_name(path) as unfinished:
+        with open(unfinished, "xb") as file:
+            first.save(file, path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
+                       duration=[120] * len(others) + [2000])
+        return take_free_name(unfinished, path)
+
+
 def take_free_name(unfinished, path):
     """Rename a finished file to the first free name of a.png, a-1.png, ...; return that name."""
     for target in free_names(path):

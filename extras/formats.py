@@ -193,7 +193,8 @@ def fetch(name):
     except Exception as error:      # of whatever kind the HTTP library below raises
         files, more = (" ".join(first_of(lines, lambda file: ".fp16" not in file))
                        for lines in (FOLDER, SECOND))
-        raise UserError(f"there is no model {name}: no such file or folder; put {files} of "
+        pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
+        raise UserError(f"{pip}there is no model {name}: no such file or folder; put {files} of "
                         f"{repository} into {tiny_sd.HERE / 'weights' / name} (of an SDXL also "
                         f"{more}); they could not be fetched: {error}") from None
 

@@ -26,7 +26,7 @@ from extras import fast  # noqa: F401
 
 # isort: split
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -181,7 +181,7 @@ def attention_maps(maps, height, width):
 
 
 def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
-    """Return a denoiser that writes x̂_0 to a small PNG at each step.
+    """Return a denoiser that writes x̂_0 to a PNG at each step, decoded quickly and smoothed.
 
     UserError if there is such a file already, or comes to be, unless it is a preview too.
     """
@@ -196,10 +196,26 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
         def watched(x, t, alpha_bar):
             x_0, eps = denoise(x, t, alpha_bar)
             pixels = np.concatenate(small(x_0), axis=1)
+            picture = Image.fromarray(as_pixels(pixels))
+            scale = model.factor * x.shape[1] // picture.height     # 1 of a tiny VAE's
+            picture = ImageOps.scale(picture, scale, Image.Resampling.BICUBIC)
             with unfinished_name(path) as unfinished:
-                Image.fromarray(as_pixels(pixels)).save(unfinished, "PNG", pnginfo=mark)
+                picture.save(unfinished, "PNG", pnginfo=mark)
                 check_preview(path)
                 os.replace(unfinished, path)
+            return x_0, eps
+        return watched
+    return make
+
+
+def recorder(frames: list, inside=like_diffusers.denoiser) -> Callable:
+    """Return a denoiser that adds to frames what each guess x̂_0 looks like, decoded."""
+    def make(model, *args):
+        denoise = inside(model, *args)
+
+        def watched(x, t, alpha_bar):
+            x_0, eps = denoise(x, t, alpha_bar)
+            frames.append(np.concatenate(tiny_sd.decode(model, x_0), axis=1))
             return x_0, eps
         return watched
     return make

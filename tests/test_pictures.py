@@ -353,11 +353,21 @@ def test_preview_is_close_to_the_picture(tmp_path):
         )
         == 0
     )
-    small = np.asarray(Image.open(preview)).astype(float)
-    large = np.asarray(
-        Image.open(picture).resize(Image.open(preview).size, Image.Resampling.BOX)
-    ).astype(float)
-    assert small.shape == (16, 16, 3) and np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.8
+    guess, drawn = (pixels(Image.open(path)) for path in (preview, picture))
+    assert guess.shape == drawn.shape and np.corrcoef(guess.ravel(), drawn.ravel())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("suffix, kind", [(".gif", "GIF"), (".png", "PNG")])
+def test_a_film(run, refuse, suffix, kind):
+    """Of each guess; the last of them is the picture."""
+    status, out, _ = run("red", "-b", "2", "--sampler", "ddim", "--film", f"film{suffix}")
+    assert (status, out[2:]) == (0, [f"film{suffix}"])
+    film = Image.open(f"film{suffix}")
+    assert (film.format, film.n_frames, film.size) == (kind, 2, (32, 16))
+    film.seek(1)
+    drawn = np.concatenate([pixels(Image.open(name)) for name in out[:2]], axis=1)
+    assert abs(pixels(film.convert("RGB")) - drawn).mean() < (12 if kind == "GIF" else 1)
+    assert "--film film.jpg does not end in .gif or .png" in refuse("red", "--film", "film.jpg")
 
 
 def test_preview_replaces_only_a_preview(run, refuse):
@@ -370,7 +380,7 @@ def test_preview_replaces_only_a_preview(run, refuse):
         )
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
-        assert Image.open("new.png").size == (8, 8)
+        assert Image.open("new.png").size == (16, 16)
     assert "are both out.png" in refuse("apple", "--preview", "out.png", "-o", "out.png")
 
 

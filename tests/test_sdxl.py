@@ -624,6 +624,6 @@ def test_explain_show_and_preview(run, small, tmp_path, capsys):
     assert re.search(r"^text_encoder_2 text_projection +10 ", said, re.M)
 
     run("--preview", "preview.png")
-    assert Image.open("preview.png").size == (8, 8)
+    assert Image.open("preview.png").size == Image.open("out.png").size
     assert cli.main(["red apple", "-m", str(small), "--steps", "2", "--show", "page"]) == 0
     assert (tmp_path / "page/index.html").exists()
