@@ -137,7 +137,6 @@ def read_captioned(folder, caption=None):
     pictures = [path for path in paths if path.suffix.lower() in PICTURES and path.is_file()]
     require(pictures, f"{folder} has no pictures: none of its files ends in {', '.join(PICTURES)}")
     for path in pictures:
-        require(path.is_file(), f"{path} is not a file")    # of a pipe, reading waits for ever
         with opened(path) as picture:
             picture.load()
     captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]

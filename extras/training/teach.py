@@ -204,6 +204,7 @@ def held(folder):
     with contextlib.ExitStack() as stack:
         if fcntl:
             handle = os.open(folder, os.O_RDONLY)
+            os.set_inheritable(handle, True)        # for the recipe, which takes this one's place
             stack.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
