@@ -1,6 +1,8 @@
 """ControlNet: equal to diffusers', on both backends; its files, its options."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -54,7 +56,6 @@ def edges(width=72, height=104):
 
 def original_names(arrays):
     """Return the arrays as in the single files of the ControlNet's authors."""
-    import re
     names = {}
     unet = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
             "conv_in": "input_blocks.0.0", "mid_block.resnets.0": "middle_block.0",
@@ -140,6 +141,39 @@ def test_pictures(network, written, reference, model, backend):
         model, "a photo of a cat", "a dog", (5,), 6, 7.5, sampler, **SIZE,
         make_denoiser=control.controlled(like_diffusers.denoiser, controls))
     assert abs(sd.decode(model, x)[0].astype(int) - expected).max() <= 1
+
+
+def test_zeros_learn(reference, model):
+    """Of the slopes of a new network, those of the last zeros alone are not zero (9.20).
+
+    Through our own functions: the copy learns as soon as they have moved.
+    """
+    fresh = diffusers.ControlNetModel.from_unet(reference.unet)
+    arrays = {name: p.numpy() for name, p in fresh.state_dict().items()}
+    weights = sd.nest({name: sd.to_backend(array, "torch") for name, array in arrays.items()})
+    steered = control.Control(SimpleNamespace(), weights, edges())
+    learnt = sd.flatten(weights)
+    rng = np.random.default_rng(0)
+    x, context = (torch.tensor(rng.normal(size=shape), dtype=torch.float32)
+                  for shape in ((1, 13, 9, 4), (1, 77, 128)))
+    config = SimpleNamespace(config=model.config, alpha_bars=model.alpha_bars)
+
+    def learners():
+        with torch.enable_grad():
+            for weight in learnt.values():
+                weight.requires_grad_()
+            middle, skips = steered.added(config, x, 500, context, None)
+            loss = sum(((y - 1) ** 2).mean() for y in (middle, *skips))
+            slopes = torch.autograd.grad(loss, learnt.values(), allow_unused=True)
+        return {name: slope for name, slope in zip(learnt, slopes)
+                if slope is not None and slope.any()}
+    first_step = learners()
+    last_zeros = {name for name in learnt if re.match("controlnet_(down|mid)", name)}
+    assert first_step.keys() == last_zeros
+    for name, slope in first_step.items():
+        learnt[name] -= 0.1 * slope
+    assert learners().keys() >= {name for name in learnt if re.match("(down|mid)_block", name)
+                                 and "to_k.bias" not in name}
 
 
 def test_single_files_and_folders_hold_the_same(written, model, tmp_path):

@@ -24,8 +24,8 @@ from extras import fast, formats, like_diffusers, samplers
 from helpers import scheduler, shapes_of
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("checks", "cli", "fast", "files", "formats", "guidance", "like_diffusers", "samplers",
-          "schedules", "show")
+EXTRAS = ("checks", "cli", "control", "fast", "files", "formats", "guidance", "like_diffusers",
+          "samplers", "schedules", "show")
 PATHS = {"NOTES": "NOTES.md", "REFERENCE": "extras/REFERENCE.md"}
 TEXTS = {name: (ROOT / path).read_text(encoding="utf-8") for name, path in PATHS.items()}
 PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
