@@ -450,6 +450,14 @@ def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
     assert run("--steps", 1)[0] == 0        # once that is gone
 
 
+@pytest.mark.skipif(teach.fcntl is None, reason="there are no such locks")
+def test_a_model_from_scratch_has_its_state_to_itself(run):
+    with teach.held(Path("mine.state")):
+        status, out, (line,) = run("--from-scratch", output="mine")
+    assert (status, out) == (2, []) and "mine.state is in use: another process" in line
+    assert not Path("mine.state").exists()
+
+
 def never(*_, **__):
     raise KeyboardInterrupt
 

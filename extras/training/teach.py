@@ -248,8 +248,6 @@ def say_if_short(steps, minutes):
 
 def begin(args, pictures, prompts, state):
     """Return the training of a LoRA, as it was kept or as it begins, and what draws its sheets."""
-    # Torch's threads wait busily for each other: where other programs work too, most of the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from extras.training import lora  # not above: --help needs no torch
     model = formats.load(args.model, "torch", args.device, args.dtype)
     fill_in(args, model)
@@ -320,10 +318,12 @@ def teach(args, pictures, prompts, state):
 def run(argv):
     """Do what the command line asks for."""
     args = parse_arguments(argv)
-    if args.from_scratch:
-        train_from_scratch(args)
-    pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
+    # Torch's threads wait busily for each other: where other programs work too, most of the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with held(state_of(args.output)) as state:
+        if args.from_scratch:
+            train_from_scratch(args)
+        pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
         teach(args, pictures, prompts, state)
 
 
