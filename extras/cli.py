@@ -162,8 +162,8 @@ def option_parser(**settings):
         "whatever the model's config says; --like sets it for that program's pictures")
 
     add = parser.add_argument_group("size").add_argument
-    add("-W", "--width", type=int, metavar="N", help="in pixels (the model's own)")
-    add("-H", "--height", type=int, metavar="N", help="in pixels (the model's own)")
+    add("-W", "--width", type=int, metavar="N", help="columns of pixels (the model's own)")
+    add("-H", "--height", type=int, metavar="N", help="rows of pixels (the model's own)")
 
     add = parser.add_argument_group("from a picture").add_argument
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")

@@ -3,6 +3,7 @@
 What it writes, what it says, and how it refuses.
 """
 
+import argparse
 import re
 import shlex
 import shutil
@@ -447,8 +448,15 @@ def test_help_names_every_option(capsys):
 
 
 def test_each_option_says_what_it_does():
-    for action in cli.option_parser()._actions:
-        assert len(action.help or "") > 8, action.option_strings
+    """In words of its own, with the value that it has unless another is given."""
+    actions = [action for action in cli.option_parser()._actions if "--help" not in
+               action.option_strings]
+    said = [action.help % vars(action) for action in actions]
+    assert len({*said}) == len(said) and min(map(len, said)) > 8
+    for action, text in zip(actions, said):
+        value = action.default
+        if value and not isinstance(value, bool) and value != argparse.SUPPRESS:
+            assert str(value) in text, action.option_strings
 
 
 def test_the_examples_of_help_can_be_read():
