@@ -87,7 +87,7 @@ def output(text):
 
 EXAMPLES = """examples:
   python tiny_sd.py "a fox on a light blue background" -s 7 -o fox.png
-  python tiny_sd.py "lion" -n yellow --sampler euler_a -b 4         four pictures, seeds 0 to 3
+  python tiny_sd.py "lion" --sampler euler_a -b 4                   four pictures, seeds 0 to 3
   python tiny_sd.py "frog" -i fox.png --strength 0.7                from a picture
   python tiny_sd.py "rabbit face" -i fox.png --mask ears.png        where the mask is white
   python tiny_sd.py "a (red:1.3) lighthouse, [fog]" -m sd15         words with more and less weight

@@ -267,7 +267,7 @@ def read_again(path, args):
         options["plain-prompt"] = [None]
     if facts.get("Levels") or program in WEB_UI:
         options["web-ui"] = [None]
-    options |= sampler_again(path, facts, args, left)
+    options |= sampler_again(path, facts, args, left, program)
     options |= files_again(path, facts, args, left)
 
     if any(re.match("Hires|First pass", name) for name in left):
@@ -301,17 +301,19 @@ def split_words(words):
     return prompt[1:], negative.removeprefix(" ").removesuffix("\n")
 
 
-def sampler_again(path, facts, args, left):
+def sampler_again(path, facts, args, left, program):
     """Return the options for a picture's sampler, and add to left what they do not say."""
     title, asked = facts.get("Sampler", ""), facts.get("Schedule type", "Automatic")
     sampler, schedule = sampler_named(title) or args.sampler or (None, None)
     require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
                      "add --sampler NAME")
-    if sampler.endswith("sde") and facts.get("Version", "").split(" ")[0] != "tiny_sd":
+    if sampler.endswith("sde") and program != "tiny_sd":
         left["the noise of its steps"] = None
     schedule = schedule or schedule_named(asked)
     if not schedule and asked != "Automatic":
         left["Schedule type"] = asked
+    if program == "ComfyUI" and asked == "Automatic":
+        schedule = schedule or "normal"     # which it does not record
     takes = (args.sampler or [sampler])[0] in KARRAS
     return {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
 

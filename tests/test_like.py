@@ -102,6 +102,29 @@ def test_like_names_what_other_programs_do(facts, line):
     assert not line or notes[0].startswith(f"--like a.png: {line}")
 
 
+@pytest.mark.parametrize("facts, expected", [
+    ("Sampler: Euler, Version: v1.10.1", ("euler", None, True)),
+    ("Sampler: DPM++ 2M, Schedule type: SGM Uniform, Version: f2.0.1v1.10.1",
+     ("dpm++2m", "sgm uniform", True)),
+    ("Sampler: DPM++ 2M Karras", ("dpm++2m", "karras", True)),
+    ("Sampler: euler_ancestral", ("euler_a", "normal", False)),
+    ("Sampler: dpmpp_2m_karras", ("dpm++2m", "karras", False)),
+    ("Sampler: euler simple", ("euler", "simple", False)),
+    ("Sampler: Euler, Version: tiny_sd 0.2.0", ("euler", None, False)),
+    ("Sampler: Euler, Levels: web UI, Version: tiny_sd 0.3.0", ("euler", None, True))])
+def test_the_levels_are_those_of_the_program(facts, expected):
+    write_facts("a.png", f"red\nSteps: 2, Seed: 3, Size: 64x64, Model: emoji, RNG: CPU, {facts}")
+    job = cli.make_job(["--like", "a.png"])
+    assert (job.sampler, job.schedule, job.web_ui) == expected and job.notes == []
+
+
+def test_the_noise_of_a_sampler_that_is_other_noise_here():
+    write_facts("a.png", "red\nSteps: 2, Sampler: DPM++ 2M SDE Karras, Seed: 3, Size: 64x64, "
+                "Model: emoji, RNG: CPU, Version: v1.10.1")
+    note, = cli.make_job(["--like", "a.png"]).notes
+    assert note.endswith("steps: it came from a Brownian tree, and is other noise here")
+
+
 def test_like_a_picture_of_the_web_ui(model):
     """With all that it records of a prompt, and no negative prompt."""
     write_facts("a.png", "a (cat:1.2) <lora:some thing:0.8>, neg-emb\nSteps: 20, Sampler: Euler a, "
