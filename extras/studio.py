@@ -36,6 +36,9 @@ LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a c
 KEPT = 4            # the last drawings, which can be looked into
 FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg_scale": float,
           "sampler": str, "schedule": str, "width": int, "height": int, "strength": float}
+ELSEWHERE = {      # options that the picture does not depend on, or that the page has no use for
+    "help", "version", "words", "prompt", "prompts", "batch_size", "like", "things", "output",
+    "preview", "film", "show", "play", "port", "no_browser", "explain", "low_memory", "formulas"}
 
 
 def main():
@@ -85,7 +88,7 @@ class Studio:
         self.next, self.stopped = None, 0       # the request to draw next, the number to stop
         job = cli.make_job(argv)
         self.known, self.model = things.known_things(job.model), cli.load_model(job)
-        self.job = cli.filled(self.model, job)
+        self.job = cli.filled(self.model, job._replace(batch_size=1))
         self.quick = show.quick_decoder(self.model)
 
     def run(self):
@@ -213,7 +216,8 @@ class Studio:
         run = self.run_of(request)
         text = facts.parameters_text(run.job, self.model)
         name, = cli.output_names(run.job)
-        send("saved", name=str(files.save_picture(run.picture, name, text)))
+        send("saved", name=str(files.save_picture(run.picture, name, text,
+                                                           run.job.enlarge)))
 
     def run_of(self, request):
         """Return the drawing that a request is about."""
@@ -256,27 +260,32 @@ def chunks_of(model, job):
 
 def command_line(model, job):
     """Return the command that draws the same picture, without what the model decides itself."""
-    sampler, steps, guidance = like_diffusers.defaults(model)
     size = model.config.unet.sample_size * model.factor
-    flags = [("-m", job.model, str(tiny_sd.HERE / "weights" / "emoji")),
-             *(("--lora", f"{file}:{weight}", None) for file, weight in job.lora),
-             *(("--embedding", file, None) for file in job.embedding), ("--vae", job.vae, None),
-             ("--clip-skip", job.clip_skip, None), ("--prediction", job.prediction, None),
-             ("-n", job.negative_prompt, None), ("-s", job.seed, 0),
-             ("--steps", job.steps, steps), ("--cfg-scale", job.cfg_scale, guidance),
-             ("--cfg-rescale", job.cfg_rescale, 0.0), ("--sampler", job.sampler, sampler),
-             ("--scheduler", job.schedule, None), ("-W", job.width, size),
-             ("-H", job.height, size), ("-i", job.init_img, None), ("--mask", job.mask, None)]
-    if job.cfg_interval:
-        flags.append(("--cfg-interval", "{}:{}".format(*job.cfg_interval), None))
-    if job.init_img:
-        flags.append(("--strength", job.strength, None))
-    words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt,
-             *["--plain-prompt"] * job.plain_prompt]
-    for flag, value, default in flags:
-        if value != default:
-            words += [flag, str(value).removesuffix(".0")]
+    own = dict(zip(("sampler", "steps", "cfg_scale"), like_diffusers.defaults(model)))
+    own |= {"width": size, "height": size, "model": str(tiny_sd.HERE / "weights" / "emoji")}
+    if not job.init_img:
+        own["strength"] = job.strength
+    words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt]
+    for action in cli.option_parser()._actions:
+        value = getattr(job, action.dest, None)
+        first = own.setdefault(action.dest, action.default)     # of two options for one value
+        if action.dest not in ELSEWHERE and value not in (None, first):
+            own[action.dest] = value
+            words += option_words(action.option_strings[0], value)
     return "python tiny_sd.py " + shlex.join(words)
+
+
+def option_words(flag, value):
+    """Return the words of the command line that give an option this value."""
+    if isinstance(value, list):
+        return [word for item in value for word in option_words(flag, item)]
+    if value is True:
+        return [flag]
+    if flag == "--control":
+        file, weight, picture = value
+        return [flag, f"{file}:{weight}", str(picture)]
+    return [flag, ":".join(map(str, value)) if isinstance(value, tuple)
+            else str(value).removesuffix(".0")]
 
 
 def png(picture):
