@@ -9,6 +9,8 @@ import math
 import re
 from pathlib import Path
 
+from extras import shapes
+from extras.like_diffusers import noise_levels
 from extras.samplers import SCHEDULERS
 from tiny_sd import (
     ACTIVATIONS,
@@ -16,65 +18,99 @@ from tiny_sd import (
     flatten,
     read_config,
     require,
-    scaled_linear_schedule,
     shorten,
 )
 
 # ── Configs ─────────────────────────────────────────────────────────────────────────────────────
 #
-# What each field may say: range(...) is a whole number in it; (low, high) a number from low to
-# high; {...} one of these; [...] a list of 1 to 8 such values; str a text.
+# What each field may say: (low, high) a number from low to high, a whole one if these are; {...}
+# one of these; [...] a list of 1 to 8 such values; str a text. The shapes of the weights say more.
 
-WIDTH, COUNT, HEADS = range(1, 2 ** 14), range(1, 17), range(1, 1000)
+SIZE, FEW = (1, 2 ** 24), (1, 100)
 CONFIG_FIELDS = {
     "text_encoder": {
-        "vocab_size": range(1, 10 ** 7), "hidden_size": WIDTH, "num_attention_heads": HEADS,
-        "intermediate_size": range(1, 2 ** 16), "num_hidden_layers": range(1, 100),
-        "max_position_embeddings": range(3, 10 ** 5), "hidden_act": {*ACTIVATIONS}},
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"),
+                        SIZE),
+        "num_hidden_layers": FEW, "max_position_embeddings": (3, 10 ** 5),
+        "hidden_act": {*ACTIVATIONS}},
     "vae": {
-        "block_out_channels": [WIDTH], "layers_per_block": COUNT, "latent_channels": range(1, 65),
-        "in_channels": {3}, "out_channels": {3}, "norm_num_groups": WIDTH,
-        "scaling_factor": (1e-9, 1e9)},
+        "block_out_channels": [SIZE], "layers_per_block": FEW, "latent_channels": (1, 64),
+        "in_channels": {3}, "out_channels": {3}, "norm_num_groups": SIZE,
+        "scaling_factor": (1e-9, 1e9), "down_block_types": [{"DownEncoderBlock2D"}],
+        "up_block_types": [{"UpDecoderBlock2D"}]},
     "unet": {
-        "block_out_channels": [WIDTH], "layers_per_block": COUNT, "sample_size": range(1, 4096),
-        "in_channels": range(1, 256), "out_channels": range(1, 256), "cross_attention_dim": WIDTH,
-        "norm_num_groups": WIDTH, "n_head": [HEADS],
-        "down_block_types": [{"DownBlock2D", "CrossAttnDownBlock2D"}],
+        "block_out_channels": [SIZE], "layers_per_block": FEW, "sample_size": (1, 4096),
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"),
+                        SIZE),
+        "n_head": [SIZE], "down_block_types": [{"DownBlock2D", "CrossAttnDownBlock2D"}],
         "up_block_types": [{"UpBlock2D", "CrossAttnUpBlock2D"}],
         "mid_block_type": {"UNetMidBlock2DCrossAttn", None},
         "time_cond_proj_dim": {None, *range(4, 2049)},
-        "transformer_layers_per_block": [COUNT], "addition_embed_type": {None, "text_time"},
+        "transformer_layers_per_block": [FEW], "addition_embed_type": {None, "text_time"},
         "addition_time_embed_dim": {None, *range(2, 2049, 2)},
         "projection_class_embeddings_input_dim": {None, *range(1, 2 ** 15)}},
     "scheduler": {
-        "_class_name": str, "num_train_timesteps": range(2, 10 ** 5), "beta_start": (1e-9, 0.999),
-        "beta_end": (1e-9, 0.999), "beta_schedule": {"scaled_linear"},
+        "_class_name": str, "num_train_timesteps": (2, 10 ** 5), "beta_start": (1e-9, 0.999),
+        "beta_end": (1e-9, 0.999),
+        "beta_schedule": {"scaled_linear", "linear", "squaredcos_cap_v2"},
         "prediction_type": {"epsilon", "v_prediction", "sample"},
-        "timestep_spacing": {None, "leading", "trailing", "linspace"}, "steps_offset": range(1000),
-        "set_alpha_to_one": {None, True, False}, "use_karras_sigmas": {None, True, False},
-        "_guidance_scale": (0, 100)}}
-CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": WIDTH}
+        "timestep_spacing": {None, "leading", "trailing", "linspace"}, "steps_offset": (0, 999),
+        **dict.fromkeys(("set_alpha_to_one", "use_karras_sigmas", "use_exponential_sigmas",
+                         "use_beta_sigmas", "rescale_betas_zero_snr"), {None, True, False}),
+        **dict.fromkeys(("sigma_min", "sigma_max", "original_inference_steps", "variance_type"),
+                        object),
+        "_guidance_scale": (0.0, 100.0)}}
+CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": SIZE}
 MAY_LACK = {    # what a config may leave out besides tiny_sd.CONFIG_DEFAULTS
-    "vae": {"in_channels": 3, "out_channels": 3},
-    "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}}
+    "vae": {"in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"],
+            "up_block_types": ["UpDecoderBlock2D"]},
+    "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None},
+    "scheduler": dict.fromkeys(("rescale_betas_zero_snr", "use_exponential_sigmas",
+                                "use_beta_sigmas", "sigma_min", "sigma_max", "variance_type")) | {
+                                    "original_inference_steps": 50}}
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
-    "text_encoder": {"layer_norm_eps": 1e-5},
-    "vae": {"act_fn": "silu", "mid_block_add_attention": True, "shift_factor": None,
-            "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-            "use_post_quant_conv": True},
-    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
-             "resnet_time_scale_shift": "default", "only_cross_attention": False,
-             "center_input_sample": False, "dual_cross_attention": False, "class_embed_type": None,
-             "encoder_hid_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-             "downsample_padding": 1, "mid_block_scale_factor": 1,
-             "reverse_transformer_layers_per_block": None, "time_embedding_type": "positional"},
-    "scheduler": {"rescale_betas_zero_snr": False, "trained_betas": None, "thresholding": False,
-                  "clip_sample": False, "algorithm_type": "dpmsolver++", "solver_order": 2,
-                  "solver_type": "midpoint", "final_sigmas_type": "zero",
-                  "interpolation_type": "linear", "use_exponential_sigmas": False,
-                  "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False}}
+    "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
+            "use_quant_conv": True, "use_post_quant_conv": True,
+            **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"))},
+    "unet": {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5,
+             "flip_sin_to_cos": True, "freq_shift": 0,
+             "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1.0,
+             "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1,
+             "mid_block_scale_factor": 1, "time_embedding_type": "positional",
+             "attention_type": "default",
+             **dict.fromkeys(("only_cross_attention", "center_input_sample", "resnet_skip_time_act",
+                              "dual_cross_attention", "class_embeddings_concat"), False),
+             **dict.fromkeys(("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
+                              "num_class_embeds", "time_embedding_dim", "time_embedding_act_fn",
+                              "timestep_post_act", "cross_attention_norm",
+                              "mid_block_only_cross_attention",
+                              "reverse_transformer_layers_per_block"))},
+    "scheduler": {"trained_betas": None}}
 FIXED["text_encoder_2"] = FIXED["text_encoder"]
+REPLACED = {    # fields of a scheduler, in the classes that have them, with the one value followed
+    "": {"thresholding": False, "clip_sample": False, "use_flow_sigmas": False},
+    "DPMSolverMultistep": {
+        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+        "final_sigmas_type": "zero", "lower_order_final": True, "euler_at_final": False,
+        "use_lu_lambdas": False, "use_dynamic_shifting": False, "lambda_min_clipped": -math.inf,
+        "variance_type": None},
+    "Euler": {"interpolation_type": "linear", "final_sigmas_type": "zero",
+              "timestep_type": "discrete"},
+    "PNDM": {"skip_prk_steps": True}, "LCM": {"timestep_scaling": 10.0},
+    "DDPM": {"variance_type": "fixed_small"}}
+ABSENT = {"skip_prk_steps": False}      # what some mean by leaving it out
+UNREAD = {      # fields that change no picture
+    "vae": "force_upcast sample_size",
+    "unet": "dropout upcast_attention use_linear_projection attention_head_dim num_attention_heads "
+            "addition_embed_type_num_heads",
+    "scheduler": "dynamic_thresholding_ratio sample_max_value clip_sample_range flow_shift rho "
+                 "time_shift_type solver_p predict_x0 disable_corrector shift_terminal "
+                 + " ".join(name for fields in REPLACED.values() for name in fields)}
+OTHER_INPUTS = {    # what else the U-Net sees, by the number of its channels
+    1: ", one of them depth,", 3: ", three of them a smaller picture,",
+    4: ", four of them a picture to edit (InstructPix2Pix),"}
 
 
 def allows(allowed, value):
@@ -83,13 +119,12 @@ def allows(allowed, value):
         return isinstance(value, list) and 1 <= len(value) <= 8 and all(
             allows(allowed[0], v) for v in value)
     if isinstance(allowed, tuple):
-        return type(value) in (int, float) and allowed[0] <= value <= allowed[1]
+        kinds = (int,) if type(allowed[0]) is int else (int, float)
+        return type(value) in kinds and allowed[0] <= value <= allowed[1]
     if isinstance(allowed, set):
         same = [v for v in allowed if not isinstance(value, (list, dict)) and v == value]
         return any(type(v) is type(value) for v in same)
-    if allowed is str:
-        return isinstance(value, str)
-    return type(value) is int and value in allowed
+    return isinstance(value, allowed)
 
 
 def checked_config(part, settings):
@@ -100,15 +135,15 @@ def checked_config(part, settings):
     for name, value in FIXED[part].items():
         given = settings.get(name, value)
         levels = [value] * len(given) if isinstance(given, list) else None
-        require(part == "scheduler" or given in (value, None) or given and given == levels,
+        require(given in (value, None) or given and given == levels,
                 f"the {part}'s {name} {shorten(repr(given))} is not supported")
     levels = settings.get("block_out_channels")
     if part in ("unet", "vae"):
-        require(allows([WIDTH], levels),
+        require(allows([SIZE], levels),
                 f"the {part}'s block_out_channels cannot be {shorten(repr(levels))}")
     config = read_config(part, settings)
     if part == "unet":
-        config.transformer_layers_per_block = depths(config)
+        config.transformer_layers_per_block = shapes.depths(config)
     for name, allowed in CONFIG_FIELDS[part].items():
         require(hasattr(config, name), f"the {part}'s config has no {name}")
         value = getattr(config, name)
@@ -119,13 +154,22 @@ def checked_config(part, settings):
 def replaced_settings(settings):
     """Return a line for each setting of a scheduler's config that is not followed here."""
     scheduler, lines = settings["scheduler"], []
-    for name, value in FIXED["scheduler"].items():
-        given = scheduler.get(name, value)
-        if given not in (value, None):
-            lines.append(f"the scheduler's {name} is {value!r} here, not {shorten(repr(given))}")
     kind = scheduler.get("_class_name") or ""
+    for start, fields in REPLACED.items():
+        for name, value in fields.items() if kind.startswith(start) else ():
+            given = scheduler.get(name, ABSENT.get(name, value))
+            followed = (value, None, "fixed_large") if name == "variance_type" else (value, None)
+            if given not in followed:
+                lines.append(f"the scheduler's {name} is {value!r} here, not "
+                             f"{shorten(repr(given))}")
     if kind and kind not in SCHEDULERS:
         lines.append(f"the scheduler {shorten(kind)} is not known here: dpm++2m draws instead")
+    for part, unread in UNREAD.items():
+        known = {*CONFIG_FIELDS[part], *FIXED[part], *unread.split()}
+        for name, value in settings[part].items():
+            if name not in known and name[0] != "_" and value not in (None, False, [], {}):
+                lines.append(f"the {part}'s {shorten(name, 40)} is not known here, and not "
+                             f"followed: {shorten(repr(value), 60)}")
     return lines
 
 
@@ -156,13 +200,17 @@ def check_configs(settings, tokenizers):
     z = vae.latent_channels
     require(unet.out_channels == z,
             f"the unet gives {unet.out_channels} channels, the vae takes {z}")
-    require(unet.in_channels in (z, 2 * z + 1), f"a unet with {unet.in_channels} input channels is "
-            f"not supported, but {z}, or {2 * z + 1} for inpainting")
+    what = OTHER_INPUTS.get(unet.in_channels - z, "")
+    require(unet.in_channels in (z, 2 * z + 1), f"a unet with {unet.in_channels} input channels"
+            f"{what} is not supported, but {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
-    levels = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
-                                    scheduler.beta_end)
-    require(levels[-1] > 1e-8, "the scheduler's betas leave nothing of a picture: beta_end "
+    numbers = scheduler.sigma_min, scheduler.sigma_max
+    require(all(n is None or allows((1e-6, 1e6), n) for n in numbers)
+            and allows((1, scheduler.num_train_timesteps), scheduler.original_inference_steps),
+            "the scheduler's sigma_min, sigma_max or original_inference_steps is no such number")
+    levels = noise_levels(scheduler)
+    require(levels[-2] > 1e-10, "the scheduler's betas leave nothing of a picture: beta_end "
                                f"{scheduler.beta_end} is too large")
     check_text_encoders(config, tokenizers)
     return config
@@ -174,10 +222,10 @@ def check_text_encoders(config, tokenizers):
     for (part, text), tokenizer in zip(texts.items(), tokenizers, strict=True):
         require(text.hidden_size % text.num_attention_heads == 0,
                 f"the {part}'s hidden_size does not divide into its num_attention_heads")
-        require(all(allows(range(text.vocab_size), i) for i in tokenizer.vocab.values()), "the "
+        require(all(allows((0, text.vocab_size - 1), i) for i in tokenizer.vocab.values()), "the "
                 f"tokenizer's vocabulary is not one of numbers below the {part}'s vocab_size")
         limit, length = text.max_position_embeddings, tokenizer.length
-        require(allows(range(3, limit + 1), length) or allows((10 ** 6, math.inf), length),
+        require(allows((3, limit), length) or allows((1e6, math.inf), length),
                 f"the {part} has no room for the tokenizer's {shorten(repr(length))} tokens")
         require((limit, length) == (texts["text_encoder"].max_position_embeddings,
                                     tokenizers[0].length), "the text encoders do not take equally "
@@ -206,176 +254,12 @@ def check_added_conditions(unet, second):
                                          "scale (time_cond_proj_dim) is not supported")
 
 
-# ── Shapes ──────────────────────────────────────────────────────────────────────────────────────
-#
-# The shapes of each network as a checkpoint holds them: what a file must contain, no more and no
-# less. A name in a file is the path to the array: down_blocks.0.resnets.1.conv1.weight.
-
-
-def norm_shapes(n):
-    """Return the shapes of a normalisation of n channels."""
-    return {"weight": (n,), "bias": (n,)}
-
-
-def linear_shapes(i, o):
-    """Return the shapes of a linear layer from i to o numbers."""
-    return {"weight": (o, i), "bias": (o,)}
-
-
-def bare_shapes(i, o):
-    """Return the shapes of a linear layer without bias."""
-    return {"weight": (o, i)}
-
-
-def conv_shapes(i, o, size=3):
-    """Return the shapes of a convolution from i to o channels."""
-    return {"weight": (o, i, size, size), "bias": (o,)}
-
-
-def resnet_shapes(i, o, temb=None):
-    """Return the shapes of a ResBlock; temb: width of the time embedding, None in the VAE."""
-    shapes = {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o),
-              "norm2": norm_shapes(o), "conv2": conv_shapes(o, o)}
-    if temb:
-        shapes["time_emb_proj"] = linear_shapes(temb, o)
-    if i != o:
-        shapes["conv_shortcut"] = conv_shapes(i, o, 1)
-    return shapes
-
-
-def attention_shapes(width, context, project=bare_shapes):
-    """Return the shapes of attention: queries of `width` channels, keys and values of context."""
-    return {"to_q": project(width, width), "to_k": project(context, width),
-            "to_v": project(context, width), "to_out": [linear_shapes(width, width)]}
-
-
-def transformer_shapes(width, context, depth=1):
-    """Return the shapes of a transformer of `width` channels and words of `context` numbers.
-
-    depth: how many blocks it has.
-    """
-    feed_forward = [{"proj": linear_shapes(width, 8 * width)}, None,
-                    linear_shapes(4 * width, width)]
-    block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
-             "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
-             "norm3": norm_shapes(width), "ff": {"net": feed_forward}}
-    return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1),
-            "transformer_blocks": [block] * depth, "proj_out": conv_shapes(width, width, 1)}
-
-
-def text_shapes(config):
-    """Return the shapes of the text encoder with this config."""
-    width, wide = config.hidden_size, config.intermediate_size
-    layer = {"layer_norm1": norm_shapes(width), "layer_norm2": norm_shapes(width),
-             "self_attn": {f"{name}_proj": linear_shapes(width, width)
-                           for name in ("q", "k", "v", "out")},
-             "mlp": {"fc1": linear_shapes(width, wide), "fc2": linear_shapes(wide, width)}}
-    embeddings = {"token_embedding": bare_shapes(width, config.vocab_size),
-                  "position_embedding": bare_shapes(width, config.max_position_embeddings)}
-    return {"embeddings": embeddings, "encoder": {"layers": [layer] * config.num_hidden_layers},
-            "final_layer_norm": norm_shapes(width)}
-
-
-def projected_text_shapes(config):
-    """Return the shapes of a second text encoder, which has a projection at its end."""
-    projection = bare_shapes(config.hidden_size, config.projection_dim)
-    return text_shapes(config) | {"text_projection": projection}
-
-
-def vae_shapes(config):
-    """Return the shapes of the VAE with this config."""
-    widths, n, z = config.block_out_channels, config.layers_per_block, config.latent_channels
-    top = widths[-1]
-    middle = {"resnets": [resnet_shapes(top, top)] * 2, "attentions": [
-        {"group_norm": norm_shapes(top), **attention_shapes(top, top, linear_shapes)}]}
-
-    def levels(widths, n, resample):
-        blocks = []
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            inputs = [before] + [width] * (n - 1)
-            block = {"resnets": [resnet_shapes(width_in, width) for width_in in inputs]}
-            if i < len(widths) - 1:
-                block[resample] = [{"conv": conv_shapes(width, width)}]
-            blocks.append(block)
-        return blocks
-
-    return {"encoder": {"conv_in": conv_shapes(3, widths[0]),
-                        "down_blocks": levels(widths, n, "downsamplers"), "mid_block": middle,
-                        "conv_norm_out": norm_shapes(top), "conv_out": conv_shapes(top, 2 * z)},
-            "quant_conv": conv_shapes(2 * z, 2 * z, 1), "post_quant_conv": conv_shapes(z, z, 1),
-            "decoder": {"conv_in": conv_shapes(z, top), "mid_block": middle,
-                        "up_blocks": levels(widths[::-1], n + 1, "upsamplers"),
-                        "conv_norm_out": norm_shapes(widths[0]),
-                        "conv_out": conv_shapes(widths[0], 3)}}
-
-
-def depths(config):
-    """Return how many blocks the transformers of each level of a U-Net have, from the top."""
-    depth = config.transformer_layers_per_block
-    return [depth] * len(config.block_out_channels) if isinstance(depth, int) else depth
-
-
-def unet_shapes(config):
-    """Return the shapes of the U-Net with this config.
-
-    Each ResBlock on the way down leaves a skip for the way up, and so does each downsampler. In
-    Stable Diffusion 1, with 320, 640, 1280, 1280 channels and 2 ResBlocks a level, the skips have
-    320 | 320 320 320 | 640 640 640 | 1280 1280 1280 | 1280 1280 channels, from conv_in on. On the
-    way up each level takes 3 from the end: the last level's ResBlocks get 1280 + 1280 channels
-    three times, the next one's 1280 + 1280, 1280 + 1280 and 1280 + 640, and so on.
-    """
-    widths, n = config.block_out_channels, config.layers_per_block
-    first, top, temb, depth = widths[0], widths[-1], 4 * widths[0], depths(config)
-
-    def level(inputs, width, kind, depth):
-        block = {"resnets": [resnet_shapes(i, width, temb) for i in inputs]}
-        if "Attn" in kind:
-            transformer = transformer_shapes(width, config.cross_attention_dim, depth)
-            block["attentions"] = [transformer] * len(inputs)
-        return block
-
-    down, skips, x = [], [first], first
-    for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
-        down.append(level([x] + [width] * (n - 1), width, kind, depth[i]))
-        skips += [width] * n
-        if i < len(widths) - 1:
-            down[-1]["downsamplers"] = [{"conv": conv_shapes(width, width)}]
-            skips.append(width)
-        x = width
-
-    up = []
-    for i, (width, kind) in enumerate(zip(reversed(widths), config.up_block_types)):
-        skips, used = skips[:-n - 1], skips[-n - 1:][::-1]
-        inputs = [before + skip for before, skip in zip([x] + [width] * n, used)]
-        up.append(level(inputs, width, kind, depth[-1 - i]))
-        if i < len(widths) - 1:
-            up[-1]["upsamplers"] = [{"conv": conv_shapes(width, width)}]
-        x = width
-
-    shapes = {"time_embedding": {"linear_1": linear_shapes(first, temb),
-                                 "linear_2": linear_shapes(temb, temb)},
-              "conv_in": conv_shapes(config.in_channels, first), "down_blocks": down,
-              "up_blocks": up, "conv_norm_out": norm_shapes(first),
-              "conv_out": conv_shapes(first, config.out_channels)}
-    if config.time_cond_proj_dim:
-        shapes["time_embedding"]["cond_proj"] = bare_shapes(config.time_cond_proj_dim, first)
-    if config.addition_time_embed_dim:
-        shapes["add_embedding"] = {
-            "linear_1": linear_shapes(config.projection_class_embeddings_input_dim, temb),
-            "linear_2": linear_shapes(temb, temb)}
-    if config.mid_block_type:
-        shapes["mid_block"] = {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [
-            transformer_shapes(top, config.cross_attention_dim, depth[-1])]}
-    return shapes
-
-
-SHAPES = {"text_encoder": text_shapes, "text_encoder_2": projected_text_shapes, "vae": vae_shapes,
-          "unet": unet_shapes}
+# ── Weights ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_weights(part, arrays, config):
     """Raise UserError unless the weights of a part are those that its config describes."""
-    check_shapes(f"the {part}", arrays, flatten(SHAPES[part](config)))
+    check_shapes(f"the {part}", arrays, flatten(shapes.SHAPES[part](config)))
 
 
 def check_shapes(what, arrays, expected):

@@ -34,7 +34,6 @@ from extras import (
     prompts,
     samplers,
     things,
-    tiny_vae,
 )
 from extras.checks import check_memory, nearest
 from extras.schedules import SCHEDULES, SPACINGS, schedule_named
@@ -135,7 +134,7 @@ def option_parser(**settings):
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
         help="a LoRA to add, by its file or, in loras/, its name; repeatable")
     add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
-        f"{' or '.join(tiny_vae.HUB)}, tiny ones (the model's own)")
+        f"{' or '.join(formats.VAES)}, tiny ones (the model's own)")
     add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion, a "
         "word for prompts with the name of its file, which may be in embeddings/; repeatable")
     add("--clip-skip", type=int, metavar="N",
@@ -560,7 +559,7 @@ def load_model(job, jobs=()):
 
     jobs: all that it will draw, where that is known: for a few steps some weights stay narrow.
     """
-    vae = None if job.vae is None else tiny_vae.read_vae(job.vae)
+    vae = None if job.vae is None else formats.read_vae(job.vae)
     model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
                          vae)
     if jobs and job.backend == "numpy" and not job.low_memory:

@@ -15,7 +15,7 @@ import numpy as np
 import tiny_sd
 from extras.formats import from_original_name
 from extras.narrow import to_backend
-from extras.pickles import read_tensors
+from extras.tensors import read_tensors
 from tiny_sd import (
     array_like,
     conv2d,

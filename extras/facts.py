@@ -18,7 +18,7 @@ from extras.prompts import LONGEST
 from extras.samplers import KARRAS, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
-from extras.tiny_vae import HUB as VAES
+from extras.tiny_vae import SCALES as VAES
 from tiny_sd import UserError, require, shorten
 
 # ── What is recorded ────────────────────────────────────────────────────────────────────────────

@@ -1,39 +1,42 @@
-"""Read other formats: hub models, single-file checkpoints, LoRAs.
+"""Load models: folders, single files, names on the Hugging Face hub, with LoRAs, with another VAE.
 
-None of this is Stable Diffusion: it is names and spellings. tiny_sd.load reads a folder; load()
-here reads all the rest too, and checks beforehand that everything fits.
+tiny_sd.load reads a plain folder; load() here reads all the rest too, and checks beforehand that
+everything fits.
 """
 
 import functools
-import hashlib
+import gzip
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import tiny_sd
-from extras import like_diffusers, narrow
+from extras import like_diffusers, narrow, prompts, singlefile, tiny_vae
+from extras.adapters import add_adapters
 from extras.checks import (
     check_configs,
     check_memory,
     check_weights,
+    checked_config,
     first_five,
     nearest,
     replaced_settings,
 )
-from extras.pickles import read_tensors
+from extras.tensors import SUFFIXES, kind_of, not_but, read_tensors
 from tiny_sd import (
     WEIGHT_FILES,
     Tokenizer,
     UserError,
+    current_name,
     flatten,
     require,
     shorten,
     tell,
-    widen,
 )
 
 
@@ -44,14 +47,20 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     path: a folder as diffusers writes it, a single .safetensors or .ckpt file in the original
     layout, a name in weights/, or a repository of the Hugging Face hub or its alias in HUB,
     fetched if need be. loras: pairs (file, weight) to add. low_memory: see extras/narrow.py.
-    vae: what extras.tiny_vae.read_vae returns, to use instead of the model's own.
+    vae: what read_vae returns, to use instead of the model's own.
     """
     name = Path(path)
     places = [name, tiny_sd.HERE / "weights" / name]
     if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
         places.append(tiny_sd.HERE / name)
-    path = next(filter(Path.exists, places), None) or fetch(name)
+    path = next(filter(Path.exists, places), None) or fetch_model(name)
     settings, arrays, tokenizers, digest, notes = read(path)
+    own_vae = tiny_vae.is_tiny(arrays["vae"]) and not vae
+    vae = vae_of(f"{name}/vae", settings["vae"], arrays["vae"]) if own_vae else vae
+    if own_vae:
+        settings["vae"], arrays["vae"] = vae.settings, {}
+    settings["scheduler"] = like_diffusers.as_pipelines_have_it(
+        settings["scheduler"], "text_encoder_2" in settings)
     config = check_configs(settings, tokenizers)
     require(vae or arrays["vae"], f"{path} has no VAE: give one with --vae")
     if not low_memory:
@@ -59,15 +68,15 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     for part in arrays:
         if part != "vae" or not vae:
             check_weights(part, arrays[part], config[part])
-    if loras:
-        add_loras(arrays, loras)
+    words = add_adapters(arrays, loras) if loras else {}
     if vae:
         settings["vae"], arrays["vae"] = vae.in_place_of(config["vae"]), vae.arrays
 
     stem = path.stem if path.is_file() else name.resolve().name
     kind = narrow.Fleeting if low_memory else narrow.Narrow
     model = tiny_sd.assemble(stem, settings, arrays, tokenizers, backend, device, dtype,
-                             functools.partial(narrow.to_backend, kind=kind))
+                             functools.partial(narrow.to_backend, kind=kind),
+                             like_diffusers.noise_levels(config["scheduler"]))
     model.digest = digest
     if model.config.unet.time_cond_proj_dim:
         model.embed_time = like_diffusers.embed_time_and_guidance
@@ -76,23 +85,29 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     model.files = mapped_files(model)
     for line in [*notes, *replaced_settings(settings)]:
         tell(line)
-    return model
+    return prompts.with_embeddings(model, words.items()) if words else model
 
 
 def read(path):
     """Return configs, arrays, tokenizers, digest and lines for the user of a folder or a file."""
     require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
-    for name in sum(FOLDER + SECOND, []) if path.is_dir() else []:
-        file = path / name      # of a pipe, reading would wait for ever
-        require(file.is_file() or not file.exists(), f"{file} is not a file")
     try:
         if path.is_dir():
-            return *tiny_sd.read_folder(path), "", []
-        return read_single_file(path)
+            return read_folder(path)
+        settings, arrays, pads, digest, notes = singlefile.read_single_file(path)
+        return settings, arrays, [clip_tokenizer(pad) for pad in pads], digest, notes
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} is not a Stable Diffusion: {shorten(str(error))}") from None
+
+
+def clip_tokenizer(pad=Tokenizer.EOS):
+    """Return CLIP's own tokenizer: the first 48,894 merges of OpenAI's table."""
+    table = tiny_sd.HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(table, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1:48895]
+    return Tokenizer([tuple(line.split()) for line in lines], pad=pad)
 
 
 def mapped_files(model):
@@ -134,7 +149,142 @@ def check_size(arrays, device, dtype, name):
                  "take --low-memory, which NumPy has")
 
 
-# ── Models of the Hugging Face hub ──────────────────────────────────────────────────────────────
+# ── Folders ─────────────────────────────────────────────────────────────────────────────────────
+
+PIPELINES = re.compile(r"(StableDiffusion(XL)?|LatentConsistencyModel)(Img2Img|Inpaint)?Pipeline")
+LONGEST = 2 ** 26       # bytes of a JSON
+
+
+def read_folder(folder):
+    """Return what read() does, of a folder as diffusers writes it."""
+    index = optional_json(folder / "model_index.json")
+    two = (folder / "text_encoder_2").exists()
+    refines = index.get("requires_aesthetics_score")
+    require(not refines and (not two or (folder / "text_encoder").exists()),
+            f"{folder} is the refiner of SDXL, which does not draw by itself")
+    kind, notes = index.get("_class_name"), []
+    if isinstance(kind, str) and not PIPELINES.fullmatch(kind):
+        notes.append(f"{folder} is said to be a {kind}: here it draws as a Stable Diffusion does")
+    whole, settings, arrays = f"{folder} is not a whole Stable Diffusion folder", {}, {}
+    for part in ["scheduler", *WEIGHT_FILES, *["text_encoder_2"] * two]:
+        name = "scheduler/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+        require((folder / name).exists(), f"{whole}: {name} is missing")
+        settings[part] = read_json(folder / name, whole)
+        if part != "scheduler":
+            arrays[part], told = read_weights(folder / part, whole)
+            arrays[part] = {current_name(name): array for name, array in arrays[part].items()}
+            arrays[part].pop("embeddings.position_ids", None)
+            notes += told
+    if index.get("force_zeros_for_empty_prompt") is False:
+        settings["scheduler"]["_force_zeros"] = False
+    first = folder / "tokenizer"
+    tokenizers = [read_tokenizer(place, first, whole)
+                  for place in [first, *[folder / "tokenizer_2"] * two]]
+    return settings, arrays, tokenizers, "", notes
+
+
+def read_json(file, whole):
+    """Return the object in a JSON file; UserError, which begins with `whole`, if it is none."""
+    try:
+        require(file.is_file(), f"{file} is not a file")
+        require(file.stat().st_size <= LONGEST, f"{file} has more than {LONGEST} bytes")
+        return {**json.loads(file.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        name = f"{file.parent.name}/{file.name}"
+        raise UserError(f"{whole}: {name}: {shorten(str(error))}") from None
+
+
+def optional_json(file):
+    """Return the object in a JSON file, an empty one where there is no such file."""
+    return read_json(file, f"{file.parent} is not whole") if file.exists() else {}
+
+
+def read_weights(folder, whole):
+    """Return {name: array} of a part's folder, in one file or more, and lines for the user."""
+    for start in "diffusion_pytorch_model", "model", "pytorch_model":
+        for end in (f"{variant}{suffix}" for suffix in (".safetensors", ".bin")
+                    for variant in ("", ".fp16")):
+            if (folder / f"{start}{end}").exists():
+                return read_tensors(folder / f"{start}{end}"), []
+    listed = sorted(folder.glob("*.index*.json"))
+    for index in listed[:1]:
+        names = read_json(index, whole).get("weight_map")
+        require(isinstance(names, dict) and all(
+            isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names.values()),
+            f"{index} does not list files")
+        shards = {name: read_tensors(folder / name) for name in sorted({*names.values()})}
+        return {name: array for shard in shards.values() for name, array in shard.items()}, []
+    found = [file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES]
+    require(found, f"{whole}: {folder.name}/{WEIGHT_FILES.get(folder.name, 'model')}.safetensors "
+                   "is missing")
+    return read_tensors(found[0]), [f"{folder.name} is read from {found[0].name}"]
+
+
+SPECIALS = {"bos_token": Tokenizer.BOS, "eos_token": Tokenizer.EOS, "unk_token": Tokenizer.EOS,
+            "padding_side": "right", "truncation_side": "right"}    # what others may not change
+
+
+def read_tokenizer(folder, first, whole):
+    """Return the tokenizer of a folder, with words that were added to it; as transformers does.
+
+    What is not there is taken from the folder of the first tokenizer.
+    """
+    facts = read_json(folder / "tokenizer_config.json", whole)
+    kind = str(facts.get("tokenizer_class") or "CLIPTokenizer")
+    require(kind.removesuffix("Fast") == "CLIPTokenizer",
+            f"{folder} holds a {shorten(kind)}, which is not known here")
+    added = facts.get("added_tokens_decoder")
+    if added is None:       # which replaces both
+        facts |= optional_json(folder / "special_tokens_map.json")
+        added = {i: {"content": word} for word, i in
+                 optional_json(folder / "added_tokens.json").items()}
+    for name, value in SPECIALS.items():
+        given = facts.get(name) or value
+        given = given.get("content") if isinstance(given, dict) else given
+        require(given == value, f"{folder}: the {name} {shorten(repr(given))} is not supported")
+
+    folder = folder if any((folder / name).exists() for name in ("tokenizer.json", "merges.txt")
+                           ) else first
+    whole_file = optional_json(folder / "tokenizer.json")
+    if (folder / "merges.txt").exists():
+        vocab = read_json(folder / "vocab.json", whole)
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    else:
+        require(whole_file, f"{whole}: {folder.name}/tokenizer.json is missing")
+        vocab, merges = whole_file["model"].get("vocab"), whole_file["model"].get("merges")
+    tokenizer = tiny_sd.read_tokenizer(facts, vocab, merges)
+    added = [*whole_file.get("added_tokens", []), *({**token, "id": int(i)}
+                                                    for i, token in added.items())]
+    words = {token["content"]: token for token in added if token["content"] not in vocab}
+    return AddedTokenizer(tokenizer, words) if words else tokenizer
+
+
+class AddedTokenizer(Tokenizer):
+    """A tokenizer with further words, found wherever they are in a text, each with an id.
+
+    words: {word: what transformers' tokenizer.json says of it}.
+    """
+
+    def __init__(self, tokenizer, words):
+        vars(self).update(vars(tokenizer))
+        ids = {word: token["id"] for word, token in words.items()}
+        self.vocab, self.symbol = self.vocab | ids, self.symbol | {
+            i: "".join(self.bytes[b] for b in word.encode()) + "</w>" for word, i in ids.items()}
+        self.added = {word if token.get("special") else word.lower(): token["id"]
+                      for word, token in words.items()}
+        patterns = {word: re.escape(word) if token.get("special") else f"(?i:{re.escape(word)})"
+                    for word, token in words.items()}
+        self.pattern = "|".join(rf"\b{patterns[word]}\b" if words[word].get("single_word")
+                                else patterns[word] for word in sorted(words, key=len)[::-1])
+
+    def tokens(self, text):
+        """Return the ids of a text."""
+        return [i for n, piece in enumerate(re.split(f"({self.pattern})", text))
+                for i in (super().tokens(piece) if n % 2 == 0 else
+                          [self.added.get(piece) or self.added[piece.lower()]])]
+
+
+# ── The Hugging Face hub ────────────────────────────────────────────────────────────────────────
 
 HUB = {     # alias: repository on the hub, revision, licence
     "sd14": ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b",
@@ -155,48 +305,73 @@ HUB = {     # alias: repository on the hub, revision, licence
     "sdxl-turbo": ("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304",
                    "sai-nc-community"),
 }
+VAES = {"taesd": ("madebyollin/taesd", "main", "mit"),
+        "taesdxl": ("madebyollin/taesdxl", "main", "mit")}
 
-FOLDER = [      # the files of a model; from each line, the first that exists
-    ["scheduler/scheduler_config.json"],
+FOLDER = [      # the files of a model; from each line, the first that exists, or none for None
+    ["scheduler/scheduler_config.json"], ["model_index.json", None],
     *([f"{part}/config.json"] for part in WEIGHT_FILES),
     *([f"{part}/{stem}{end}.safetensors" for end in (".fp16", "")]
       for part, stem in WEIGHT_FILES.items()),
-    ["tokenizer/tokenizer_config.json"],
+    ["tokenizer/tokenizer_config.json"], ["tokenizer/special_tokens_map.json", None],
+    ["tokenizer/added_tokens.json", None],
     ["tokenizer/vocab.json", "tokenizer/tokenizer.json"],
     ["tokenizer/merges.txt", "tokenizer/tokenizer.json"],
 ]
 SECOND = [      # the first of these tells that a model has the others, for a second text encoder
     ["text_encoder_2/config.json"], ["tokenizer_2/tokenizer_config.json"],
+    ["tokenizer_2/special_tokens_map.json", None],
     ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/model.safetensors"],
 ]
+VAE_FILES = [["config.json"], ["diffusion_pytorch_model.safetensors"]]
 
 
 def first_of(lines, has):
     """Return of each line the first file that has(file) is true of, else the last."""
-    return [next(filter(has, line), line[-1]) for line in lines]
+    return [*filter(None, (next((file for file in line if file and has(file)), line[-1])
+                           for line in lines))]
 
 
 def files_of(has):
-    """Return the files to take where has(file) tells which there are."""
+    """Return the files of a model to take where has(file) tells which there are."""
     return first_of(SECOND + FOLDER if has(SECOND[0][0]) else FOLDER, has)
 
 
-def fetch(name):
-    """Return the folder of a repository of the hub, downloaded if the cache does not hold it."""
-    repository, pin, licence = HUB.get(str(name), (str(name), "main", None))
-    known = [*HUB, *(unet.parent.name for unet in (tiny_sd.HERE / "weights").glob("*/unet"))]
-    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)", repository),
-            f"there is no model {name}: no such file or folder, and no "
-            f"{tiny_sd.HERE / 'weights' / name}{nearest(str(name), known)}")
+def fetch(what, name, known, aliases, files_of, to_do):
+    """Return the folder of a repository of the hub, downloaded if the cache does not hold it.
+
+    known: {alias: (repository, revision, licence)}; to_do(repository): what a user can do instead.
+    """
+    repository, pin, licence = known.get(name, (name, "main", None))
+    nothing = f"there is no {what} {name}: no such file or folder"
+    file = Path(name).suffix in SUFFIXES
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+", repository) and not file,
+            f"{nothing}{aliases}{nearest(name, known)}")
     try:
         return download(repository, pin, licence, files_of)
     except Exception as error:      # of whatever kind the HTTP library below raises
+        pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
+        raise UserError(f"{pip}{nothing}; {to_do(repository)}; they could not be fetched: {error}"
+                        ) from None
+
+
+def fetch_model(name):
+    """Return the folder of a model on the hub."""
+    here, name = tiny_sd.HERE / "weights", str(name)
+    known = HUB | {unet.parent.name: (unet.parent.name, "", "") for unet in here.glob("*/unet")}
+
+    def to_do(repository):
         files, more = (" ".join(first_of(lines, lambda file: ".fp16" not in file))
                        for lines in (FOLDER, SECOND))
-        pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
-        raise UserError(f"{pip}there is no model {name}: no such file or folder; put {files} of "
-                        f"{repository} into {tiny_sd.HERE / 'weights' / name} (of an SDXL also "
-                        f"{more}); they could not be fetched: {error}") from None
+        return (f"put {files} of {repository} into {here / name} (of an SDXL also {more})")
+    return fetch("model", name, known, f", and no {here / name}", files_of, to_do)
+
+
+def fetch_vae(name):
+    """Return the folder of a VAE on the hub."""
+    return fetch("VAE", name, VAES, "", lambda has: first_of(VAE_FILES, has), lambda repository: (
+        f"put {' and '.join(file for file, in VAE_FILES)} of {repository} into a folder, and name "
+        "that with --vae"))
 
 
 def download(repository, pin, licence, files_of):
@@ -225,355 +400,84 @@ def download(repository, pin, licence, files_of):
     return Path(fetched[0]).parents[files[0].count("/")]
 
 
-# ── Checkpoints in a single file ────────────────────────────────────────────────────────────────
-
-TEXT_NAMES = [      # what to replace by what, in this order
-    (r"^text_model\.", ""), (r"^(token|positional)_embedding", r"embeddings.\g<0>"),
-    (r"positional_embedding$", "position_embedding.weight"),     # from here on OpenCLIP's names
-    (r"^transformer\.resblocks", "encoder.layers"), (r"\.ln_(\d)\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
-    (r"^ln_final", "final_layer_norm")]
-VAE_NAMES = [
-    (r"^encoder\.down\.", "encoder.down_blocks."), (r"^decoder\.up\.", "decoder.up_blocks."),
-    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
-    (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
-    (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"0\.([qkv])\.", r"0.to_\1."),
-    (r"0\.proj_out\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"),
-    (r"\.norm_out", ".conv_norm_out")]
-UNET_NAMES = [
-    (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
-    (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
-    (r"^label_emb\.0\.0", "add_embedding.linear_1"),
-    (r"^label_emb\.0\.2", "add_embedding.linear_2"), (r"^input_blocks\.0\.0", "conv_in"),
-    (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"), (r"in_layers\.0", "norm1"),
-    (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"),
-    (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
-    (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
-    (r"^middle_block\.2", "mid_block.resnets.1")]
+# ── VAEs ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def from_original_name(part, name, levels, n):
-    """Return the diffusers name of a weight in the original layout.
+@dataclass
+class Vae:
+    """What stands in for a model's own VAE; encode and decode are functions like tiny_sd's."""
+    name: str
+    settings: dict
+    arrays: dict
+    encode: Callable = tiny_sd.vae_encode
+    decode: Callable = tiny_sd.vae_decode
 
-    levels: of the VAE; n: ResBlocks a level of the U-Net's way up.
+    def in_place_of(self, own):
+        """Return the settings to use instead of the config of a model's own VAE.
+
+        Settings missing here are the model's own. UserError if it is for other latents.
+        """
+        settings = vars(own) | self.settings
+        config, what = checked_config("vae", settings), f"the VAE {self.name}"
+        ours, theirs = (f"{vae.latent_channels} numbers for "
+                        f"{2 ** (len(vae.block_out_channels) - 1)} pixels" for vae in (config, own))
+        require(ours == theirs, f"{what} is for another model: its latents have {ours}, and the "
+                                f"model's {theirs}")
+        scale = next((scale for key, scale in tiny_vae.SCALES.items() if key in self.name), None)
+        if scale and abs(scale / own.scaling_factor - 1) > 0.1:
+            tell(f"{what} knows latents with a scale of {scale}, and the model's have "
+                 f"{own.scaling_factor}: colours may be wrong")
+        if self.decode is tiny_sd.vae_decode:
+            divides = all(n % config.norm_num_groups == 0 for n in config.block_out_channels)
+            require(divides, f"{what}: its channels do not divide into its norm_num_groups")
+            check_weights("vae", self.arrays, config)
+        return settings
+
+
+def read_vae(name):
+    """Return the Vae that a name in VAES, OWNER/NAME on the hub, a folder or a file stands for.
+
+    A folder is one of diffusers, or has a vae/ in it; a file has weights under diffusers' names or
+    the original ones, or one half of a TAESD, whose other half lies beside it.
     """
-    for old, new in {"vae": VAE_NAMES, "unet": UNET_NAMES}.get(part, TEXT_NAMES):
-        name = re.sub(old, new, name)
-    numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(?:(op|conv)(?=\.))?", name)
-    if part == "vae":       # whose decoder counts its levels from below
-        return re.sub(r"^decoder\.up_blocks\.(\d{1,3})",
-                      lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
-    if part != "unet" or not numbers:
-        return name
-
-    side, index, slot = numbers[1], int(numbers[2]), int(numbers[3])
-    rest = name[numbers.end():]
-    kind = ("resnets", "attentions")[min(slot, 1)]
-    if side == "input_blocks" and numbers[4] == "op":
-        return f"down_blocks.{index // n - 1}.downsamplers.0.conv{rest}"
-    if side == "input_blocks":
-        return f"down_blocks.{(index - 1) // n}.{kind}.{(index - 1) % n}.{rest}"
-    if side == "output_blocks" and numbers[4] == "conv":
-        return f"up_blocks.{index // n}.upsamplers.0.conv{rest}"
-    if side == "output_blocks":
-        return f"up_blocks.{index // n}.{kind}.{index % n}.{rest}"
-    return name
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the arrays of a single file do not say.
-
-    text: {part: how the names of this text encoder begin}; those of OpenCLIP end in ".model.".
-    head_size: channels a head of the U-Net's attention; None for 8 heads.
-    """
-    text: dict
-    sample_size: int
-    head_size: int | None
-    scaling_factor: float
-    scheduler: dict
-
-
-PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False}
-FAMILIES = [    # Stable Diffusion 1, 2 and XL
-    Family({"text_encoder": "cond_stage_model.transformer."}, 64, None, 0.18215, PNDM),
-    Family({"text_encoder": "cond_stage_model.model."}, 96, 64, 0.18215,
-           PNDM | {"prediction_type": "v_prediction"}),
-    Family({"text_encoder": "conditioner.embedders.0.transformer.",
-            "text_encoder_2": "conditioner.embedders.1.model."}, 128, 64, 0.13025,
-           {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False,
-            "timestep_spacing": "leading"})]
-USUAL_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-             "latent_channels": 4}        # of a file that comes without
-TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
-INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
-    "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
-    "vae": r"(encoder|decoder|quant_conv|post_quant_conv)\.", "unet": ""}
-USUAL = re.compile(     # what published files contain besides the networks
-    r"(betas|.*alphas_cumprod\w*|posterior_\w+|logvar|model_ema\.(decay|num_updates)|"
-    r".*position_ids|cond\w+(\.embedders\.1)?\.model\.(logit_scale|text_projection))$")
-
-
-def read_single_file(path):
-    """Return what read() does, of a checkpoint in the original layout.
-
-    Names are translated, sizes read off the arrays; the rest is that of the family. What belongs
-    to none of the networks is left out, with a line that names it.
-    """
-    file = {re.sub(r"^(state_dict\.)+", "", name): array
-            for name, array in read_tensors(path).items()}
-    family = max(FAMILIES, key=lambda family: sum(
-        name.startswith(tuple(family.text.values())) for name in file))
-    arrays, others = sort_out(file, family)
-    missing = [part for part in arrays if not arrays[part] and part != "vae"]
-    require(not missing, f"{path} is not a Stable Diffusion 1, 2 or XL: it has no "
-            f"{', no '.join(missing)}")
-    notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
-
-    open_clip = [part for part in family.text if family.text[part].endswith(".model.")]
-    for part in open_clip:
-        arrays[part] = from_open_clip(arrays[part])
-    if open_clip == list(family.text):
-        arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
+    path, settings = Path(name) if Path(name).exists() else fetch_vae(name), {}
     try:
-        settings = read_off(family, open_clip, arrays)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {error.args[0]} is missing "
-                        "or misshapen") from None
-    with open(path, "rb") as whole:
-        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
-    tokenizers = [clip_tokenizer("!" if part in open_clip else Tokenizer.EOS)
-                  for part in family.text]
-    return settings, arrays, tokenizers, digest, notes * bool(others)
-
-
-def sort_out(file, family):
-    """Return {part: {name today: array}} of a single file, and the names of what is in no part.
-
-    Of these, the usual ones are not worth a line.
-    """
-    prefixes = {**family.text, "vae": "first_stage_model.", "unet": "model.diffusion_model."}
-    ups = map(re.compile(r"first_stage_model\.decoder\.up\.(\d{1,3})\.").match, file)
-    downs = map(re.compile(r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.0\.op\.").match, file)
-    levels = len({match[1] for match in ups if match})
-    n = max(1, min((int(match[1]) for match in downs if match), default=3))
-
-    arrays, others = {part: {} for part in prefixes}, []
-    for name, array in file.items():
-        part = next((part for part in prefixes if name.startswith(prefixes[part])), None)
-        new = part and from_original_name(part, name.removeprefix(prefixes[part]), levels, n)
-        if part and re.match(INSIDE[part], new):
-            arrays[part][new] = array
-        elif not USUAL.match(name):
-            others.append(name)
-    return arrays, others
-
-
-def clip_tokenizer(pad=Tokenizer.EOS):
-    """Return CLIP's own tokenizer: the first 48,894 merges of OpenAI's table."""
-    import gzip
-    table = tiny_sd.HERE / "weights" / "bpe_simple_vocab_16e6.txt.gz"
-    with gzip.open(table, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:48895]
-    return Tokenizer([tuple(line.split()) for line in lines], pad=pad)
-
-
-def from_open_clip(arrays):
-    """Return OpenCLIP's text encoder as transformers has it.
-
-    There q, k and v lie in one array, and the projection is multiplied from the other side.
-    """
-    split = {}
-    for name, array in arrays.items():
-        if name == "text_projection":
-            split["text_projection.weight"] = array.T
-        elif "in_proj_" in name:
-            require(array.ndim and len(array) % 3 == 0, f"{name} does not hold q, k and v")
-            for letter, third in zip("qkv", np.split(array, 3)):
-                split[name.replace("in_proj_", f"{letter}_proj.")] = third
+        if path.is_dir():
+            folder = path / "vae" if (path / "vae").is_dir() else path
+            whole = f"{folder} is not a VAE's folder"
+            settings, (arrays, _) = read_json(folder / "config.json", whole), read_weights(
+                folder, whole)
         else:
-            split[name] = array
-    return split
+            require(path.is_file(), f"{path} is neither a folder nor a file")
+            arrays = tiny_vae.joined(path, read_tensors)
+        return vae_of(name, settings, named_today(path, arrays))
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{name} is not a VAE: it has no {shorten(str(error))}"
+                        f"{not_but(kind_of(arrays))}") from None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(f"{name} is not a VAE: {shorten(str(error))}") from None
 
 
-def without_last_layer(arrays):
-    """Return Stable Diffusion 2's text encoder without the layer that it does not use."""
-    last = f"encoder.layers.{max(0, count(arrays, 'encoder.layers') - 1)}."
-    return {name: array for name, array in arrays.items() if not name.startswith(last)}
+def vae_of(name, settings, arrays):
+    """Return the Vae of a config, perhaps an empty one, and arrays under diffusers' names."""
+    if tiny_vae.is_tiny(arrays):
+        return Vae(name, *tiny_vae.checked(name, settings, arrays), tiny_vae.encode,
+                   tiny_vae.decode)
+    return Vae(name, settings or singlefile.read_off_vae(arrays), arrays)
 
 
-def count(arrays, numbered):
-    """Return how many different numbers follow the text `numbered` in the arrays' names."""
-    found = map(re.compile(rf"{re.escape(numbered)}\.(\d{{1,3}})\.").match, arrays)
-    return len({match[1] for match in found if match})
-
-
-def widths(arrays, side):
-    """Return the channels of the levels of one side of a VAE or U-Net."""
-    return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
-
-
-def read_off(family, open_clip, arrays):
-    """Return the configs that the arrays of a single file imply; KeyError if one is missing.
-
-    open_clip: the text encoders that are OpenCLIP's.
-    """
-    unet = arrays["unet"]
-    settings = {part: read_off_text(arrays[part], part in open_clip) for part in family.text}
-    shape = read_off_vae(arrays["vae"]) if arrays["vae"] else USUAL_VAE
-    settings["vae"] = shape | {"scaling_factor": family.scaling_factor}
-    settings["unet"], settings["scheduler"] = read_off_unet(family, unet), family.scheduler
-    if "time_embedding.cond_proj.weight" in unet:
-        settings["scheduler"] = family.scheduler | {"_class_name": "LCMScheduler"}
-        settings["unet"]["time_cond_proj_dim"] = unet["time_embedding.cond_proj.weight"].shape[1]
-    if "text_encoder_2" in settings:
-        told = unet["add_embedding.linear_1.weight"].shape[1]
-        pooled = len(arrays["text_encoder_2"]["text_projection.weight"])
-        settings["text_encoder_2"]["projection_dim"] = pooled
-        settings["unet"] |= {
-            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": told,
-            "addition_time_embed_dim": (told - pooled) // 6}
-    return settings
-
-
-def read_off_vae(arrays):
-    """Return the config of a VAE, but for the scale of its latents."""
-    return {
-        "block_out_channels": widths(arrays, "encoder.down_blocks"),
-        "layers_per_block": count(arrays, "encoder.down_blocks.0.resnets"),
-        "latent_channels": len(arrays["post_quant_conv.weight"])}
-
-
-def read_off_text(arrays, open_clip):
-    """Return the config of a text encoder."""
-    tokens = arrays["embeddings.token_embedding.weight"].shape
-    return {
-        "vocab_size": tokens[0], "hidden_size": tokens[1],
-        "max_position_embeddings": len(arrays["embeddings.position_embedding.weight"]),
-        "num_hidden_layers": count(arrays, "encoder.layers"),
-        "hidden_act": "gelu" if open_clip else "quick_gelu",
-        "num_attention_heads": max(1, tokens[1] // 64),
-        "intermediate_size": len(arrays["encoder.layers.0.mlp.fc1.weight"])}
-
-
-def read_off_unet(family, arrays):
-    """Return the config of a U-Net, without its added conditions."""
-    down = widths(arrays, "down_blocks")
-    depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
-             for i in range(len(down))]
-    words = next(filter(re.compile(r".*\.attn2\.to_k\.weight").match, arrays), "attn2.to_k.weight")
-    size, middle = family.head_size, any(name.startswith("mid_block.") for name in arrays)
-    return {
-        "block_out_channels": down, "sample_size": family.sample_size,
-        "layers_per_block": count(arrays, "down_blocks.0.resnets"),
-        "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depth],
-        "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in depth[::-1]],
-        "transformer_layers_per_block": [max(1, n) for n in depth],
-        "attention_head_dim": [max(1, width // size) for width in down] if size else 8,
-        "cross_attention_dim": arrays[words].shape[1],
-        "in_channels": arrays["conv_in.weight"].shape[1],
-        "out_channels": len(arrays["conv_out.weight"]),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else None}
-
-
-# ── LoRAs ───────────────────────────────────────────────────────────────────────────────────────
-#
-# A LoRA holds two narrow matrices for a weight W: W becomes W + weight * alpha / r * B A, where r
-# is the height of A (Hu et al., 2021). Programs name them differently. With every dot as an
-# underscore, a name has a prefix for the network, W's own name, and an ending:
-#
-#     kohya             lora_unet_W_lora_down.weight        lora_te_text_model_W.alpha
-#     peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
-#     older diffusers   unet.W.processor.to_q_lora.up.weight, text_encoder.W.lora_linear_layer.up...
-#
-# Those for SDXL have te1 and te2, or text_encoder and text_encoder_2; W may be the U-Net's name for
-# it in the original layout.
-
-ENDINGS = re.compile(r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|alpha)"
-                     r"(?:_default\w*)?(?:_weight)?\Z")
-PREFIXES = {    # the first that fits counts
-    "te1_": "text_encoder", "te2_": "text_encoder_2", "te_": "text_encoder",
-    "text_encoder_2_": "text_encoder_2", "text_encoder_": "text_encoder", "unet_": "unet",
-    "": "unet"}
-
-
-def lora_target(name, n):
-    """Return ((part, W's name with underscores), "down", "up" or "alpha"), or None.
-
-    n: ResBlocks a level of the U-Net's way up.
-    """
-    name = name.replace(".", "_")
-    ending = ENDINGS.search(name)
-    if not ending:
-        return None
-    name = name[:ending.start()]
-    for prefix in ("base_model_model_", "lora_"):
-        name = name.removeprefix(prefix)
-    prefix = next(filter(name.startswith, PREFIXES))
-    name = name[len(prefix):].removeprefix("text_model_")
-    name = re.sub("_lora$", "", name.replace("_processor", ""))
-    name = re.sub("_to_out$", "_to_out_0", name)
-    if PREFIXES[prefix] == "unet":
-        dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
-        name = from_original_name("unet", f"{dotted}.weight", 0, n).removesuffix(".weight")
-    target = PREFIXES[prefix], name.replace(".", "_")
-    return target, {"A": "down", "B": "up"}.get(ending[1], ending[1])
-
-
-def add_loras(arrays, loras):
-    """Add to each weight what the LoRAs, pairs (file, weight), hold for it."""
-    known = {(part, name.removesuffix(".weight").replace(".", "_")): name
-             for part in arrays.keys() - {"vae"} for name in arrays[part]
-             if name.endswith(".weight")}
-    n = max(1, count(arrays["unet"], "up_blocks.0.resnets"))
-    for path, weight in loras:
-        require(Path(path).exists(), f"there is no LoRA {path}")
-        require(Path(path).is_file(), f"the LoRA {path} is not a file")
-        pairs, wrong = {}, []
-        for name, array in read_tensors(path).items():
-            target, kind = lora_target(name, n) or (None, None)
-            if target in known:
-                pairs.setdefault(target, {})[kind] = widen(array)
-            else:
-                wrong.append(name)
-        require(pairs or wrong, f"{path} is not a LoRA: it holds no weights")
-        require(not wrong,
-                f"{path} does not fit the model, which has nothing for {first_five(wrong)}")
-        alphas = lora_alphas(path)
-        for target, pair in pairs.items():
-            part, name = target[0], known[target]
-            try:
-                add_lora(arrays[part], name, pair, alphas.get(f"{part}.lora_alpha"), weight)
-            except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-                raise UserError(f"{path} does not fit the model's {name}: {error}") from None
-
-
-def lora_alphas(path):
-    """Return the settings that peft leaves in a file's metadata."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        settings = json.loads((safe_open(path, "np").metadata() or {})
-                              .get("lora_adapter_metadata", "{}"))
-    except SafetensorError:     # torch's own files have none
-        return {}
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: its lora_adapter_metadata is not JSON") from None
-    return settings if isinstance(settings, dict) else {}
-
-
-def add_lora(arrays, name, pair, alpha, weight):
-    """Add weight * alpha / r * B A to the array of this name."""
-    up, down = (np.asarray(pair[side], np.float32) for side in ("up", "down"))
-    array, r = widen(arrays[name]), len(down)
-    if "alpha" in pair:
-        require(pair["alpha"].size == 1, f"the alpha of {name} is not one number")
-        alpha = pair["alpha"].item()
-    scale = np.float32(weight * float(r if alpha is None else alpha) / r)
-    kernel = down.shape[2:]     # of a convolution
-    fits = (up.shape[:2], down.shape[1:]) == ((len(array), r), array.shape[1:])
-    fits = fits or (len(up), *down.shape[1:2]) == array.shape[:2] and set(kernel) <= {1}
-    require(fits and up.shape[1] == r,
-            f"{name} has shape {array.shape}, its LoRA {up.shape} and {down.shape}")
-    arrays[name] = array + (scale * (up.reshape(len(up), -1) @ down.reshape(r, -1))
-                            ).reshape(array.shape)
+def named_today(path, arrays):
+    """Return a VAE's arrays under the names that diffusers has today."""
+    start = "first_stage_model."
+    arrays = {key.removeprefix(start): array for key, array in arrays.items()
+              if key.startswith(start)} or arrays
+    if not any(key.startswith("decoder.up.") for key in arrays):
+        return {current_name(key): array for key, array in arrays.items()}
+    sorted_out, others, _ = singlefile.sort_out({f"{start}{key}": array
+                                                 for key, array in arrays.items()})
+    if others:
+        others = [key.removeprefix(start) for key in others]
+        tell(f"{path} holds more than a VAE, which is left out: {first_five(others)}")
+    return sorted_out["vae"]

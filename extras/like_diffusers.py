@@ -35,8 +35,9 @@ def defaults(model):
     sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
     if scheduler._class_name == "LCMScheduler":
         return sampler, 4, 8.5
-    if sampler in ("euler", "euler_a") and scheduler.timestep_spacing == "trailing":    # Turbo
-        return sampler, 1, 1.0
+    trailing = scheduler.timestep_spacing == "trailing" and model.alpha_bars[-1] > 1e-3
+    if sampler in ("euler", "euler_a") and trailing and scheduler.prediction_type == "epsilon":
+        return sampler, 1, 1.0      # Turbo
     return sampler, 20, model.guidance
 
 
@@ -59,19 +60,24 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     require(np.ndim(seeds) == 1 and len(seeds) > 0 and all(hasattr(s, "__index__") for s in seeds),
             f"seeds must be a list of whole numbers, not {seeds}")
     check_start(model, init, mask)
+    if negative is None and not getattr(model.config.scheduler, "_force_zeros", True):
+        negative = ""       # as the folder's model_index.json asks for
     if init is not None:
         height, width = init.shape[:2]
 
     levels = sampling_steps(sampler, own_steps if steps is None else steps, model.config.scheduler,
                             model.alpha_bars, own_schedule(schedule, model))
+    configured = getattr(sampler, "configured", lambda *_: sampler)
+    sampler_here = configured(model.config.scheduler, levels, model.alpha_bars)
     noise = torch_noise(seeds, latent_shape(model, width, height))
     if init is None or mask is not None and strength == 1:
-        sampler = from_scaled_noise(sampler, initial_scale(sampler, model.config.scheduler, levels))
+        scale = initial_scale(sampler, model.config.scheduler, levels)
+        sampler_here = from_scaled_noise(sampler_here, scale)
     # a distilled model takes the scale as an input instead
     scale = 1.0 if model.config.unet.time_cond_proj_dim else guidance
     make = functools.partial(with_guidance, make_denoiser or denoiser, guidance)
-    return tiny_sd.generate(model, prompt, negative, scale, sampler, levels, noise, init, strength,
-                            mask, make, embed)
+    return tiny_sd.generate(model, prompt, negative, scale, sampler_here, levels, noise, init,
+                            strength, mask, make, embed)
 
 
 def check_start(model, picture, mask):
@@ -126,6 +132,34 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
 # ── Levels ─────────────────────────────────────────────────────────────────── REFERENCE §9 ──
 
 
+def noise_levels(scheduler):
+    """Return ᾱ_t of t = 0 .. T - 1, as diffusers computes it from a scheduler's config."""
+    T, low, high = scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end
+    cos = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = {"linear": np.linspace(low, high, T),
+             "squaredcos_cap_v2": np.minimum(1 - cos[1:] / cos[:-1], 0.999)}
+    alpha_bars = (tiny_sd.scaled_linear_schedule(T, low, high)
+                  if scheduler.beta_schedule == "scaled_linear"
+                  else np.cumprod(1 - betas[scheduler.beta_schedule]))
+    if getattr(scheduler, "rescale_betas_zero_snr", False):     # Lin et al., 2024
+        signal = alpha_bars ** 0.5
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+        alpha_bars = signal ** 2
+        if scheduler.prediction_type == "epsilon":      # which says nothing where all is noise
+            alpha_bars[-1] = 2 ** -24
+    return alpha_bars
+
+
+def as_pipelines_have_it(settings, two_encoders):
+    """Return a scheduler's config with what diffusers' classes, then its pipelines, make of it."""
+    kind, linear_schedule = settings.get("_class_name"), {}
+    if kind in SCHEDULERS and kind not in ("LCMScheduler", "TCDScheduler"):
+        linear_schedule = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    if two_encoders:
+        return linear_schedule | {"steps_offset": 0} | settings
+    return linear_schedule | settings | {"steps_offset": 1, "clip_sample": False}
+
+
 def function_of(sampler):
     """Return the sampler of a name; a function is one already."""
     require(callable(sampler) or sampler in SAMPLERS,
@@ -143,7 +177,7 @@ def timesteps(sampler, n, scheduler, spacing=None):
     """Return n timesteps, the noisiest first (9.1). spacing: see SPACINGS (timestep_spacing's)."""
     T, spacing = scheduler.num_train_timesteps, spacing or timestep_spacing(sampler, scheduler)
     if custom := getattr(sampler, "timesteps", None):
-        return custom(n, T)
+        return custom(n, scheduler)
     if spacing == "trailing":
         return (T - np.arange(n) * T / n).round() - 1
     m = n + getattr(sampler, "drops_last", 0)
@@ -174,7 +208,7 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
     schedule: a name in SCHEDULES or SPACINGS; if None, the levels are spaced as the config says.
     """
     sampler = function_of(sampler)
-    T, sigmas = len(alpha_bars), sigma_of(alpha_bars)
+    T, sigmas = len(alpha_bars), sigma_of(np.maximum(alpha_bars, 2 ** -24))
     most = min(T, 1000) - 1
     require(hasattr(n, "__index__") and 1 <= n <= most, f"steps {n} is not from 1 to {most}")
     require(schedule in (None, *SCHEDULES, *SPACINGS), f"there is no schedule {schedule}")
@@ -188,25 +222,34 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
         t = np.round(t)
     sigma = np.interp(t, np.arange(T), sigmas)
     if name in SCHEDULES:
-        sigma, t = scheduled_levels(name, n, sampler, sigma, sigmas)
+        sigma, t = scheduled_levels(name, n, sampler, sigma, sigmas, scheduler)
     levels = (1 / (1 + sigma ** 2)).tolist()
+    if alpha_bars[-1] == 0 and t[0] == T - 1 and getattr(sampler, "from_nothing", False):
+        levels[0] = 0.0
 
     ends_clean = getattr(sampler, "ends_clean", True)
     if getattr(sampler, "follows_set_alpha", False) and scheduler.set_alpha_to_one is not None:
         ends_clean = scheduler.set_alpha_to_one
     last = 1.0 if ends_clean or name in SCHEDULES else float(alpha_bars[0])
-    return list(zip(t.tolist(), levels, [*levels[1:], last]))
+    ends = [*levels[1:], last]
+    if getattr(sampler, "strides", False) and name not in SCHEDULES:
+        ends = [float(alpha_bars[i]) if i >= 0 else last for i in t.astype(int) - T // n]
+    return list(zip(t.tolist(), levels, ends))
 
 
-def scheduled_levels(name, n, sampler, sigma, sigmas):
+def scheduled_levels(name, n, sampler, sigma, sigmas, scheduler):
     """Return a schedule's levels and their times.
 
     sigma: the levels that the sampler would take, over whose range some schedules extend; sigmas:
     all of the model's. Three schedules are also diffusers', whose times are whole with samplers
-    that think in log σ.
+    that think in log σ; for them a scheduler's config may have a range of its own.
     """
     in_diffusers = name in ("karras", "exponential", "beta") and getattr(sampler, "range", None)
-    sigma = SCHEDULES[name](n, sigma[::-1] if in_diffusers == "steps" else sigmas)
+    known = sigma[::-1] if in_diffusers == "steps" else sigmas
+    if in_diffusers:
+        known = np.array([getattr(scheduler, "sigma_min", None) or known[0],
+                          getattr(scheduler, "sigma_max", None) or known[-1]])
+    sigma = SCHEDULES[name](n, known)
     t = time_of(sigma, sigmas)
     if in_diffusers == "model":
         # it cuts the others', whose first comes out as 998.9999

@@ -1,13 +1,14 @@
 """Read torch's .ckpt, .pt, .pth and .bin files without torch, and without running anything in them.
 
 Such a file is a zip of data.pkl, the structure, and data/N, the numbers. A pickle is a program
-for a machine with a stack, some of whose instructions call functions. The machine below has no
-such call: it makes dicts, lists, numbers and memory-mapped arrays, and whatever else a pickle
-names stays a name.
+for a machine with a stack, some of whose instructions import and call functions. The one below is
+Python's own without these: it makes dicts, lists, numbers and memory-mapped arrays, and whatever
+else a pickle names stays a name.
 """
 
+import io
 import math
-import pickletools
+import pickle
 import re
 import struct
 import zipfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_sd import UserError, read_safetensors, require, shorten
+from tiny_sd import UserError, require, shorten
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LONGEST = 2 ** 22       # bytes of a data.pkl; that of Stable Diffusion 1.5 has some 200,000
@@ -32,14 +33,13 @@ CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1
            "f.rsplit(\".\", 1)[0] + \".safetensors\")' FILE")
 
 
-@dataclass(frozen=True)
-class Name:
-    """What a pickle imports: here its name alone."""
-    text: str
-
-
 class Nothing:
     """What stands for an object whose arguments, items and attributes were dropped."""
+
+    def drop(self, *_):
+        """Do nothing."""
+
+    append = extend = add = update = drop
 
 
 class ParameterDict(dict):
@@ -61,30 +61,15 @@ def read_pickle(path):
     require(Path(path).is_file(), f"there is no file {path}")
     try:
         archive = Archive(path)
-        return Machine(archive.storage).run(archive.member("data.pkl", LONGEST).tobytes())
+        return Machine(archive).load()
     except UserError as error:
         raise UserError(f"{path} is refused: {error}") from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError,
-            NotImplementedError, struct.error, zipfile.BadZipFile) as error:
+            NotImplementedError, MemoryError, struct.error, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
         reason = shorten(str(error).replace("\n", " "))
         raise UserError(f"{path} is not a whole checkpoint: {reason or type(error).__name__}"
                         ) from None
-
-
-def read_tensors(path):
-    """Return {name: array} of a .safetensors file, or of one that torch wrote.
-
-    There, the arrays may lie in a "state_dict" among other things.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        return read_safetensors(path)
-    found = read_pickle(path)
-    found = found if isinstance(found, dict) else {}
-    inner = found.get("state_dict")
-    arrays = {name: array for name, array in (inner if isinstance(inner, dict) else found).items()
-              if isinstance(name, str) and isinstance(array, np.ndarray)}
-    require(arrays, f"{path} holds no tensors with names")
-    return arrays
 
 
 # ── The zip ─────────────────────────────────────────────────────────────────────────────────────
@@ -162,171 +147,120 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 # ── The machine ─────────────────────────────────────────────────────────────────────────────────
 
 
-def ordered_dict(pairs=()):
-    """Return collections.OrderedDict(pairs) as a dict."""
+def set_item(target, key, value):
+    """Set target[key] of a dict; leave out what has no text as its key, as no weights have.
+
+    A tuple could hold itself a million times, and its hash take for ever; and numbers can be
+    chosen so that a dict of them does.
+    """
+    require(isinstance(target, dict), "it puts an item into something that is not a dict")
+    require(isinstance(key, (str, bytes, int, float, Name, type(None))),
+            "a dict's key is neither a text nor a number")
+    if isinstance(key, str):
+        target[key] = value
+
+
+def text_dict(pairs=()):
+    """Return dict(pairs), as set_item makes it."""
     found = {}
     for key, value in pairs:
         set_item(found, key, value)
     return found
 
 
-def set_item(target, key, value):
-    """Set target[key], where target is a dict and the key is plain.
-
-    A tuple is no key: it could hold itself a million times, and its hash take for ever.
-    """
-    require(isinstance(target, dict), "it puts an item into something that is not a dict")
-    require(isinstance(key, (str, bytes, int, float, Name, type(None))),
-            "a dict's key is neither a text nor a number")
-    target[key] = value
-
-
 CALLS = {   # what stands here for the functions and classes that torch's files call
-    "collections.OrderedDict": ordered_dict, "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "collections.OrderedDict": text_dict, "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch.nn.modules.container.ParameterDict": lambda *arguments: ParameterDict()}
 
 
-def call(function, arguments):
-    """Return what a pickle's call of a name stands for; UserError unless weights may need it."""
-    require(isinstance(function, Name), "it calls something that it made itself")
-    if function.text in CALLS:
-        return CALLS[function.text](*arguments)
-    require(SWALLOWED.fullmatch(function.text),
-            f"its pickle calls {shorten(repr(function.text))}, which no weights need; nothing was "
-            "run")
-    return Nothing()
+@dataclass(frozen=True)
+class Name:
+    """What a pickle imports: here its name alone, which some weights may need to call."""
+    text: str
+
+    def __call__(self, *arguments):
+        if self.text in CALLS:
+            return CALLS[self.text](*arguments)
+        require(SWALLOWED.fullmatch(self.text), f"its pickle calls {shorten(repr(self.text))}, "
+                "which no weights need; nothing was run")
+        return Nothing()
 
 
-# How instructions are told apart: those that push their argument, those that push something new,
-# those that read or write the memo.
-VALUES = {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT",
-          "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE",
-          "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-NEW = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-       "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Nothing}
-PUT, GET = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
+class Memo(dict):
+    """A pickle's memo, whose numbers follow one another, so that none can be chosen."""
+
+    def __setitem__(self, number, value):
+        require(number <= len(self), "its pickle skips numbers of its memo")
+        super().__setitem__(number, value)
 
 
-class Machine:
-    """The pickle machine: a stack, the stacks below its marks, and a memo.
+class Machine(pickle._Unpickler):
+    """Python's pickle machine, with what could run or grow taken out.
 
-    load: a function that returns what a persistent id stands for.
+    The class in C would look up names itself, so it has to be the one written in Python.
     """
 
-    def __init__(self, load):
-        self.stack, self.below, self.memo, self.load = [], [], {}, load
+    def __init__(self, archive):
+        super().__init__(io.BytesIO(archive.member("data.pkl", LONGEST).tobytes()),
+                         encoding="latin1")
+        self.memo, self.persistent_load = Memo(), archive.storage
 
-    def run(self, program):
-        """Return what a pickle, as bytes, makes."""
-        for opcode, argument, _ in pickletools.genops(program):
-            name = opcode.name
-            if name == "STOP":
-                return self.stack.pop()
-            if name in VALUES:
-                self.push(argument)
-            elif name in NEW:
-                self.push(NEW[name]())
-            elif name in PUT:
-                self.memo[argument] = self.stack[-1]
-            elif name in GET:
-                require(argument in self.memo, "its pickle recalls what it did not keep")
-                self.push(self.memo[argument])
-            elif name not in ("PROTO", "FRAME"):
-                self.step(name, argument)
-        raise ValueError("it has no end")
+    def find_class(self, module, name):
+        return Name(f"{module}.{name}")
 
-    def step(self, name, argument):
-        """Do what an instruction asks for, of those that need the stack."""
-        match name:
-            case "MARK":
-                self.below.append(self.stack)
-                self.stack = []
-            case "POP":
-                self.stack.pop()
-            case "POP_MARK":
-                self.pop_mark()
-            case "DUP":
-                self.push(self.stack[-1])
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.stack[-1]
-            case "BINPERSID":
-                self.push(self.load(self.stack.pop()))
-            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "ADDITEMS" | "BUILD":
-                self.fill(name)
-            case "GLOBAL" | "STACK_GLOBAL" | "INST" | "OBJ" | "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
-                self.push(self.named(name, argument))
-            case _:
-                self.push(self.gathered(name))
+    def push_call(self):        # of a name, with a tuple
+        arguments, function = self.stack.pop(), self.stack.pop()
+        require(isinstance(function, Name), "it calls something that it made itself")
+        self.append(function(*arguments))
 
-    def push(self, value):
-        """Put a value on the stack."""
-        self.stack.append(value)
+    def push_call_with_options(self):       # which no weights need
+        self.stack.pop()
+        self.push_call()
 
-    def pop(self, n):
-        """Take the last n values off the stack, and return them."""
-        require(len(self.stack) >= n, "its pickle takes more from the stack than is there")
-        taken = self.stack[len(self.stack) - n:]
-        del self.stack[len(self.stack) - n:]
-        return taken
+    def push_call_above_mark(self):
+        function, *arguments = self.pop_mark()
+        self.stack += [function, arguments]
+        self.push_call()
 
-    def pop_mark(self):
-        """Return all values above the last mark, and go back to those below it."""
-        values, self.stack = self.stack, self.below.pop()
-        return values
+    def push_dict(self):
+        values = self.pop_mark()
+        self.append(text_dict(zip(values[::2], values[1::2], strict=True)))
 
-    def gathered(self, name):
-        """Return the container that an instruction makes of values on the stack."""
-        match name:
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                return tuple(self.pop(int(name[-1])))
-            case "TUPLE":
-                return tuple(self.pop_mark())
-            case "LIST":
-                return self.pop_mark()
-            case "DICT":
-                values = self.pop_mark()
-                return ordered_dict(zip(values[::2], values[1::2], strict=True))
-            case "FROZENSET":
-                self.pop_mark()
-                return Nothing()
-        raise UserError(f"its pickle has the instruction {name}, which no weights need")
+    def push_nothing(self):
+        self.append(Nothing())
 
-    def fill(self, name):
-        """Put items or attributes into what lies below them on the stack."""
-        if name in ("APPEND", "SETITEM", "BUILD"):
-            values = self.pop(2 if name == "SETITEM" else 1)
-        else:
-            values = self.pop_mark()
-        target = self.stack[-1]
-        if isinstance(target, Nothing):
-            return
-        if name.startswith("SETITEM"):
+    def push_nothing_for_items(self):
+        self.pop_mark()
+        self.push_nothing()
+
+    def set_items(self, values=None):
+        values = self.pop_mark() if values is None else values
+        if not isinstance(self.stack[-1], Nothing):
             for key, value in zip(values[::2], values[1::2], strict=True):
-                set_item(target, key, value)
-        elif name.startswith("APPEND"):
-            require(type(target) is list, "its pickle appends to something that is not a list")
-            target += values
-        elif isinstance(target, ParameterDict):
-            target.update(ordered_dict(values[0]["_parameters"].items()))
-        else:       # a state_dict has attributes, which say nothing of its weights
-            require(isinstance(target, dict), "its pickle changes something that is not a dict")
+                set_item(self.stack[-1], key, value)
 
-    def named(self, name, argument):
-        """Return the name that an instruction imports, or what its call stands for."""
-        match name:
-            case "GLOBAL":
-                return Name(argument.replace(" ", ".", 1))
-            case "STACK_GLOBAL":
-                module, word = self.pop(2)
-                require(isinstance(module, str) and isinstance(word, str), "it imports no name")
-                return Name(f"{module}.{word}")
-            case "INST":
-                return call(Name(argument.replace(" ", ".", 1)), self.pop_mark())
-            case "OBJ":
-                function, *arguments = self.pop_mark()
-                return call(function, arguments)
-            case "NEWOBJ_EX":
-                function, arguments, _ = self.pop(3)
-                return call(function, arguments)
-        return call(*self.pop(2))
+    def set_one(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def set_attributes(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], ParameterDict):
+            self.stack[-1].update(text_dict(state["_parameters"].items()))
+        else:       # a state_dict has attributes, which say nothing of its weights
+            require(isinstance(self.stack[-1], (dict, Nothing)),
+                    "its pickle changes something that is not a dict")
+
+    def refuse(self):
+        raise UserError("its pickle has an instruction that no weights need")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        code[0]: step for code, step in {
+            pickle.REDUCE: push_call, pickle.NEWOBJ: push_call, pickle.OBJ: push_call_above_mark,
+            pickle.NEWOBJ_EX: push_call_with_options, pickle.BUILD: set_attributes,
+            pickle.SETITEM: set_one, pickle.SETITEMS: set_items, pickle.DICT: push_dict,
+            pickle.EMPTY_SET: push_nothing, pickle.FROZENSET: push_nothing_for_items,
+            **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
+                             pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), refuse)
+        }.items()}

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import tiny_sd
-from extras import pickles
+from extras import pickles, tensors
 from extras.narrow import wide
 from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, widen
 
@@ -263,17 +263,21 @@ class LearntTokenizer(Tokenizer):
     words: {word: its ids}. Wherever the tokens of a word follow one another, its ids take their
     place, as in the web UI; of words that begin alike, the longest counts. One in angle brackets
     is found in the text, as in diffusers: the comma of "<cat>," would be in one token with ">".
+    Before a word, "embedding:" goes with it, as in ComfyUI.
     """
 
     def __init__(self, tokenizer, words):
         vars(self).update(vars(tokenizer))
-        self.learnt = {tuple(tokenizer.tokens(prefix + word)): ids for word, ids in words.items()
-                       for prefix in ("embedding:", "")}        # as ComfyUI, and as all others
+        self.inner = tokenizer
+        called = {start + word: ids for word, ids in words.items()
+                  for start in ("embedding:", "")}      # as ComfyUI, and as all others
+        self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in called.items()}
         self.learnt.pop((), None)
-        self.bracketed = {word.lower(): ids for word, ids in words.items()
-                          if re.fullmatch("<.+>", word)}
-        self.lengths = {ids[0]: len(ids) for ids in words.values()}
-        self.names = {ids[0]: [] for ids in words.values()}
+        self.bracketed = {word.lower(): ids for word, ids in called.items()
+                          if re.fullmatch("(embedding:)?<.+>", word)}
+        self.lengths = getattr(tokenizer, "lengths", {}) | {
+            ids[0]: len(ids) for ids in words.values()}
+        self.names = getattr(tokenizer, "names", {}) | {ids[0]: [] for ids in words.values()}
         self.symbol = {**self.symbol}
         for word, (first, *others) in words.items():
             spelling = "".join(self.bytes[b] for b in word.encode(errors="replace"))
@@ -282,14 +286,15 @@ class LearntTokenizer(Tokenizer):
 
     def tokens(self, text):
         """Return the ids of a text, those of the learnt words among them."""
-        pattern = "|".join(map(re.escape, self.bracketed)) or "(?!)"
+        longest_first = sorted(self.bracketed, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
         pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
         return [i for piece in pieces
                 for i in self.bracketed.get(piece.lower()) or self.learnt_tokens(piece)]
 
     def learnt_tokens(self, text):
         """Return the ids of a text, where only tokens tell learnt words."""
-        spelt, ids, i = super().tokens(text), [], 0
+        spelt, ids, i = self.inner.tokens(text), [], 0
         sizes = [*sorted({len(word) for word in self.learnt}, reverse=True), 1]
         while i < len(spelt):
             word = next((word for n in sizes if (word := tuple(spelt[i:i + n])) in self.learnt),
@@ -302,8 +307,8 @@ class LearntTokenizer(Tokenizer):
 def with_embeddings(model, files):
     """Return the model with the words that textual inversions, in these files, have learnt.
 
-    A word is the file's name, and in diffusers' files the one inside. UserError if a file is none,
-    or of another family of models.
+    A word is the file's name, and in diffusers' files the one inside. Instead of a file, (its name,
+    {name: array}) will do. UserError if a file is none, or of another family of models.
     """
     tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
               for encoder in model.encoders]
@@ -347,12 +352,8 @@ def embedding_arrays(file):
     The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
     diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
     """
-    path = Path(file)
-    require(path.is_file(), f"there is no embedding {file}")
-    pickled = path.suffix.lower() in pickles.SUFFIXES
-    found = pickles.read_pickle(path) if pickled else tiny_sd.read_safetensors(path)
-    found = found if isinstance(found, dict) else {}
-    names = [path.stem]
+    name, found = file if isinstance(file, tuple) else (Path(file).stem, read_file(file))
+    names = [name]
     if web_ui := isinstance(found.get("string_to_param"), dict):
         found = found["string_to_param"]
 
@@ -361,10 +362,20 @@ def embedding_arrays(file):
     if arrays.keys() >= {"clip_l", "clip_g"}:
         arrays = {name: arrays[name] for name in ("clip_l", "clip_g")}
     else:
+        kind = tensors.kind_of(arrays)
         require(len(arrays) == 1, f"{file} is not an embedding: it holds {len(arrays)} tensors "
-                                  "instead of one, or of clip_l and clip_g")
+                "instead of one, or of clip_l and clip_g" + tensors.not_but(kind))
         names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
     return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
+
+
+def read_file(path):
+    """Return {name: what it is} of an embedding's file."""
+    require(Path(path).is_file(), f"there is no embedding {path}")
+    if Path(path).suffix.lower() not in pickles.SUFFIXES:
+        return tensors.read_tensors(path)
+    found = pickles.read_pickle(path)
+    return found if isinstance(found, dict) else {}
 
 
 # ── Tags ────────────────────────────────────────────────────────────────────────────────────────

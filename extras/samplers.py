@@ -5,7 +5,9 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     name, title         as in SAMPLERS, and as pictures record it
     spacing             how its timesteps are always spaced: "leading", "trailing" or "linspace"
     default_spacing     likewise, where the scheduler's config does not say ("leading")
-    timesteps           a function (n, T) that chooses them instead; no schedule can
+    timesteps           a function (n, scheduler) that chooses them instead; no schedule can
+    configured          a function (scheduler, steps, alpha_bars) that returns the sampler with what
+                        a config sets
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
     fractional          its times need not be whole, and x_T has the standard deviation of its noise
     range               what a schedule such as Karras' extends over: "model", all levels that the
@@ -13,6 +15,8 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     follows_config      takes the schedule that the config asks for (whether it has a range)
     ends_clean          the last step ends at ᾱ = 1, not at the model's first level (True)
     follows_set_alpha   ... unless the config's set_alpha_to_one says otherwise (False)
+    strides             each step ends T // n times below its own, wherever the next begins (False)
+    from_nothing        it can begin at ᾱ = 0, and not just above (False)
 
 Some ask the model at levels between those of the steps. They find the time of a level in
 denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
@@ -26,7 +30,16 @@ from itertools import zip_longest
 import numpy as np
 
 from extras.schedules import karras, schedule_named, time_of
-from tiny_sd import SAMPLERS, add_noise, ddim, ddpm, dpm_pp_2m, sigma_of
+from tiny_sd import (
+    SAMPLERS,
+    add_noise,
+    ddim,
+    ddpm,
+    dpm_pp_2m,
+    sigma_of,
+    split_prediction,
+    velocity,
+)
 
 TITLES, SCHEDULERS = {}, {}     # {name: title}, {diffusers' class: name}
 
@@ -44,8 +57,8 @@ def sampler(name, title, scheduler=None, **facts):
 
 SIGMA = {"default_spacing": "linspace", "fractional": True, "range": "steps"}   # that think in σ
 LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     # ... in log σ
-sampler("ddpm", "DDPM", "DDPMScheduler")(ddpm)
-sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True)(ddim)
+sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True, strides=True,
+        from_nothing=True)(ddim)
 sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2m)
 
 
@@ -77,29 +90,21 @@ def euler_ancestral(denoise, x, steps, noise):
         yield x
 
 
+def ddpm_large(denoise, x, steps, noise):
+    """Do what ddpm does, but with noise of variance β, the other bound that Ho et al. give."""
+    for t, alpha_bar, alpha_bar_next in steps:
+        alpha = alpha_bar / alpha_bar_next
+        *_, mean = ddpm(denoise, x, [(t, alpha_bar, alpha_bar_next)], lambda: 0)
+        x = mean + ((1 - alpha) ** 0.5 * noise() if t > 0 else 0)
+        yield x
+
+
+sampler("ddpm", "DDPM", "DDPMScheduler", from_nothing=True, configured=lambda scheduler, *_: (
+    ddpm_large if getattr(scheduler, "variance_type", None) == "fixed_large" else ddpm))(ddpm)
+
+
 ADAMS_BASHFORTH = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
                    (55 / 24, -59 / 24, 37 / 24, -9 / 24)]      # weights of 1 to 4 past values
-
-
-@sampler("plms", "PLMS", "PNDMScheduler", ends_clean=False, follows_set_alpha=True)
-def plms(denoise, x, steps, noise=None):
-    """Take ddim's step along ε̂, extrapolated from up to four steps by Adams and Bashforth.
-
-    Liu et al., 2022. The first step, having no history yet, goes along the mean of the noise here
-    and at the next level (Heun).
-    """
-    past = []
-    for t, alpha_bar, alpha_bar_next in steps:
-        past = [denoise(x, t, alpha_bar)[1], *past[:3]]
-        weights = ADAMS_BASHFORTH[len(past) - 1]
-        eps = sum(weight * e for weight, e in zip(weights, past))
-
-        if len(past) == 1 and len(steps) > 1:
-            guess = ddim_step(x, eps, alpha_bar, alpha_bar_next)
-            t_next, level, _ = steps[1]
-            eps = (eps + denoise(guess, t_next, level)[1]) / 2
-        x = ddim_step(x, eps, alpha_bar, alpha_bar_next)
-        yield x
 
 
 def ddim_step(x, eps, alpha_bar, alpha_bar_next):
@@ -108,18 +113,69 @@ def ddim_step(x, eps, alpha_bar, alpha_bar_next):
     return add_noise(signal, alpha_bar_next, eps)
 
 
-SIGMA_DATA, TIMESTEP_SCALE, SOLVER_STEPS = 0.5, 10, 50      # of latent consistency distillation
+def plms_of(velocities=False, before=None):
+    """Return PLMS, which extrapolates ε̂, or the velocities that a model predicts.
+
+    before(t): the level one stride before t, at which diffusers' first step begins; if None, it is
+    that of the first step.
+    """
+    def what(guess, alpha_bar):
+        return velocity(guess[0], alpha_bar, guess[1]) if velocities else guess[1]
+
+    def step(x, direction, alpha_bar, alpha_bar_next):
+        kind = "v_prediction" if velocities else "epsilon"
+        x_0, eps = split_prediction(kind, direction, x, alpha_bar)
+        return add_noise(x_0, alpha_bar_next, eps)
+
+    def plms(denoise, x, steps, noise=None):
+        """Take ddim's step along ε̂, extrapolated from up to four steps by Adams and Bashforth.
+
+        Liu et al., 2022. The first step, having no history yet, goes along the mean of the noise
+        here and at the next level (Heun).
+        """
+        past = []
+        for t, alpha_bar, alpha_bar_next in steps:
+            past = [what(denoise(x, t, alpha_bar), alpha_bar), *past[:3]]
+            weights = ADAMS_BASHFORTH[len(past) - 1]
+            direction = sum(weight * each for weight, each in zip(weights, past))
+
+            if len(past) == 1 and len(steps) > 1:
+                guess = step(x, direction, alpha_bar, alpha_bar_next)
+                t_next, level, _ = steps[1]
+                direction = (direction + what(denoise(guess, t_next, level), level)) / 2
+                if before:
+                    alpha_bar, alpha_bar_next = before(t_next), level
+            x = step(x, direction, alpha_bar, alpha_bar_next)
+            yield x
+    return plms
 
 
-def lcm_timesteps(n, T):
-    """Return n of the 50 timesteps of the solver that the model was distilled from."""
-    if n > SOLVER_STEPS:
+def plms_configured(scheduler, steps, alpha_bars):
+    """Return PLMS as diffusers does it with a config."""
+    T = len(alpha_bars)
+    return plms_of(scheduler.prediction_type == "v_prediction", lambda t: float(
+        alpha_bars[min(int(t) + T // len(steps), T - 1)]))
+
+
+plms = plms_of()
+sampler("plms", "PLMS", "PNDMScheduler", ends_clean=False, follows_set_alpha=True, strides=True,
+        configured=plms_configured)(plms)
+
+
+SIGMA_DATA, TIMESTEP_SCALE = 0.5, 10        # of latent consistency distillation
+
+
+def lcm_timesteps(n, scheduler):
+    """Return n of the timesteps, usually 50, of the solver that the model was distilled from."""
+    T, solver = scheduler.num_train_timesteps, getattr(
+        scheduler, "original_inference_steps", None) or 50
+    if n > solver:
         return np.array([T])
-    t = np.arange(1, SOLVER_STEPS + 1)[::-1] * (T // SOLVER_STEPS) - 1
-    return t[np.arange(n) * SOLVER_STEPS // n]
+    t = np.arange(1, solver + 1)[::-1] * (T // solver) - 1
+    return t[np.arange(n) * solver // n]
 
 
-@sampler("lcm", "LCM", "LCMScheduler", timesteps=lcm_timesteps)
+@sampler("lcm", "LCM", "LCMScheduler", timesteps=lcm_timesteps, from_nothing=True)
 def lcm(denoise, x, steps, noise):
     """Consistency sampling: each step leaps to the picture, all but the last noise it again.
 

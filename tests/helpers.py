@@ -25,7 +25,8 @@ CONFIG = {
              "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
              "in_channels": 4, "out_channels": 4},
-    "scheduler": {"prediction_type": "epsilon"}}
+    "scheduler": {"prediction_type": "epsilon", "beta_start": 0.00085, "beta_end": 0.012,
+                  "beta_schedule": "scaled_linear"}}
 TWO_ENCODERS = CONFIG | {       # as in SDXL
     "text_encoder_2": CONFIG["text_encoder"] | {
         "hidden_size": 16, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 10},

@@ -26,7 +26,7 @@ from test_parity import arrays, first, last, same_pictures, some_picture
 
 import tiny_sd
 from conftest import TEXT, VAE, record, same
-from extras import checks, cli, formats, like_diffusers
+from extras import cli, formats, like_diffusers, shapes
 from helpers import TWO_ENCODERS, write_model
 
 pytestmark = pytest.mark.slow
@@ -176,15 +176,15 @@ def test_parameters_at_true_size(part):
         return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
     theirs = {name.removeprefix("text_model."): plain(p.shape)
               for name, p in network.named_parameters()}
-    ours = tiny_sd.flatten(checks.SHAPES[part](tiny_sd.read_config(part, config)))
+    ours = tiny_sd.flatten(shapes.SHAPES[part](tiny_sd.read_config(part, config)))
     assert {name: plain(shape) for name, shape in ours.items()} == theirs
     assert sum(map(math.prod, ours.values())) == number
 
 
 def test_share_of_the_transformers():
     """Six sevenths, as the notes say."""
-    shapes = tiny_sd.flatten(checks.unet_shapes(tiny_sd.read_config("unet", SIZES["unet"][0])))
-    inside = sum(math.prod(shape) for name, shape in shapes.items() if "attentions" in name)
+    expected = tiny_sd.flatten(shapes.unet_shapes(tiny_sd.read_config("unet", SIZES["unet"][0])))
+    inside = sum(math.prod(shape) for name, shape in expected.items() if "attentions" in name)
     assert inside / SIZES["unet"][1] == pytest.approx(6 / 7, abs=0.005)
 
 

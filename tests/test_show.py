@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import ROOT
-from extras import checks, cli, formats, like_diffusers, show
+from extras import cli, formats, like_diffusers, shapes, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -399,7 +399,7 @@ def test_explain(run):
     numbers = {line.split(",")[0]: line for line in out if ", all of it" in line}
     for part, network in (("text_encoder", "text_encoder"), ("unet", "unet"), ("vae", "vae")):
         total = sum(math.prod(shape) for shape in sd.flatten(
-            checks.SHAPES[network](sd.read_config(network, CONFIG[network]))).values())
+            shapes.SHAPES[network](sd.read_config(network, CONFIG[network]))).values())
         assert f" {total:,} " in numbers[part]
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import VAE, compvis_vae_name, randomise, same
-from extras import checks, cli, formats, like_diffusers, tiny_vae
-from extras.tiny_vae import read_vae
+from extras import cli, formats, like_diffusers, shapes, tiny_vae
+from extras.formats import read_vae
 from helpers_cli import write_facts
 
 pytestmark = pytest.mark.slow
@@ -189,7 +189,7 @@ def test_a_twentieth_of_the_vaes_multiplications(monkeypatch):
     """With the channels of Stable Diffusion."""
     config = tiny_sd.read_config("vae", {"block_out_channels": [128, 256, 512, 512],
                                          "layers_per_block": 2, "latent_channels": 4})
-    full, small = empty(checks.vae_shapes(config)), empty(
+    full, small = empty(shapes.vae_shapes(config)), empty(
         {"decoder": tiny_vae.tiny_shapes(tiny_vae.DECODER, 4, 64, 3)})
     assert sum(a.size for a in tiny_sd.flatten(small).values()) == 1_222_531
     shape = 1, 16, 16, 4

@@ -61,9 +61,9 @@ from scenes import (  # noqa: E402
 )
 
 import tiny_sd  # noqa: E402
-from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
 from extras.fast import keep_freed_memory  # noqa: E402
 from extras.files import read_text, replace_atomically  # noqa: E402
+from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes  # noqa: E402
 from tiny_sd import (  # noqa: E402
     UserError,
     clip_loss,

@@ -23,7 +23,7 @@ for library in "OPENBLAS", "OMP":       # of small arrays: more threads would on
 import numpy as np  # noqa: E402
 
 import tiny_sd  # noqa: E402
-from extras.checks import unet_shapes  # noqa: E402
+from extras.shapes import unet_shapes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 

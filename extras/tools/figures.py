@@ -26,7 +26,7 @@ from tqdm import tqdm
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import samplers
-from extras.checks import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
 from extras.tools import moons
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"

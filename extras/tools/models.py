@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from extras import formats
-from extras.checks import SHAPES
+from extras.shapes import SHAPES
 from tiny_sd import WEIGHT_FILES, flatten, read_config
 
 

@@ -1,0 +1,296 @@
+"""Add LoRAs and their kin to a model's weights: small files that change large ones.
+
+For a weight W, as many numbers as it has are made from few, and added: W + weight * scale * ΔW.
+
+    LoRA      ΔW = B A, of two narrow matrices; scale = alpha / r, where r is the height of A
+    LoCon     the same for a convolution, perhaps with a small convolution between the two
+    LoHa      ΔW = (B A) * (D C), number by number
+    LoKr      ΔW = the Kronecker product of two matrices, each of which may be a product itself
+    full      ΔW as it is, and one for the bias; so for norms
+    DoRA      any of these, after which each output's weights get a length that was learnt
+    IA3       W times a learnt factor for each output or input
+
+Hu et al., 2021; Hyeon-Woo et al., 2022; Yeh et al., 2024; Liu et al., 2024; Liu et al., 2022.
+Programs name them differently. With every dot as an underscore, a name has a prefix for the
+network, W's own name (of a U-Net perhaps that of the original layout), and an ending:
+
+    kohya, LyCORIS    lora_unet_W_lora_down.weight        lora_te_text_model_W.alpha
+    peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
+    older diffusers   unet.W.processor.to_q_lora.up.weight, text_encoder.W.lora_linear_layer.up...
+    ComfyUI           diffusion_model.W.lora_A.weight     text_encoders.clip_l.transformer.W...
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from extras.checks import first_five
+from extras.singlefile import count, from_original_name
+from extras.tensors import kind_of, metadata_of, read_tensors
+from tiny_sd import UserError, require, shorten, widen
+
+ENDING = re.compile(
+    r"_(?:lora_)?(?:linear_layer_)?(A|down|B|up|mid|magnitude_vector)"
+    r"(?:_default(?:_\d+)?)?(?:_(weight|bias))?\Z"
+    r"|_(alpha|dora_scale|(?:hada|lokr)_[wt][12](?:_[ab])?|diff|diff_b|w_norm|b_norm|on_input|"
+    r"weight)(?:_default(?:_\d+)?)?\Z")
+KINDS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b", "up bias": "up_b",
+         "B bias": "up_b", "weight": "factor"}
+PARTS = {       # part: how names of its weights begin; the first that fits counts
+    "text_encoder_2": r"te2_|text_encoder_2_|(text_encoders_)?clip_g_(transformer_)?",
+    "text_encoder": r"te1?_|text_encoder_|(text_encoders_)?clip_[lh]_(transformer_)?"
+                    r"|(?=text_model_|encoder_layers_)",
+    "unet": r"(unet_)?(diffusion_model_)?"}
+
+
+def module_of(name, n):
+    """Return (part, W's name without ".weight", with underscores), of a name without its ending.
+
+    n: ResBlocks a level of the U-Net's way up.
+    """
+    name = re.sub(r"^(base_model_model_|lora_|lycoris_|model_(?=diffusion))*", "",
+                  name.replace(".", "_"))
+    part, prefix = next((part, match[0]) for part, pattern in PARTS.items()
+                        if (match := re.match(pattern, name)))
+    name = name[len(prefix):].removeprefix("text_model_").replace("_processor", "")
+    name = re.sub("_to_out$", "_to_out_0", re.sub("_lora$", "", name))
+    if part == "unet":
+        dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
+        name = from_original_name("unet", f"{dotted}.weight", 0, n).removesuffix(".weight")
+    return part, name.replace(".", "_")
+
+
+def add_adapters(arrays, files):
+    """Add to each weight what the LoRAs and their kin, pairs (file, weight), hold for it.
+
+    Return {name: [vectors]} of the embeddings that such files bring along.
+    """
+    known = {(part, name.removesuffix(".weight").replace(".", "_")): name.removesuffix(".weight")
+             for part in arrays.keys() - {"vae"} for name in arrays[part]
+             if name.endswith(".weight")}
+    words = {}
+    for path, weight in files:
+        require(Path(path).exists(), f"there is no LoRA {path}")
+        require(Path(path).is_file(), f"the LoRA {path} is not a file")
+        tensors = read_tensors(path)
+        modules = sort_out(path, tensors, known, max(1, count(arrays["unet"],
+                                                              "up_blocks.0.resnets")), words)
+        facts = read_facts(path, tensors)
+        for (part, name), entry in modules.items():
+            try:
+                own = {**facts, **facts.get(f"{part}.", {})}
+                add_adapter(arrays[part], name, entry, own, weight)
+            except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError,
+                    np.linalg.LinAlgError) as error:
+                reason = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise UserError(f"{path} does not fit the model's {name}.weight: {reason}"
+                                ) from None
+    return words
+
+
+def sort_out(path, tensors, known, n, words):
+    """Return {(part, W's name): {what: array}} of a file; UserError if there is anything else.
+
+    known: {what module_of returns: W's name}. words: gets the embeddings that lie inside.
+    """
+    modules, wrong, unknown = {}, [], set()
+    for name, array in tensors.items():
+        if match := re.fullmatch(r"bundle_emb\.(.+?)\.(?:string_to_param\.)?([^.]+)", name):
+            words.setdefault(match[1], {})[match[2]] = widen(array)
+            continue
+        bare = name.replace(".", "_")
+        ending = ENDING.search(bare)
+        key = ending and module_of(bare[:ending.start()], n)
+        if key in known:
+            kind = " ".join(filter(None, ending.groups())).replace(" weight", "")
+            target = key[0], known[key]
+            modules.setdefault(target, {})[KINDS.get(kind, kind)] = widen(array)
+            continue
+        pieces = name.split(".")
+        rest = next((".".join(pieces[i:]) for i in range(1, len(pieces))
+                     if module_of(".".join(pieces[:i]), n) in known), None)
+        (wrong.append if rest is None else unknown.add)(rest or name)
+
+    kind = kind_of(tensors)
+    require(modules or words or kind is None or "LoRA" in kind,
+            f"{path} is {kind}, and not a LoRA")
+    require(modules or wrong or unknown or words, f"{path} is not a LoRA: it holds no weights")
+    require(not unknown, f"{path} is an adapter of a kind that is not known here: its tensors are "
+            f"called {first_five(unknown)}")
+    require(not wrong, f"{path} does not fit the model, which has nothing for {first_five(wrong)}")
+    return modules
+
+
+# ── What a file says besides its tensors ────────────────────────────────────────────────────────
+
+FIXED = {       # fields of peft's configs that change what is computed, and the value for which not
+    "fan_in_fan_out": False, "layer_replication": None, "use_qalora": False, "use_bdlora": None,
+    "alora_invocation_tokens": None, "trainable_token_indices": None, "arrow_config": None,
+    "modules_to_save": None, "corda_config": None, "velora_config": None, "monteclora_config": None}
+INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "pissa")
+
+
+def read_facts(path, tensors):
+    """Return what peft says of a file: in its header, or in adapter_config.json beside it.
+
+    Those of one part lie under "PART.".
+    """
+    text, beside = metadata_of(path).get("lora_adapter_metadata"), Path(path).parent
+    place = f"{path}: its lora_adapter_metadata"
+    if text is None and any(name.startswith("base_model.") for name in tensors):
+        place = beside / "adapter_config.json"
+        text = place.read_text(encoding="utf-8") if place.is_file() else None
+    try:
+        settings = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise UserError(f"{place} is not JSON") from None
+    facts = {}
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        part, _, field = name.rpartition(".")
+        (facts.setdefault(f"{part}.", {}) if part else facts)[field] = value
+    for fields in [facts, *(value for name, value in facts.items() if name.endswith("."))]:
+        for name, value in FIXED.items():
+            require(fields.get(name) in (value, None, [], {}), f"{place}: the {name} "
+                    f"{shorten(repr(fields.get(name)))} is not supported")
+        start = fields.get("init_lora_weights")
+        require(start in INITIAL, f"{place}: the init_lora_weights {shorten(repr(start))} changes "
+                "the model in a way that is not known here")
+    return facts
+
+
+def own_fact(facts, name, module):
+    """Return a peft fact, "rank" or "alpha", of a module: its pattern's, or the file's, or None.
+
+    A pattern's key is the end of a module's name, or after ^ all of it.
+    """
+    patterns = facts.get(f"{name}_pattern") or {}
+    require(isinstance(patterns, dict), f"its {name}_pattern is not one")
+    for key, value in patterns.items():
+        bare = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        require(re.fullmatch(r"[\w.]+", bare), f"the {name}_pattern {shorten(repr(key))} is not a "
+                "module's name")
+        whole = module.removeprefix("text_model.")
+        if bare.removeprefix("text_model.") == whole or key[0] != "^" and whole.endswith(
+                f".{bare}"):
+            return value
+    names = {"rank": ["r"], "alpha": ["lora_alpha", "alpha"]}[name]
+    return next((facts[name] for name in names if name in facts), None)
+
+
+# ── What it comes to ────────────────────────────────────────────────────────────────────────────
+
+
+def matrix(array):
+    """Return an array (n, ...) as (n, all the rest)."""
+    return array.reshape(len(array), -1)
+
+
+def product(b, a, middle=None):
+    """Return B A, (out, ...), or where there is a middle (r, r, height, width), Σ B[i] M[ij] A[j].
+
+    b: (out, r), with a middle (r, out); a: (r, ...).
+    """
+    if middle is not None:
+        return np.einsum("ij...,ip,jq->pq...", middle, b, matrix(a), optimize=True)
+    return (matrix(b) @ matrix(a)).reshape(len(b), *a.shape[1:])
+
+
+def difference(has):
+    """Return (ΔW, r) of an adapter; r is None where ΔW needs no scale."""
+    if "down" in has or "up" in has:
+        up, down, middle = has["up"], has["down"], has.get("mid")
+        require(len(down), "its rank is 0")
+        require(up.shape[1] == len(down) and math.prod(up.shape[2:]) == 1,
+                f"its LoRA's shapes are {up.shape} and {down.shape}")
+        return product(up if middle is None else matrix(up).T, down, middle), len(down)
+    if "hada_w1_a" in has:
+        one, two = (product(has[f"hada_w{i}_a"], has[f"hada_w{i}_b"], has.get(f"hada_t{i}"))
+                    for i in "12")
+        return one * two, len(has["hada_w1_b"])
+    if any(name.startswith("lokr") for name in has):
+        one, two = (has[f"lokr_w{i}"] if f"lokr_w{i}" in has else
+                    product(has[f"lokr_w{i}_a"], has[f"lokr_w{i}_b"], has.get(f"lokr_t{i}"))
+                    for i in "12")
+        inner = next((has[name] for name in ("lokr_w1_b", "lokr_w2_b") if name in has), None)
+        one = one.reshape(*one.shape, *[1] * (two.ndim - one.ndim))
+        return np.kron(one, two), None if inner is None else len(inner)
+    return has.get("diff"), None
+
+
+def scale_of(has, facts, module, r):
+    """Return alpha / r, by what the adapter itself says, or peft; 1 where neither does."""
+    alpha, rank = own_fact(facts, "alpha", module), r or own_fact(facts, "rank", module)
+    if "alpha" in has and r:
+        require(has["alpha"].size == 1, f"the alpha of {module} is not one number")
+        alpha = has["alpha"].item()
+    if "diff" in has or alpha is None or rank is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if facts.get("use_rslora") else rank)
+
+
+def add_adapter(arrays, module, has, facts, weight):
+    """Add an adapter, {what: array}, to the arrays of a module."""
+    has = {name: np.asarray(array, np.float32) for name, array in has.items()}
+    name, before = f"{module}.weight", widen(arrays[f"{module}.weight"])
+    require(has.keys() - {"alpha", "dora_scale", "magnitude_vector", "mid"},
+            "it has an alpha or a scale, and nothing to scale")
+    with np.errstate(all="ignore"):     # what is not finite is told below
+        delta, r = difference(has)
+        scale = weight * scale_of(has, facts, module, r)
+        after = before
+        if delta is not None:
+            flat = "down" not in has and delta.shape == matrix(before).shape
+            require(core(delta) == core(before) or flat,
+                    f"it has shape {before.shape}, and its LoRA {delta.shape}")
+            if facts.get("init_lora_weights") == "pissa":
+                after = before - principal(matrix(before), r).reshape(before.shape)
+            after = after + np.float32(scale) * delta.reshape(before.shape)
+        if "on_input" in has:
+            factor = has["factor"].reshape(-1)
+            axis = 1 if has["on_input"].item() else 0
+            require(len(factor) == before.shape[axis], f"its factors are {len(factor)}")
+            after = after * along(1 + np.float32(weight) * factor, axis, before.ndim)
+        if lengths := [has[name] for name in ("dora_scale", "magnitude_vector") if name in has]:
+            after = with_lengths(after, lengths[0], "dora_scale" in has)
+        changed = {name: after, **dict(bias_of(arrays, module, has, weight, scale))}
+    require(all(np.isfinite(array).all() for array in changed.values()),
+            f"with weight {weight} it leaves numbers that are not finite")
+    arrays |= changed
+
+
+def bias_of(arrays, module, has, weight, scale):
+    """Yield (name, array) of the module's new bias, if the adapter has one."""
+    for kind, factor in ("diff_b", weight), ("up_b", scale):
+        if kind in has:
+            bias = widen(arrays[f"{module}.bias"])
+            require(bias.shape == has[kind].shape, f"its bias has shape {has[kind].shape}")
+            yield f"{module}.bias", bias + np.float32(factor) * has[kind]
+
+
+def core(array):
+    """Return an array's shape, that of a 1x1 convolution as of a matrix."""
+    return array.shape[:2] if set(array.shape[2:]) <= {1} else array.shape
+
+
+def along(vector, axis, ndim):
+    """Return a vector as an array of ndim axes that lies along one of them."""
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def with_lengths(after, lengths, kohya):
+    """Return a weight, for each output (LyCORIS: or each input) of the length that was learnt."""
+    by_input = kohya and lengths.ndim > 1 and len(lengths) == 1 and after.shape[0] != 1
+    axis = 1 if by_input else 0
+    require(lengths.size == after.shape[axis], f"its lengths are {lengths.size}")
+    others = tuple(i for i in range(after.ndim) if i != axis)
+    now = np.sqrt((after * after).sum(axis=others, keepdims=True))
+    return after * (along(lengths.reshape(-1), axis, after.ndim) / now)
+
+
+def principal(w, r):
+    """Return the best approximation of rank r to a matrix, which PiSSA took out of it."""
+    u, s, v = np.linalg.svd(np.asarray(w, np.float32), full_matrices=False)
+    return (u[:, :r] * s[:r]) @ v[:r]

@@ -1,0 +1,296 @@
+"""Read checkpoints in one file, in the layout of the original programs: Stable Diffusion 1, 2, XL.
+
+Names are translated to those of diffusers, and configs read off the arrays.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from extras.checks import first_five
+from extras.tensors import kind_of, metadata_of, not_but, read_tensors
+from tiny_sd import Tokenizer, UserError, require
+
+TEXT_NAMES = [      # what to replace by what, in this order
+    (r"^text_model\.", ""), (r"^(token|positional)_embedding", r"embeddings.\g<0>"),
+    (r"positional_embedding$", "position_embedding.weight"),     # from here on OpenCLIP's names
+    (r"^transformer\.resblocks", "encoder.layers"), (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
+    (r"^ln_final", "final_layer_norm")]
+VAE_NAMES = [
+    (r"^encoder\.down\.", "encoder.down_blocks."), (r"^decoder\.up\.", "decoder.up_blocks."),
+    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
+    (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+    (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"0\.([qkv])\.", r"0.to_\1."),
+    (r"0\.proj_out\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"),
+    (r"\.norm_out", ".conv_norm_out")]
+UNET_NAMES = [
+    (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
+    (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
+    (r"^label_emb\.0\.0", "add_embedding.linear_1"),
+    (r"^label_emb\.0\.2", "add_embedding.linear_2"), (r"^input_blocks\.0\.0", "conv_in"),
+    (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"), (r"in_layers\.0", "norm1"),
+    (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"),
+    (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
+    (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
+    (r"^middle_block\.2", "mid_block.resnets.1")]
+
+
+def from_original_name(part, name, levels, n):
+    """Return the diffusers name of a weight in the original layout.
+
+    levels: of the VAE; n: ResBlocks a level of the U-Net's way up.
+    """
+    for old, new in {"vae": VAE_NAMES, "unet": UNET_NAMES}.get(part, TEXT_NAMES):
+        name = re.sub(old, new, name)
+    numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(?:(op|conv)(?=\.))?", name)
+    if part == "vae":       # whose decoder counts its levels from below
+        return re.sub(r"^decoder\.up_blocks\.(\d{1,3})",
+                      lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
+    if part != "unet" or not numbers:
+        return name
+
+    side, index, slot = numbers[1], int(numbers[2]), int(numbers[3])
+    rest = name[numbers.end():]
+    kind = ("resnets", "attentions")[min(slot, 1)]
+    if side == "input_blocks" and numbers[4] == "op":
+        return f"down_blocks.{index // n - 1}.downsamplers.0.conv{rest}"
+    if side == "input_blocks":
+        return f"down_blocks.{(index - 1) // n}.{kind}.{(index - 1) % n}.{rest}"
+    if side == "output_blocks" and numbers[4] == "conv":
+        return f"up_blocks.{index // n}.upsamplers.0.conv{rest}"
+    if side == "output_blocks":
+        return f"up_blocks.{index // n}.{kind}.{index % n}.{rest}"
+    return name
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the arrays of a single file do not say.
+
+    head_size: channels a head of the U-Net's attention; None for 8 heads.
+    """
+    sample_size: int
+    head_size: int | None
+    scaling_factor: float
+    scheduler: dict
+
+
+PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False}
+EULER = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False}
+FAMILIES = {
+    "Stable Diffusion 1": Family(64, None, 0.18215, PNDM),
+    "Stable Diffusion 2": Family(96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
+    "Stable Diffusion 2, inpainting": Family(64, 64, 0.18215, PNDM),
+    "SD Turbo": Family(64, 64, 0.18215, EULER | {"timestep_spacing": "trailing"}),
+    "SDXL": Family(128, 64, 0.13025, EULER | {"timestep_spacing": "leading"})}
+PARTS = {       # how the names of a part's weights begin; those of OpenCLIP end in ".model."
+    "cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.0.model.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2", "first_stage_model.": "vae",
+    "model.diffusion_model.": "unet"}
+USUAL_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+             "latent_channels": 4}        # of a file that comes without
+TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
+INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
+    "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
+    "vae": r"(encoder|decoder|quant_conv|post_quant_conv)\.", "unet": ""}
+FLAGS = {       # a tensor that is a fact by being there: what it sets of the scheduler's config
+    "v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": True}}
+HEADER = {      # so is a text in the header
+    "modelspec.prediction_type": {"v": {"prediction_type": "v_prediction"},
+                                  "v_prediction": {"prediction_type": "v_prediction"},
+                                  "epsilon": {"prediction_type": "epsilon"}},
+    "modelspec.architecture": {"stable-diffusion-v2-512": {"prediction_type": "epsilon"},
+                               "stable-diffusion-v2-768-v": {"prediction_type": "v_prediction"}},
+    "ss_zero_terminal_snr": {"True": {"rescale_betas_zero_snr": True}}}
+OTHER_NOISE = r"edm_mean|edm_std|edm_vpred\.\w+"     # of Playground 2.5, CosXL
+USUAL = re.compile(     # what published files contain besides the networks
+    r"(betas|.*alphas_cumprod\w*|posterior_\w+|logvar|model_ema\.(decay|num_updates)|"
+    r"v_pred|ztsnr|global_step|.*scaled_fp8|.*position_ids|"
+    r"cond\w+(\.embedders\.\d)?\.model\.(logit_scale|text_projection))$")
+
+
+def read_single_file(path):
+    """Return configs, arrays, padding tokens, digest and lines for the user, of a checkpoint.
+
+    Names are translated, sizes read off the arrays; the rest is that of the family. What belongs
+    to none of the networks is left out, with a line that names it.
+    """
+    file = {re.sub(r"^(state_dict\.)+", "", name): array
+            for name, array in read_tensors(path).items()}
+    others_noise = list(filter(re.compile(OTHER_NOISE).fullmatch, file))
+    require(not others_noise, f"{path} was trained on other levels of noise, which are not known "
+                              f"here: it has {first_five(others_noise)}")
+    arrays, others, open_clip = sort_out(file)
+    missing = [part for part in ("text_encoder", "unet") if not arrays.get(part)]
+    turbo = "conditioner.embedders.0.model." in open_clip.values()
+    refiner = turbo and any(name.startswith("add_embedding") for name in arrays["unet"])
+    require(not missing and not refiner, f"{path} is not a Stable Diffusion 1, 2 or XL: "
+            + ("it is the refiner of SDXL" if refiner else f"it has no {', no '.join(missing)}"
+               + not_but(None if arrays else kind_of(file))))
+    notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
+    try:
+        for part in open_clip:
+            arrays[part] = from_open_clip(arrays[part])
+        family = family_of(arrays, open_clip, turbo)
+        if "text_encoder" in open_clip:
+            arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
+        settings = read_off(FAMILIES[family], open_clip, arrays)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {error.args[0]} is missing "
+                        "or misshapen") from None
+    header = metadata_of(path)
+    for facts in [*(FLAGS.get(name, {}) for name in file),
+                  *(values.get(header.get(name), {}) for name, values in HEADER.items())]:
+        settings["scheduler"] = settings["scheduler"] | facts
+    if size := re.fullmatch(r"(\d{2,4})x\1", header.get("modelspec.resolution", "")):
+        factor = 2 ** (len(settings["vae"]["block_out_channels"]) - 1)
+        settings["unet"]["sample_size"] = int(size[1]) // factor
+    with open(path, "rb") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
+    pads_with_0 = family not in ("Stable Diffusion 1", "SDXL")
+    pads = ["!" if pads_with_0 or part == "text_encoder_2" else Tokenizer.EOS
+            for part in settings if part.startswith("text")]
+    return settings, arrays, pads, digest, notes * bool(others)
+
+
+def family_of(arrays, open_clip, turbo):
+    """Return the name in FAMILIES of a file's arrays: mostly what their shapes say."""
+    if "text_encoder_2" in arrays:
+        return "SDXL"
+    width = arrays["text_encoder"]["embeddings.token_embedding.weight"].shape[1]
+    if width < 1024 and "text_encoder" not in open_clip:
+        return "Stable Diffusion 1"
+    inpaints = arrays["unet"]["conv_in.weight"].shape[1] == 9
+    return "SD Turbo" if turbo else f"Stable Diffusion 2{', inpainting' * inpaints}"
+
+
+def sort_out(file):
+    """Return {part: {name today: array}}, the names in no part, and {part: prefix} of OpenCLIP's.
+
+    Of names in no part, the usual ones are not worth a line.
+    """
+    ups = map(re.compile(r"first_stage_model\.decoder\.up\.(\d{1,3})\.").match, file)
+    downs = map(re.compile(r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.0\.op\.").match, file)
+    levels = len({match[1] for match in ups if match})
+    n = max(1, min((int(match[1]) for match in downs if match), default=3))
+
+    arrays, others, open_clip = {"text_encoder": {}, "vae": {}, "unet": {}}, [], {}
+    for name, array in file.items():
+        prefix = next((prefix for prefix in PARTS if name.startswith(prefix)), None)
+        part = PARTS.get(prefix)
+        new = part and from_original_name(part, name.removeprefix(prefix), levels, n)
+        if part and re.match(INSIDE[part], new):
+            arrays.setdefault(part, {})[new] = array
+            if prefix.endswith(".model."):
+                open_clip[part] = prefix
+        elif not USUAL.match(name):
+            others.append(name)
+    return arrays, others, open_clip
+
+
+def from_open_clip(arrays):
+    """Return OpenCLIP's text encoder as transformers has it.
+
+    There q, k and v lie in one array, and the projection is multiplied from the other side.
+    """
+    split = {}
+    for name, array in arrays.items():
+        if name == "text_projection":
+            split["text_projection.weight"] = array.T
+        elif "in_proj_" in name:
+            require(array.ndim and len(array) % 3 == 0, f"{name} does not hold q, k and v")
+            for letter, third in zip("qkv", np.split(array, 3)):
+                split[name.replace("in_proj_", f"{letter}_proj.")] = third
+        else:
+            split[name] = array
+    return split
+
+
+def without_last_layer(arrays):
+    """Return Stable Diffusion 2's text encoder without the layer that it does not use."""
+    n = count(arrays, "encoder.layers")
+    last = f"encoder.layers.{max(0, n - 1)}." if n != 23 else "none"    # 23 are without already
+    return {name: array for name, array in arrays.items() if not name.startswith(last)}
+
+
+def count(arrays, numbered):
+    """Return how many different numbers follow the text `numbered` in the arrays' names."""
+    found = map(re.compile(rf"{re.escape(numbered)}\.(\d{{1,3}})\.").match, arrays)
+    return len({match[1] for match in found if match})
+
+
+def widths(arrays, side):
+    """Return the channels of the levels of one side of a VAE or U-Net."""
+    return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
+
+
+def read_off(family, open_clip, arrays):
+    """Return the configs that the arrays of a single file imply; KeyError if one is missing.
+
+    open_clip: the text encoders that are OpenCLIP's.
+    """
+    unet = arrays["unet"]
+    gelu = {*open_clip, *(["text_encoder"] if "text_encoder_2" not in arrays
+                          and family.head_size else [])}
+    settings = {part: read_off_text(arrays[part], part in gelu) for part in arrays
+                if part.startswith("text_encoder")}
+    shape = read_off_vae(arrays["vae"]) if arrays["vae"] else USUAL_VAE
+    settings["vae"] = shape | {"scaling_factor": family.scaling_factor}
+    settings["unet"], settings["scheduler"] = read_off_unet(family, unet), family.scheduler
+    if "time_embedding.cond_proj.weight" in unet:
+        settings["scheduler"] = family.scheduler | {"_class_name": "LCMScheduler"}
+        settings["unet"]["time_cond_proj_dim"] = unet["time_embedding.cond_proj.weight"].shape[1]
+    if "text_encoder_2" in settings:
+        told = unet["add_embedding.linear_1.weight"].shape[1]
+        pooled = len(arrays["text_encoder_2"]["text_projection.weight"])
+        settings["text_encoder_2"]["projection_dim"] = pooled
+        settings["unet"] |= {
+            "addition_embed_type": "text_time", "projection_class_embeddings_input_dim": told,
+            "addition_time_embed_dim": (told - pooled) // 6}
+    return settings
+
+
+def read_off_vae(arrays):
+    """Return the config of a VAE, but for the scale of its latents."""
+    return {
+        "block_out_channels": widths(arrays, "encoder.down_blocks"),
+        "layers_per_block": count(arrays, "encoder.down_blocks.0.resnets"),
+        "latent_channels": len(arrays["post_quant_conv.weight"])}
+
+
+def read_off_text(arrays, open_clip):
+    """Return the config of a text encoder."""
+    tokens = arrays["embeddings.token_embedding.weight"].shape
+    return {
+        "vocab_size": tokens[0], "hidden_size": tokens[1],
+        "max_position_embeddings": len(arrays["embeddings.position_embedding.weight"]),
+        "num_hidden_layers": count(arrays, "encoder.layers"),
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "num_attention_heads": max(1, tokens[1] // 64),
+        "intermediate_size": len(arrays["encoder.layers.0.mlp.fc1.weight"])}
+
+
+def read_off_unet(family, arrays):
+    """Return the config of a U-Net, without its added conditions."""
+    down = widths(arrays, "down_blocks")
+    depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
+             for i in range(len(down))]
+    words = next(filter(re.compile(r".*\.attn2\.to_k\.weight").match, arrays), "attn2.to_k.weight")
+    size, middle = family.head_size, any(name.startswith("mid_block.") for name in arrays)
+    return {
+        "block_out_channels": down, "sample_size": family.sample_size,
+        "layers_per_block": count(arrays, "down_blocks.0.resnets"),
+        "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depth],
+        "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in depth[::-1]],
+        "transformer_layers_per_block": [max(1, n) for n in depth],
+        "attention_head_dim": [max(1, width // size) for width in down] if size else 8,
+        "cross_attention_dim": arrays[words].shape[1],
+        "in_channels": arrays["conv_in.weight"].shape[1],
+        "out_channels": len(arrays["conv_out.weight"]),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else None}

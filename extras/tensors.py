@@ -1,0 +1,133 @@
+"""Read files of tensors, by whatever program, and say of a file what it is.
+
+Torch's files are read by extras/pickles.py, which runs nothing in them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from extras import pickles
+from tiny_sd import DTYPES, UserError, require, widen
+
+SUFFIXES = (".safetensors", *pickles.SUFFIXES)
+SAFETENSORS, TORCH = "a safetensors file", "a zip, as torch writes"
+CONTENTS = {    # what a file is: how it begins
+    SAFETENSORS: rb".{4}\0{4}\s*\{", TORCH: rb"PK\x03\x04", "empty": rb"\Z",
+    "a pickle, as torch wrote before version 1.6": rb"\x80[\x02-\x05]",
+    "a pointer of Git LFS to a file that was not fetched (git lfs pull)": rb"version https://git-l",
+    "a web page, not the file that was to be downloaded": rb"\s*<(!doctype|html|head|\?xml)",
+    "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a GGUF file": rb"GGUF",
+    "an archive": rb"\x1f\x8b|7z\xbc\xaf|Rar!", "a text, such as a config": rb"[\t\r\n -~]+\Z"}
+KINDS = {   # what a file is: how a name of its tensors reads
+    "a LoRA: --lora": r"lora_|.*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
+    "an embedding: --embedding": r"(emb_params|string_to_\w+|clip_[lg]|<[^<>.]+>)$",
+    "a ControlNet": r"control_model\.|controlnet_|.*zero_convs\.",
+    "an IP-Adapter": r"image_proj\.|ip_adapter\.", "a motion module": r".*motion_modules\.",
+    "a Stable Diffusion 3": r"(model\.diffusion_model\.)?joint_blocks\.",
+    "a Flux": r"(model\.diffusion_model\.)?double_blocks\.",
+    "the refiner of SDXL": r"conditioner\.embedders\.0\.model\.transformer\.resblocks\.31\.",
+    "a whole model: --model": r"model\.diffusion_model\.|cond_stage_model\.|conditioner\.",
+    "only the running mean (EMA) of a model": r"model_ema\.diffusion_model",
+    "a U-Net alone": r"(unet\.)?(down_blocks|input_blocks|mid_block)\.",
+    "a VAE: --vae": r"(first_stage_model\.|vae\.)?(en|de)coder\.(down|up|mid|conv_|layers\.\d\.)",
+    "a text encoder alone": r"(text_model\.)?(encoder\.layers\.|transformer\.resblocks|embeddings)",
+    "half of a TAESD: --vae": r"\d+\.(conv\.\d\.)?weight$",
+    "an upscaler": r"(model\.\d|conv_first|body\.\d|RRDB_trunk)\.",
+    "an optimizer's state": r"(state|optimizer)\."}
+
+
+def kind_of(names):
+    """Return what the tensors with these names are, or None."""
+    return next((kind for kind, pattern in KINDS.items()
+                 if any(map(re.compile(pattern).match, names))), None)
+
+
+def content_of(path):
+    """Return what a file is by how it begins, or None."""
+    with open(path, "rb") as file:
+        start = file.read(500)
+    return next((what for what, pattern in CONTENTS.items()
+                 if re.match(pattern, start, re.DOTALL | re.IGNORECASE)), None)
+
+
+def read_tensors(path):
+    """Return {name: array} of a .safetensors file, or of one that torch wrote.
+
+    There, the arrays may lie in a "state_dict" among other things. bfloat16 stays uint16.
+    """
+    require(Path(path).is_file(), f"there is no file {path}")
+    pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
+    require(what == SAFETENSORS if not pickled and what else what != SAFETENSORS,
+            f"{path} is {what}, whatever its name says" if what in (SAFETENSORS, TORCH)
+            else f"{path} is {what}, and not {SAFETENSORS}")
+    if not pickled:
+        return read_safetensors(path)
+    found = pickles.read_pickle(path)
+    found = found if isinstance(found, dict) else {}
+    inner = found.get("state_dict")
+    arrays = {name: array for name, array in (inner if isinstance(inner, dict) else found).items()
+              if isinstance(name, str) and isinstance(array, np.ndarray)}
+    require(arrays, f"{path} holds no tensors with names" + not_but(kind_of(found)))
+    return arrays
+
+
+def not_but(kind):
+    """Return ": it is KIND", or nothing where the kind is None."""
+    return f": it is {kind}" if kind else ""
+
+
+def metadata_of(path):
+    """Return {name: text} of what a .safetensors file says besides its tensors."""
+    if content_of(path) != SAFETENSORS:
+        return {}
+    from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(path, "np").metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+TYPES = DTYPES | {"U64": "<u8", "U32": "<u4", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+
+
+def read_safetensors(path):
+    """Return {name: array} of a .safetensors file, mapped into memory where NumPy has its type.
+
+    float8 becomes float16, and float32 where a scale goes with it, NAME.scale_weight.
+    """
+    metadata_of(path)       # checks the header
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():      # in the file's order, the same in every process
+        dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+        require(dtype in TYPES, f"{path}: {name} is {dtype}, not one of {', '.join(TYPES)}")
+        array = data[start + begin:start + end].view(TYPES[dtype]).reshape(entry["shape"])
+        arrays[name] = from_float8(array, dtype) if dtype.startswith("F8") else array
+    for name in [name for name in arrays if name.endswith(".scale_weight")]:
+        weight = name.removesuffix("scale_weight") + "weight"
+        scale = widen(arrays.pop(name)).astype(np.float32)
+        require(weight in arrays and scale.size in (1, len(arrays[weight])),
+                f"{path}: {name} fits no weight")
+        scale = scale.reshape(-1, *[1] * (arrays[weight].ndim - 1))
+        arrays[weight] = widen(arrays[weight]).astype(np.float32) * scale
+        arrays.pop(name.replace("scale_weight", "scale_input"), None)
+    return arrays
+
+
+def from_float8(array, dtype):
+    """Return bytes of float8 as float16, which holds every one of them.
+
+    e5m2 is the upper half of a float16. e4m3 has one exponent bit less, three bits of fraction and
+    no infinity: moved into the bits of a float16, it is 2**8 too small.
+    """
+    bits = array.astype(np.uint16)
+    if dtype == "F8_E5M2":
+        return (bits << 8).view(np.float16)
+    values = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).view(np.float16) * np.float16(256)
+    return np.where(bits & 0x7F == 0x7F, np.float16(np.nan), values)

@@ -1,0 +1,88 @@
+"""Each sampler walks as diffusers' scheduler does, with whatever its config says; and each field
+of a scheduler's config is followed, refused or named.
+"""
+
+import inspect
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import tiny_sd
+from conftest import record
+from extras import checks, like_diffusers, samplers
+
+pytestmark = pytest.mark.slow
+
+PLAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+         "steps_offset": 1, "clip_sample": False}
+V, ZERO = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}
+LINSPACE, TRAILING = {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}
+KARRAS = {"use_karras_sigmas": True}
+CONFIGS = [     # class, fields
+    ("DDPM", {}), ("DDPM", {"variance_type": "fixed_large"}), ("DDPM", V | ZERO | TRAILING),
+    ("DDPM", {"variance_type": "fixed_large"} | TRAILING),
+    ("DDIM", {}), ("DDIM", LINSPACE), ("DDIM", TRAILING), ("DDIM", V | ZERO | TRAILING),
+    ("DDIM", V | TRAILING), ("DDIM", {"set_alpha_to_one": False} | LINSPACE),
+    ("DDIM", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
+    ("DDIM", {"beta_schedule": "squaredcos_cap_v2"}),
+    ("PNDM", {"skip_prk_steps": True}), ("PNDM", {"skip_prk_steps": True} | V),
+    ("PNDM", {"skip_prk_steps": True} | LINSPACE), ("PNDM", {"skip_prk_steps": True} | TRAILING),
+    ("EulerDiscrete", {}), ("EulerDiscrete", V | ZERO | TRAILING), ("EulerDiscrete", ZERO),
+    ("EulerDiscrete", KARRAS | {"sigma_min": 0.1, "sigma_max": 9.0}),
+    ("EulerDiscrete", {"beta_schedule": "linear"}),
+    ("EulerAncestralDiscrete", V | ZERO | TRAILING),
+    ("DPMSolverMultistep", V | ZERO | TRAILING), ("DPMSolverMultistep", KARRAS),
+    ("DPMSolverMultistep", KARRAS | {"sigma_min": 0.1, "sigma_max": 9.0}),
+    ("LCM", {"original_inference_steps": 20}), ("LCM", {"original_inference_steps": 100} | V)]
+
+
+def output(x, t):
+    """Return what a model might, of any x and t."""
+    return np.sin(2 * np.asarray(x, np.float64) + t / 300) + 0.3 * np.asarray(x)
+
+
+@pytest.mark.parametrize("n", [2, 7, 13, 20])
+@pytest.mark.parametrize("kind, fields", CONFIGS, ids=lambda value: value if isinstance(
+    value, str) else "-".join(map(str, value.values())))
+def test_a_walk_is_the_schedulers(kind, fields, n):
+    torch.manual_seed(0)
+    reference = getattr(diffusers, f"{kind}Scheduler").from_config(PLAIN | fields)
+    reference.set_timesteps(n)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 4, 4, 4, generator=generator) * reference.init_noise_sigma
+    for t in reference.timesteps:
+        seen = reference.scale_model_input(x, t)
+        there = torch.from_numpy(output(seen, float(t))).float()
+        options = {"generator": generator} if "generator" in inspect.signature(
+            reference.step).parameters else {}
+        x = reference.step(there, t, x, **options).prev_sample
+
+    settings = {"_class_name": f"{kind}Scheduler", **reference.config}
+    config = tiny_sd.read_config("scheduler", settings)
+    levels = like_diffusers.noise_levels(config)
+    sampler = tiny_sd.SAMPLERS[samplers.SCHEDULERS[f"{kind}Scheduler"]]
+    steps = like_diffusers.sampling_steps(sampler, n, config, levels)
+
+    def denoise(x, t, alpha_bar):
+        there = output(x, t).astype(np.float32)
+        return tiny_sd.split_prediction(config.prediction_type, there, x, alpha_bar)
+
+    noise = like_diffusers.torch_noise([5], (4, 4, 4))
+    start = noise() * like_diffusers.initial_scale(sampler, config, steps)
+    walk = getattr(sampler, "configured", lambda *_: sampler)(config, steps, levels)
+    *_, ours = walk(denoise, start, steps, noise)
+    theirs = x.permute(0, 2, 3, 1).numpy()
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    record(f"a walk of {kind}", error)
+    assert error < (2e-3 if levels[-1] < 1e-6 else 1e-4)       # float32 at σ = 4096 has no more
+
+
+def test_every_field_of_a_scheduler_is_known():
+    """By its class in diffusers: followed, refused or named; none is passed over."""
+    for name in samplers.SCHEDULERS:
+        for field in inspect.signature(getattr(diffusers, name).__init__).parameters:
+            known = {*checks.CONFIG_FIELDS["scheduler"], *checks.FIXED["scheduler"],
+                     *checks.UNREAD["scheduler"].split(), "self"}
+            assert field in known, (name, field)
