@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import open_clip_names
 
 import tiny_sd
 from conftest import compvis, record
@@ -260,6 +259,7 @@ def text_of(layers, width=1024):
     ("conditioner.embedders.0.model.", 24, 23), ("cond_stage_model.model.", 5, 4)])
 def test_layers_of_open_clip(start, layers, kept, folder, tmp_path):
     """Published files have 24, of which Stable Diffusion 2 leaves out the last; others have 23."""
+    from test_families import open_clip_names
     names = {name: array for name, array in compvis(folder).items() if "cond_stage" not in name}
     text = open_clip_names(text_of(layers, 64))
     path = tmp_path / "second.safetensors"
