@@ -186,12 +186,17 @@ def read_folder(folder):
 def read_json(file, whole):
     """Return the object in a JSON file; UserError, which begins with `whole`, if it is none."""
     try:
-        require(file.is_file(), f"{file} is not a file")
-        require(file.stat().st_size <= LONGEST, f"{file} has more than {LONGEST} bytes")
-        return {**json.loads(file.read_text(encoding="utf-8"))}
+        return {**json.loads(text_of(file))}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         name = f"{file.parent.name}/{file.name}"
         raise UserError(f"{whole}: {name}: {shorten(str(error))}") from None
+
+
+def text_of(file):
+    """Return the text of a file, which is one, and not endless."""
+    require(file.is_file(), f"{file} is not a file")
+    require(file.stat().st_size <= LONGEST, f"{file} has more than {LONGEST} bytes")
+    return file.read_text(encoding="utf-8")
 
 
 def optional_json(file):
@@ -248,7 +253,7 @@ def read_tokenizer(folder, first, whole):
     whole_file = optional_json(folder / "tokenizer.json")
     if (folder / "merges.txt").exists():
         vocab = read_json(folder / "vocab.json", whole)
-        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = text_of(folder / "merges.txt").splitlines()
     else:
         require(whole_file, f"{whole}: {folder.name}/tokenizer.json is missing")
         vocab, merges = whole_file["model"].get("vocab"), whole_file["model"].get("merges")

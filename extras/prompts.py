@@ -363,8 +363,9 @@ def embedding_arrays(file):
         arrays = {name: arrays[name] for name in ("clip_l", "clip_g")}
     else:
         kind = tensors.kind_of(arrays)
-        require(len(arrays) == 1, f"{file} is not an embedding: it holds {len(arrays)} tensors "
-                "instead of one, or of clip_l and clip_g" + tensors.not_but(kind))
+        require(len(arrays) == 1 and (kind is None or "embedding" in kind),
+                f"{file} is not an embedding: it holds {len(arrays)} tensors instead of one, or of "
+                f"clip_l and clip_g{tensors.not_but(kind)}")
         names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
     return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
 
@@ -372,6 +373,7 @@ def embedding_arrays(file):
 def read_file(path):
     """Return {name: what it is} of an embedding's file."""
     require(Path(path).is_file(), f"there is no embedding {path}")
+    tensors.check_content(path)
     if Path(path).suffix.lower() not in pickles.SUFFIXES:
         return tensors.read_tensors(path)
     found = pickles.read_pickle(path)

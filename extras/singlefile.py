@@ -132,7 +132,7 @@ def read_single_file(path):
     refiner = turbo and any(name.startswith("add_embedding") for name in arrays["unet"])
     require(not missing and not refiner, f"{path} is not a Stable Diffusion 1, 2 or XL: "
             + ("it is the refiner of SDXL" if refiner else f"it has no {', no '.join(missing)}"
-               + not_but(None if arrays else kind_of(file))))
+               + not_but(None if any(arrays.values()) else kind_of(file))))
     notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
     try:
         for part in open_clip:

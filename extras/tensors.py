@@ -14,9 +14,10 @@ from tiny_sd import DTYPES, UserError, require, widen
 
 SUFFIXES = (".safetensors", *pickles.SUFFIXES)
 SAFETENSORS, TORCH = "a safetensors file", "a zip, as torch writes"
+OLD_TORCH = "a pickle, as torch wrote before version 1.6"
 CONTENTS = {    # what a file is: how it begins
     SAFETENSORS: rb".{4}\0{4}\s*\{", TORCH: rb"PK\x03\x04", "empty": rb"\Z",
-    "a pickle, as torch wrote before version 1.6": rb"\x80[\x02-\x05]",
+    OLD_TORCH: rb"\x80[\x02-\x05]",
     "a pointer of Git LFS to a file that was not fetched (git lfs pull)": rb"version https://git-l",
     "a web page, not the file that was to be downloaded": rb"\s*<(!doctype|html|head|\?xml)",
     "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a GGUF file": rb"GGUF",
@@ -53,17 +54,22 @@ def content_of(path):
                  if re.match(pattern, start, re.DOTALL | re.IGNORECASE)), None)
 
 
+def check_content(path):
+    """UserError unless a file begins as its name says, if it is known how it begins."""
+    require(Path(path).is_file(), f"there is no file {path}")
+    pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
+    other = "whatever its name says" if what in (SAFETENSORS, TORCH) else "and not one of weights"
+    require(what in ((TORCH, OLD_TORCH) if pickled else (SAFETENSORS,)) or not what,
+            f"{path} is {what}, {other}")
+
+
 def read_tensors(path):
     """Return {name: array} of a .safetensors file, or of one that torch wrote.
 
     There, the arrays may lie in a "state_dict" among other things. bfloat16 stays uint16.
     """
-    require(Path(path).is_file(), f"there is no file {path}")
-    pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
-    require(what == SAFETENSORS if not pickled and what else what != SAFETENSORS,
-            f"{path} is {what}, whatever its name says" if what in (SAFETENSORS, TORCH)
-            else f"{path} is {what}, and not {SAFETENSORS}")
-    if not pickled:
+    check_content(path)
+    if Path(path).suffix.lower() not in pickles.SUFFIXES:
         return read_safetensors(path)
     found = pickles.read_pickle(path)
     found = found if isinstance(found, dict) else {}

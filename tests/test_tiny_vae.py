@@ -476,7 +476,7 @@ def test_what_is_no_vae_is_refused_in_one_line(run, folder, tiny, other, tmp_pat
         "": "config.json", "nothing": "there is no VAE nothing", "taesdx": "did you mean taesd",
         "no/such.safetensors": "no/such.safetensors", "../no": "../no",
         tmp_path / "empty": "config.json", tmp_path / "half": WEIGHTS,
-        tmp_path / "cut.safetensors": "not a whole", tmp_path / "text.safetensors": "not a whole",
+        tmp_path / "cut.safetensors": "not a whole", tmp_path / "text.safetensors": "is a text",
         broken: "not a VAE", listed: "not a VAE",
         tmp_path / "other.safetensors": "not a VAE", tmp_path / "mixed.safetensors": "not a VAE",
         tmp_path / "number.safetensors": "decoder", tmp_path / "x.safetensors": "not a VAE",
