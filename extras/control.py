@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import tiny_sd
-from extras.formats import from_original_name
 from extras.narrow import to_backend
+from extras.singlefile import from_original_name
 from extras.tensors import read_tensors
 from tiny_sd import (
     array_like,
