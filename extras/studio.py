@@ -262,7 +262,8 @@ def command_line(model, job):
     """Return the command that draws the same picture, without what the model decides itself."""
     size = model.config.unet.sample_size * model.factor
     own = dict(zip(("sampler", "steps", "cfg_scale"), like_diffusers.defaults(model)))
-    own |= {"width": size, "height": size, "model": str(tiny_sd.HERE / "weights" / "emoji")}
+    own |= {"width": size, "height": size, "backend": "numpy",
+            "model": str(tiny_sd.HERE / "weights" / "emoji")}
     if not job.init_img:
         own["strength"] = job.strength
     words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt]
