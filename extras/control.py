@@ -17,6 +17,7 @@ from extras.narrow import to_backend
 from extras.singlefile import from_original_name
 from extras.tensors import read_tensors
 from tiny_sd import (
+    UserError,
     array_like,
     conv2d,
     down_block,
@@ -25,6 +26,7 @@ from tiny_sd import (
     linear,
     nest,
     require,
+    shorten,
     silu,
     to_numpy,
     up_block,
@@ -71,16 +73,30 @@ def current_name(name, n):
 
 
 def check_control(path, weights, model):
-    """UserError unless the network steers this model: its copies have the shapes of the U-Net's."""
-    def shapes(tree):
+    """UserError unless the network steers this model: it is a copy of its way down, and whole."""
+    def shapes(tree, parts):
         return {name: tuple(array.shape) for name, array in flatten(
-            {part: tree[part] for part in COPIED if part in tree}).items()}
-    ours, theirs = shapes(weights), shapes(model.unet)
+            {part: tree[part] for part in parts if part in tree}).items()}
+    ours, wanted = shapes(weights, COPIED + OWN[1:]), shapes(model.unet, COPIED)
+    wanted.pop("time_embedding.cond_proj.weight", None)
     if model.inpaints:
-        theirs["conv_in.weight"] = ours.get("conv_in.weight")
-    wrong = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
-    require(wrong is None, f"{path} is a control network for another model than {model.name}: "
-            f"{wrong} is {ours.get(wrong)}, and {theirs.get(wrong)} in the U-Net")
+        wanted["conv_in.weight"] = ours.get("conv_in.weight")
+    for name, n in zeros(model.unet).items():
+        wanted |= {f"{name}.weight": (n, 1, 1, n), f"{name}.bias": (n,)}
+    wrong = next((name for name in wanted | ours if ours.get(name) != wanted.get(name)), None)
+    require(wrong is None, f"{path} is a control network for another model than {model.name}: its "
+            f"{wrong} is {ours.get(wrong)}, not {wanted.get(wrong)}")
+
+
+def zeros(unet):
+    """Return {name: channels} of the 1x1 convolutions, one for each skip and one for the middle."""
+    layers = [unet["conv_in"]]
+    for block in unet["down_blocks"]:
+        layers += [resnet["conv2"] for resnet in block["resnets"]]
+        layers += [layer["conv"] for layer in block.get("downsamplers", ())]
+    channels = [len(layer["bias"]) for layer in layers]
+    return {f"controlnet_down_blocks.{i}": n for i, n in enumerate(channels)} | {
+        "controlnet_mid_block": channels[-1]}
 
 
 def hint_features(picture, conv_in, blocks, conv_out):
@@ -111,7 +127,14 @@ class Control:
         self.weights, self.strength, self.start, self.end = weights, strength, start, end
         self.now = strength
         pixels = array_like(weights["conv_in"]["bias"], picture[None] / 255)
-        self.hint = hint_features(pixels, **weights["controlnet_cond_embedding"])
+        try:
+            self.hint = hint_features(pixels, **weights["controlnet_cond_embedding"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError("the control network's controlnet_cond_embedding is not whole: "
+                            f"{shorten(str(error))}") from None
+        h, w, _ = tiny_sd.latent_shape(model, *picture.shape[1::-1])
+        require(tuple(self.hint.shape[:3]) == (1, h, w), "the control network's picture does not "
+                f"shrink as the model's: {tuple(self.hint.shape)} for {w} x {h} latents")
 
     def count(self, step, n):
         """Say that step `step` of n is next, counted from 0."""

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -151,7 +152,7 @@ def test_zeros_learn(reference, model):
     fresh = diffusers.ControlNetModel.from_unet(reference.unet)
     arrays = {name: p.numpy() for name, p in fresh.state_dict().items()}
     weights = sd.nest({name: sd.to_backend(array, "torch") for name, array in arrays.items()})
-    steered = control.Control(SimpleNamespace(), weights, edges())
+    steered = control.Control(model, weights, edges())
     learnt = sd.flatten(weights)
     rng = np.random.default_rng(0)
     x, context = (torch.tensor(rng.normal(size=shape), dtype=torch.float32)
@@ -212,12 +213,19 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
     wide = {**arrays, "conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}
     save_file(wide, "wide.safetensors")
     save_file({k: v for k, v in arrays.items() if "mid_block.resnets" not in k}, "cut.safetensors")
+    save_file({k: v for k, v in arrays.items() if "down_blocks.11" not in k}, "few.safetensors")
+    arrays.pop("controlnet_cond_embedding.blocks.3.weight")
+    save_file(arrays, "blind.safetensors")
+    Path("gone.safetensors").write_bytes(b"")
     for flags, said in (
             (["no.safetensors", "edges.png"], "no.safetensors"),
             (["outlines.safetensors", "no.png"], "no.png"),
             (["other.safetensors", "edges.png"], "other.safetensors is not a control network"),
             (["wide.safetensors", "edges.png"], "another model"),
             (["cut.safetensors", "edges.png"], "another model"),
+            (["few.safetensors", "edges.png"], "controlnet_down_blocks.11.weight is None"),
+            (["blind.safetensors", "edges.png"], "controlnet_cond_embedding"),
+            (["gone.safetensors", "edges.png"], "gone.safetensors is not"),
             (["outlines.safetensors", "edges.png", "--control-from", "1"], "--control-from 1"),
             (["outlines.safetensors", "edges.png", "--show", "page"], "--show")):
         capsys.readouterr()
@@ -232,6 +240,7 @@ def test_sdxl(tmp_path, backend):
     network = random_network(diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"))
     network.save_pretrained(tmp_path / "outlines")
     model = sd.load(folder, backend)
+    model.config.vae.block_out_channels = [4] * 4       # so that it shrinks pictures by 8
 
     rng, hint = np.random.default_rng(0), edges(64, 96)
     x, context, pooled = (rng.normal(size=shape).astype(np.float32) for shape in
@@ -240,7 +249,7 @@ def test_sdxl(tmp_path, backend):
     xs, *others = (sd.array_like(model.unet["conv_in"]["bias"], array)
                    for array in (x, context, pooled))
     middle, skips = ours.added(model, xs, 500, *others)
-    sizes = torch.tensor([[24, 16, 0, 0, 24, 16]] * 2)
+    sizes = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
     down, mid = network(first(x), 500, torch.as_tensor(context),
                         first(hint[None].astype(np.float32) / 255).repeat(2, 1, 1, 1),
                         added_cond_kwargs={"text_embeds": torch.as_tensor(pooled),

@@ -63,6 +63,9 @@ FLAGS = {
     "--prediction": ["v", "sample", "x"],
     "--preview": ["preview.png", "kept.png", "x.jpg", "no/x.png", "", ".", "a" * 300 + ".png"],
     "--karras": [None], "--scheduler": ["simple", "sgm uniform", "automatic", "x", ""],
+    "--cfg-rescale": ["0", "0.7", "2", "nan", "x"],
+    "--cfg-interval": ["0:1", "0.2:0.8", "0.9:0.1", "1", "x:", ":", "nan:nan", "0-1"],
+    "--control-from": ["0", "0.5", "1", "x"], "--control-until": ["0", "0.5", "nan"],
     "--web-ui": [None], "--enlarge": ["0", "1", "3", "17", "x"], "--things": [None, "apple", ""],
     "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--frobnicate": [None], "--like": ["like.png", "in.png", "none.png", ""],
@@ -89,6 +92,8 @@ LINES = [
     "a" * 3000, "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85",
     "\f", "🍎 -s 1", '--prompt "red" --cfg_scale 3', "--seed 3 --prompt", '--prompt "',
     '"red" -s 1', '"', "{red|blue} __a__ [a|b]", "--negative_prompt x",
+    "[red:apple:1]", "[[red|]:0.5] AND re :2", "a AND", "AND", "[:1]", "[a:b:99999999999]",
+    "[|]" * 400, "[" * 300 + "a:1" + "]" * 300, "--control lora.safetensors in.png", "--control x",
 ]
 
 
