@@ -381,14 +381,14 @@ def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
 
 
 def text_encoder(ids, n_head, activation, embeddings, layers):
-    """Return the states after each layer, a list of (batch, tokens, width), of token ids.
+    """Return the state before the first layer and after each, a list of (batch, tokens, width).
 
-    CLIP's text encoder: Radford et al., 2021. ids: (batch, tokens).
+    CLIP's text encoder: Radford et al., 2021. ids: token ids (batch, tokens).
     """
     x = embeddings["token_embedding"]["weight"][ids]            # (batch, 77) -> (batch, 77, 768)
     x = x + embeddings["position_embedding"]["weight"][:ids.shape[1]]
 
-    states = []
+    states = [x]
     for layer in layers:
         x = text_layer(x, n_head, activation, **layer)
         states.append(x)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import extras.fast  # noqa: E402,F401   (the tests compute as the command line does)
 import tiny_sd  # noqa: E402
-from extras import formats  # noqa: E402
+from extras import cli, formats  # noqa: E402
 from extras.tools import models  # noqa: E402
 
 LEVELS = 4      # of the U-Net and of the VAE, as in Stable Diffusion 1
@@ -213,6 +213,17 @@ def open_clip_names(arrays):
     return renamed
 
 
+@pytest.fixture
+def command(capsys):
+    """command(argument, ...) -> (status, lines on stdout, lines on stderr) of the command line."""
+    def command(*argv):
+        capsys.readouterr()
+        status = cli.main(list(map(str, argv)))
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+    return command
+
+
 @pytest.fixture(scope="session", params=["numpy", "torch"])
 def backend(request):
     return request.param
@@ -227,7 +238,7 @@ def model(folder, backend):
 # ── Libraries to compare with that are not installed ────────────────────────────────────────────
 
 REFERENCES = {"torch", "diffusers", "transformers", "peft", "emoji", "resvg_py", "nbformat",
-              "nbclient", "huggingface_hub", "accelerate", "playwright"}
+              "nbclient", "huggingface_hub", "accelerate", "playwright", "matplotlib", "lycoris"}
 
 
 def skip_if_missing(error):

@@ -42,6 +42,11 @@ def contents(folder="."):
     return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
 
 
+def own_lines(lines):
+    """Return what the program said, of the lines on stderr: without its name, and the bar."""
+    return [line.removeprefix("tiny_sd: ") for line in lines if line.startswith("tiny_sd: ")]
+
+
 def scheduler(**settings):
     """Return the record of a scheduler's config."""
     return sd.read_config("scheduler", settings)

@@ -14,7 +14,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from extras import cli
 from helpers import contents, launch, write_model
 
 __all__ = ["model", "here", "run", "draw", "refuse"]
@@ -34,18 +33,12 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(model, capsys):
+def run(model, command):
     """run(argument, ...) -> (status, lines on stdout, lines on stderr); run.bare: no model said"""
-    def bare(*argv):
-        capsys.readouterr()
-        status = cli.main(list(argv))
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
     def run(*argv):
-        return bare("--model", str(model), "--steps", "2", *argv)
+        return command("--model", model, "--steps", "2", *argv)
 
-    run.bare, run.model = bare, str(model)
+    run.bare, run.model = command, str(model)
     return run
 
 

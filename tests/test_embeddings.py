@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import tiny_sd
 from conftest import same
-from extras import cli, formats, named, prompts
+from extras import formats, named, prompts
+from helpers import own_lines
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -192,15 +193,13 @@ def test_a_pickle_that_is_none(folder, tmp_path, saved, said):
 # ── On the command line ───────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
-    """run(argument, ...) -> (status, the picture's name or None, this program's lines)."""
+def run(folder, tmp_path, monkeypatch, command):
+    """run(argument, ...) -> (status, the picture's name or None, what the program says)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, model=folder):
-        status = cli.main([*map(str, argv), "-m", str(model), "--steps", "1", "-W", "32", "-H",
-                           "32"])
-        out, err = capsys.readouterr()
-        return status, (out.split() or [None])[0], re.findall(r"tiny_sd: (.*)", err)
+        status, out, err = command(*argv, "-m", model, "--steps", "1", "-W", "32", "-H", "32")
+        return status, (out or [None])[0], own_lines(err)
     return run
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import tiny_sd
 from conftest import TEXT, randomise, same
 from extras import cli, formats, in_time, like_diffusers, named, prompts, show
+from helpers import own_lines
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -34,16 +35,13 @@ def tokenizer():
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
-    """run(argument, ...) -> (status, lines on stdout, this program's lines on stderr)."""
+def run(folder, tmp_path, monkeypatch, command):
+    """run(argument, ...) -> (status, lines on stdout, what the program says on stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, model=folder):
-        status = cli.main([*map(str, argv), "-m", str(model), "--steps", "2", "-W", "32", "-H",
-                           "32"])
-        out, err = capsys.readouterr()
-        lines = re.findall(r"tiny_sd: (.*)", err)
-        return status, out.splitlines(), lines
+        status, out, err = command(*argv, "-m", model, "--steps", "2", "-W", "32", "-H", "32")
+        return status, out, own_lines(err)
     return run
 
 

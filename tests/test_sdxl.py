@@ -95,6 +95,20 @@ def test_both_text_encoders(model, pipe):
     assert np.array_equal(tiny_sd.embed_prompts(model, texts)[0], context)
 
 
+def test_an_encoder_of_one_layer(folder, tmp_path):
+    """Its state before the last layer is that of the embeddings."""
+    encoder = transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**TEXT_2 | {"num_hidden_layers": 1})).eval()
+    copy = shutil.copytree(folder, tmp_path / "xl", copy_function=os.link)
+    shutil.rmtree(copy / "text_encoder_2")
+    encoder.save_pretrained(copy / "text_encoder_2")
+    model = formats.load(copy)
+    ids = torch.from_numpy(model.encoders[1].tokenizer.encode(PROMPT)[0])[None]
+    expected = encoder(ids, output_hidden_states=True).hidden_states[-2]
+    context, _ = tiny_sd.embed_prompts(model, [PROMPT])
+    same("a text encoder of one layer", context[..., -128:], expected, 1e-5)
+
+
 def test_no_text_is_zero_and_an_empty_one_is_not(model):
     context, pooled = map(tiny_sd.to_numpy, tiny_sd.embed_prompts(model, [None, "", PROMPT]))
     assert not context[0].any() and not pooled[0].any()
