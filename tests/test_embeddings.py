@@ -138,7 +138,7 @@ def test_with_weights_left_in_their_file(folder, tmp_path):
 def test_words_that_begin_alike(folder, tmp_path):
     files = [save({"emb_params": vectors(n)}, tmp_path / f"{name}.safetensors")
              for name, n in (("bad", 1), ("bad-hands", 2))]
-    tokenizer = prompts.with_embeddings(formats.load(folder), files).tokenizer
+    tokenizer = prompts.with_embeddings(formats.load(folder), files).encoders[0].tokenizer
     plain = formats.clip_tokenizer().tokens
     assert tokenizer.tokens("bad hands") == [49408, *plain("hands")]
     assert tokenizer.tokens("a bad-hands-bad badly") == [
@@ -148,7 +148,7 @@ def test_words_that_begin_alike(folder, tmp_path):
 
 def test_a_word_stays_whole_and_has_a_weight(folder, tmp_path):
     path = save({"emb_params": vectors(10)}, tmp_path / "thing.safetensors")
-    tokenizer = prompts.with_embeddings(formats.load(folder), [path]).tokenizer
+    tokenizer = prompts.with_embeddings(formats.load(folder), [path]).encoders[0].tokenizer
     first, second = prompts.chunks_of(tokenizer, " ".join("x" * 70) + " (thing:1.2) x")
     assert len(first) == 70 and second[:10] == [(i, 1.2) for i in range(49408, 49418)]
 
