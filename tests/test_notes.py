@@ -24,8 +24,7 @@ from extras import fast, formats, like_diffusers, samplers
 from helpers import scheduler, shapes_of
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("checks", "cli", "control", "fast", "files", "formats", "guidance", "like_diffusers",
-          "samplers", "schedules", "show")
+EXTRAS = {path.stem for path in (ROOT / "extras").glob("*.py")}
 PATHS = {"NOTES": "NOTES.md", "REFERENCE": "extras/REFERENCE.md"}
 TEXTS = {name: (ROOT / path).read_text(encoding="utf-8") for name, path in PATHS.items()}
 PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
@@ -590,7 +589,7 @@ def test_numbers_of_the_spacings():
     assert [round(step[0]) for step in steps("ddim", 50)][:2] == [981, 961]
     first = steps("ddim", 600)[0]
     assert first[0] == 600 and math.sqrt(first[1]) == pytest.approx(0.40, abs=0.005)
-    assert samplers.lcm_timesteps(50, 1000).tolist() == list(range(999, 0, -20))
+    assert samplers.lcm_timesteps(50, scheduler()).tolist() == list(range(999, 0, -20))
     left = steps("ddim", 20, set_alpha_to_one=False)[-1][2]
     assert left == ALPHA_BAR[0] and math.sqrt(1 - left) == pytest.approx(0.029, abs=0.0005)
 
