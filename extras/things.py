@@ -18,8 +18,10 @@ def known_things(model):
         try:
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             things = [names for names in map(texts, known["things"]) if names]
-            return {key: texts(known[key]) for key in KEYS} | {"things": things}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            more = {texts([title])[0]: texts(words)
+                    for title, words in known.get("more", {}).items()}
+            return {key: texts(known[key]) for key in KEYS} | {"things": things, "more": more}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             continue
     return None
 
@@ -88,7 +90,8 @@ def remarks(known, prompt):
 def unknown_words(known, prompt):
     """Return the words of a prompt that the model never learnt."""
     texts = [FRAME, *known["styles"], *known["backgrounds"], *known["places"],
-             *(name for names in known["things"] for name in names)]
+             *(text for kind in (known["things"], known.get("more", {}).values()) for words in kind
+               for text in words)]
     learnt = {word for text in texts for word in split_words(text)}
     return [word for word in dict.fromkeys(split_words(prompt)) if word not in learnt]
 
@@ -115,6 +118,7 @@ def describe_things(known, word=""):
              ('styles, as in "a cat in the blob style"', ", ".join(known["styles"])),
              ('backgrounds, as in "a cat on a light blue background"',
               ", ".join(known["backgrounds"])),
-             ('places, as in "a small cat in the top left corner"', ", ".join(known["places"]))]
+             ('places, as in "a small cat in the top left corner"', ", ".join(known["places"])),
+             *((title, ", ".join(words)) for title, words in known.get("more", {}).items())]
     fill = textwrap.TextWrapper(96, initial_indent="  ", subsequent_indent="  ").fill
     return "\n\n".join(f"{title}:\n{fill(text)}" for title, text in parts)

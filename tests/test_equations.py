@@ -308,12 +308,12 @@ def test_two_forms_of_the_bound():
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_the_weights_of_the_small_models_loss(t):
     """Around (8.4): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
-    from train import loss_weight
+    from extras.training.train import loss_weight
 
     a, snr = ALPHA_BAR[t], ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
     x_t, v, w = 0.3, 1.1, 1.4
     one, other = (sd.split_prediction("v_prediction", answer, x_t, a)[0] for answer in (v, w))
-    weight, = loss_weight(torch.tensor(a).reshape(1, 1, 1, 1)).tolist()
+    weight = loss_weight(a)
     assert weight * (v - w) ** 2 == pytest.approx(min(snr + 1, 5) * (one - other) ** 2)
 
 

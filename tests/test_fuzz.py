@@ -536,7 +536,7 @@ def case(folder, rng):
     elif kind == 18:
         (model / "things.json").write_text(json.dumps({
             key: rng.choice([[["apple"], ["x", "\x1b[2J"]], ["a"], [[]], *JSON])
-            for key in rng.sample(things.KEYS, rng.randrange(2, 5))}))
+            for key in rng.sample([*things.KEYS, "more"], rng.randrange(2, 6))}))
     elif kind == 19:
         rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt, single_file_spoilt])(
             folder / "vae.safetensors", rng)

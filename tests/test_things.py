@@ -99,8 +99,21 @@ def test_what_a_model_says_cannot_write_to_the_terminal(model, capsys):
     assert all(c.isprintable() or c == "\n" for c in out)
 
 
+def test_more_that_a_model_knows(model, capsys):
+    """Kinds of words of its own, with their titles: listed, and no longer unknown."""
+    more = {'colours,\x1b as in "a blue cat"': ["blue", "golden"], "media": ["a sketch of ..."]}
+    (model / "things.json").write_text(json.dumps(KNOWN | {"more": more}))
+    assert cli.main(["--things", "-m", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert 'colours,  as in "a blue cat":\n  blue, golden' in out and "media:\n" in out
+    known = things.known_things(model)
+    assert [*things.remarks(known, "a sketch of a golden cat")] == []
+    assert '"silver"' in "".join(things.remarks(known, "a silver cat"))
+
+
 @pytest.mark.parametrize("text", [
-    None, "[]", "{}", '{"things": 3}', "[" * 100000, json.dumps(KNOWN | {"styles": 5}), "a pipe"])
+    None, "[]", "{}", '{"things": 3}', "[" * 100000, json.dumps(KNOWN | {"styles": 5}),
+    json.dumps(KNOWN | {"more": [3]}), json.dumps(KNOWN | {"more": {"a": 3}}), "a pipe"])
 def test_a_model_that_does_not_say(tmp_path, capsys, text):
     folder = write_model(tmp_path / "m")
     if text == "a pipe":

@@ -7,8 +7,8 @@
     python -m extras.tools.teach_demo picture FOLDER   extras/pictures/teach.png, of the first two
 
 Each runs teach.py as a user does, unless FOLDER has the LoRA already, and prints what
-weights/measure.py's judge makes of the result: of all drawings of all things, and the new ones, the
-nearest says what a picture shows. Needs the drawings (weights/train.py render).
+comes of it: of all drawings of all things, and the new ones, the nearest says what a picture shows.
+Needs the drawings (python -m extras.training.train render).
 """
 
 import argparse
@@ -20,22 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "weights")]
-import measure  # noqa: E402
-from scenes import (  # noqa: E402
-    COLOURS,
-    PLACES,
-    STYLES,
-    Part,
-    article,
-    describe,
-    in_style,
-    load_things,
-)
-
-from extras import formats, show  # noqa: E402
-from extras.tools.teach_pictures import (  # noqa: E402
+from extras import formats, show
+from extras.tools.teach_pictures import (
     ZORPS,
     ink,
     ink_pictures,
@@ -44,6 +30,13 @@ from extras.tools.teach_pictures import (  # noqa: E402
     zorp,
     zorp_pictures,
 )
+from extras.training import measure
+from extras.training.drawings import STYLES, Things, load_things
+from extras.training.fitting import grid, save_picture
+from extras.training.scenes import COLOURS, PLACES, article, describe, in_style
+
+ROOT = Path(__file__).resolve().parents[2]
+WHITE = COLOURS["white"]
 
 
 def taught(kind, folder, *options, name=None):
@@ -62,18 +55,28 @@ def model_with(lora=None):
     return formats.load("emoji", "torch", loras=[(lora, 1)] if lora else [])
 
 
-def judge_of(args, added):
-    """Return a judge, yet without a model, that knows these RGBA drawings as one more thing."""
-    things = load_things(args.data, 64)
+def size_of(model):
+    return model.factor * model.config.unet.sample_size
+
+
+def with_thing(things, name, added):
+    """Return the things with one more, of these RGBA drawings."""
     new = {side: np.stack([np.asarray(drawing.convert("RGBa").resize((side, side), Image.BOX))
                            for drawing in added]) for side in things.pictures}
-    row = np.full((1, len(STYLES)), -1)
-    row[0, :len(added)] = len(things.pictures[64]) + np.arange(len(added))
-    things = things._replace(names=[*things.names, ["zorp"]],
-                             drawings=np.concatenate([things.drawings, row]),
-                             pictures={side: np.concatenate([old, new[side]])
-                                       for side, old in things.pictures.items()})
-    return measure.Judge(None, things)
+    row = np.full((1, things.drawings.shape[1]), -1)
+    row[0, :len(added)] = len(things.pictures[max(new)]) + np.arange(len(added))
+    return Things([*things.names, [name]], np.concatenate([things.drawings, row]),
+                  {side: np.concatenate([old, new[side]]) for side, old in things.pictures.items()})
+
+
+def nearest(things, pictures, colour=WHITE):
+    """Return (things, styles) of the drawings, on a colour, that pictures are nearest to."""
+    drawings = things.pictures[pictures.shape[1]]
+    truths = np.concatenate([measure.small(measure.on_colour(drawings[i:i + 512], colour))
+                             for i in range(0, len(drawings), 512)])
+    found = measure.squared_distances(measure.small(pictures), truths).argmin(1)
+    places = [np.argwhere(things.drawings == picture)[0] for picture in found]
+    return np.array(places).T
 
 
 # ── A creature ──────────────────────────────────────────────────────────────────────────────────
@@ -89,86 +92,83 @@ def unshown():
     return [*filling, *placed][:50]
 
 
-def recognised(judge, name, thing):
+def recognised(model, things, name, thing):
     """Return 50 pictures of a thing where it was never shown, and which of them are right."""
-    cases = unshown()
-    pictures = judge.draw([describe(name, place, colour, bool(place)) for colour, place in cases],
-                          range(50))
-    right = []
+    cases, right = unshown(), []
+    prompts = [describe(name, place, colour, bool(place)) for colour, place in cases]
+    pictures = measure.draw(model, prompts, range(50))
     for picture, (colour, place) in zip(pictures, cases):
-        part = Part(0, 1 if place else 2, *PLACES[place])
-        seen = measure.crop(picture, part)[None]
-        right.append(judge.verdict(measure.signature, seen, [thing], COLOURS[colour]).ranks[0] < 1)
+        half = len(picture) // 2
+        left, top = (round(half * share) for share in PLACES.get(place, (0, 0)))
+        seen = picture[top:top + half, left:left + half] if place else picture
+        found, _ = nearest(things, seen[None], COLOURS[colour])
+        right.append(found[0] == thing)
     return pictures, np.array(right)
 
 
-def others(judge, n=100):
-    """Say how many of n other things are recognised, in latents and in pixels."""
-    known = [i for i, (name, *_) in enumerate(judge.things.names) if name != "zorp"]
-    report = measure.right_things(judge, np.random.default_rng(1).permutation(known)[:n].tolist())
-    return (f"{n} other things: {report['things, in latents: right']:.0%} right in latents, "
-            f"{report['things, in pixels: right']:.0%} in pixels")
+def others(model, things, n=100):
+    """Say how many of n other things are recognised."""
+    known = [i for i, (name, *_) in enumerate(things.names) if name != "zorp"]
+    ids = np.random.default_rng(1).permutation(known)[:n]
+    found, _ = nearest(things, measure.draw(model, [things.names[i][0] for i in ids], ids))
+    return f"{n} other things: {(found == ids).mean():.0%} right"
 
 
-def measure_zorp(judge, lora=None):
+def measure_zorp(args, lora=None):
     """Print how many zorps are recognised, and how many other things; return the zorps."""
-    judge.model = model_with(lora)
-    pictures, right = recognised(judge, "a zorp", len(judge.things.names) - 1)
+    model = model_with(lora)
+    things = with_thing(load_things(args.data, size_of(model)), "zorp", [*map(zorp, range(6))])
+    pictures, right = recognised(model, things, "a zorp", len(things.names) - 1)
     filling = np.array([not place for _, place in unshown()])
     print(f"{lora.name if lora else 'before'}: {right.mean():.0%} of 50 zorps right "
           f"({right[filling].mean():.0%} of those that fill the picture, "
-          f"{right[~filling].mean():.0%} of those in a place); {others(judge)}", flush=True)
+          f"{right[~filling].mean():.0%} of those in a place); {others(model, things)}", flush=True)
     return pictures
 
 
 def demo_zorp(args):
     """Teach zorps, and measure before and after."""
-    judge = judge_of(args, [zorp(pose) for pose in range(6)])
     for title, lora in ("before", None), ("after", taught("zorp", args.folder, *args.options)):
-        pictures = measure_zorp(judge, lora)
-        measure.save_picture(measure.grid(pictures, 10), args.folder / f"zorp-{title}.png")
+        save_picture(grid(measure_zorp(args, lora), 10), args.folder / f"zorp-{title}.png")
 
 
 def demo_ranks(args):
     """Teach zorps with several ranks."""
-    judge = judge_of(args, [zorp(pose) for pose in range(6)])
     for rank in (1, 2, 4, 8, 16):
         options = ["--rank", str(rank), *args.options]
-        measure_zorp(judge, taught("zorp", args.folder, *options, name=f"rank-{rank}"))
+        measure_zorp(args, taught("zorp", args.folder, *options, name=f"rank-{rank}"))
 
 
 # ── A hand ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def redrawn(args):
+def redrawn(things):
     """Return the things, where each has its drawings in ink after its own, as styles 6 to 11."""
-    things, inked = load_things(args.data, 64), {}
-    for side, drawings in things.pictures.items():
-        inked[side] = drawings.copy()
-    for i, drawing in enumerate(things.pictures[64]):
+    inked = {side: drawings.copy() for side, drawings in things.pictures.items()}
+    for i, drawing in enumerate(things.pictures[max(inked)]):
         picture = ink(Image.fromarray(drawing, "RGBa").convert("RGBA")).convert("RGBa")
         for side in inked:
             inked[side][i] = np.asarray(picture.resize((side, side), Image.BOX))
-    count = len(things.pictures[64])
+    count = len(inked[max(inked)])
     shifted = np.where(things.drawings >= 0, things.drawings + count, -1)
-    return things._replace(drawings=np.concatenate([things.drawings, shifted], 1), pictures={
+    return Things(things.names, np.concatenate([things.drawings, shifted], 1), {
         side: np.concatenate([things.pictures[side], inked[side]]) for side in inked})
 
 
 def demo_ink(args):
     """Teach a hand with twelve things, and measure it on fifty others."""
-    judge, known = measure.Judge(None, redrawn(args)), {name for name, _ in ink_things()}
-    order = np.random.default_rng(2).permutation(len(judge.things.names)).tolist()
-    ids = [i for i in order if judge.things.names[i][0] not in known][:50]
-    names = [in_style(article(judge.things.names[i][0]), "ink") for i in ids]
+    known = {name for name, _ in ink_things()}
     for title, lora in ("before", None), ("after", taught("ink", args.folder, *args.options)):
-        judge.model = model_with(lora)
-        pictures = judge.draw(names, seeds=range(50))
-        verdict = judge.verdict(measure.signature, pictures, ids, COLOURS["beige"])
-        print(f"{title}: of 50 things not taught {(verdict.styles >= len(STYLES)).mean():.0%} are "
-              f"in ink, {verdict.top(1):.0%} the right thing, {verdict.top(5):.0%} among the "
-              f"nearest five; {others(judge)}", flush=True)
-        measure.save_picture(measure.grid(pictures, 10), args.folder / f"ink-{title}.png")
+        model = model_with(lora)
+        things = redrawn(load_things(args.data, size_of(model)))
+        order = np.random.default_rng(2).permutation(len(things.names)).tolist()
+        ids = [i for i in order if things.names[i][0] not in known][:50]
+        names = [in_style(article(things.names[i][0]), "ink") for i in ids]
+        pictures = measure.draw(model, names, range(50))
+        found, styles = nearest(things, pictures, COLOURS["beige"])
+        print(f"{title}: of 50 things not taught {(styles >= len(STYLES)).mean():.0%} are in ink, "
+              f"{(found == ids).mean():.0%} the right thing; {others(model, things)}", flush=True)
+        save_picture(grid(pictures, 10), args.folder / f"ink-{title}.png")
 
 
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────

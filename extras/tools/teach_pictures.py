@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from extras.training.scenes import COLOURS, PLACES, article, describe, in_style
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "weights")]
-from scenes import COLOURS, PLACES, article, describe, in_style  # noqa: E402
 
 SKIN, DARK, PALE, PINK = (38, 166, 154), (12, 84, 92), (255, 224, 130), (236, 64, 122)
 INK, WASH, PAPER = (38, 44, 110), (122, 146, 214), (246, 240, 226)
@@ -60,7 +60,7 @@ ZORPS = [       # what is taught: (pose, background, place); without a place it 
 
 def on_colour(drawing, colour, place="", side=256):
     """Return a drawing on a colour, filling it, or of half its size in a place."""
-    page, (x, y) = Image.new("RGBA", (side, side), COLOURS[colour]), PLACES[place]
+    page, (x, y) = Image.new("RGBA", (side, side), COLOURS[colour]), PLACES.get(place, (.5, .5))
     n = side // 2 if place else side
     drawing = drawing.resize((n, n), Image.Resampling.LANCZOS)
     page.alpha_composite(drawing, (round(x * (side - n)), round(y * (side - n))))

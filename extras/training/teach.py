@@ -177,7 +177,7 @@ def fill_in(args, model):
 
 
 def train_from_scratch(args):
-    """Hand over to the recipe in weights/, which trains a whole model; does not return."""
+    """Hand over to train.py, which trains a whole model; does not return."""
     require(args.caption is None, "--from-scratch learns what words mean: give each picture its "
                                   "own caption, not --caption")
     for name in ("keep", "flip", "text", "width", "height", "save_memory"):
@@ -190,9 +190,10 @@ def train_from_scratch(args):
     how |= {"batch": args.batch_size} if args.batch_size else {}
     how |= {"rate": args.rate} if args.rate else {}
     how |= {"steps": args.steps} if args.steps else {"minutes": args.minutes or 180}
-    recipe = tiny_sd.HERE / "weights" / "train.py"
     options = [text for name, value in how.items() for text in (f"--{name}", str(value))]
-    os.execv(sys.executable, [sys.executable, str(recipe), "all", *options])
+    path = os.pathsep.join(filter(None, [str(tiny_sd.HERE), os.environ.get("PYTHONPATH")]))
+    os.execve(sys.executable, [sys.executable, "-m", "extras.training.train", "all", *options],
+              os.environ | {"PYTHONPATH": path})
 
 
 # ── What is done for them ───────────────────────────────────────────────────────────────────────

@@ -7,10 +7,10 @@ import shutil
 
 import numpy as np
 from safetensors.numpy import save
-from scenes import COLOURS, PLACES, STYLES
 
 from extras.files import read_text
-from tiny_sd import flatten, nest
+from extras.training.scenes import COLOURS, PLACES, SAID, STYLES, TINTS
+from tiny_sd import flatten, require
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
@@ -49,15 +49,47 @@ def text_config(width, layers, heads):
             "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
 
 
-def write_model(out, params, things, setting, state):
-    """Write the trained parts in float16 as a diffusers folder, with what it knows."""
-    words = state.tokenizer(things.names)
-    weights = {"text_encoder": params["text"], "vae": nest(state.vae()), "unet": params["unet"]}
-    texts = folder_texts(words, setting, state.scaling_factor())
+def vocabulary(things):
+    """things.json: what a model knows, each kind with an example for `--things`."""
+    said = {'colours, as in "a blue cat"': [*TINTS],
+            'media, as in "a sketch of a cat"': [
+                frame.format("...") for frames in SAID["media"].values() for frame in frames[:2]],
+            'surroundings, as in "a cat at night"': [
+                text for texts in SAID["surroundings"].values() for text in texts],
+            'relations, as in "a cat riding a horse"': [
+                text for texts in SAID["relations"].values() for text in texts if text != ","],
+            'numbers and sizes, as in "three big cats"': [
+                text for kind in ("counts", "sizes") for texts in SAID[kind].values()
+                for text in dict.fromkeys(texts)]}
+    return {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
+            "places": [*PLACES], "more": said}
+
+
+def check_replaceable(out, kept, asked):
+    """UserError unless out may become a model's folder.
+
+    It may replace one of our models where that is asked for, and nothing else; nor may it be, or
+    be around, the files and folders to keep.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    require(asked, f"{out} is there already: name it with --out to replace it, or another")
+    require((out / "model_index.json").is_file(), f"{out} is there already and is no model of ours "
+            "(it has no model_index.json), and is not replaced: name another --out")
+    place = out.resolve()
+    for path in kept:
+        require(place != path.resolve() and place not in path.resolve().parents,
+                f"{out} holds {path}, and is not replaced: name another --out")
+
+
+def write_model(out, params, vae, things, setting, state):
+    """Write the trained parts in float16 as a diffusers folder, with what it knows.
+
+    params: {"text", "unet"}, nested; vae: nested."""
+    weights = {"text_encoder": params["text"], "vae": vae, "unet": params["unet"]}
+    texts = folder_texts(state.tokenizer(things), setting, state.scaling_factor())
     if things.drawings is not None:
-        texts["things.json"] = {
-            "things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
-            "places": [place for place in PLACES if place]}
+        texts["things.json"] = vocabulary(things)
     with folder_atomically(out) as folder:
         for name, value in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

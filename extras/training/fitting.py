@@ -1,0 +1,331 @@
+"""The training loop of all stages, in one process or several; it resumes.
+
+    optimizer = Optimizer(parameters, rate, schedule)
+    losses = minimize(loss, optimizer, batches)     or tiny_sd.train(model, optimizer, batches, ...)
+    fit(stage, optimizer, losses, rng, schedule, state)
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from extras.files import replace_atomically
+from tiny_sd import require
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────
+
+class Schedule(NamedTuple):
+    """How long to train, how fast, and what to do on the way."""
+    minutes: float = 30
+    steps: int = None       # instead of minutes
+    batch: int = None       # pictures in a step, over all processes, instead of the setting's
+    rate: float = None      # instead of the setting's
+    bank: int = None        # scenes encoded ahead
+    seed: int = 0
+    keep_every: float = 60      # seconds
+    show_every: float = 600     # seconds
+
+    @property
+    def goal(self):
+        """Steps or seconds in all."""
+        return self.steps or 60 * self.minutes
+
+    def progress(self, step, seconds):
+        """The fraction of the goal that is reached."""
+        return (step if self.steps else seconds) / self.goal
+
+    def rate_at(self, step, progress):
+        """The learning rate: up during fifty steps, then down to a hundredth, along a cosine."""
+        return self.rate * min(1, (step + 1) / 50) * (
+            0.01 + 0.99 * math.cos(progress * math.pi / 2) ** 2)
+
+
+def process():
+    """(which process this is, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    """Find the other processes, where torchrun started several."""
+    if "RANK" not in os.environ:
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def share_of_batch(stage, schedule):
+    """How many pictures of each step this process draws; each draws others."""
+    _, ranks = process()
+    require(schedule.batch % ranks == 0, f"{stage}: {schedule.batch} pictures a step cannot be "
+            f"shared by {ranks} processes: give --batch a multiple of {ranks}")
+    return schedule.batch // ranks
+
+
+# ── Parameters ──────────────────────────────────────────────────────────────────────────────────
+
+# Where a residual branch ends: with weights of 0, every branch begins as nothing.
+ZERO = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out_proj.weight",
+        "fc2.weight")
+
+
+def initial(shapes, seed, zero=ZERO):
+    """{name: tensor} for {name: shape} of a checkpoint, convolutions as (out, kh, kw, in).
+
+    Norms 1, biases 0, weights of variance 1 / inputs, but 0 where the name ends in one of `zero`.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, shape in shapes.items():
+        shape = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape
+        if len(shape) == 1:
+            params[name] = torch.full(shape, float("norm" in name and name.endswith("weight")))
+            continue
+        std = 0.02 if "embedding.weight" in name else math.prod(shape[1:]) ** -0.5
+        params[name] = torch.randn(shape, generator=noise) * (0 if name.endswith(zero) else std)
+    return params
+
+
+# ── The optimizer ───────────────────────────────────────────────────────────────────────────────
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, whose step for each matrix is made orthogonal (Jordan et al., 2024).
+
+    torch's own computes in bfloat16, which processors without instructions for it take minutes for.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                size = 0.2 * math.sqrt(max(step.shape))     # that of AdamW's steps
+                p.sub_(step.reshape(p.shape), alpha=group["lr"] * size)
+
+
+def orthogonal(x):
+    """A matrix near U Vᵀ for x = U S Vᵀ, by Newton and Schulz's iteration.
+
+    Each of five rounds multiplies X by a polynomial of A = X Xᵀ. The small matrix A is all that
+    these need: Q gathers them, and X is multiplied once.
+    """
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    one = torch.eye(len(x), device=x.device)
+    a, q = x @ x.T, one
+    for _ in range(5):
+        p = 3.4445 * one - 4.7750 * a + 2.0315 * a @ a
+        a, q = p @ a @ p, p @ q
+    return q @ x
+
+
+class Optimizer:
+    """Muon for the matrices inside a network and AdamW for the rest, over all processes.
+
+    params: {name: tensor}, which change in place. It keeps their running average, and sets the
+    rate by the schedule; fit() sets progress.
+    """
+
+    def __init__(self, params, schedule):
+        self.params, self.schedule = params, schedule
+        self.taken, self.progress = 0, 0.0
+        self.mean = {name: p.detach().clone() for name, p in params.items()}
+        inner = [p for name, p in params.items() if p.ndim > 1 and "embedding.weight" not in name]
+        rest = [p for p in params.values() if all(p is not q for q in inner)]
+        for p in params.values():
+            p.requires_grad_()
+        self.parts = [Muon(inner, {"lr": 0.0}), torch.optim.AdamW(
+            rest, 0.0, (0.9, 0.99), weight_decay=0.0, fused=True)]
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    @torch.no_grad()
+    def step(self):
+        """Take a step along the mean of all processes' gradients."""
+        for p in self.params.values():
+            if process()[1] > 1:
+                dist.all_reduce(p.grad)
+                p.grad /= process()[1]
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.schedule.rate_at(self.taken, self.progress)
+            part.step()
+        self.taken += 1
+        torch._foreach_lerp_([*self.mean.values()], [*self.params.values()],
+                             1 - min(0.998, self.taken / (self.taken + 10)))
+
+    def restore(self, checkpoint):
+        """Go on where a checkpoint was kept; UserError where it does not fit."""
+        found, mean = checkpoint["params"], checkpoint["mean"]
+        for name, p in self.params.items():
+            require(name in found and found[name].shape == p.shape == mean[name].shape,
+                    f"what was kept does not fit: {name} is of another size or missing. Was it "
+                    "begun with another --config or --data? Name another --state")
+            p.data.copy_(found[name])
+            self.mean[name].copy_(mean[name])
+        for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
+            part.load_state_dict(saved)
+        self.taken = checkpoint["step"]
+
+    def checkpoint(self):
+        return {"params": {name: p.detach() for name, p in self.params.items()},
+                "mean": self.mean, "step": self.taken,
+                "optimizers": [part.state_dict() for part in self.parts]}
+
+
+# ── The loop ────────────────────────────────────────────────────────────────────────────────────
+
+def minimize(loss, optimizer, batches):
+    """Lower loss(*batch), a step for each batch; yield its values. tiny_sd.train is alike."""
+    for batch in batches:
+        value = loss(*batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        yield value.item()
+
+
+def fit(stage, optimizer, losses, rng, schedule, state, show=None):
+    """Draw from losses, each of which takes a step, until the schedule ends.
+
+    rng: what losses draws its batches by; it begins each step at a state of the step's own, so
+    that a training that resumes takes the same steps. show() -> a picture for STATE/stage.png.
+    """
+    kept = state.load(stage)
+    if kept:
+        optimizer.restore(kept)
+    record = {"losses": kept.get("losses", []), "seconds": kept.get("seconds", 0.0)}
+    begun, stop = time.monotonic() - record["seconds"], False
+    to_keep, to_show = Timer(schedule.keep_every), Timer(schedule.show_every)
+
+    def keep():
+        if process()[0] == 0:
+            state.save(stage, optimizer.checkpoint() | record)
+
+    with interruptible() as pressed, progress_bar(stage, optimizer, record, schedule) as bar:
+        while not stop and schedule.progress(optimizer.taken, record["seconds"]) < 1:
+            optimizer.progress = schedule.progress(optimizer.taken, record["seconds"])
+            begin_step(rng, schedule.seed, optimizer.taken, stage)
+            with torch.autocast(state.device, torch.bfloat16, enabled=bfloat16_pays(state.device)):
+                loss = next(losses)
+            record["seconds"], loss, stop = agree(state.device, time.monotonic() - begun, loss,
+                                                  bool(pressed))
+            record["losses"].append(loss)
+            require(math.isfinite(loss), f"{stage}: the loss is {loss} at step {optimizer.taken}; "
+                    "lower --rate and run it again, which resumes from what was kept before")
+            advance(bar, optimizer, record, schedule)
+            if to_keep.due():
+                keep()
+            if show and to_show.due():
+                save_sample(stage, state, show)
+
+    keep()
+    if stop:
+        raise Stopped(f"{stage}: stopped at step {optimizer.taken}, kept in {state.path(stage)}; "
+                      "the same command resumes from there")
+    if show:
+        save_sample(stage, state, show)
+
+
+def begin_step(rng, seed, step, stage):
+    """Put the random generators to where this step begins, in this process."""
+    key = [seed, step, zlib.crc32(stage.encode()), process()[0]]
+    rng.bit_generator.state = np.random.default_rng(key).bit_generator.state
+    torch.manual_seed(int(rng.integers(2 ** 31)))
+
+
+def bfloat16_pays(device):
+    """Whether products of bfloat16 are faster: a CPU needs instructions for them."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def agree(device, seconds, loss, stop):
+    """(seconds, loss, stop) for all processes: the first one's clock, the mean loss, any stop."""
+    rank, ranks = process()
+    report = torch.tensor([seconds * (rank == 0), loss / ranks, float(stop)], dtype=torch.float64)
+    if ranks > 1:
+        report = report.to(device)
+        dist.all_reduce(report)
+    seconds, loss, stop = report.tolist()
+    return seconds, loss, bool(stop)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Yield a list that is empty until Ctrl-C is pressed; a second Ctrl-C stops at once."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Stopped(Exception):
+    """Training was stopped by Ctrl-C, with all kept."""
+
+
+class Timer:
+    """Something that is due every so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self):
+        if time.monotonic() - self.last <= self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def progress_bar(stage, optimizer, record, schedule):
+    reached = optimizer.taken if schedule.steps else record["seconds"]
+    return tqdm(total=round(schedule.goal), initial=round(reached), desc=stage,
+                disable=process()[0] > 0, unit="step" if schedule.steps else "s",
+                mininterval=1 if sys.stderr.isatty() else 20)
+
+
+def advance(bar, optimizer, record, schedule):
+    recent = np.mean(record["losses"][-200:])
+    bar.set_postfix_str(f"step {optimizer.taken}, loss {recent:.4f}", refresh=False)
+    bar.update(round(optimizer.taken if schedule.steps else record["seconds"]) - bar.n)
+
+
+def save_sample(stage, state, show):
+    """Write STATE/stage.png."""
+    if process()[0] == 0:
+        save_picture(show(), state.folder / f"{stage}.png")
+
+
+def save_picture(picture, path):
+    with replace_atomically(path) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
+
+
+def grid(pictures, columns):
+    """Pictures (n, height, width, 3) as one, row by row; the last row is filled with white."""
+    pictures = np.asarray(pictures)
+    empty = np.full_like(pictures[:1], 255).repeat(-len(pictures) % columns, 0)
+    rows = np.concatenate([pictures, empty]).reshape(-1, columns, *pictures.shape[1:])
+    return np.concatenate([np.concatenate([*row], axis=1) for row in rows])

@@ -1,0 +1,390 @@
+"""What a trained model can do: pictures drawn from fixed seeds, judged by the true ones.
+
+    draw ── pictures ──► Judge ── distances to true pictures ──► evaluate ── a table
+
+What a caption asks for can be painted (scenes.py), in combinations that training never shows, too.
+A drawn picture shows it when, of all true pictures that it is compared with, the nearest is one of
+what was asked: the same thing in every other colour (medium, surroundings, ...), and 60 other
+things in the one asked for.
+"""
+
+import functools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import fromarray
+from tqdm import tqdm
+
+import tiny_sd
+from extras import like_diffusers
+from extras.files import free_names, replace_atomically, save_picture
+from extras.show import sheet as labelled
+from extras.training.fitting import grid
+from extras.training.painting import MEDIA, SURROUNDINGS
+from extras.training.scenes import (
+    COLOURS,
+    RELATIONS,
+    TINTS,
+    Manner,
+    Subject,
+    compose,
+    draw_scene,
+    draw_subject,
+    held_out,
+    may_show,
+    paint,
+    plural,
+)
+from extras.training.scenes import share as fixed_share
+
+WHITE = COLOURS["white"]
+
+
+# ── Drawing many pictures at once ───────────────────────────────────────────────────────────────
+
+def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None):
+    """Pictures (n, height, width, 3) of uint8, one for each prompt with its seed, 64 at a time.
+
+    They are what tiny_sd draws for each by itself, with the model's own sampler.
+    """
+    negatives, pictures = negatives or [None] * len(prompts), []
+    for i in tqdm(range(0, len(prompts), 64), "drawing", leave=False):
+        part = slice(i, i + 64)
+        texts = [*negatives[part], *prompts[part]]
+        embed = functools.partial(embed_all, texts)
+        *_, x = like_diffusers.generate(model, "", seeds=[*map(int, seeds[part])], steps=steps,
+                                        guidance=guidance, make_denoiser=denoiser, embed=embed)
+        pictures.append(tiny_sd.decode(model, x))
+    return np.concatenate(pictures)
+
+
+def embed_all(texts, model, _):
+    """The contexts of a batch's negative prompts and then its prompts, instead of one pair's."""
+    return tiny_sd.embed_prompts(model, texts)
+
+
+def denoiser(model, context, guidance, *_):
+    """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), where each picture of the batch has its own context."""
+    def denoise(x_t, t, alpha_bar):
+        if guidance == 1:
+            output = tiny_sd.predict(model, x_t, t, context[len(x_t):])
+        else:
+            both = tiny_sd.predict(model, np.concatenate([x_t, x_t]), t, context)
+            output = tiny_sd.guide(*np.split(both, 2), guidance)
+        return tiny_sd.split_prediction(model.config.scheduler.prediction_type, output, x_t,
+                                        alpha_bar)
+
+    return denoise
+
+
+# ── Judging ─────────────────────────────────────────────────────────────────────────────────────
+
+def squared_distances(a, b):
+    """(n, m): between the rows of a (n, d) and of b (m, d)."""
+    return np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
+
+
+def small(pictures, side=32):
+    """Pictures (n, height, width, 3) of uint8 as means: (n, side · side · 3), from 0 to 1."""
+    n, height = pictures.shape[:2]
+    cell = height // side
+    means = pictures.reshape(n, side, cell, side, cell, 3).mean((2, 4))
+    return means.reshape(n, -1).astype(np.float32) / 255
+
+
+class Judge:
+    """Paints true pictures and tells which is the nearest to a drawn one."""
+
+    def __init__(self, things, looks=6, size=64):
+        self.things, self.looks, self.size = things, looks, size
+        self.truths = functools.cache(self.paint_truths)
+
+    def paint_truths(self, subject, manner):
+        """Some true pictures of this, small, (looks, d); always the same."""
+        rng = np.random.default_rng(int(fixed_share(repr((subject, manner))) * 2 ** 32))
+        scenes = [compose(self.things, rng, subject, manner) for _ in range(self.looks)]
+        return small(np.stack([paint(scene, self.things, self.size) for scene in scenes]))
+
+    def nearest(self, picture, candidates):
+        """Which of these (subject, manner) a picture (height, width, 3) is nearest to."""
+        truths = np.stack([self.truths(*candidate) for candidate in candidates])
+        distances = np.square(truths - small(picture[None])).sum(-1).min(1)
+        return candidates[int(distances.argmin())]
+
+    def others(self, asked, n=60):
+        """The same with other things, of which n are chosen by the asked ones' names."""
+        subject, manner = asked
+        rng = np.random.default_rng(list(subject.ids))
+        for i in rng.permutation(len(self.things.names))[:n].tolist():
+            if i not in subject.ids:
+                yield subject._replace(ids=(i, *subject.ids[1:])), manner
+                if len(subject.ids) > 1:
+                    yield subject._replace(ids=(subject.ids[0], i, *subject.ids[2:])), manner
+
+    def rates(self, title, pictures, asked, alternatives):
+        """{measure: share of pictures}; alternatives(subject, manner) -> those with other words."""
+        thing, word, both = [], [], []
+        for picture, one in zip(pictures, asked):
+            others, words = [*self.others(one)], [*alternatives(*one)]
+            thing.append(self.nearest(picture, [one, *others]) == one)
+            word.append(not words or self.nearest(picture, [one, *words]) == one)
+            both.append(thing[-1] and word[-1])
+        rates = {"": both} if not words else {": the thing": thing, f": the {title}": word,
+                                              ": both": both}
+        return {f"{title}{what}": float(np.mean(right)) for what, right in rates.items()}
+
+
+# ── What is asked for: combinations that training never shows ───────────────────────────────────
+
+def unshown(things, kind, words, n, make):
+    """n of make(thing, word), of thing and word that are held out by ("tint", name, word), ..."""
+    rng, found = np.random.default_rng(1), []
+    while len(found) < n:
+        thing, word = int(rng.integers(len(things.names))), words[int(rng.integers(len(words)))]
+        name = things.names[thing][0]
+        makes_sense = may_show(things, Subject((thing,)), Manner()) and not (
+            kind == "count" and (plural(name) or name[0].isdigit())
+            or kind == "tint" and name.split()[0] in TINTS)
+        if held_out(kind, name, str(word)) and makes_sense:
+            found.append(make(thing, word))
+    return found
+
+
+def questions(things, n):
+    """{title: (asked, alternatives)}, for Judge.rates."""
+    def tinted(thing, tint):
+        return Subject((thing,)), Manner((tint,))
+
+    def other_manners(make, words):
+        return lambda subject, manner: [one for word in words
+                                        if (one := make(subject.ids[0], word)) != (subject, manner)]
+
+    def in_medium(thing, medium):
+        return Subject((thing,)), Manner(medium=medium)
+
+    def somewhere(thing, surroundings):
+        return Subject((thing,)), Manner(surroundings=surroundings)
+
+    def counted(thing, number):
+        return Subject((thing,), number), Manner()
+
+    numbers = [2, 3, 4]
+    asked = {}
+    for title, kind, words, make in (
+            ("colour", "tint", [*TINTS], tinted), ("medium", "medium", [*MEDIA], in_medium),
+            ("surroundings", "scene", [*SURROUNDINGS], somewhere),
+            ("number", "count", numbers, counted)):
+        asked[title] = unshown(things, kind, words, n, make), other_manners(make, words)
+    asked["relation"] = unshown_relations(things, n), other_relations
+    return asked
+
+
+def unshown_relations(things, n):
+    """n pairs in relations that training never shows."""
+    rng, found = np.random.default_rng(2), []
+    while len(found) < n:
+        subject = draw_subject(things, rng)
+        names = [things.names[i][0] for i in subject.ids]
+        if len({*names}) == 2 and held_out("relation", names[0], subject.relation, names[1]):
+            found.append((subject, Manner(("", ""))))
+    return found
+
+
+def other_relations(subject, manner):
+    """The same two in other relations, and the other way round."""
+    sets_apart = {"and": "next to", "next to": "and"}       # which look alike
+    for relation in RELATIONS:
+        if relation not in ("between", subject.relation, sets_apart.get(subject.relation)):
+            yield subject._replace(relation=relation), manner
+    if subject.relation not in sets_apart:
+        yield subject._replace(ids=subject.ids[::-1]), manner
+
+
+# ── Measures: each returns {what: number} ───────────────────────────────────────────────────────
+
+def combinations(model, judge, n, steps):
+    """Yield the rates of each kind of combination that training never shows."""
+    rng = np.random.default_rng(3)
+    for title, (asked, alternatives) in questions(judge.things, n).items():
+        prompts = [compose(judge.things, rng, *one).caption for one in asked]
+        pictures = draw(model, prompts, range(n), steps=steps)
+        yield judge.rates(title, pictures, asked, alternatives)
+
+
+def alone(model, judge, ids, title, steps):
+    """A thing by its name alone."""
+    pictures = draw(model, [judge.things.names[i][0] for i in ids], ids, steps=steps)
+    asked = [(Subject((i,)), Manner()) for i in ids]
+    return judge.rates(title, pictures, asked, lambda *_: [])
+
+
+def kept_away(model, judge, ids, steps, seeds=4):
+    """A negative prompt that names a colour: how often that is gone where it came without."""
+    names = [judge.things.names[i][0] for i in ids for _ in range(seeds)]
+    numbers = [*range(seeds)] * len(ids)
+
+    def tint_of(picture, i):
+        nearest = judge.nearest(picture, [(Subject((i,)), Manner((tint,))) for tint in TINTS])
+        return nearest[1].tints[0]
+
+    which = np.repeat(ids, seeds).tolist()
+    came = [*map(tint_of, draw(model, names, numbers, steps=steps), which)]
+    several = [k for k in range(len(names)) if len({*came[k - k % seeds:][:seeds]}) > 1]
+    pictures = draw(model, [names[k] for k in several], [numbers[k] for k in several],
+                    [came[k] for k in several], steps)
+    gone = [tint_of(picture, which[k]) != came[k] for picture, k in zip(pictures, several)]
+    return {"a negative prompt keeps a colour away": float(np.mean(gone or [math.nan])),
+            "negative prompts": len(several)}
+
+
+def variety(model, judge, ids, steps, seeds=8):
+    """How much the pictures of one thing differ, and which of its drawings they are nearest to."""
+    things = judge.things
+    names = [things.names[i][0] for i in ids for _ in range(seeds)]
+    pictures = draw(model, names, [*range(seeds)] * len(ids), steps=steps)
+    sides = max(things.pictures)
+    found = []
+    for i, row in zip(ids, small(pictures).reshape(len(ids), seeds, -1)):
+        drawn = things.drawings[i][things.drawings[i] >= 0]
+        shown = small(on_colour(things.pictures[sides][drawn], WHITE))
+        found.append(len({*squared_distances(row, shown).argmin(1).tolist()}))
+    return {"seeds of a thing differ, relative to things": spread(pictures, seeds),
+            f"different drawings among {seeds} seeds of a thing": float(np.mean(found))}
+
+
+def on_colour(drawings, colour):
+    """RGBA drawings (n, side, side, 4), premultiplied, on a colour: (n, side, side, 3)."""
+    clear = 255 - drawings[..., 3:].astype(np.uint16)
+    return (drawings[..., :3] + (np.uint16(colour) * clear + 127) // 255).astype(np.uint8)
+
+
+def spread(pictures, seeds):
+    """Mean pixel distance among seeds over that among things, at 32 x 32 pixels."""
+    n = len(pictures) // seeds
+    flat = small(pictures).reshape(n, seeds, -1)
+    among_seeds = [np.abs(flat[:, a] - flat[:, b]).mean()
+                   for a in range(seeds) for b in range(a)]
+    among_things = [np.abs(flat[:, s] - np.roll(flat[:, s], shift, 0)).mean()
+                    for s in range(seeds) for shift in range(1, min(n, 8))]
+    return float(np.mean(among_seeds) / np.mean(among_things))
+
+
+def reconstruction(model, judge, n):
+    """The VAE's mean PSNR for n scenes, and how strong edges are, beside the original's."""
+    rng, decibels, edges = np.random.default_rng(4), [], []
+    for _ in range(n):
+        original = paint(draw_scene(judge.things, rng), judge.things)
+        x = tiny_sd.encode(model, original, np.float32(0))
+        drawn = tiny_sd.decode(model, x)[0]
+        decibels.append(psnr(drawn, original))
+        edges.append((edge_energy(drawn), edge_energy(original)))
+    ours, theirs = np.sum(edges, 0)
+    return {"VAE: PSNR, dB": float(np.mean(decibels)), "VAE: edges": float(ours / theirs)}
+
+
+def psnr(picture, original):
+    error = np.square(picture.astype(float) - original).mean()
+    return 10 * math.log10(255 ** 2 / max(error, 1e-9))
+
+
+def edge_energy(picture):
+    """The sum of squared differences between neighbouring pixels."""
+    x = picture.astype(float)
+    return sum(np.square(np.diff(x, axis=axis)).sum() for axis in (0, 1))
+
+
+def seconds_for_one(out):
+    """A picture with NumPy, from start to file."""
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.monotonic()
+        subprocess.run([sys.executable, tiny_sd.HERE / "tiny_sd.py", "red apple", "-m", out,
+                        "--steps", "20", "-o", f"{folder}/apple.png"], check=True,
+                       capture_output=True)
+        return time.monotonic() - begun
+
+
+# ── All together ────────────────────────────────────────────────────────────────────────────────
+
+def evaluate(out, things, n, steps, device):
+    """Measure the model in a folder on n of each kind; print a table and write OUT.json."""
+    tiny_sd.require(things.drawings is not None, "only models of the drawings can be evaluated")
+    model, report = tiny_sd.load(out, "torch", device), {}
+    file = next(name for name in free_names(out.with_suffix(".json")) if not name.exists())
+    for numbers in measures(model, Judge(things), min(n, len(things.names)), out, steps):
+        report |= numbers
+        with replace_atomically(file) as temporary:
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+    print(table(report))
+
+
+def measures(model, judge, n, out, steps):
+    """Yield {what: number}, one measure after another."""
+    order = np.random.default_rng(1).permutation(len(judge.things.names)).tolist()
+    persons = [i for i in order if i in {*judge.things.roles["persons"]}]
+    others = [i for i in order if i not in persons]
+    yield from combinations(model, judge, n, steps)
+    yield alone(model, judge, others[:n], "a thing by its name alone", steps)
+    if persons:
+        yield alone(model, judge, persons[:n], "a person by name alone", steps)
+    yield kept_away(model, judge, order[:max(2, n // 2)], steps)
+    yield variety(model, judge, order[:max(2, n // 3)], steps)
+    yield reconstruction(model, judge, n)
+    yield {"seconds for one picture with NumPy, 20 steps": seconds_for_one(out),
+           "megabytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6,
+           "of each kind": n}
+
+
+def table(report):
+    """The numbers in Markdown, fractions in per cent."""
+    def said(name, value):
+        plain = re.search("drawings|PSNR|edges|seconds|megabytes|of each|prompts", name)
+        return f"{value:.4g}" if plain else f"{value:.1%}"
+
+    rows = [f"| {name} | {said(name, value)} |" for name, value in report.items()]
+    return "\n".join(["| measure | value |", "| --- | --- |", *rows])
+
+
+# ── Sheets ──────────────────────────────────────────────────────────────────────────────────────
+
+PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+
+
+def sample_prompts(things):
+    """What sheets show while training proceeds: at most 24 prompts."""
+    if things.drawings is not None:
+        return PROMPTS["sheet"][:24]
+    return [*dict.fromkeys(caption for caption, in things.names)][:24]
+
+
+def sheet(model, prompts, seeds, columns, **how):
+    """Prompts one after the other, each with all its seeds, as one picture."""
+    texts = [prompt for prompt in prompts for _ in seeds]
+    return grid(draw(model, texts, [*seeds] * len(prompts), **how), columns)
+
+
+def write_sheet(out, things, steps, device):
+    """OUT.png: the prompts of a sheet, unchosen, each from four seeds, three prompts a row.
+
+    OUT-overview.png: rows of prompts with titles. A name that is taken is left alone, and OUT-1.png
+    written instead.
+    """
+    model = tiny_sd.load(out, "torch", device)
+    prompts = sample_prompts(things) if things.drawings is None else PROMPTS["sheet"]
+    pictures = sheet(model, prompts, range(4), 12, steps=steps)
+    print(save_picture(pictures, out.with_suffix(".png"), ""))
+    for i in range(0, len(prompts), 3):
+        print(f"{i // 3 + 1:2}  " + " | ".join(prompts[i:i + 3]))
+    if things.drawings is None:
+        return
+    rows = [[*map(fromarray, draw(model, row["prompts"], row["seeds"], steps=steps))]
+            for row in PROMPTS["overview"]]
+    overview = labelled(rows, down=[row["title"] for row in PROMPTS["overview"]], size=96)
+    print(save_picture(np.asarray(overview), out.with_name(out.name + "-overview.png"), ""))

@@ -1,0 +1,732 @@
+#!/usr/bin/env python3
+"""Train weights/emoji: a small but complete Stable Diffusion, from drawings to pictures.
+
+    render ── drawings ──► vae, decoder ── latents ──► clip ── text encoder ──► unet ──► export
+
+The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own
+functions: given torch tensors they are differentiable as they stand. drawings.py, painting.py and
+scenes.py make what is learnt, fitting.py has the loop that lowers a loss, folder.py the model's
+folder, and measure.py looks at what was learnt.
+
+    python -m extras.training.train all --minutes 120   from nothing to weights/state/emoji
+    python -m extras.training.train unet --start weights/emoji      on from a finished model
+    python -m extras.training.train evaluate --out weights/emoji    the table in weights/README.md
+    torchrun --nproc-per-node 8 -m extras.training.train unet --device cuda
+
+Ctrl-C keeps what was learnt, and a kill loses a minute at most: the same command resumes.
+"""
+
+import argparse
+import collections
+import functools
+import io
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tiny_sd
+from extras.fast import keep_freed_memory
+from extras.files import read_text, replace_atomically
+from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.training import fitting, measure
+from extras.training.drawings import load_captioned, load_things, render
+from extras.training.fitting import (
+    ZERO,
+    Optimizer,
+    Schedule,
+    Stopped,
+    fit,
+    initial,
+    join_processes,
+    minimize,
+    process,
+    share_of_batch,
+)
+from extras.training.folder import (
+    LENGTH,
+    SCHEDULER,
+    VOCABULARY,
+    check_replaceable,
+    text_config,
+    unet_config,
+    vae_config,
+    write_model,
+)
+from extras.training.scenes import draw_scene, every_scene, paint
+from tiny_sd import UserError, flatten, nest, read_config, require, tell
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────
+
+class Setting(NamedTuple):
+    """The three networks' config.json, as diffusers writes them, and how to train them."""
+    vae: dict
+    unet: dict
+    text: dict
+    batch: dict     # {stage: pictures in a step}
+    rate: dict      # {stage: highest learning rate}
+
+    @property
+    def size(self):
+        """Pixels of a picture, in each direction."""
+        return self.vae["sample_size"]
+
+    @property
+    def groups(self):
+        return self.vae["norm_num_groups"]
+
+    def shapes(self, part):
+        """{name: shape} of a part's weights, as checkpoints have them."""
+        build = {"vae": vae_shapes, "unet": unet_shapes, "text_encoder": text_shapes}[part]
+        config = self.text if part == "text_encoder" else getattr(self, part)
+        return flatten(build(read_config(part, config)))
+
+
+CONFIGS = {
+    "small": Setting(
+        vae=vae_config(size=128, channels=(16, 32, 64, 64), groups=8),
+        unet=unet_config(latents=16, channels=(64, 128, 192), attends=(False, True, True),
+                         heads=(2, 4, 6), groups=16, context=192),
+        text=text_config(width=192, layers=4, heads=4),
+        batch={"vae": 16, "decoder": 16, "clip": 256, "unet": 96},
+        rate={"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3}),
+    "base": Setting(
+        vae=vae_config(size=256, channels=(32, 64, 128, 128), groups=16),
+        unet=unet_config(latents=32, channels=(128, 192, 256), attends=(True, True, True),
+                         heads=(4, 6, 8), groups=32, context=288),
+        text=text_config(width=288, layers=6, heads=6),
+        batch={"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
+        rate={"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
+
+
+class Job(NamedTuple):
+    """What every stage is given."""
+    things: object
+    setting: Setting
+    schedule: Schedule
+    state: object
+
+
+# ── The state: what training keeps ──────────────────────────────────────────────────────────────
+
+class State:
+    """The folder of what training keeps, and the device to load it to.
+
+    STAGE.pt: {"params": {name: tensor}, "mean": their running average, "optimizers", "step",
+    "seconds", "losses"}; merges.txt, the tokenizer's; scaling_factor.json, the latents'.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device = folder, device
+
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+
+    def load(self, stage):
+        """What a stage kept, or nothing."""
+        path = self.path(stage)
+        if not path.exists():
+            return {}
+        try:
+            kept = torch.load(path, map_location=self.device, weights_only=True)
+            whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
+            whole = whole and len(kept["losses"]) >= 0 and all(
+                isinstance(p, torch.Tensor) for part in ("params", "mean")
+                for p in kept[part].values())
+        except Exception as error:      # of whatever kind torch and pickle raise
+            raise UserError(f"{path} is not whole: remove it, or name another --state "
+                            f"({str(error)[:100]})") from None
+        require(whole, f"{path} was not kept by this program: remove it, or name another --state")
+        return kept
+
+    def save(self, stage, checkpoint):
+        whole = io.BytesIO()    # torch itself answers a full disk with an abort
+        torch.save(checkpoint, whole)
+        with replace_atomically(self.path(stage)) as temporary:
+            temporary.write_bytes(whole.getbuffer())
+
+    def trained(self, stage, shapes):
+        """The averaged {name: tensor} that a stage reached; UserError if they do not fit.
+
+        shapes: {name: shape} of those that are wanted, as checkpoints have them.
+        """
+        kept = self.load(stage)
+        require(kept, f"{self.path(stage)} is missing: run the stage {stage} first")
+        fresh = {name: p.shape for name, p in initial(shapes, 0).items()}
+        for name, shape in fresh.items():
+            found = kept["mean"].get(name)
+            require(found is not None and found.shape == shape, f"{self.path(stage)} does not fit: "
+                    f"{name} is missing or of another size. Was it made with another --config? "
+                    "Name another --state")
+        return {name: kept["mean"][name] for name in fresh}
+
+    def vae(self, setting):
+        """The VAE, nested, with the decoder of the stage of its own where that has run."""
+        shapes = setting.shapes("vae")
+        params = self.trained("vae", shapes)
+        if self.path("decoder").exists():
+            params |= self.trained("decoder", decoder_shapes(setting))
+        return nest(params)
+
+    def tokenizer(self, things=None):
+        """The tokenizer of merges.txt, learnt from these things' captions where that is missing."""
+        path = self.folder / "merges.txt"
+        if not path.exists():
+            merges = train_tokenizer(things)
+            with replace_atomically(path) as temporary:
+                lines = ["#version: 0.2", *map(" ".join, merges), ""]
+                temporary.write_text("\n".join(lines), encoding="utf-8")
+        lines = [tuple(line.split()) for line in read_text(path).split("\n")[1:]]
+        merges = [pair for pair in lines if pair]
+        require(len(merges) == VOCABULARY - 514 and all(len(pair) == 2 for pair in merges),
+                f"{path} does not hold {VOCABULARY - 514} pairs: remove it, with clip.pt and "
+                "unet.pt, or name another --state")
+        words = tiny_sd.Tokenizer(merges, length=LENGTH)
+        words.merge = functools.cache(words.merge)      # captions say the same words again
+        return words
+
+    def scaling_factor(self, latents=None):
+        """What latents are multiplied by to have variance 1: from these, once, then kept."""
+        path = self.folder / "scaling_factor.json"
+        if not path.exists() and latents is not None:
+            with replace_atomically(path) as temporary:
+                temporary.write_text(json.dumps(1 / latents.std().item()))
+        try:
+            factor = float(json.loads(read_text(path)))
+        except (ValueError, TypeError, RecursionError):
+            factor = math.nan
+        require(0 < factor < math.inf, f"{path} does not hold a number above 0: name another "
+                "--state")
+        return factor
+
+    def begin_from(self, folder, setting):
+        """Take what is missing here from an exported model, as though its stages had just begun."""
+        model = tiny_sd.load(folder, "torch")
+        encoder, = model.encoders
+        found = {"vae": flatten(model.vae),
+                 "unet": flatten({"text": encoder.weights, "unet": model.unet})}
+        wanted = {"vae": setting.shapes("vae"), "unet": unet_stage_shapes(setting)}
+        for stage, params in found.items():
+            shapes = {name: p.shape for name, p in initial(wanted[stage], 0).items()}
+            require(shapes == {name: p.shape for name, p in params.items()},
+                    f"{folder} cannot be gone on from: its networks are not those of --config")
+        texts = {"merges.txt": read_text(Path(folder) / "tokenizer/merges.txt"),
+                 "scaling_factor.json": json.dumps(model.config.vae.scaling_factor)}
+        for stage, params in found.items():
+            if not self.path(stage).exists():
+                params = {name: p.float() for name, p in params.items()}
+                self.save(stage, {"params": params, "mean": params, "step": 0, "seconds": 0.0,
+                                  "losses": []})
+        for name, text in texts.items():
+            if not (self.folder / name).exists():
+                with replace_atomically(self.folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+
+# ── The tokenizer: byte pairs, merged from the most frequent on ─────────────────────────────────
+
+def train_tokenizer(things, captions=20_000):
+    """Merges, learnt from names and captions (Sennrich et al., 2016)."""
+    rng, spell = np.random.default_rng(0), tiny_sd.Tokenizer([])
+    said = [name for names in things.names for name in names] * 8
+    said += [draw_scene(things, rng).caption for _ in range(captions)]
+    counts = collections.Counter(word for text in said for word in spell.words(text))
+    words = {word: spell.merge(word) for word in counts}
+    merges = []
+    while len(merges) < VOCABULARY - 514:       # 512 symbols of bytes, and two specials
+        pair = most_frequent_pair(words, counts)
+        if pair is None:
+            return merges + idle_merges(spell, {*merges}, VOCABULARY - 514 - len(merges))
+        merges.append(pair)
+        for symbols in words.values():
+            join(symbols, pair)
+    return merges
+
+
+def most_frequent_pair(words, counts):
+    """The neighbours met most often; None when every word is one symbol."""
+    pairs = collections.Counter()
+    for word, symbols in words.items():
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[word]
+    return max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+
+
+def join(symbols, pair):
+    """Merge the pair wherever it stands in a list of symbols, in place."""
+    i = 0
+    while i < len(symbols) - 1:
+        if (symbols[i], symbols[i + 1]) == pair:
+            symbols[i:i + 2] = ["".join(pair)]
+        i += 1
+
+
+def idle_merges(spell, known, n):
+    """n pairs that no word needs, so that the vocabulary has its size."""
+    symbols = spell.bytes.values()
+    idle = (pair for pair in itertools.product(symbols, symbols) if pair not in known)
+    return [*itertools.islice(idle, n)]
+
+
+# ── Stage 1: the VAE ────────────────────────────────────────────────────────────────────────────
+
+def to_model(pictures, device):
+    """uint8 pictures (batch, height, width, 3) as a tensor in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).to(device).float() / 127.5 - 1
+
+
+def differences(x):
+    """How each pixel differs from the next, down and across."""
+    return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
+
+
+def pixels_and_edges(drawn, picture):
+    """The absolute error of pixels, half that of edges, and that of how strong the edges are.
+
+    The last is measured over 5 x 5 pixels at a time. The first two alone make blurred edges: an
+    edge in a slightly wrong place costs more than none.
+    """
+    def strength(x):
+        return [(F.avg_pool2d(d.square().sum(-1), 5, 2) + 1e-4).sqrt() for d in differences(x)]
+
+    drawn = drawn.float()
+    edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(picture)))
+    crisp = sum((a - b).abs().mean() for a, b in zip(strength(drawn), strength(picture)))
+    return (drawn - picture).abs().mean() + edges / 2 + crisp
+
+
+def pictures_of_scenes(job, rng, n, moved=True):
+    """n scenes of all kinds as a tensor, moved by up to half a latent."""
+    side = job.setting.size // job.setting.unet["sample_size"] // 2
+    pictures = [np.roll(paint(draw_scene(job.things, rng), job.things),
+                        rng.integers(-side, side + 1, 2) * moved, (0, 1)) for _ in range(n)]
+    return to_model(pictures, job.state.device)
+
+
+def parameters(begin, device):
+    """The tensors that begin() makes, each of its own, on the device."""
+    return {name: p.detach().clone().to(device) for name, p in begin.items()}
+
+
+def train_vae(job):
+    setting, schedule, rng = job.setting, job.schedule, np.random.default_rng()
+    n, side = share_of_batch("vae", schedule), setting.unet["sample_size"]
+    params = parameters(initial(setting.shapes("vae"), schedule.seed), job.state.device)
+    optimizer, vae = Optimizer(params, schedule), nest(params)
+
+    def batches():
+        while True:
+            picture = pictures_of_scenes(job, rng, n)
+            yield picture, torch.randn(n, side, side, 4, device=job.state.device)
+
+    def loss(picture, eps):
+        return tiny_sd.vae_loss(picture, eps, vae, setting.groups, pixels_and_edges)
+
+    fit("vae", optimizer, minimize(loss, optimizer, batches()), rng, schedule, job.state,
+        lambda: before_and_after(job, nest(optimizer.mean)))
+
+
+@torch.no_grad()
+def before_and_after(job, vae):
+    """Originals above, reconstructions below; says the error in decibels."""
+    groups = job.setting.groups
+    image = pictures_of_scenes(job, np.random.default_rng(0), 24, moved=False)
+    drawn = tiny_sd.vae_decode(tiny_sd.vae_encode(image, vae, groups)[0], vae, groups).clip(-1, 1)
+    decibels = 10 * (4 / (drawn - image).square().mean((1, 2, 3))).log10()
+    tqdm.write(f"vae: PSNR {decibels.mean():.2f} dB on 24 scenes", sys.stderr)
+    pictures = [(x.float().cpu().numpy() * 127.5 + 127.5).round().astype(np.uint8)
+                for pair in zip(image.split(12), drawn.split(12)) for x in pair]
+    return fitting.grid(np.concatenate(pictures), 12)
+
+
+# ── Stage 1b: the decoder alone ─────────────────────────────────────────────────────────────────
+# What the latents mean is fixed now, by the encoder; how to draw them can still be learnt better,
+# since the other stages only ever see latents. The published VAEs ft-EMA and ft-MSE of Stable
+# Diffusion were made so. Latents that a U-Net draws are never quite right, so that the decoder
+# sees noisy ones too, and learns to draw cleanly from them.
+
+NOISE = 0.4     # at most, in deviations of the latents
+
+
+def decoder_shapes(setting):
+    return {name: shape for name, shape in setting.shapes("vae").items()
+            if name.startswith(("decoder.", "post_quant_conv."))}
+
+
+def train_decoder(job):
+    setting, schedule, rng = job.setting, job.schedule, np.random.default_rng()
+    n, whole = share_of_batch("decoder", schedule), job.state.trained("vae", setting.shapes("vae"))
+    encoder = nest(whole)
+    params = parameters({name: whole[name] for name in decoder_shapes(setting)}, job.state.device)
+    optimizer, decoder = Optimizer(params, schedule), nest(params)
+
+    def batches():
+        while True:
+            image = pictures_of_scenes(job, rng, n)
+            with torch.no_grad():
+                z = tiny_sd.vae_encode(image, encoder, setting.groups)[0].float()
+            level = NOISE * rng.random((n, 1, 1, 1), np.float32) * (rng.random((n, 1, 1, 1)) < 0.7)
+            yield z + tiny_sd.array_like(z, level) * z.std() * torch.randn_like(z), image
+
+    def loss(z, image):
+        return pixels_and_edges(tiny_sd.vae_decode(z, decoder, setting.groups), image)
+
+    fit("decoder", optimizer, minimize(loss, optimizer, batches()), rng, schedule, job.state,
+        lambda: before_and_after(job, nest(whole | optimizer.mean)))
+
+
+# ── A bank of latents ───────────────────────────────────────────────────────────────────────────
+
+class Bank:
+    """Scenes as scaled latents (n, h, w, 4), with their captions.
+
+    They are made ahead and renewed bit by bit: training meets more scenes than memory holds, and
+    each is encoded once. Each process has a bank of its own.
+    """
+
+    def __init__(self, job, filled, capacity):
+        self.job, self.turn, self.scale = job, 0, 1.0
+        self.words, self.vae = job.state.tokenizer(job.things), job.state.vae(job.setting)
+        rng = np.random.default_rng([job.schedule.seed, process()[0]])
+        filled = job.schedule.bank or filled
+        if job.things.drawings is None:     # each scene is a picture as it stands
+            filled = min(filled, len(job.things.names))
+            self.warn_of_long_captions()
+        self.capacity = max(capacity, filled)
+        self.captions, self.latents = self.make(self.scenes(min(1024, filled), rng))
+        self.scale = first_process_first(lambda: job.state.scaling_factor(self.latents))
+        self.latents *= self.scale
+        while len(self.captions) < filled:
+            self.renew(min(1024, filled - len(self.captions)), rng)
+
+    def warn_of_long_captions(self):
+        """Say which captions are longer than what the text encoder reads."""
+        long = [caption for caption, in self.job.things.names if self.words.encode(caption)[1]]
+        if long and process()[0] == 0:
+            tell(f"{len(long)} captions have more than {LENGTH - 2} tokens, and their ends are not "
+                 f"learnt: {tiny_sd.shorten(long[0])}")
+
+    def scenes(self, n, rng):
+        return [draw_scene(self.job.things, rng) for _ in range(n)]
+
+    @torch.no_grad()
+    def make(self, scenes):
+        """Captions and latents of some scenes."""
+        pictures, latents = [paint(scene, self.job.things) for scene in scenes], []
+        for i in range(0, len(pictures), 64):
+            image = to_model(pictures[i:i + 64], self.job.state.device)
+            mean, _ = tiny_sd.vae_encode(image, self.vae, self.job.setting.groups)
+            latents.append(mean.float() * self.scale)
+        return [scene.caption for scene in scenes], torch.cat(latents)
+
+    def renew(self, n, rng):
+        """Add n new scenes; once the bank is full they replace the oldest."""
+        captions, latents = self.make(self.scenes(n, rng))
+        if len(self.captions) < self.capacity:
+            self.captions += captions
+            self.latents = torch.cat([self.latents, latents])
+            return
+        for i, caption in enumerate(captions):
+            oldest = (self.turn + i) % len(self.captions)
+            self.captions[oldest], self.latents[oldest] = caption, latents[i]
+        self.turn += n
+
+    def batches(self, n, new, rng):
+        """Yield (latents, captions) of n scenes of the bank, of which so many are renewed first."""
+        while True:
+            self.renew(new, rng)
+            chosen = rng.integers(0, len(self.captions), n).tolist()
+            yield self.latents[chosen], [self.captions[i] for i in chosen]
+
+
+def first_process_first(make):
+    """make(), by the first process before the others."""
+    if process()[0] > 0:
+        dist.barrier()
+    made = make()
+    if process()[0] == 0 and dist.is_initialized():
+        dist.barrier()
+    return made
+
+
+# ── Stage 2: the text encoder ───────────────────────────────────────────────────────────────────
+
+def text_stage_shapes(setting):
+    return {f"text.{name}": shape for name, shape in setting.shapes("text_encoder").items()}
+
+
+def clip_parameters(setting, seed):
+    """The text encoder; an image encoder, which is a VAE's that reads latents; projections."""
+    width = setting.text["hidden_size"]
+    image = read_config("vae", setting.vae | {"block_out_channels": [64, 128, width],
+                                              "latent_channels": width // 2})
+    shapes = {"image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 64)},
+              "text_projection": {"weight": (width, width)}, "logit_scale": (1,)}
+    params = initial(text_stage_shapes(setting) | flatten(shapes), seed)
+    return params | {"logit_scale": torch.full((1,), math.log(1 / 0.07))}
+
+
+def embed_text(setting, words, params, captions):
+    """(batch, width) of length 1: the state where the caption ends, projected."""
+    ids = np.stack([words.encode(text)[0] for text in captions])
+    text = params["text"]
+    states = tiny_sd.text_encoder(ids, setting.text["num_attention_heads"], tiny_sd.quick_gelu,
+                                  text["embeddings"], text["encoder"]["layers"])
+    ends = (ids == words.vocab[words.EOS]).argmax(1)
+    last = tiny_sd.layer_norm(states[-1], **text["final_layer_norm"])[np.arange(len(ids)), ends]
+    return F.normalize(tiny_sd.linear(last, **params["text_projection"]).float(), dim=-1)
+
+
+def embed_image(setting, params, latents):
+    """(batch, width) of length 1: the mean of what the image encoder finds."""
+    h = tiny_sd.vae_encoder(latents, setting.groups, **params["image"])
+    return F.normalize(h.float().mean((1, 2)), dim=-1)
+
+
+def train_clip(job):
+    setting, schedule, rng = job.setting, job.schedule, np.random.default_rng()
+    bank, n = Bank(job, filled=4096, capacity=32768), share_of_batch("clip", schedule)
+    params = parameters(clip_parameters(setting, schedule.seed), job.state.device)
+    optimizer, nested = Optimizer(params, schedule), nest(params)
+
+    def loss(latents, captions):
+        text = embed_text(setting, bank.words, nested, captions)
+        image = embed_image(setting, nested, latents)
+        if dist.is_initialized():
+            text, image = (torch.cat(dist.nn.functional.all_gather(x)) for x in (text, image))
+        return tiny_sd.clip_loss(text, image, params["logit_scale"].clip(max=math.log(100)))
+
+    fit("clip", optimizer, minimize(loss, optimizer, bank.batches(n, 32, rng)), rng, schedule,
+        job.state)
+    if process()[0] == 0:
+        found = retrieval(setting, nest(optimizer.mean), bank)
+        print(f"clip: {found:.1%} of the captions find their drawing", file=sys.stderr)
+
+
+@torch.no_grad()
+def retrieval(setting, params, bank):
+    """The fraction of captions that find their own drawing among all."""
+    captions, latents = bank.make(every_scene(bank.job.things))
+    text = torch.cat([embed_text(setting, bank.words, params, captions[i:i + 256])
+                      for i in range(0, len(captions), 256)])
+    image = torch.cat([embed_image(setting, params, part) for part in latents.split(256)])
+    nearest = (text @ image.T).argmax(1)
+    return (nearest == torch.arange(len(captions), device=nearest.device)).float().mean().item()
+
+
+# ── Stage 3: the U-Net ──────────────────────────────────────────────────────────────────────────
+
+def unet_stage_shapes(setting):
+    unet = {f"unet.{name}": shape for name, shape in setting.shapes("unet").items()}
+    return text_stage_shapes(setting) | unet
+
+
+def unet_parameters(job):
+    """The U-Net, new, and the text encoder as its stage left it, which goes on learning."""
+    new = initial(unet_stage_shapes(job.setting), job.schedule.seed, (*ZERO, "conv_out.weight"))
+    if job.state.path("unet").exists():     # from which it resumes
+        return new
+    return new | job.state.trained("clip", text_stage_shapes(job.setting))
+
+
+def loss_weight(alpha_bar):
+    """min(1, 5 (1 - ᾱ)): so weighted, the error of v is that of x_0 times min(5, 1 / (1 - ᾱ)).
+
+    Where little of the picture is left, v asks for the picture and epsilon for next to nothing
+    (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
+    weight of little noise is that of Hang et al. (2023).
+    """
+    return np.minimum(1, 5 * (1 - alpha_bar))
+
+
+def noisy_times(n, T, rng, shift=2):
+    """n times in 0 .. T - 1, one of each n-th, moved towards noise: half as many near 0.
+
+    What to draw is settled while x_t is nearly all noise (the formula: Esser et al., 2024).
+    """
+    u = (rng.permutation(n) + rng.random(n)) / n
+    return (T * shift * u / (1 + (shift - 1) * u)).astype(int)
+
+
+def as_model(job, words, params):
+    """The Model of these parameters, to train or to draw with."""
+    setting, nested = job.setting, nest(params)
+    config = SimpleNamespace(
+        vae=read_config("vae", setting.vae | {"scaling_factor": job.state.scaling_factor()}),
+        unet=read_config("unet", setting.unet), scheduler=read_config("scheduler", SCHEDULER))
+    encoder = tiny_sd.Encoder(words, read_config("text_encoder", setting.text), nested["text"])
+    levels = tiny_sd.scaled_linear_schedule()
+    return tiny_sd.Model("training", config, [encoder], job.state.vae(setting), nested["unet"],
+                         levels, SCHEDULER["_guidance_scale"])
+
+
+def train_unet(job):
+    schedule, rng = job.schedule, np.random.default_rng()
+    bank, n = Bank(job, filled=8192, capacity=65536), share_of_batch("unet", schedule)
+    params = parameters(unet_parameters(job), job.state.device)
+    optimizer, model = Optimizer(params, schedule), as_model(job, bank.words, params)
+    losses = tiny_sd.train(model, optimizer, bank.batches(n, max(1, n // 8), rng), rng,
+                           noisy_times, loss_weight)
+
+    @torch.no_grad()
+    def show():
+        return measure.sheet(as_model(job, bank.words, optimizer.mean),
+                             measure.sample_prompts(job.things), seeds=(0,), columns=8, steps=12)
+
+    fit("unet", optimizer, losses, rng, schedule, job.state, show)
+
+
+# ── Command line ────────────────────────────────────────────────────────────────────────────────
+
+class Stage(NamedTuple):
+    """A trained part: train(job), and its share of `all`."""
+    train: object
+    share: float
+
+
+STAGES = {"vae": Stage(train_vae, 0.15), "decoder": Stage(train_decoder, 0.05),
+          "clip": Stage(train_clip, 0.04), "unet": Stage(train_unet, 0.76)}
+
+
+def run_stage(stage, job):
+    """Train a stage, unless it is finished."""
+    kept, setting, schedule = job.state.load(stage), job.setting, job.schedule
+    step, seconds = kept.get("step", 0), kept.get("seconds", 0)
+    if schedule.progress(step, seconds) >= 1:
+        if process()[0] == 0:
+            print(f"{stage}: finished, after {step} steps in {seconds / 60:.1f} minutes; a larger "
+                  "--minutes or --steps goes on", file=sys.stderr)
+        return
+    schedule = schedule._replace(batch=schedule.batch or setting.batch[stage],
+                                 rate=schedule.rate or setting.rate[stage])
+    STAGES[stage].train(job._replace(schedule=schedule))
+
+
+def run_command(args, setting, schedule, state):
+    """Do what the command line asks for."""
+    data, out = args.data or args.state / "emoji.zip", args.out or args.state / "emoji"
+    exports, first = args.command in ("export", "all"), process()[0] == 0
+    if exports:
+        check_replaceable(out, [data, args.state], asked=args.out is not None)
+    if args.start:
+        state.begin_from(args.start, setting)
+    if args.command in ("render", "all") and not data.exists():
+        render(data, args.state / "npm")
+    if args.command == "render":
+        return print(data)
+
+    things = (load_captioned if data.is_dir() else load_things)(data, setting.size)
+    job = Job(things, setting, schedule, state)
+    if args.command in STAGES:
+        run_stage(args.command, job)
+    if args.command == "all":
+        for name, stage in STAGES.items():
+            part = schedule._replace(minutes=schedule.minutes * stage.share)
+            run_stage(name, job._replace(schedule=part))
+    if exports and first:
+        params = state.trained("unet", unet_stage_shapes(setting))
+        write_model(out, nest(params), state.vae(setting), things, setting, state)
+        print(out)
+    if args.command == "evaluate":
+        measure.evaluate(out, things, args.limit, args.draw_steps, args.device)
+    if args.command in ("sheet", "all") and first:
+        measure.write_sheet(out, things, args.draw_steps, args.device)
+
+
+COMMANDS = ("render", *STAGES, "export", "evaluate", "sheet", "all")
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, own = p.add_argument, Schedule()
+    add("command", choices=COMMANDS)
+    add("--config", choices=CONFIGS, default="small",
+        help="the size of picture and networks (default: small)")
+    add("--start", type=Path, metavar="FOLDER", help="go on from this model, not from nothing")
+    add("--minutes", type=float, default=own.minutes, help="how long to train, in all (30)")
+    add("--steps", type=int, help="how many steps each stage takes in all, instead of minutes")
+    add("--batch", type=int, help="pictures in a step, over all processes")
+    add("--rate", type=float, help="the highest learning rate")
+    add("--seed", type=int, default=own.seed)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, help="of each process, on a CPU")
+    add("--bank", type=int, metavar="N",
+        help="scenes encoded ahead (4096 for clip, 8192 for unet)")
+    add("--keep-every", type=float, default=own.keep_every, metavar="SECONDS",
+        help="between savings of the state (60)")
+    add("--show-every", type=float, default=own.show_every, metavar="SECONDS",
+        help="between sheets of samples (600)")
+    add("--state", type=Path, default=tiny_sd.HERE / "weights/state",
+        help="folder of what training keeps (weights/state)")
+    add("--data", type=Path, help="zip of rendered drawings, or a folder of pictures with "
+                                  "captions: a.png, a.txt, ... (STATE/emoji.zip)")
+    add("--out", type=Path, help="the model's folder (STATE/emoji)")
+    add("--limit", type=int, default=60, help="evaluate: how many of each kind (60)")
+    add("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (20)")
+    args = p.parse_args(argv)
+    numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank, args.rate)
+    if any(n is not None and not 0 < n < math.inf for n in numbers):
+        p.error("--minutes, --steps, --batch, --bank, --limit and --rate must be above 0")
+    if not 0 <= args.seed < 2 ** 63 or (args.threads or 0) < 0:
+        p.error("--seed must be from 0 to 2**63 - 1, and --threads 0 or more")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        p.error(f"torch finds no {args.device} device here")
+    return args
+
+
+def faster_on_cpu(operations):
+    """Two of torch's operations in forms that are faster on a CPU at these sizes."""
+    torch_group_norm = operations["group_norm"]
+
+    def attention(q, k, v, causal=False):       # the formula; torch has a fused kernel
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+        return scores.softmax(-1) @ v
+
+    def group_norm(x, *args, **kwargs):         # at 16 x 16, bfloat16 takes torch twice the time
+        return torch_group_norm(x.float(), *args, **kwargs).to(x.dtype)
+
+    return {"dot_product_attention": attention, "group_norm": group_norm}
+
+
+def main(argv=None):
+    """Run a command; return the exit status."""
+    args, operations = parse_arguments(argv), {}
+    schedule = Schedule(**{name: getattr(args, name) for name in Schedule._fields})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
+        operations = faster_on_cpu(tiny_sd.TORCH)
+    join_processes(args.device)
+    try:
+        with mock.patch.dict(tiny_sd.TORCH, operations):
+            run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
+    except (UserError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Stopped) as error:
+        reason = str(error) or f"stopped; what was kept is in {args.state}"
+        print(f"train.py: {reason}", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
