@@ -284,9 +284,11 @@ class AddedTokenizer(Tokenizer):
 
     def tokens(self, text):
         """Return the ids of a text."""
-        return [i for n, piece in enumerate(re.split(f"({self.pattern})", text))
-                for i in (super().tokens(piece) if n % 2 == 0 else
-                          [self.added.get(piece) or self.added[piece.lower()]])]
+        ids = []
+        for n, piece in enumerate(re.split(f"({self.pattern})", text)):
+            word = self.added.get(piece, self.added.get(piece.lower()))
+            ids += [word] if n % 2 else super().tokens(piece)
+        return ids
 
 
 # ── The Hugging Face hub ────────────────────────────────────────────────────────────────────────
