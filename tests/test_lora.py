@@ -254,7 +254,7 @@ def add(name):
             add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"),
             "layers_9_mlp_fc1.lora_up.weight",
         ),
-        (add("lora_unet_conv_in.dora_scale"), "lora_unet_conv_in.dora_scale"),
+        (add("lora_unet_conv_in.dora_scale"), "conv_in.weight: it has an alpha or a scale"),
         (add("anything"), "anything"),
         (add("lora_unet_conv_in.lora_down.weight"), "conv_in.weight"),
         (wrong_rank, "mid_block.resnets.0.conv1.weight"),
