@@ -269,10 +269,9 @@ class LearntTokenizer(Tokenizer):
     def __init__(self, tokenizer, words):
         vars(self).update(vars(tokenizer))
         self.inner = tokenizer
-        called = {start + word: ids for word, ids in words.items()
+        called = {start + word: ids for word, ids in words.items() if tokenizer.tokens(word)
                   for start in ("embedding:", "")}      # as ComfyUI, and as all others
         self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in called.items()}
-        self.learnt.pop((), None)
         self.bracketed = {word.lower(): ids for word, ids in called.items()
                           if re.fullmatch("(embedding:)?<.+>", word)}
         self.lengths = getattr(tokenizer, "lengths", {}) | {
