@@ -8,7 +8,6 @@ matplotlib and torch.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -27,6 +26,7 @@ import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import samplers
 from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.show import Film, one_chunk, positions_of_words
 from extras.tools import moons
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
@@ -66,7 +66,7 @@ def save(figure, path):
     """Write a figure as a PNG of at most 256 colours."""
     page = io.BytesIO()
     figure.savefig(page, facecolor="white", bbox_inches="tight", pad_inches=0.04)
-    Image.open(page).convert("RGB").quantize(256).save(path, optimize=True)
+    Image.open(page).convert("RGB").quantize(256, kmeans=2).save(path, optimize=True)
 
 
 # ── What the model draws ────────────────────────────────────────────────────────────────────────
@@ -91,60 +91,21 @@ def encoded(model, pictures):
     return torch.from_numpy(np.concatenate([tiny_sd.encode(model, p, zeros) for p in pictures]))
 
 
-def remembering(seen):
-    """Return a make_denoiser for generate() that appends (t, x_t, x̂_0) to a list at each step."""
-    def make_denoiser(*args):
-        denoise = tiny_sd.denoiser(*args)
-
-        def watched(x_t, t, alpha_bar):
-            x_0, eps = denoise(x_t, t, alpha_bar)
-            seen.append((t, x_t.copy(), x_0))
-            return x_0, eps
-        return watched
-    return make_denoiser
-
-
-@contextlib.contextmanager
-def watching_attention(maps, n_tokens):
-    """While it lasts, append the probabilities (pixels, tokens) of each cross-attention."""
-    original = tiny_sd.dot_product_attention
-
-    def watched(q, k, v, causal=False):
-        if k.shape[2] == n_tokens and not causal:
-            maps.append(tiny_sd.softmax(q @ k.mT / math.sqrt(q.shape[-1])).mean((0, 1)))
-        return original(q, k, v, causal)
-    tiny_sd.dot_product_attention = watched
-    try:
-        yield
-    finally:
-        tiny_sd.dot_product_attention = original
-
-
-def tokens_of_words(tokenizer, prompt):
-    """Return [(word, slice of its tokens in the context)]."""
-    found, start = [], 1
-    for word in tokenizer.words(prompt):
-        n = len(tokenizer.merge(word))
-        found.append((word, slice(start, start + n)))
-        start += n
-    return found
-
-
 # ── Sections 3 to 5 ─────────────────────────────────────────────────────────────────────────────
 
 SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
              "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
 
 
-def heat_table(axes, values, names, columns=()):
+def heat_table(axes, values, names):
     """Draw a table of numbers from 0 to 1 as colours, with names before the rows."""
     axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_xticks([])
     axes.tick_params(length=0)
     for (i, j), value in np.ndenumerate(values):
-        axes.text(j, i, f"{max(0, value):.1f}"[1 if value < 0.95 else 0:], ha="center",
-                  va="center", size=7, color="white" if value < 0.6 else "black")
+        axes.text(j, i, f"{max(0, value):.1f}", ha="center", va="center", size=7,
+                  color="white" if value < 0.6 else "black")
 
 
 def text_picture(model):
@@ -181,18 +142,18 @@ def time_picture(model):
 
 def words_picture(model):
     """The attention to each word of the prompt, over all steps, at the finest resolution."""
-    tokenizer, maps = model.encoders[0].tokenizer, []
-    with watching_attention(maps, tokenizer.length):
-        x = latents_of(model, guidance=1)
-    pixels = max(len(m) for m in maps)
-    mean = np.mean([m for m in maps if len(m) == pixels], axis=0)       # (pixels, tokens)
-    side, picture = math.isqrt(pixels), tiny_sd.decode(model, x)[0]
-    words, cells = tokens_of_words(tokenizer, FOX), [picture]
-    for _, tokens in words:
-        values = mean[:, tokens].sum(1).reshape(side, side)
-        values = (255 * values / values.max()).astype(np.uint8)
-        heat = Image.fromarray(values).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
-        gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255
+    film, tokenizer = Film(), model.encoders[0].tokenizer
+    x = latents_of(model, make_denoiser=film)
+    size = max(film.steps[0].attention)
+    maps = np.mean([step.attention[size][0] for step in film.steps], axis=0)    # (tokens, h, w)
+    picture = tiny_sd.decode(model, x)[0]
+    gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255
+    words = positions_of_words(tokenizer, one_chunk(tokenizer, FOX), len(maps))[1:-1]
+    cells = [picture]
+    for _, positions in words:
+        values = maps[positions].sum(0)
+        heat = Image.fromarray((255 * values / values.max()).astype(np.uint8))
+        heat = heat.resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
         cells.append(0.3 * gray + 0.7 * matplotlib.colormaps["inferno"](np.asarray(heat))[..., :3])
     return grid([cells], ["drawn", *(word for word, _ in words)], size=128)
 
@@ -315,11 +276,12 @@ def arrows_picture(model):
 
 def film_picture(model):
     """What a sampler holds and what the network guesses, on the way to one picture."""
-    seen = []
-    latents_of(model, make_denoiser=remembering(seen))
-    steps = [*seen[::3], seen[-1]]
-    rows = [[tiny_sd.decode(model, step[k])[0] for step in steps] for k in (1, 2)]
-    return grid(rows, [f"t = {t}" for t, _, _ in steps], ["x_t", "guess"], 128)
+    film = Film()
+    latents_of(model, make_denoiser=film)
+    steps = [*film.steps[::3], film.steps[-1]]
+    rows = [[tiny_sd.decode(model, x)[0] for x in xs]
+            for xs in ([step.x for step in steps], [step.x_0 for step in steps])]
+    return grid(rows, [f"t = {step.t}" for step in steps], ["x_t", "guess"], 128)
 
 
 GUIDED = [("a cat", 0), ("a hamburger", 1), ("a rocket", 2)]
