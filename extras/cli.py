@@ -375,7 +375,7 @@ def check_job(job):
             "--show and --play do not go with --control")
     require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
-    require(not job.schedule or job.sampler in (None, *samplers.KARRAS),
+    require(not job.schedule or job.sampler in (None, *samplers.SCHEDULED),
             f"--scheduler {job.schedule} does not go with --sampler {job.sampler}")
     require(not job.show or not job.explain, "--explain draws nothing that --show could show")
     require(not job.prompts or not (job.show or job.explain or job.play or job.film),

@@ -15,7 +15,7 @@ from extras.checks import first_five
 from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
 from extras.prompts import LONGEST
-from extras.samplers import KARRAS, TITLES, sampler_named
+from extras.samplers import SCHEDULED, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
 from extras.tiny_vae import SCALES as VAES
@@ -314,7 +314,7 @@ def sampler_again(path, facts, args, left, program):
         left["Schedule type"] = asked
     if program == "ComfyUI" and asked == "Automatic":
         schedule = schedule or "normal"     # which it does not record
-    takes = (args.sampler or [sampler])[0] in KARRAS
+    takes = (args.sampler or [sampler])[0] in SCHEDULED
     return {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
 
 

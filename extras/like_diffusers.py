@@ -232,7 +232,7 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
         ends_clean = scheduler.set_alpha_to_one
     last = 1.0 if ends_clean or name in SCHEDULES else float(alpha_bars[0])
     ends = [*levels[1:], last]
-    if getattr(sampler, "strides", False) and name not in SCHEDULES:
+    if getattr(sampler, "strides", False) and not name:
         ends = [float(alpha_bars[i]) if i >= 0 else last for i in t.astype(int) - T // n]
     return list(zip(t.tolist(), levels, ends))
 

@@ -384,7 +384,8 @@ def counting(sampler, *counts):
 
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────
 
-KARRAS = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))
+# those whose levels a schedule can choose
+SCHEDULED = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))
 
 SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multistep", ""),
              ("dpmsolversde", "dpm++sde"), ("bh2", ""))

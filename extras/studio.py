@@ -28,7 +28,7 @@ from PIL import Image
 
 import tiny_sd
 from extras import cli, facts, files, in_time, like_diffusers, prompts, show, things
-from extras.samplers import KARRAS, TITLES
+from extras.samplers import SCHEDULED, TITLES
 from extras.schedules import SCHEDULES, SPACINGS, title
 from tiny_sd import UserError, require, tell
 
@@ -96,7 +96,7 @@ class Studio:
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
                   schedules={name: title(name) for name in (*SCHEDULES, *SPACINGS)},
-                  scheduled=KARRAS, values={name: getattr(self.job, name) for name in FIELDS},
+                  scheduled=SCHEDULED, values={name: getattr(self.job, name) for name in FIELDS},
                   things=[names[0] for names in (self.known or {}).get("things", [])])
         while True:
             while not (self.next and self.inbox.empty()):
