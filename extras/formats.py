@@ -220,8 +220,8 @@ def read_weights(folder, whole):
         shards = {name: read_tensors(folder / name) for name in sorted({*names.values()})}
         return {name: array for shard in shards.values() for name, array in shard.items()}, []
     found = [file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES]
-    require(found, f"{whole}: {folder.name}/{WEIGHT_FILES.get(folder.name, 'model')}.safetensors "
-                   "is missing")
+    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    require(found, f"{whole}: {folder.name}/{stem}.safetensors is missing")
     return read_tensors(found[0]), [f"{folder.name} is read from {found[0].name}"]
 
 

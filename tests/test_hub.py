@@ -238,7 +238,8 @@ def half(model, *parts):
         shutil.copy(full, full.with_suffix(".fp16.safetensors"))
 
 
-CONFIGS = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in FILES)}
+CONFIGS = {"model_index.json", "scheduler/scheduler_config.json",
+           *(f"{part}/config.json" for part in FILES)}
 TOKENIZER = {"tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
 
 

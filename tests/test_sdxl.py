@@ -389,10 +389,10 @@ def test_the_files_to_fetch():
     assert names(lambda name: "_2" not in name) == set()
     assert names(lambda name: True) == {
         "text_encoder_2/config.json", "text_encoder_2/model.fp16.safetensors",
-        "tokenizer_2/tokenizer_config.json"}
+        "tokenizer_2/tokenizer_config.json", "tokenizer_2/special_tokens_map.json"}
     assert names(lambda name: "fp16" not in name) == {
         "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
-        "tokenizer_2/tokenizer_config.json"}
+        "tokenizer_2/tokenizer_config.json", "tokenizer_2/special_tokens_map.json"}
 
 
 # ── Single files ────────────────────────────────────────────────────────────────────────────────
