@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tiny_sd
 from conftest import record
-from extras import adapters, cli, formats
+from extras import adapters, cli, formats, prompts
 from helpers import TWO_ENCODERS, write_model
 
 pytestmark = pytest.mark.slow
@@ -323,3 +323,20 @@ def test_a_weight_beyond_all_is_told_as_such(weight, folder, tmp_path):
     path = saved(tmp_path / "a.safetensors", lora(LINEAR))
     with pytest.raises(tiny_sd.UserError, match=f"with weight {re.escape(str(weight))} it leaves"):
         formats.load(folder, loras=[(path, weight)])
+
+
+def test_an_embedding_inside_is_a_word_of_prompts(folder, tmp_path):
+    """As that embedding's own file, under its name."""
+    vectors = {"clip_l": torch.randn(2, 12), "clip_g": torch.randn(2, 16)}
+    inside = {f"bundle_emb.red.{name}": array for name, array in vectors.items()}
+    path = saved(tmp_path / "a.safetensors", lora(LINEAR) | inside)
+    bundled = formats.load(folder, loras=[(path, 1.0)])
+    alone = prompts.with_embeddings(formats.load(folder), [
+        saved(tmp_path / "red.safetensors", vectors)])
+    for ours, theirs in zip(bundled.encoders, alone.encoders):
+        ids = ours.tokenizer.encode("red apple")[0]
+        assert np.array_equal(ids, theirs.tokenizer.encode("red apple")[0])
+        first = len(ours.tokenizer.vocab)
+        assert {first, first + 1} <= {*ids.tolist()}
+    ours, theirs = (tiny_sd.embed_prompts(model, ["red apple"]) for model in (bundled, alone))
+    assert all(map(np.array_equal, ours, theirs))
