@@ -152,7 +152,7 @@ def noise_levels(scheduler):
 
 def as_pipelines_have_it(settings, two_encoders):
     """Return a scheduler's config with what diffusers' classes, then its pipelines, make of it."""
-    kind, linear_schedule = settings.get("_class_name"), {}
+    kind, linear_schedule = str(settings.get("_class_name")), {}
     if kind in SCHEDULERS and kind not in ("LCMScheduler", "TCDScheduler"):
         linear_schedule = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
     if two_encoders:

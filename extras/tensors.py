@@ -104,6 +104,7 @@ def read_safetensors(path):
 
     float8 becomes float16, and float32 where a scale goes with it, NAME.scale_weight.
     """
+    require(content_of(path) == SAFETENSORS, f"{path} is not a whole safetensors file")
     metadata_of(path)       # checks the header
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int(data[:8].view("<u8")[0])
