@@ -121,6 +121,17 @@ def test_it_refuses_in_one_line(command, run, alone):
     assert contents(alone) == before
 
 
+def test_a_file_that_appears_while_it_draws_is_kept(program, run, tmp_path, monkeypatch):
+    path, decode = tmp_path / "out.png", program.decode
+
+    def meanwhile(*args):
+        path.write_text("mine")
+        return decode(*args)
+    monkeypatch.setattr(program, "decode", meanwhile)
+    status, out, err = run("red", "-m", "tiny", "--steps", "1", "-o", str(path))
+    assert (status, out, len(err)) == (2, "", 1) and path.read_text() == "mine"
+
+
 def test_as_a_process(alone, tmp_path):
     """The bundled model: an apple that is red, on blue; then nothing is overwritten."""
     path = str(tmp_path / "out.png")
