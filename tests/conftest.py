@@ -34,7 +34,8 @@ TEXT = CONFIGS["text_encoder"] | {"hidden_size": 128, "intermediate_size": 256,
 VAE = CONFIGS["vae"] | {"sample_size": 64}
 UNET = CONFIGS["unet"] | {"block_out_channels": (32, 64, 96, 128), "cross_attention_dim": 128,
                           "sample_size": 8}
-SCHEDULER = CONFIGS["scheduler"] | {"clip_sample": False}
+SCHEDULER = {key: value for key, value in CONFIGS["scheduler"].items()
+             if key not in ("_class_name", "skip_prk_steps")} | {"clip_sample": False}
 
 
 def randomise(network, seed, **gains):

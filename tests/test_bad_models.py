@@ -21,10 +21,11 @@ from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
 
 @pytest.mark.parametrize("settings, said", [
     ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not known here: dpm++2m"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is False here, not True"),
-    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'dpmsolver++' here"),
-    ({"solver_order": 3}, "solver_order is 2 here, not 3"),
-    ({"trained_betas": [0.1]}, "trained_betas is None here"),
+    ({"thresholding": True}, "thresholding is False here, not True"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+     "algorithm_type is 'dpmsolver++' here"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+     "solver_order is 2 here, not 3"),
     ({"clip_sample": True}, "clip_sample is False here, not True")])
 def test_what_a_scheduler_asks_for_and_does_not_get(run, model, settings, said):
     change(SCHEDULER, **settings)(Path(shutil.copytree(model, "model")))
@@ -225,6 +226,7 @@ MODELS = {  # what was done to the folder, and what the line must name
     "scheduler, steps_offset null": (write(SCHEDULER, b'{"steps_offset": null}'), "steps_offset"),
     "scheduler, steps_offset a text": (change(SCHEDULER, steps_offset="1"), "steps_offset"),
     "scheduler, a class that is a list": (change(SCHEDULER, _class_name=[]), "_class_name"),
+    "scheduler, betas of its own": (change(SCHEDULER, trained_betas=[0.1]), "trained_betas"),
     "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10**400), "_guidance_scale"),
     "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
     "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),

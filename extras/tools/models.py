@@ -36,6 +36,7 @@ def sd15(width=320):
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
     scheduler = {
+        "_class_name": "PNDMScheduler", "skip_prk_steps": True,
         "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
         "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -68,8 +69,7 @@ CLASSES = {     # of each part, by which its library knows a folder
     "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
     "text_encoder_2": {"architectures": ["CLIPTextModelWithProjection"],
                        "model_type": "clip_text_model"},
-    "vae": {"_class_name": "AutoencoderKL"}, "unet": {"_class_name": "UNet2DConditionModel"},
-    "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True}}
+    "vae": {"_class_name": "AutoencoderKL"}, "unet": {"_class_name": "UNet2DConditionModel"}}
 
 
 def shapes_of(part, config):
@@ -121,8 +121,7 @@ def write_model(folder, config, tokenizer=None, save=save_random):
         write_text(folder / part / "config.json", CLASSES[part] | config[part])
         path = folder / part / f"{WEIGHT_FILES.get(part, 'model')}.safetensors"
         save(path, stored_shapes(part, config[part]))
-    scheduler = CLASSES["scheduler"] | config["scheduler"]
-    write_text(folder / "scheduler/scheduler_config.json", scheduler)
+    write_text(folder / "scheduler/scheduler_config.json", config["scheduler"])
     write_text(folder / "model_index.json", index(two))
     for name, pad in [("tokenizer", tokenizer.EOS), ("tokenizer_2", "!")][:1 + two]:
         write_text(folder / name / "tokenizer_config.json", {
