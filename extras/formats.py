@@ -196,7 +196,10 @@ def text_of(file):
     """Return the text of a file, which is one, and not endless."""
     require(file.is_file(), f"{file} is not a file")
     require(file.stat().st_size <= LONGEST, f"{file} has more than {LONGEST} bytes")
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}") from None
 
 
 def optional_json(file):

@@ -56,7 +56,8 @@ def content_of(path):
 
 def check_content(path):
     """UserError unless a file begins as its name says, if it is known how it begins."""
-    require(Path(path).is_file(), f"there is no file {path}")
+    require(Path(path).exists(), f"there is no file {path}")
+    require(Path(path).is_file(), f"{path} is not a file")
     pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
     other = "whatever its name says" if what in (SAFETENSORS, TORCH) else "and not one of weights"
     require(what in ((TORCH, OLD_TORCH) if pickled else (SAFETENSORS,)) or not what,

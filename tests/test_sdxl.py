@@ -320,6 +320,8 @@ def test_in_half_precision(folder):
     ("unet", {"transformer_layers_per_block": [1, 2, 4]}, "transformer_blocks.3.* is missing"),
     ("unet", {"reverse_transformer_layers_per_block": [3, 2, 1]}, "reverse_.* is not supported"),
     ("unet", {"time_cond_proj_dim": 32}, "both added text and an embedded guidance scale"),
+    ("scheduler", {"steps_offset": "1"}, "steps_offset cannot be '1'"),
+    ("scheduler", {"steps_offset": None}, "steps_offset cannot be None"),
     ("text_encoder_2", {"projection_dim": 81}, "projection_class_embeddings_input_dim 273"),
     ("text_encoder_2", {"projection_dim": None}, "text_encoder_2's projection_dim cannot be None"),
     ("text_encoder_2", {"hidden_act": "relu"}, "text_encoder_2's hidden_act cannot be 'relu'"),
