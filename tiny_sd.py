@@ -35,7 +35,7 @@ Three conventions carry the whole file.
 Shapes beside the code are those of Stable Diffusion 1.5. The bundled model is the same, smaller:
 
                              Stable Diffusion 1.5       bundled
-    picture                  512 x 512                  64 x 64
+    picture                  512 x 512                  128 x 128
     latents                  64 x 64 x 4                16 x 16 x 4
     channels of the U-Net    320, 640, 1280, 1280       64, 128, 192
     tokens, and their width  77, 768                    32, 192

@@ -44,6 +44,7 @@ with contextlib.suppress(OSError):
 import numpy as np  # noqa: E402
 
 import tiny_sd  # noqa: E402
+from extras import like_diffusers  # noqa: E402
 from extras.narrow import Narrow, wide  # noqa: E402
 from tiny_sd import FAST, dot_product_attention, tell  # noqa: E402
 
@@ -55,8 +56,8 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
 # ── Which form stands for which formula ─────────────────────────────────────────────────────────
 
 FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
-    "conv2d": "ca01228e", "dot_product_attention": "c2bc283e", "gelu": "ab9e3eba",
-    "group_norm": "0e5965a7", "layer_norm": "4222ca75", "linear": "d6a3e2f9",
+    "conv2d": "ca01228e", "denoiser": "2b0b501e", "dot_product_attention": "c2bc283e",
+    "gelu": "ab9e3eba", "group_norm": "0e5965a7", "layer_norm": "4222ca75", "linear": "d6a3e2f9",
     "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
 
 
@@ -76,7 +77,9 @@ def faster(*names):
     def register(form):
         for name in names:
             try:
-                known = fingerprint(getattr(tiny_sd, name).formula) == FINGERPRINTS.get(name)
+                function = getattr(tiny_sd, name)
+                formula = getattr(function, "formula", function)
+                known = fingerprint(formula) == FINGERPRINTS.get(name)
             except OSError:     # no source at hand
                 known = False
             if not known:
@@ -276,7 +279,8 @@ def gelu_by_tanh(x):
     return x * (0.5 + 0.5 * np.tanh(y, out=y))
 
 
-FAST["each"] = parallel     # the two halves of guidance: see extras/like_diffusers.py
+FAST["each"] = parallel
+faster("denoiser")(like_diffusers.denoiser)     # which gives each half of guidance a core
 
 
 def columns(weight):

@@ -107,8 +107,11 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
 
     NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch. combine:
     see extras/guidance.py, for which there may be more than two contexts. predict: what to ask
-    instead of tiny_sd.predict.
+    instead of tiny_sd.predict. Where extras/fast.py found tiny_sd.denoiser edited, or is not
+    loaded, that one is used.
     """
+    if combine is guide and predict is None and "denoiser" not in tiny_sd.FAST:
+        return tiny_sd.denoiser(model, context, guidance, pooled, extra_channels)
     numpy = isinstance(context, np.ndarray)
 
     def denoise(x_t, t, alpha_bar):

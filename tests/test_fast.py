@@ -596,3 +596,27 @@ def test_a_weight_whose_preparation_failed_is_prepared_anew(error, monkeypatch):
         with pytest.raises(error):
             fast.fast_conv2d(x, weight, stride=2)
     np.testing.assert_array_equal(fast.fast_conv2d(x, weight, stride=2), expected)
+
+
+def test_an_edit_of_the_denoiser_is_what_draws(tmp_path):
+    """The form that asks with both contexts at once steps aside."""
+    source = Path(tiny_sd.__file__).read_text(encoding="utf-8")
+    line = "            output = guide(uncond, output, guidance)\n"
+    assert source.count(line) == 1
+    (tmp_path / "tiny_sd.py").write_text(source.replace(line, "            output = uncond\n"),
+                                         encoding="utf-8")
+    script = """
+import numpy as np
+import tiny_sd
+from extras import fast, like_diffusers
+tiny_sd.predict = lambda model, x, t, context, *_: x * context.mean()
+config = tiny_sd.SimpleNamespace(scheduler=tiny_sd.SimpleNamespace(prediction_type="sample"))
+denoise = like_diffusers.denoiser(tiny_sd.SimpleNamespace(config=config),
+                                  np.array([[[2.0]], [[3.0]]]), 7.0)
+print(denoise(np.ones((1, 1, 1, 1)), 0, 0.5)[0].item())"""
+    for folder, drawn in (Path(tiny_sd.__file__).parent, "9.0"), (tmp_path, "2.0"):
+        run = subprocess.run([sys.executable, "-Pc", script], capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}"
+                                               f"{Path(tiny_sd.__file__).parent}"})
+        assert run.stdout == f"{drawn}\n", run.stderr
+        assert ("denoiser was edited" in run.stderr) == (folder == tmp_path)
