@@ -9,11 +9,8 @@ matplotlib and torch.
 
 import argparse
 import io
-import json
 import math
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -25,9 +22,12 @@ from tqdm import tqdm
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import samplers
-from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.shapes import unet_shapes
 from extras.show import Film, one_chunk, positions_of_words
 from extras.tools import moons
+from extras.training import train as recipe
+from extras.training.drawings import STYLES, load_things
+from extras.training.fitting import initial
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 FOX, STEPS = "a fox on a light blue background", 20
@@ -318,22 +318,18 @@ def samplers_picture(model):
 # Two small trainings, on 24 drawings in each of six styles.
 
 DRAWINGS = tiny_sd.HERE / "tests" / "emoji.zip"
-STYLES = ["blob", "shaded", "flat", "twemoji", "firefox", "noto"]
 PAIRS = ["cat", "dog", "car", "tractor", "rocket", "airplane", "red apple", "rose"]
 TAUGHT = ["cat", "pizza", "red apple", "rocket", "ghost", "tractor", "penguin", "rose", "crown",
           "bee", "snail", "hamburger"]
 
 
-def drawings(style, side):
-    """Return {name: picture (side, side, 3)} of the things drawn in a style, on white."""
-    pictures = {}
-    with zipfile.ZipFile(DRAWINGS) as archive:
-        for i, (name, *_) in enumerate(json.loads(archive.read("things.json"))):
-            drawing = Image.open(io.BytesIO(archive.read(f"{i:04d}-{style}.png"))).convert("RGBA")
-            page = Image.new("RGBA", drawing.size, "white")
-            page.alpha_composite(drawing)
-            pictures[name] = np.asarray(page.convert("RGB").resize((side, side)))
-    return pictures
+def drawings(side):
+    """Return {style: {name: picture (side, side, 3)}}, on white."""
+    things = load_things(DRAWINGS, side)
+    rgba = things.pictures[side]
+    on_white = rgba[..., :3] + (255 - rgba[..., 3:])        # colours are multiplied by opacity
+    return {style: {names[0]: on_white[i] for names, i in zip(things.names, numbers)}
+            for style, numbers in zip(STYLES, things.drawings.T)}
 
 
 def side_of(model):
@@ -341,74 +337,39 @@ def side_of(model):
     return model.factor * model.config.unet.sample_size
 
 
-def initial(shapes, zero=()):
-    """Return random weights for shapes of checks.py: norms 1, biases 0, outputs of variance 1.
-
-    zero: names whose weights are 0.
-    """
-    rng, arrays = np.random.default_rng(0), {}
-    for name, shape in tiny_sd.flatten(shapes).items():
-        if len(shape) == 1:
-            array = np.full(shape, "norm" in name and name.endswith("weight"), np.float32)
-        else:
-            array = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(shape[1:]))
-        arrays[name] = tiny_sd.to_backend(array * (name not in zero), "torch")
-    return tiny_sd.nest(arrays)
-
-
-def encoder_pair(vocabulary, width=64):
-    """Return a text encoder for captions and an image encoder for latents, both untrained."""
-    text = SimpleNamespace(vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
-                           num_hidden_layers=2, max_position_embeddings=77)
-    image = SimpleNamespace(block_out_channels=[16, 32], layers_per_block=1, in_channels=4,
-                            out_channels=4, latent_channels=width // 2)
-    shapes = {"text": text_shapes(text),
-              "image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 16)}}
-    return initial(shapes)
-
-
-def unit(x):
-    """Return rows scaled to length 1."""
-    return x / x.norm(dim=-1, keepdim=True)
-
-
 def clip_scores(model):
     """Train two encoders on five styles; return u_i · w_j (24, 24) for drawings in the sixth."""
-    side, tokenizer = side_of(model), model.encoders[0].tokenizer
-    latents = torch.stack([encoded(model, drawings(style, side).values()) for style in STYLES])
-    captions = list(drawings("noto", side))
-    ids = torch.tensor(np.stack([tokenizer.encode(caption)[0] for caption in captions]))
-    ends = [len(tokenizer.tokens(caption)) + 1 for caption in captions]
-    pair = encoder_pair(len(tokenizer.vocab))
-    text, image = pair["text"], pair["image"]
+    pictures, words = drawings(side_of(model)), model.encoders[0].tokenizer
+    *shown, hidden = (encoded(model, pictures[style].values()) for style in STYLES[::-1])
+    shown, captions = torch.stack(shown), list(pictures["noto"])
+    small = recipe.CONFIGS["small"]
+    setting = small._replace(text=small.text | {
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+        "vocab_size": len(words.vocab), "max_position_embeddings": words.length})
+    params = tiny_sd.nest(recipe.clip_parameters(setting, 0))
 
     def vectors(latents):
-        states = tiny_sd.text_encoder(ids, 4, tiny_sd.quick_gelu, text["embeddings"],
-                                      text["encoder"]["layers"])
-        return (unit(states[-1][range(len(ids)), ends]),
-                unit(tiny_sd.vae_encoder(latents, 4, **image).mean((1, 2))))
+        return (recipe.embed_text(setting, words, params, captions),
+                recipe.embed_image(setting, params, latents))
 
-    logit_scale = torch.tensor(math.log(1 / 0.07), requires_grad=True)
-    optimizer = torch.optim.Adam([*tiny_sd.parameters(text, image), logit_scale], lr=2e-3)
-    rng = np.random.default_rng(0)
+    optimizer, rng = torch.optim.Adam(tiny_sd.parameters(params), lr=2e-3), np.random.default_rng(0)
     for _ in tqdm(range(CLIP_STEPS), "clip", leave=False):
-        seen = latents[rng.integers(5, size=len(ids)), range(len(ids))]     # one drawing of each
+        seen = shown[rng.integers(len(shown), size=len(captions)), range(len(captions))]
         seen = seen.roll(rng.integers(-1, 2, 2).tolist(), (1, 2))
         seen = seen + 0.2 * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
-        loss = tiny_sd.clip_loss(*vectors(seen), logit_scale)
+        loss = tiny_sd.clip_loss(*vectors(seen), params["logit_scale"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        u, w = vectors(latents[-1])
+        u, w = vectors(hidden)
         return captions, (u @ w.T).numpy()
 
 
 def clip_picture(model):
     """CLIP's matrix of a batch: eight captions with eight drawings, after training."""
     captions, scores = clip_scores(model)
-    chosen = [captions.index(name) for name in PAIRS]
-    pictures = drawings("noto", 64)
+    chosen, pictures = [captions.index(name) for name in PAIRS], drawings(64)["noto"]
     figure, axes = plot(4.2, 3.9)
     heat_table(axes, scores[chosen][:, chosen], [f'"{name}"' for name in PAIRS])
     for j, name in enumerate(PAIRS):
@@ -420,17 +381,16 @@ def clip_picture(model):
 
 def training(model, shown, every):
     """Train a small U-Net on twelve drawings; return its losses, and samples {step: pictures}."""
-    side = side_of(model)
-    config = tiny_sd.read_config("unet", {
+    config = tiny_sd.read_config("unet", recipe.CONFIGS["small"].unet | {
         "block_out_channels": [32, 64], "layers_per_block": 1, "attention_head_dim": 4,
         "cross_attention_dim": model.config.unet.cross_attention_dim, "norm_num_groups": 8,
-        "sample_size": model.config.unet.sample_size, "in_channels": 4, "out_channels": 4,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]})
     small = tiny_sd.load("weights/emoji", "torch")
     small.config.unet = config
-    small.unet = initial(unet_shapes(config), ["conv_out.weight"])
-    pictures, rng = drawings("noto", side), np.random.default_rng(0)
+    shapes = tiny_sd.flatten(unet_shapes(config))
+    small.unet = tiny_sd.nest(initial(shapes, 0, ("conv_out.weight",)))     # answers 0 as yet
+    pictures, rng = drawings(side_of(model))["noto"], np.random.default_rng(0)
     latents = encoded(model, [pictures[name] for name in TAUGHT])
     batches = tiny_sd.random_batches(latents, [f"a {name}" for name in TAUGHT], 16, rng)
     optimizer = torch.optim.Adam(tiny_sd.parameters(small.unet), lr=2e-3)
