@@ -35,7 +35,7 @@ def ran(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_library_example(ran):
-    assert ran["pictures"].shape == (2, 64, 64, 3) and ran["pictures"].dtype == np.uint8
+    assert ran["pictures"].shape == (2, 128, 128, 3) and ran["pictures"].dtype == np.uint8
     assert len(ran["guesses"]) == 20
 
 
