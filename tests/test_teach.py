@@ -797,13 +797,13 @@ def test_the_lora_is_one_for_the_command_line(run, tiny):
 
 
 def test_a_model_of_ones_own_from_scratch(pictures):
-    """Through every stage of the recipe in weights/; its folder draws, and is never replaced."""
+    """Through every stage of the recipe; its folder draws, and is never replaced."""
     command = [*COMMAND, "pictures", "-o", "mine", "--from-scratch", "--steps", "1"]
     done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not Path("mine/things.json").exists()
-    assert Image.open("mine.png").size == (12 * 64, 64)     # four seeds of three captions
+    assert Image.open("mine.png").size == (12 * 128, 128)     # four seeds of three captions
     assert cli.main(["apple 1", "-m", "mine", "--steps", "1", "-o", "apple.png"]) == 0
-    assert Image.open("apple.png").size == (64, 64)
+    assert Image.open("apple.png").size == (128, 128)
     done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "tiny_sd: mine is there already\n")
