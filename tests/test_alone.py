@@ -139,9 +139,10 @@ def test_as_a_process(alone, tmp_path):
     assert launched(alone, *argv) == (0, f"{path}\n", [])
     data = Path(path).read_bytes()
     pixels = np.asarray(Image.open(path)).astype(int)
-    red, green, blue = pixels[24:40, 24:40].mean((0, 1))
+    n = len(pixels) // 8
+    red, green, blue = pixels[3 * n:5 * n, 3 * n:5 * n].mean((0, 1))
     assert red > green + 50 and red > blue + 50
-    red, green, blue = np.concatenate([pixels[:4], pixels[-4:]]).mean((0, 1))
+    red, green, blue = np.concatenate([pixels[:n // 2], pixels[-n // 2:]]).mean((0, 1))
     assert blue > red + 50
     assert launched(alone, *argv) == (2, "", [f"tiny_sd: {path} is there already"])
     assert Path(path).read_bytes() == data

@@ -328,7 +328,7 @@ def test_the_pipeline_of_the_docstring(monkeypatch):
     assert len(test.examples) == 7
     assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
     names, picture = test.globs, test.globs["picture"]
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 20
+    assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8 and picture.std() > 20
 
     size = names["model"].config.unet.sample_size
     assert names["x_T"].shape == (1, size, size, 4)
