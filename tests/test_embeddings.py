@@ -228,7 +228,7 @@ def test_a_word_that_no_prompt_says_gets_a_line(run):
 
 @pytest.mark.parametrize("argv, said", [
     (["none.pt"], "there is no embedding none.pt"), (["."], "there is no embedding ."),
-    (["in.png"], "in.png is not a whole safetensors file"), (["empty.pt"], "empty.pt is refused"),
+    (["in.png"], "in.png is a picture"), (["empty.pt"], "empty.pt is empty"),
     ([""], "there is no embedding")])
 def test_one_line_for_what_is_no_embedding(run, argv, said):
     Image.new("RGB", (8, 8)).save("in.png")
