@@ -49,7 +49,7 @@ def test_parameters(draw):
 def test_parameters_with_all_left_as_it_is(draw):
     prompt, negative, facts = parse(draw("-p", "red apple"))
     assert (prompt, negative) == ("red apple", "")
-    assert facts.items() >= {"Sampler": "PLMS", "CFG scale": "7.5", "Seed": "0"}.items()
+    assert facts.items() >= {"Sampler": "DPM++ 2M", "CFG scale": "7.5", "Seed": "0"}.items()
     assert "Denoising strength" not in facts
 
 

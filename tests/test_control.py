@@ -225,7 +225,7 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
             (["cut.safetensors", "edges.png"], "another model"),
             (["few.safetensors", "edges.png"], "controlnet_down_blocks.11.weight is None"),
             (["blind.safetensors", "edges.png"], "controlnet_cond_embedding"),
-            (["gone.safetensors", "edges.png"], "gone.safetensors is not"),
+            (["gone.safetensors", "edges.png"], "gone.safetensors is empty"),
             (["outlines.safetensors", "edges.png", "--control-from", "1"], "--control-from 1"),
             (["outlines.safetensors", "edges.png", "--show", "page"], "--show")):
         capsys.readouterr()
