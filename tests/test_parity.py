@@ -17,7 +17,7 @@ from PIL import Image
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, TEXT, make_unet, record, same
-from extras import formats, like_diffusers
+from extras import formats, like_diffusers, samplers
 from extras.tools import models
 from helpers import shapes_of
 from layers import network
@@ -406,6 +406,7 @@ def draw_with(pipe, prompt, negative, seeds, steps, guidance, sampler, schedule,
         takes = {"image": Image.fromarray(some_picture(init, width, height)), "strength": strength}
     pipe = cls(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    takes |= {"eta": samplers.GAMMA} if sampler == "tcd" else {}    # a pipeline's own is 0
     images = pipe(prompt, negative_prompt=negative, num_images_per_prompt=len(seeds),
                   generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                   num_inference_steps=steps, guidance_scale=guidance, **takes).images
