@@ -79,7 +79,7 @@ class Family:
     scheduler: dict
 
 
-PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False}
+PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
 EULER = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False}
 FAMILIES = {
     "Stable Diffusion 1": Family(64, None, 0.18215, PNDM),
