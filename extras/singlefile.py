@@ -80,7 +80,7 @@ class Family:
 
 
 PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
-EULER = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False}
+EULER = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False, "steps_offset": 1}
 FAMILIES = {
     "Stable Diffusion 1": Family(64, None, 0.18215, PNDM),
     "Stable Diffusion 2": Family(96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
