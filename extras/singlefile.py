@@ -79,8 +79,10 @@ class Family:
     scheduler: dict
 
 
-PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
-EULER = {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False, "steps_offset": 1}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "set_alpha_to_one": False, "steps_offset": 1}
+PNDM = SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+EULER = SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}
 FAMILIES = {
     "Stable Diffusion 1": Family(64, None, 0.18215, PNDM),
     "Stable Diffusion 2": Family(96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
