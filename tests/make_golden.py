@@ -35,7 +35,7 @@ def golden_arrays():
     for name in layers.LAYERS:
         add(f"layer/{name}", test_layers.layer_reference(name))
     for name in layers.SAMPLERS:
-        options = test_parity.OPTIONS.get((name, False), {})
+        options = test_parity.options(name, None)
         scheduler = test_parity.CLASSES[name].from_config(SCHEDULER, **options)
         x = test_parity.first(layers.noisy_picture())
         path = test_parity.reference_trajectory(scheduler, x, 5, 7)     # 5 steps, seed 7
