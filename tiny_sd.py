@@ -3,8 +3,9 @@
     "red apple" --> tokenizer --> text encoder --> context (1, 77, 768) --+
                                                                           |
                                                                           v
-    random numbers --> x_T (1, 64, 64, 4) --> sampler <--- x_t, t ---> U-Net
-                                                 |
+    random numbers --> x_T (1, 64, 64, 4) --> sampler --- x_t, t ---> U-Net
+                                                 |    <- prediction --
+                                                 v
                                                 x_0 --> VAE decoder --> picture (1, 512, 512, 3)
 
     python tiny_sd.py "red apple on a blue background"           the small model in weights/emoji
@@ -23,8 +24,8 @@ Three conventions carry the whole file.
 
 1. A layer is a function of arrays.
 2. Its weights are a nested mapping with the checkpoint's names as keys, passed as keyword
-   arguments: `resnet(x, temb, groups, delta, **weights)`. If the checkpoint holds a name that the
-   function does not take, Python raises TypeError.
+   arguments: `resnet(x, temb, groups, delta, **weights)`. Where they are passed so, a name that the
+   function does not take, or one that it needs and the checkpoint lacks, raises TypeError.
 
        >>> model.unet["down_blocks"][0]["resnets"][0]["conv1"]["weight"].shape
        (64, 3, 3, 64)
@@ -43,8 +44,8 @@ Shapes beside the code are those of Stable Diffusion 1.5. The bundled model is t
 
 (6.2) is an equation in NOTES.md, whose sections follow this file's. Training (§8) needs torch, for
 gradients. extras/ holds what the lesson can do without: all options, speed, other file formats, and
-the timesteps and random numbers of other programs. Where extras/ is beside this file, the command
-runs through it; without it, the small program at the end draws, another picture for the same seed.
+the timesteps and random numbers of other programs. With extras/ beside this file the command uses
+it; otherwise the small program at the end runs, and a seed gives a different picture.
 """
 
 import argparse
@@ -96,14 +97,14 @@ def tell(message):
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# Each primitive is defined by its formula in NumPy. Given a torch tensor it runs torch's operation
-# of the same name instead, so the networks below are written once and run on both libraries.
+# Each primitive is defined by its formula in NumPy. Given a torch tensor it runs torch's form of it
+# instead (TORCH, below), so the networks are written once and run on both libraries.
 
 FAST = {}       # {name: a quicker form for NumPy arrays}; extras/fast.py fills it
 
 
 def primitive(formula):
-    """Dispatch on the array's type: NumPy runs this formula, torch its own form of it (TORCH)."""
+    """Dispatch on the array's type: NumPy runs this formula or FAST's form, torch TORCH's form."""
     name = formula.__name__
 
     @functools.wraps(formula)
@@ -293,7 +294,7 @@ class Tokenizer:
     def merge(self, word):
         """Return the word's symbols, merging the pair of lowest rank until no pair has a rank."""
         *head, last = (self.bytes[b] for b in word.encode(errors="replace"))
-        symbols = [*head, last + "</w>"]        # which marks the end of a word
+        symbols = [*head, last + "</w>"]        # "</w>" marks the end of a word
 
         while len(symbols) > 1:
             best = min(zip(symbols, symbols[1:]), key=lambda pair: self.rank.get(pair, math.inf))
@@ -366,7 +367,7 @@ def attention(x, context, n_head, to_q, to_k, to_v, to_out, causal=False):
     k = split_heads(linear(context, **to_k), n_head)            # (batch, n_head, keys, d)
     v = split_heads(linear(context, **to_v), n_head)
     h = merge_heads(dot_product_attention(q, k, v, causal))     # (batch, queries, n_head d)
-    return linear(h, **to_out[0])                               # to_out[1] was dropout
+    return linear(h, **to_out[0])                               # to_out[1], dropout, has no weights
 
 
 def text_layer(x, n_head, activation, layer_norm1, self_attn, layer_norm2, mlp):
@@ -496,7 +497,7 @@ def time_mlp(x, t, linear_1, linear_2):
 
 def feed_forward(x, net):
     """GEGLU: widen, let one half gate the other, and narrow again (5.3). Shazeer, 2020."""
-    wide, _, narrow = net                                       # net[1] was dropout
+    wide, _, narrow = net                           # net[1], dropout, has no weights: it is None
     h = linear(x, **wide["proj"])                               # (batch, pixels, 8 * channels)
     n = h.shape[-1] // 2
     return linear(h[..., :n] * gelu(h[..., n:]), **narrow)      # (batch, pixels, channels)
@@ -513,7 +514,7 @@ def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff)
 def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, proj_out):
     """Treat the pixels of x (batch, height, width, channels) as the tokens of a sequence.
 
-    This norm's eps is 1e-6, as in the VAE; the U-Net's others have 1e-5.
+    The delta of this GroupNorm is 1e-6, as in the VAE; the U-Net's other GroupNorms have 1e-5.
     """
     B, H, W, C = x.shape
     h = linear(group_norm(x, groups, 1e-6, **norm), **proj_in).reshape(B, H * W, C)
@@ -525,7 +526,8 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
 def down_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
     """One level on the way down, or the middle: return its output, and push skips for the way up.
 
-    x: (batch, height, width, channels). Each ResNet block, and the downsampler, leaves a skip.
+    x: (batch, height, width, channels). Each ResNet block with its transformer, if any, and the
+    downsampler leave a skip.
     """
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, temb, groups, 1e-5, **resnet_weights)
@@ -555,10 +557,11 @@ def unet(x, temb, context, n_head, groups, conv_in, down_blocks, up_blocks, conv
     """Predict the noise in x_t (or x_0, or v: see split_prediction).
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); temb: the time embedding
-    (batch, 1280), which embed_time made with the last two arguments; context: (batch, tokens,
-    width); n_head: attention heads of each level, the largest image first; groups: of every
-    GroupNorm. Returns (batch, h, w, 4). Pruned models have no middle. Each level of Stable
-    Diffusion 1.5, as (height, width, channels) after its ResNet blocks, and after resampling:
+    (batch, 1280), from embed_time; context: (batch, tokens, width); n_head: attention heads of each
+    level, the largest image first; groups: of every GroupNorm. time_embedding and add_embedding are
+    among the U-Net's weights, and embed_time has applied them already. Returns (batch, h, w, 4).
+    Pruned models have no middle. Each level of Stable Diffusion 1.5, as (height, width, channels)
+    after its ResNet blocks, and after resampling:
 
         level    on the way down                        on the way up
           0      (64, 64,  320) -> (32, 32,  320)       (64, 64,  320)
@@ -588,7 +591,7 @@ def unet(x, temb, context, n_head, groups, conv_in, down_blocks, up_blocks, conv
 def scaled_linear_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012):
     """Return ᾱ_t, the fraction of x_t's variance that is signal, for t = 0 .. T - 1 (6.4).
 
-    Linear in √β, from one step's smallest share of noise to its largest.
+    β_t is the share of noise that step t adds; its root rises linearly.
     """
     beta = np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_train_timesteps) ** 2
     return np.cumprod(1 - beta)
@@ -680,15 +683,15 @@ def dpm_pp_2m(denoise, x, steps, noise=None):
         x_0, _ = denoise(x, t, alpha_bar)
         sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
 
-        direction = x_0
+        target = x_0        # x̂_0, extrapolated where there is a history
         if previous and sigma_next > 0:
             previous_x_0, previous_sigma = previous
             r = math.log(previous_sigma / sigma) / math.log(sigma / sigma_next)
-            direction = x_0 + (x_0 - previous_x_0) / (2 * r)
+            target = x_0 + (x_0 - previous_x_0) / (2 * r)
         previous = x_0, sigma
 
         shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
-        x = shrink * x + alpha_bar_next ** 0.5 * (1 - sigma_next / sigma) * direction
+        x = shrink * x + alpha_bar_next ** 0.5 * (1 - sigma_next / sigma) * target
         yield x
 
 
@@ -727,8 +730,8 @@ class Model:
     embed_time: Callable = embed_time
     vae_encode: Callable = vae_encode   # another kind of VAE brings its own two functions,
     vae_decode: Callable = vae_decode   # as in extras/tiny_vae.py
-    digest: str = ""                    # of the file that it came from, where pictures name it
-    files: dict = field(default_factory=dict)       # that it still reads: see extras/formats.py
+    digest: str = ""                    # hash of the file it came from, which pictures record
+    files: dict = field(default_factory=dict)       # files it still reads: see extras/formats.py
 
     @property
     def factor(self):
@@ -747,11 +750,12 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None):
     """Return the context (len(texts), tokens, width) of some texts, and their pooled vectors.
 
-    skip: how many of the last layers to leave out (0; 1 with two encoders). Models with two also
-    need pooled vectors, CLIP's own embeddings of the texts (9.8), and encode None, which is no
-    text, as zeros; with one it is an empty text. Warns on stderr about text that did not fit.
+    skip: how many of the last layers to leave out (by default 0, or 1 with two encoders). Pooled
+    vectors, the second encoder's one vector for each text (9.8), exist only with two encoders, else
+    None. A text that is None means no prompt: zeros with two encoders, the empty text with one.
+    Warns on stderr about text that did not fit.
     """
-    two, contexts, pooled = len(model.encoders) == 2, [], None
+    two, contexts = len(model.encoders) == 2, []
     for tokenizer, config, weights in model.encoders:
         rows, cuts = zip(*(tokenizer.encode(text or "") for text in texts))
         ids, norm = np.stack(rows), weights["final_layer_norm"]
@@ -767,7 +771,8 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
     if not two:
         return contexts[0], None
 
-    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)        # of the second encoder's ids
+    # ids, states, norm and weights are now the second encoder's, the last of the loop
+    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)
     last = layer_norm(states[-1], **norm)[np.arange(len(ids)), ends]
     pooled = linear(last, **weights["text_projection"])
     given = array_like(x, [[text is not None] for text in texts])
@@ -775,9 +780,11 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
 
 
 def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
-    """Return the U-Net's output, a NumPy array like x (batch, h, w, channels), for all at time t.
+    """Return the U-Net's output for x, all at time t: a NumPy array (batch, h, w, 4).
 
-    context: (batch, tokens, width); pooled: (batch, n), if any.
+    x: (batch, h, w, 4), or with the extra channels of an inpainting model. context: (batch, tokens,
+    width); pooled: (batch, n), if any. guidance: only for distilled models, which take the scale as
+    an input.
     """
     config, x = model.config.unet, array_like(context, x)
     temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
@@ -875,11 +882,12 @@ def generate(model: Model, prompt: str, negative: str | None = None,
 
     guidance: the scale (the model's own); 1 turns it off. steps: triples as from
     evenly_spaced_steps (20 of them). noise: a function that returns a fresh standard normal array
-    (batch, h, w, 4), whose shape says how many pictures to draw and how large (one of the model's
-    size, from seed 0). picture: (height, width, 3) of uint8 to start from, noised to `strength` of
-    the way. mask: (height, width) of bool, true where the picture is to be replaced; strength 1
-    then ignores what was there. make_denoiser, embed: what to use instead of denoiser and
-    embed_prompts. Raises UserError for values out of range.
+    (batch, h, w, 4), whose shape says how many pictures to draw and how large; that of `picture`,
+    if one is given (by default one picture of that size, or the model's, from seed 0). picture:
+    (height, width, 3) of uint8 to start from, noised to `strength` of the way. mask: (height,
+    width) of bool, true where the picture is to be replaced; strength 1 then ignores what was
+    there. make_denoiser, embed: what to use instead of denoiser and embed_prompts. Raises UserError
+    if strength is out of range or a mask comes without a picture.
     """
     require(mask is None or picture is not None, "a mask needs a picture to start from")
     size = model.config.unet.sample_size
@@ -921,7 +929,7 @@ def generate(model: Model, prompt: str, negative: str | None = None,
 
 
 def vae_loss(picture, eps, vae, groups, error=None, kl_weight=1e-4):
-    """Return the error of a picture reconstructed from sampled latents, plus a small KL (8.1).
+    """Return the error of a picture reconstructed from sampled latents, plus a small KL term (8.1).
 
     picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). error: a
     function of reconstruction and picture, or else the mean of |difference|; Stable Diffusion's own
@@ -931,8 +939,8 @@ def vae_loss(picture, eps, vae, groups, error=None, kl_weight=1e-4):
     z = mean + (logvar / 2).exp() * eps
     kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
     reconstruction = vae_decode(z, vae, groups)
-    off = error(reconstruction, picture) if error else (reconstruction - picture).abs().mean()
-    return off + kl_weight * kl
+    distance = error(reconstruction, picture) if error else (reconstruction - picture).abs().mean()
+    return distance + kl_weight * kl
 
 
 def clip_loss(text, image, logit_scale):
@@ -990,7 +998,7 @@ def uniform_times(n, T, rng):
 
 
 def train(model: Model, optimizer, batches, rng, times=uniform_times, weight=np.ones_like):
-    """Train the U-Net, whose weights change in place; yield the loss of each step (8.3).
+    """Train the weights in optimizer, in place; yield the U-Net's loss of each step (8.3).
 
     model: loaded with backend="torch". optimizer: one of torch.optim's, over
     parameters(model.unet), as Stable Diffusion did it, or over the text encoder's weights too, as
@@ -1032,7 +1040,7 @@ class TorchForms(dict):
 
     def __missing__(self, name):
         self.update(torch_operations())
-        return dict(self)[name]
+        return dict(self)[name]     # as a plain dict: an unknown name is a KeyError
 
 
 TORCH = TorchForms()
@@ -1272,7 +1280,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
                                for key, array in arrays[part].items()})
     encoders = [Encoder(tokenizer, config.pop(part), networks.pop(part)) for tokenizer, part
                 in zip(tokenizers, ("text_encoder", "text_encoder_2"))]
-    for tokenizer, text_config, _ in encoders:      # of which some files say 1e30
+    for tokenizer, text_config, _ in encoders:      # some files give a length of 1e30
         tokenizer.length = min(tokenizer.length, text_config.max_position_embeddings)
 
     scheduler = config["scheduler"]
@@ -1394,7 +1402,7 @@ def main(argv=None):
         tell(str(error))
         return 2
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        tell(f"the model's weights and configs do not fit each other: {error!r}")
+        tell(f"cannot draw with this model and these options: {error!r}")
         return 2
     except KeyboardInterrupt:
         tell("interrupted")
