@@ -5,7 +5,6 @@
                                                                           v
     random numbers --> x_T (1, 64, 64, 4) --> sampler --- x_t, t ---> U-Net
                                                  |    <- prediction --
-                                                 v
                                                 x_0 --> VAE decoder --> picture (1, 512, 512, 3)
 
     python tiny_sd.py "red apple on a blue background"           the small model in weights/emoji
@@ -526,8 +525,7 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
 def down_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
     """One level on the way down, or the middle: return its output, and push skips for the way up.
 
-    x: (batch, height, width, channels). Each ResNet block with its transformer, if any, and the
-    downsampler leave a skip.
+    x: (batch, height, width, channels). Each step of the loop, and the downsampler, leaves a skip.
     """
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, temb, groups, 1e-5, **resnet_weights)
@@ -771,8 +769,7 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
     if not two:
         return contexts[0], None
 
-    # ids, states, norm and weights are now the second encoder's, the last of the loop
-    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)
+    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)    # ids, states, norm: the second's
     last = layer_norm(states[-1], **norm)[np.arange(len(ids)), ends]
     pooled = linear(last, **weights["text_projection"])
     given = array_like(x, [[text is not None] for text in texts])
@@ -782,9 +779,8 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
 def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
     """Return the U-Net's output for x, all at time t: a NumPy array (batch, h, w, 4).
 
-    x: (batch, h, w, 4), or with the extra channels of an inpainting model. context: (batch, tokens,
-    width); pooled: (batch, n), if any. guidance: only for distilled models, which take the scale as
-    an input.
+    x: (batch, h, w, 4), or more channels of an inpainting model; context: (batch, tokens, width);
+    pooled: (batch, n), if any; guidance: only for distilled models, which take it as an input.
     """
     config, x = model.config.unet, array_like(context, x)
     temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
@@ -932,8 +928,8 @@ def vae_loss(picture, eps, vae, groups, error=None, kl_weight=1e-4):
     """Return the error of a picture reconstructed from sampled latents, plus a small KL term (8.1).
 
     picture: (batch, 8 h, 8 w, 3) in [-1, 1]; eps: standard normal (batch, h, w, 4). error: a
-    function of reconstruction and picture, or else the mean of |difference|; Stable Diffusion's own
-    VAE was trained with LPIPS and a discriminator in addition.
+    function of reconstruction and picture (the mean of |difference|); Stable Diffusion's own VAE
+    was trained with LPIPS and a discriminator in addition.
     """
     mean, logvar = vae_encode(picture, vae, groups)             # (batch, h, w, 4) each
     z = mean + (logvar / 2).exp() * eps

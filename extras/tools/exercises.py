@@ -252,7 +252,7 @@ def guidance_off():
 
 
 def first_order():
-    changed = change(("direction = x_0 + (x_0 - previous_x_0) / (2 * r)", "direction = x_0"))
+    changed = change(("target = x_0 + (x_0 - previous_x_0) / (2 * r)", "target = x_0"))
     few, many = (distance(latents(changed, steps=n), latents(plain(), steps=n)) for n in (5, 20))
     assert many < few / 2 and few > 0.1
     same = distance(latents(changed), latents(plain(), sampler="ddim"))
