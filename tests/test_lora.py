@@ -34,7 +34,8 @@ ATTENTION = [name for name in UNET if "attn" in name]
 
 
 def parts_of(model):
-    return {"unet": model.unet, "text_encoder": model.encoders[0].weights}
+    parts = zip(("text_encoder", "text_encoder_2"), model.encoders)
+    return {"unet": model.unet} | {part: encoder.weights for part, encoder in parts}
 
 
 @pytest.fixture(scope="module")
