@@ -50,10 +50,13 @@ def here(tmp_path, monkeypatch):
 
 
 def program(*argv, under=(), **environment):
-    """(status, stdout, stderr less the progress bar) of the program in a process of its own."""
+    """(status, stdout, stderr) of the program in a process of its own.
+
+    Without the progress bar, and what is said of pictures that are small, to be quick.
+    """
     status, out, err = finish(launch(*argv, under=under, **environment))
     lines = [line for line in re.split("[\r\n]+", err)
-             if line and not re.search(r"\d+/\d+ \[", line)]
+             if line and not re.search(r"\d+/\d+ \[|the model learnt pictures of", line)]
     return status, out, lines
 
 
