@@ -731,7 +731,8 @@ def test_a_model_is_replaced(state, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
     """And what was kept before stays."""
-    optimizer = fitting.Optimizer({"w": torch.ones(2)}, fitting.Schedule(rate=1.0))
+    weights = {"w": torch.ones(3, 4), "b": torch.ones(3)}
+    optimizer = fitting.Optimizer(weights, fitting.Schedule(rate=1.0))
 
     def losses():
         optimizer.taken += 1
