@@ -170,7 +170,7 @@ def model(tmp_path):
     for name in (
         "README.md", "model.ckpt", "unet/diffusion_pytorch_model.bin",
         "unet/diffusion_pytorch_model.non_ema.safetensors", "safety_checker/model.safetensors",
-        "tokenizer/special_tokens_map.json",
+        "tokenizer/README.md",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not needed")
@@ -293,6 +293,15 @@ def test_half_precision_where_there_is_one_and_never_both(parts, serve, run, mod
         for name in WEIGHTS
     }
     assert fetched(hub) == cached(tmp_path) == CONFIGS | TOKENIZER | expected
+
+
+def test_what_a_tokenizer_adds_comes_too(serve, run, model):
+    added = {"added_tokens.json": {"<thing>": 999}, "special_tokens_map.json": {"pad_token": "!"}}
+    for name, words in added.items():
+        (model / "tokenizer" / name).write_text(json.dumps(words))
+    hub = serve()
+    run(hub, "-m", REPOSITORY)
+    assert fetched(hub) >= {f"tokenizer/{name}" for name in added}
 
 
 def test_the_newer_form_of_the_tokenizer(serve, run, model):

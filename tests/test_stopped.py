@@ -288,14 +288,14 @@ def disk(here):
     subprocess.run(["umount", place], check=True)
 
 
-# A picture has 4 to 8 kB, a preview less than one, a page some 50; a disk gives out 4 at once.
+# A picture and a preview have 16 to 20 kB, a page more than 64; a disk gives out 4 at once.
 FULL = [
     ("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
-    ("-b 2 -o disk/out.png", 8, "disk/out-001.png", ["disk/out-000.png"]),
+    ("-b 2 -o disk/out.png", 24, "disk/out-001.png", ["disk/out-000.png"]),
     ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
     ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
     ("--preview disk/preview.png", 0, "disk/preview.png", []),
-    ("--preview disk/preview.png", 4, "disk/preview.png", ["disk/preview.png"]),
+    ("--preview disk/preview.png", 24, "disk/preview.png", ["disk/preview.png"]),
 ]
 
 
@@ -379,8 +379,8 @@ def swap():
         ("-m large", "the model large", 3.4, 3.2, "addresses"),
         ("-m large", "the model large", 3.4, 3.3, "container"),
         ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
-        ("-W 4096 -H 4096", "--width 4096 --height 4096", 12.9, 12.8, "container"),
-        ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 6.3, 6.2, "container"),
+        ("-W 4096 -H 4096", "--width 4096 --height 4096", 6.4, 6.3, "container"),
+        ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 1.6, 1.5, "container"),
     ],
 )
 def test_too_little_memory(large, flags, what, need, room, how):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import compvis_name
-from extras import formats, like_diffusers
+from extras import formats, like_diffusers, singlefile
 from extras.narrow import wide
 from extras.tools import models
 from helpers import write_model
@@ -255,7 +255,7 @@ def test_unknown_arrays_of_a_network_in_a_single_file_are_named(name, named, sin
 def test_queries_keys_and_values_that_do_not_divide_by_three(shape):
     name = "encoder.layers.0.self_attn.in_proj_weight"
     with pytest.raises(tiny_sd.UserError, match=f"{re.escape(name)} does not hold q, k and v"):
-        formats.from_open_clip({name: np.zeros(shape)})
+        singlefile.from_open_clip({name: np.zeros(shape)})
 
 
 OTHERS = [      # as files hold them beside the networks
