@@ -66,7 +66,7 @@ def things():
 def state(tmp_path_factory):
     """What `all` leaves, trained from nothing for two steps a stage; of four prompts a sheet."""
     path = tmp_path_factory.mktemp("train")
-    few = {"sheet": measure.PROMPTS["sheet"][:4], "overview": measure.PROMPTS["overview"][:1]}
+    few = {kind: prompts[:4] for kind, prompts in measure.PROMPTS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "PROMPTS", few)
         train("all", path, "--steps", 2)
@@ -148,7 +148,7 @@ def test_drawings_of_ones_own(tmp_path):
     data = write_data(tmp_path / "own.zip", names, [f"{i:04}-flat.png" for i in range(40)])
     things = drawings.load_things(data, 32)
     assert things.names == names and (things.drawings[:, 3] == range(40)).all()
-    assert any(scenes.held_out_style(name, "flat") for name, _ in names)
+    assert any(scenes.held_out("style", name, "flat") for name, _ in names)
     rng, seen = np.random.default_rng(0), set()
     for _ in range(500):
         seen |= {part.picture for part in scenes.draw_scene(things, rng).parts}
@@ -843,7 +843,7 @@ def test_evaluate(state, capsys):
 
 @pytest.mark.slow
 def test_a_sheet_does_not_replace_one(state, capsys, monkeypatch):
-    few = {"sheet": ["a cat"] * 3, "overview": measure.PROMPTS["overview"][:1]}
+    few = {kind: prompts[:1] for kind, prompts in measure.PROMPTS.items()}
     monkeypatch.setattr(measure, "PROMPTS", few)
     before = (state / "emoji.png").read_bytes()
     train("sheet", state)

@@ -159,29 +159,18 @@ def unshown(things, kind, words, n, make):
 
 def questions(things, n):
     """{title: (asked, alternatives)}, for Judge.rates."""
-    def tinted(thing, tint):
-        return Subject((thing,)), Manner((tint,))
-
-    def other_manners(make, words):
+    def other_words(make, words):
         return lambda subject, manner: [one for word in words
                                         if (one := make(subject.ids[0], word)) != (subject, manner)]
 
-    def in_medium(thing, medium):
-        return Subject((thing,)), Manner(medium=medium)
-
-    def somewhere(thing, surroundings):
-        return Subject((thing,)), Manner(surroundings=surroundings)
-
-    def counted(thing, number):
-        return Subject((thing,), number), Manner()
-
-    numbers = [2, 3, 4]
     asked = {}
     for title, kind, words, make in (
-            ("colour", "tint", [*TINTS], tinted), ("medium", "medium", [*MEDIA], in_medium),
-            ("surroundings", "scene", [*SURROUNDINGS], somewhere),
-            ("number", "count", numbers, counted)):
-        asked[title] = unshown(things, kind, words, n, make), other_manners(make, words)
+            ("colour", "tint", [*TINTS], lambda i, tint: (Subject((i,)), Manner((tint,)))),
+            ("medium", "medium", [*MEDIA], lambda i, name: (Subject((i,)), Manner(medium=name))),
+            ("surroundings", "scene", [*SURROUNDINGS],
+             lambda i, name: (Subject((i,)), Manner(surroundings=name))),
+            ("number", "count", [2, 3, 4], lambda i, n: (Subject((i,), n), Manner()))):
+        asked[title] = unshown(things, kind, words, n, make), other_words(make, words)
     asked["relation"] = unshown_relations(things, n), other_relations
     return asked
 
@@ -371,20 +360,23 @@ def sheet(model, prompts, seeds, columns, **how):
 
 
 def write_sheet(out, things, steps, device):
-    """OUT.png: the prompts of a sheet, unchosen, each from four seeds, three prompts a row.
+    """Write three sheets of unchosen prompts; a name that is taken is left alone for OUT-1.png.
 
-    OUT-overview.png: rows of prompts with titles. A name that is taken is left alone, and OUT-1.png
-    written instead.
+    OUT.png: three prompts a row, each from four seeds; OUT-strangers.png: prompts that fit no
+    template of scenes.py, ten a row; OUT-overview.png: rows of prompts with titles.
     """
     model = tiny_sd.load(out, "torch", device)
+
+    def write(end, picture):
+        print(save_picture(np.asarray(picture), out.with_name(f"{out.name}{end}.png"), ""))
+
     prompts = sample_prompts(things) if things.drawings is None else PROMPTS["sheet"]
-    pictures = sheet(model, prompts, range(4), 12, steps=steps)
-    print(save_picture(pictures, out.with_suffix(".png"), ""))
+    write("", sheet(model, prompts, range(4), 12, steps=steps))
     for i in range(0, len(prompts), 3):
         print(f"{i // 3 + 1:2}  " + " | ".join(prompts[i:i + 3]))
     if things.drawings is None:
         return
+    write("-strangers", sheet(model, PROMPTS["strangers"], (0,), 10, steps=steps))
     rows = [[*map(fromarray, draw(model, row["prompts"], row["seeds"], steps=steps))]
             for row in PROMPTS["overview"]]
-    overview = labelled(rows, down=[row["title"] for row in PROMPTS["overview"]], size=96)
-    print(save_picture(np.asarray(overview), out.with_name(out.name + "-overview.png"), ""))
+    write("-overview", labelled(rows, down=[row["title"] for row in PROMPTS["overview"]], size=96))

@@ -41,25 +41,11 @@ def share(*words):
     return zlib.crc32("|".join(words).encode()) / 2 ** 32
 
 
-def held_out_style(name, style):
-    """Whether training never shows this thing's drawing in this style."""
-    return share("style", name, style) < 1 / 10
-
-
-def held_out_background(name, colour):
-    """Whether training never shows this thing on this background."""
-    return colour != "white" and share("background", name, colour) < 1 / 8
-
-
-def held_out_pair(one, other):
-    """Whether training never shows these two things together."""
-    return share("pair", *sorted((one, other))) < 1 / 10
-
-
 def held_out(kind, *words):
-    """Whether training never shows this: ("tint", name, colour), ("medium", name, medium),
+    """Whether training never shows this: ("style", name, style), ("pair", *sorted names),
+    ("background", name, colour), ("tint", name, colour), ("medium", name, medium),
     ("scene", name, surroundings), ("count", name, "3"), ("relation", name, relation, name)."""
-    return share(kind, *words) < 1 / 8
+    return share(kind, *words) < (1 / 10 if kind in ("style", "pair") else 1 / 8)
 
 
 # ── Grammar ─────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +250,8 @@ def draw_manner(rng, subject):
 def may_show(things, subject, manner):
     """Whether it makes sense, and nothing in it is held out."""
     names = [things.names[i][0] for i in subject.ids]
-    if len({*names}) < len(names) or any(held_out_pair(names[0], other) for other in names[1:]) \
+    if len({*names}) < len(names) or any(
+            held_out("pair", *sorted((names[0], other))) for other in names[1:]) \
             or subject.relation and held_out("relation", names[0], subject.relation, names[1]):
         return False
     if subject.count > 1 and (plural(names[0]) or names[0][0].isdigit()
@@ -272,7 +259,7 @@ def may_show(things, subject, manner):
         return False
     for name, tint in zip(names, manner.tints):
         if tint and (name.split()[0] in (*COLOURS, *TINTS) or held_out("tint", name, tint)) \
-                or held_out_background(name, manner.colour) \
+                or manner.colour != "white" and held_out("background", name, manner.colour) \
                 or manner.medium and held_out("medium", name, manner.medium) \
                 or manner.surroundings and held_out("scene", name, manner.surroundings):
             return False
@@ -313,7 +300,7 @@ def styles_to_train(things, thing):
     """The styles in which training may show a thing: all, where each of them is held out."""
     drawn = np.flatnonzero(things.drawings[thing] >= 0).tolist()
     name = things.names[thing][0]
-    return [s for s in drawn if not held_out_style(name, STYLES[s])] or drawn
+    return [s for s in drawn if not held_out("style", name, STYLES[s])] or drawn
 
 
 # Where so many things stand, in the room that is left, and how large each is.
