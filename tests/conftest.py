@@ -169,8 +169,7 @@ def compvis_unet_name(name, n=3, attends=False):
         index = n * level + (i + 1 if side == "down" else i)
         blocks = "input_blocks" if side == "down" else "output_blocks"
         last = 2 if level or attends else 1     # behind ResBlock and transformer
-        prefix = {"resnets": f"{blocks}.{index}.0.",
-                  "attentions": f"{blocks}.{index}.1.",
+        prefix = {"resnets": f"{blocks}.{index}.0.", "attentions": f"{blocks}.{index}.1.",
                   "downsamplers": f"input_blocks.{n * level + n}.0.op.",
                   "upsamplers": f"output_blocks.{n * level + n - 1}.{last}.conv."}[kind]
     return prefix + re.sub(r"^\w+", lambda m: resnet.get(m[0], m[0]), name[match.end():])
@@ -180,14 +179,13 @@ def compvis_vae_name(name, levels=LEVELS):
     def level(match):       # CompVis counts the decoder's levels from below
         return f"decoder.up.{levels - 1 - int(match[1])}"
 
-    for new, old in [(r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"),
-                     (r"\.resnets\.(\d)", r".block.\1"), (r"decoder\.up_blocks\.(\d)", level),
-                     (r"(down|up)samplers\.0", r"\1sample"),
-                     (r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-                     (r"mid_block\.attentions\.0", "mid.attn_1"),
-                     (r"attn_1\.group_norm", "attn_1.norm"),
-                     (r"attn_1\.to_out\.0", "attn_1.proj_out"), (r"attn_1\.to_", "attn_1."),
-                     ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
+    for new, old in [
+            (r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"), (r"\.resnets\.(\d)", r".block.\1"),
+            (r"decoder\.up_blocks\.(\d)", level), (r"(down|up)samplers\.0", r"\1sample"),
+            (r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+            (r"mid_block\.attentions\.0", "mid.attn_1"), (r"attn_1\.group_norm", "attn_1.norm"),
+            (r"attn_1\.to_out\.0", "attn_1.proj_out"), (r"attn_1\.to_", "attn_1."),
+            ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")]:
         name = re.sub(new, old, name)
     return name
 
@@ -198,13 +196,12 @@ def open_clip_names(arrays):
     renamed = {}
     for name, array in arrays.items():
         name = name.removeprefix("text_model.")
-        for old, new in [
-            ("embeddings.token_embedding", "token_embedding"),
-            ("embeddings.position_embedding.weight", "positional_embedding"),
-            ("encoder.layers", "transformer.resblocks"), ("final_layer_norm", "ln_final"),
-            ("layer_norm", "ln_"), ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
-            ("mlp.fc2", "mlp.c_proj"),
-        ]:
+        for old, new in [("embeddings.token_embedding", "token_embedding"),
+                         ("embeddings.position_embedding.weight", "positional_embedding"),
+                         ("encoder.layers", "transformer.resblocks"),
+                         ("final_layer_norm", "ln_final"), ("layer_norm", "ln_"),
+                         ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
+                         ("mlp.fc2", "mlp.c_proj")]:
             name = name.replace(old, new)
         renamed[name] = array
     for kind in ("weight", "bias"):

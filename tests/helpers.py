@@ -23,10 +23,9 @@ CONFIG = {
     "unet": {"block_out_channels": [8, 16], "layers_per_block": 1, "cross_attention_dim": 12,
              "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 8,
              "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-             "in_channels": 4, "out_channels": 4},
-    "scheduler": {"prediction_type": "epsilon", "beta_start": 0.00085, "beta_end": 0.012,
-                  "beta_schedule": "scaled_linear"}}
+             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "in_channels": 4,
+             "out_channels": 4}, "scheduler": {"prediction_type": "epsilon", "beta_start": 0.00085,
+                                               "beta_end": 0.012, "beta_schedule": "scaled_linear"}}
 TWO_ENCODERS = CONFIG | {       # as in SDXL
     "text_encoder_2": CONFIG["text_encoder"] | {
         "hidden_size": 16, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 10},
@@ -69,10 +68,9 @@ def launch(*argv, program=PROGRAM, python=(), under=(), cwd=None, **environment)
     python: options of Python itself. under: a command to run it under. Its stdout is buffered,
     whatever the tests' own is.
     """
-    return subprocess.Popen(
-        [*under, sys.executable, *python, program, *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
-        preexec_fn=all_signals_end_it)
+    return subprocess.Popen([*under, sys.executable, *python, program, *argv],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=os.environ
+                            | {"PYTHONUNBUFFERED": ""} | environment, preexec_fn=all_signals_end_it)
 
 
 def all_signals_end_it():

@@ -88,8 +88,7 @@ def change(name, **settings):
     def edit(folder):
         config = json.loads((folder / name).read_text()) | settings
         (folder / name).write_text(
-            json.dumps({key: value for key, value in config.items() if value is not None})
-        )
+            json.dumps({key: value for key, value in config.items() if value is not None}))
 
     return edit
 
@@ -101,9 +100,8 @@ def start(*argv, without=()):
     """The program in a process of its own, to which some packages are not installed."""
     for name in without:
         Path("lacking").mkdir(exist_ok=True)
-        Path("lacking", f"{name}.py").write_text(
-            f"raise ModuleNotFoundError('No module named {name}')"
-        )
+        Path("lacking",
+             f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
     return launch(*argv, PYTHONPATH="lacking")
 
 

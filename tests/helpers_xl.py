@@ -42,9 +42,8 @@ def make_pipeline(folder, scheduler=EulerDiscreteScheduler, **options):
         vae=randomise(AutoencoderKL(**{**VAE, "scaling_factor": 0.13025}), 3),
         text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT_1)), 4, weight=3),
         text_encoder_2=randomise(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)), 5,
-                                 weight=3),
-        tokenizer=first, tokenizer_2=CLIPTokenizer.from_pretrained(
-            folder, model_max_length=77, pad_token="!"),
+                                 weight=3), tokenizer=first,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token="!"),
         unet=randomise(UNet2DConditionModel(**UNET), 2, attn2=2, add_embedding=2, conv_out=2),
         scheduler=scheduler.from_config({**SCHEDULER, **options}))
     pipe.set_progress_bar_config(disable=True)

@@ -63,9 +63,8 @@ def test_names_that_are_no_text(model, here):
     folder, lora, output = map(os.fsdecode, (b"m\xff", b"l\xff.safetensors", b"o\xff.png"))
     shutil.copytree(model, folder)
     write_lora(lora)
-    status, out, err = finish(
-        start("apple", "-m", folder, "--lora", lora, "--steps", "1", "-o", output)
-    )
+    status, out, err = finish(start("apple", "-m", folder, "--lora", lora, "--steps", "1", "-o",
+                                    output))
     assert status == 0 and "Traceback" not in err
     text = Image.open(output).text["parameters"]
     assert text.count("Model: m?") == text.count("Lora: l? 1.0") == 1
@@ -138,9 +137,8 @@ def arrays(edit):
 
 
 def remove(name):
-    return lambda folder: (
-        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    )
+    return lambda folder: (shutil.rmtree(folder / name)
+                           if (folder / name).is_dir() else (folder / name).unlink())
 
 
 MODELS = {  # what was done to the folder, and what the line must name
@@ -270,14 +268,10 @@ def test_bad_models(refuse, model, name):
     assert named in refuse("apple", "-m", "model")
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.safetensors", b""), ("b.safetensors", pickle.dumps(Bomb())),
-        ("c.ckpt", pickle.dumps(Bomb())), ("d.txt", b"hello"),
-        ("e.safetensors", b"\2" + b"\0" * 7 + b"{}"),
-    ],
-)
+@pytest.mark.parametrize("name, content",
+                         [("a.safetensors", b""), ("b.safetensors", pickle.dumps(Bomb())),
+                          ("c.ckpt", pickle.dumps(Bomb())), ("d.txt", b"hello"),
+                          ("e.safetensors", b"\2" + b"\0" * 7 + b"{}")])
 def test_bad_single_files(refuse, name, content):
     Path(name).write_bytes(content)
     assert name in refuse("apple", "-m", name)

@@ -20,10 +20,8 @@ from helpers_cli import PLAIN, SCHEDULER, change, cli_lines, parse, pixels, star
 
 # ── What it writes ────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize(
-    "flags, size",
-    [("", (16, 16)), ("-W 12", (12, 16)), ("-H 26", (16, 26)), ("-W 4 -H 34", (4, 34))],
-)
+@pytest.mark.parametrize("flags, size", [("", (16, 16)), ("-W 12", (12, 16)), ("-H 26", (16, 26)),
+                                         ("-W 4 -H 34", (4, 34))])
 def test_size(draw, flags, size):
     """Any multiples of the model's factor, here 2; by default the model's own size."""
     picture = draw("red apple", *flags.split())
@@ -32,18 +30,12 @@ def test_size(draw, flags, size):
 
 def test_parameters(draw):
     prompt, negative = "a lighthouse, (stormy:1.2), 灯台\nat night", "blur: none"
-    picture = draw(
-        *"-s 42 --steps 3 --cfg-scale 4.5 --sampler dpm++2m --karras -W 12".split(), prompt, "-n",
-        negative,
-    )
-    assert parse(picture) == (
-        prompt,
-        negative,
-        {
-            "Steps": "3", "Sampler": "DPM++ 2M Karras", "CFG scale": "4.5", "Seed": "42",
-            "Size": "12x16", "Model": "tiny", "RNG": "CPU", "Version": f"tiny_sd {sd.__version__}",
-        },
-    )
+    picture = draw(*"-s 42 --steps 3 --cfg-scale 4.5 --sampler dpm++2m --karras -W 12".split(),
+                   prompt, "-n", negative)
+    assert parse(picture) == (prompt, negative,
+                              {"Steps": "3", "Sampler": "DPM++ 2M Karras", "CFG scale": "4.5",
+                               "Seed": "42", "Size": "12x16", "Model": "tiny", "RNG": "CPU",
+                               "Version": f"tiny_sd {sd.__version__}"})
 
 
 def test_parameters_with_all_left_as_it_is(draw):
@@ -75,13 +67,8 @@ def test_the_same_command_draws_the_same_file(run):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        "-s 1", "-n apple", "--cfg-scale 2", "--guidance-scale 1", "--steps 3", "--karras",
-        "--web-ui",
-        *(f"--sampler {name}" for name in sd.SAMPLERS if name != "dpm++2m"),
-    ],
-)
+    "flags", ["-s 1", "-n apple", "--cfg-scale 2", "--guidance-scale 1", "--steps 3", "--karras",
+              "--web-ui", *(f"--sampler {name}" for name in sd.SAMPLERS if name != "dpm++2m")])
 def test_every_option_matters(draw, flags):
     plain = ["red", "--steps", "4", "--sampler", "dpm++2m"]
     assert abs(pixels(draw(*plain, *flags.split())) - pixels(draw(*plain))).max() > 0
@@ -108,24 +95,17 @@ def test_by_the_formulas_alone(run, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags, tolerance",
-    [
-        ("--backend torch", 1), ("--backend torch --dtype bfloat16", 60),
-        ("--backend torch --dtype float16", 12),
-    ],
-)
+@pytest.mark.parametrize("flags, tolerance",
+                         [("--backend torch", 1), ("--backend torch --dtype bfloat16", 60),
+                          ("--backend torch --dtype float16", 12)])
 def test_torch_draws_the_same_picture(draw, flags, tolerance):
     pytest.importorskip("torch")
-    assert (
-        abs(pixels(draw("red apple", *flags.split())) - pixels(draw("red apple"))).max()
-        <= tolerance
-    )
+    assert abs(pixels(draw("red apple", *flags.split()))
+               - pixels(draw("red apple"))).max() <= tolerance
 
 
-def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(
-    draw, model, here, monkeypatch
-):
+def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(draw, model, here,
+                                                                               monkeypatch):
     monkeypatch.setattr(sd, "HERE", here / "program")
     shutil.copytree(model, here / "program/weights/mine")
     assert parse(draw("a", "-m", "mine"))[2]["Model"] == "mine"
@@ -146,11 +126,8 @@ def test_what_is_cut_changes_nothing(draw):
     assert np.array_equal(pixels(draw("red apple " * 9)), pixels(draw("red apple " * 5)))
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>", "a" * 3000, "a " * 20000],
-    ids=lambda prompt: ascii(prompt[:9]),
-)
+@pytest.mark.parametrize("prompt", ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>",
+                                    "a" * 3000, "a " * 20000], ids=lambda prompt: ascii(prompt[:9]))
 def test_any_prompt_draws(draw, prompt):
     draw(f"--prompt={prompt}")
 
@@ -409,17 +386,14 @@ def test_numpy_is_enough(model):
 
     A bar on stderr, and on stdout nothing but the path.
     """
-    status, out, err = finish(
-        start("apple", "-m", model, "--steps", "2", without=["torch", "diffusers", "transformers"])
-    )
+    status, out, err = finish(start("apple", "-m", model, "--steps", "2",
+                                    without=["torch", "diffusers", "transformers"]))
     assert (status, out) == (0, "out.png\n") and "2/2" in err and err.count("\n") == 1
     assert Image.open("out.png").size == (16, 16)
 
 
-@pytest.mark.parametrize("argv, without, named", [
-    (["apple", "--steps", "0"], [], "--steps 0"),
-    (["apple", "--backend", "torch"], ["torch"], "torch"), (["apple"], ["tqdm"], "tqdm"),
-])
+@pytest.mark.parametrize("argv, without, named", [(["apple", "--steps", "0"], [], "--steps 0"), (
+    ["apple", "--backend", "torch"], ["torch"], "torch"), (["apple"], ["tqdm"], "tqdm")])
 def test_one_line_and_no_traceback(model, argv, without, named):
     status, out, err = finish(start(*argv, "-m", model, without=without))
     assert (status, out) == (2, "") and re.fullmatch(f"tiny_sd: .*{named}.*\n", err), err

@@ -233,12 +233,11 @@ def test_every_sampler_keeps_the_marginals(sampler):
 # ── Steps ───────────────────────────────────────────────────────────────────────────────────────
 
 
-SPACINGS = [
-    ("ddpm", "leading", 50, 981, 961, 1), ("ddim", "leading", 50, 981, 961, 1),
-    ("euler", "leading", 50, 981, 961, 1), ("euler_a", "leading", 20, 951, 901, 1),
-    ("dpm++2m", "leading", 50, 951, 932, 20), ("dpm++2m", "leading", 20, 941, 894, 48),
-    ("ddim", "trailing", 50, 999, 979, 19), ("euler", "linspace", 10, 999, 888, 0),
-    ("dpm++2m", "linspace", 10, 999, 899, 100)]
+SPACINGS = [("ddpm", "leading", 50, 981, 961, 1), ("ddim", "leading", 50, 981, 961, 1),
+            ("euler", "leading", 50, 981, 961, 1), ("euler_a", "leading", 20, 951, 901, 1),
+            ("dpm++2m", "leading", 50, 951, 932, 20), ("dpm++2m", "leading", 20, 941, 894, 48),
+            ("ddim", "trailing", 50, 999, 979, 19), ("euler", "linspace", 10, 999, 888, 0),
+            ("dpm++2m", "linspace", 10, 999, 899, 100)]
 
 
 @pytest.mark.parametrize("sampler, spacing, n, first, second, last", SPACINGS)

@@ -118,9 +118,8 @@ def test_two_encoders(tmp_path, backend):
     model = prompts.with_embeddings(formats.load(tmp_path / "xl", backend), [path])
     context, pooled = prompts.embed_prompts(model, ["a thing"])
     parts = [expected_context(encoder, framed(tokenizer, "a ", [49408, 49409]), both[name])
-             for encoder, tokenizer, name in (
-                 (pipe.text_encoder, pipe.tokenizer, "clip_l"),
-                 (pipe.text_encoder_2, pipe.tokenizer_2, "clip_g"))]
+             for encoder, tokenizer, name in ((pipe.text_encoder, pipe.tokenizer, "clip_l"),
+                                              (pipe.text_encoder_2, pipe.tokenizer_2, "clip_g"))]
     expected = torch.cat([part.hidden_states[-2] for part in parts], -1)
     same("learnt words of SDXL", tiny_sd.to_numpy(context), expected, 1e-5)
     same("learnt words of SDXL, pooled", tiny_sd.to_numpy(pooled), parts[1].text_embeds, 1e-5)
@@ -220,8 +219,7 @@ def test_a_learnt_word_draws_another_picture(run):
 def test_a_word_that_no_prompt_says_gets_a_line(run):
     save({"<inside>": vectors(1)}, Path("thing.safetensors"))
     argv = ["--embedding", "thing.safetensors"]
-    assert run("a cat", *argv)[2] == [
-        "no prompt says thing or <inside>, which --embedding is for"]
+    assert run("a cat", *argv)[2] == ["no prompt says thing or <inside>, which --embedding is for"]
     for prompt in ["a (thing:1.2)"], ["a", "-n", "(<inside>)"], ["a thing", "--plain-prompt"]:
         assert run(*prompt, *argv)[::2] == (0, [])
 

@@ -11,9 +11,8 @@ from extras.tools import exercises
 from extras.tools.exercises import BROKEN, BUILT
 
 
-@pytest.mark.parametrize("title", [
-    pytest.param(title, marks=pytest.mark.slow) if title == "Two pictures, learnt" else title
-    for title in BUILT])
+@pytest.mark.parametrize("title", [pytest.param(title, marks=pytest.mark.slow) if title
+                                   == "Two pictures, learnt" else title for title in BUILT])
 def test_a_solution_passes(title):
     solution, check = BUILT[title]
     assert check(solution)
@@ -28,11 +27,9 @@ def late_noise(denoise, x, steps):
 
 WRONG = {
     "Two steps by hand": lambda: (0.9 * 0.9 - 0.5 * 0.19 ** 0.5, 0.81 ** 2, -0.5),
-    "A sampler": late_noise,
-    "A schedule": lambda: np.cos(np.linspace(0, 1, 1000) * np.pi / 2) ** 2,
-    "The negative prompt's role, swapped": lambda uncond, cond, negative, scale, other:
-        negative + scale * (cond - negative),
-    "Every shape": lambda: ([(32, 32, 320)] * 10, 32 * 32),
+    "A sampler": late_noise, "A schedule": lambda: np.cos(np.linspace(0, 1, 1000) * np.pi / 2) ** 2,
+    "The negative prompt's role, swapped": lambda uncond, cond, negative, scale, other: negative
+    + scale * (cond - negative), "Every shape": lambda: ([(32, 32, 320)] * 10, 32 * 32),
     "Two pictures, learnt": lambda: lambda x, t, alpha_bar: (np.sign(x), None)}
 
 

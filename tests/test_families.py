@@ -29,38 +29,26 @@ from extras import formats, like_diffusers
 
 pytestmark = pytest.mark.slow
 
-SECOND = {
-    "attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
-    "use_linear_projection": True,
-}
-FAMILIES = {
-    "pruned": (
-        {"layers_per_block": 1, "mid_block_type": None}, diffusers.PNDMScheduler,
-        {"skip_prk_steps": True},
-    ),
-    "three levels": (
-        {
-            "layers_per_block": 1, "mid_block_type": None, "block_out_channels": (32, 64, 96),
-            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-        },
-        diffusers.PNDMScheduler,
-        {"skip_prk_steps": True},
-    ),
-    "Stable Diffusion 2": (SECOND, diffusers.DDIMScheduler, {"prediction_type": "v_prediction"}),
-    "Turbo": (SECOND, diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
-    "consistency": ({"time_cond_proj_dim": 64}, diffusers.LCMScheduler, {}),
-    "Euler, silent": ({}, diffusers.EulerDiscreteScheduler, {}),
-    "DPM, silent": ({}, diffusers.DPMSolverMultistepScheduler, {}),
-    "DPM, Karras": ({}, diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "Euler ancestral, silent": ({}, diffusers.EulerAncestralDiscreteScheduler, {}),
-    "DDPM, silent": ({}, diffusers.DDPMScheduler, {"clip_sample": False}),
-}
-SILENT = {
-    key: value
-    for key, value in SCHEDULER.items()
-    if key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")
-}
+SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
+          "use_linear_projection": True}
+FAMILIES = {"pruned": ({"layers_per_block": 1, "mid_block_type": None}, diffusers.PNDMScheduler,
+                       {"skip_prk_steps": True}),
+            "three levels": ({"layers_per_block": 1, "mid_block_type": None,
+                              "block_out_channels": (32, 64, 96),
+                              "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+                              "up_block_types": ("CrossAttnUpBlock2D",) * 3},
+                             diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+            "Stable Diffusion 2": (SECOND, diffusers.DDIMScheduler,
+                                   {"prediction_type": "v_prediction"}),
+            "Turbo": (SECOND, diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+            "consistency": ({"time_cond_proj_dim": 64}, diffusers.LCMScheduler, {}),
+            "Euler, silent": ({}, diffusers.EulerDiscreteScheduler, {}),
+            "DPM, silent": ({}, diffusers.DPMSolverMultistepScheduler, {}),
+            "DPM, Karras": ({}, diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+            "Euler ancestral, silent": ({}, diffusers.EulerAncestralDiscreteScheduler, {}),
+            "DDPM, silent": ({}, diffusers.DDPMScheduler, {"clip_sample": False})}
+SILENT = {key: value for key, value in SCHEDULER.items()
+          if key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +59,12 @@ def family(reference, tmp_path_factory):
     def make(name):
         if name not in known:
             changes, scheduler, options = FAMILIES[name]
-            parts = {
-                **reference.components, "unet": make_unet(**changes),
-                "scheduler": scheduler(**SILENT | options),
-            }
+            parts = {**reference.components, "unet": make_unet(**changes),
+                     "scheduler": scheduler(**SILENT | options)}
             if "use_linear_projection" in changes:
                 torch.manual_seed(0)
-                parts["text_encoder"] = randomise(
-                    transformers.CLIPTextModel(
-                        transformers.CLIPTextConfig(**{**TEXT, "hidden_act": "gelu"})
-                    ),
-                    4,
-                    weight=3,
-                )
+                parts["text_encoder"] = randomise(transformers.CLIPTextModel(
+                    transformers.CLIPTextConfig(**{**TEXT, "hidden_act": "gelu"})), 4, weight=3)
             pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
             pipe.set_progress_bar_config(disable=True)
             folder = tmp_path_factory.mktemp("families") / "model"
@@ -108,16 +89,13 @@ def test_a_folders_own_defaults(name, steps, family, backend):
     """
     pipe, folder = family(name)
     guidance = 1.0 if name == "Turbo" else 3.0
-    expected = pipe(
-        "a photo of a cat", negative_prompt="a dog", num_inference_steps=steps,
-        guidance_scale=guidance, generator=torch.Generator().manual_seed(5), width=72, height=64,
-    ).images
+    expected = pipe("a photo of a cat", negative_prompt="a dog", num_inference_steps=steps,
+                    guidance_scale=guidance, generator=torch.Generator().manual_seed(5), width=72,
+                    height=64).images
     model = formats.load(folder, backend)
-    same_pictures(
-        "pictures of other families",
-        drawn(model, steps=steps, guidance=guidance, width=72, height=64),
-        np.stack([np.asarray(picture) for picture in expected]),
-    )
+    same_pictures("pictures of other families",
+                  drawn(model, steps=steps, guidance=guidance, width=72, height=64),
+                  np.stack([np.asarray(picture) for picture in expected]))
 
 
 def test_defaults(family):
@@ -139,9 +117,8 @@ def open_clip(arrays):
     """transformers' text encoder under OpenCLIP's names, with one more layer, which Stable
     Diffusion 2 leaves out.
     """
-    count = 1 + max(
-        int(match[1]) for match in map(re.compile(r".*layers\.(\d+)\.").match, arrays) if match
-    )
+    count = 1 + max(int(match[1]) for match in map(re.compile(r".*layers\.(\d+)\.").match, arrays)
+                    if match)
     arrays |= {name.replace(f"layers.{count - 1}.", f"layers.{count}."): torch.randn_like(array)
                for name, array in arrays.items() if f"layers.{count - 1}." in name}
     return open_clip_names(arrays) | {"text_projection": torch.ones(2, 2),
@@ -158,14 +135,8 @@ def test_single_file_of_the_second(family, backend, tmp_path):
         else:
             arrays[name] = array
     path = tmp_path / "second.safetensors"
-    save_file(
-        arrays
-        | {
-            f"cond_stage_model.model.{name}": array.contiguous()
-            for name, array in open_clip(text).items()
-        },
-        path,
-    )
+    save_file(arrays | {f"cond_stage_model.model.{name}": array.contiguous()
+                        for name, array in open_clip(text).items()}, path)
     model = formats.load(path, backend)
     assert model.config.scheduler.prediction_type == "v_prediction"
     assert model.encoders[0].tokenizer.pad == 0
@@ -177,31 +148,21 @@ def test_single_file_of_the_second(family, backend, tmp_path):
     ours = tiny_sd.layer_norm(states[-1], **weights["final_layer_norm"])
     same("text encoder of Stable Diffusion 2", tiny_sd.to_numpy(ours), expected, 1e-5)
     chance = np.random.default_rng(0)
-    x, context = (
-        chance.normal(size=(1, 8, 6, 4)).astype(np.float32),
-        chance.normal(size=(1, 7, 128)).astype(np.float32),
-    )
+    x, context = (chance.normal(size=(1, 8, 6, 4)).astype(np.float32),
+                  chance.normal(size=(1, 7, 128)).astype(np.float32))
     like = model.unet["conv_in"]["bias"]
     ours = tiny_sd.predict(model, x, 500, tiny_sd.array_like(like, context))
-    same(
-        "U-Net of Stable Diffusion 2",
-        ours,
-        last(pipe.unet(first(x), 500, torch.as_tensor(context)).sample), 2e-5,
-    )
+    same("U-Net of Stable Diffusion 2", ours,
+         last(pipe.unet(first(x), 500, torch.as_tensor(context)).sample), 2e-5)
 
 
 # ── Inpainting ────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler,
-        diffusers.EulerAncestralDiscreteScheduler,
-    ],
-    ids=lambda cls: cls.__name__,
-)
+@pytest.mark.parametrize("scheduler",
+                         [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler,
+                          diffusers.EulerAncestralDiscreteScheduler], ids=lambda cls: cls.__name__)
 @torch.no_grad()
 def test_inpainting(channels, strength, scheduler, reference, folder_with, backend):
     """With a model for it, and with any other.
@@ -209,22 +170,18 @@ def test_inpainting(channels, strength, scheduler, reference, folder_with, backe
     The same picture as diffusers', inside of the mask and outside.
     """
     network = make_unet(in_channels=channels) if channels == 9 else reference.unet
-    schedule = scheduler.from_config(
-        reference.scheduler.config, timestep_spacing="leading", clip_sample=False
-    )
-    pipe = diffusers.StableDiffusionInpaintPipeline(
-        **{**reference.components, "unet": network, "scheduler": schedule},
-        requires_safety_checker=False,
-    )
+    schedule = scheduler.from_config(reference.scheduler.config, timestep_spacing="leading",
+                                     clip_sample=False)
+    pipe = diffusers.StableDiffusionInpaintPipeline(**{**reference.components, "unet": network,
+                                                       "scheduler": schedule},
+                                                    requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     picture, mask = some_picture(1, 72, 64), np.zeros((64, 72), bool)
     mask[16:48, 24:] = True
-    expected = pipe(
-        "a photo of a cat", Image.fromarray(picture),
-        Image.fromarray((mask * 255).astype(np.uint8)), negative_prompt="a dog", width=72,
-        height=64, strength=strength, num_inference_steps=5, guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(5),
-    ).images[0]
+    expected = pipe("a photo of a cat", Image.fromarray(picture),
+                    Image.fromarray((mask * 255).astype(np.uint8)), negative_prompt="a dog",
+                    width=72, height=64, strength=strength, num_inference_steps=5,
+                    guidance_scale=3.0, generator=torch.Generator().manual_seed(5)).images[0]
     model = formats.load(folder_with(unet=network, scheduler=schedule), backend)
     ours = drawn(model, steps=5, guidance=3.0, init=picture, strength=strength, mask=mask)
     same_pictures("pictures inpainted", ours, np.asarray(expected)[None])

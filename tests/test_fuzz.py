@@ -39,10 +39,8 @@ from helpers import (
 
 pytestmark = pytest.mark.slow
 
-JSON = [
-    None, True, 0, -1, 1, 7, 2.5, 1e30, float("nan"), "", "gelu", [], [4, 8], [0], {}, {"a": 1},
-    10**30,
-]
+JSON = [None, True, 0, -1, 1, 7, 2.5, 1e30, float("nan"), "", "gelu", [], [4, 8], [0], {}, {"a": 1},
+        10**30]
 FLAGS = {
     "--steps": ["0", "1", "3", "5000", "x", "-1", "1e3"],
     "--cfg-scale": ["0", "1", "nan", "inf", "-1", "100", "x"],
@@ -52,10 +50,8 @@ FLAGS = {
     "--sampler": [*sd.SAMPLERS, "x", "DPM++ 2M Karras", "k_euler_a"],
     "-i": ["in.png", "none.png", ".", ""], "--mask": ["in.png", "none.png", "", "."],
     "-m": ["", "none", "in.png", "kept.png"],
-    "-o": [
-        "out.png", "x.jpg", "x.webp", "x.gif", "./", "no/", "{seed}.png", "{prompt}.jpg",
-        "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png",
-    ],
+    "-o": ["out.png", "x.jpg", "x.webp", "x.gif", "./", "no/", "{seed}.png", "{prompt}.jpg",
+           "no/x.png", "/proc/x.png", "", "kept.png", "a" * 300 + ".png"],
     "--lora": ["in.png", "none", "lora.safetensors", "lora.safetensors:nan", ":", "a:b:1"],
     "--embedding": ["in.png", "none", "word.safetensors", "lora.safetensors", "", ".", "kept.png"],
     "--clip-skip": ["0", "1", "2", "3", "101", "x", "-1"], "--plain-prompt": [None],
@@ -70,31 +66,24 @@ FLAGS = {
     "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--frobnicate": [None], "--like": ["like.png", "in.png", "none.png", ""],
     "--show": ["", ".", "no/such", "in.png"],
-    "--prompts": ["prompts.txt", "in.png", "none.txt", ""],
-}
-FACTS = [
-    "", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000,
-    "--help", "-h", "..", "/", "a\0b", "🍎", "Euler a", "Euler Karras", "LCM", "8x", "x8", "8x8",
-    "-8x8", "8x8x8", "12x16", "emoji", '"a, Steps: 2, Seed: 3, Size: 8x8"', '"a', '{"a": [1, {}',
-    "[[", "UniPC", "DPM++ 2M SDE Karras", "euler_ancestral_sgm_uniform", "web UI",
-    "some 0.8 other thing 1",
-]
+    "--prompts": ["prompts.txt", "in.png", "none.txt", ""]}
+FACTS = ["", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" * 30, "1" * 5000,
+         "--help", "-h", "..", "/", "a\0b", "🍎", "Euler a", "Euler Karras", "LCM", "8x", "x8",
+         "8x8", "-8x8", "8x8x8", "12x16", "emoji", '"a, Steps: 2, Seed: 3, Size: 8x8"', '"a',
+         '{"a": [1, {}', "[[", "UniPC", "DPM++ 2M SDE Karras", "euler_ancestral_sgm_uniform",
+         "web UI", "some 0.8 other thing 1"]
 THEIRS = ["Hires upscale", "ADetailer prompt", "ControlNet 0", "Denoising strength", "Mask", "VAE",
           "Lora", "Levels", "Enlarged", "Model hash", "Civitai resources", "Foo", "Schedule type"]
-LINES = [
-    "red apple",
-    "red",
-    "# red",
-    "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"', "--steps 1", "--steps x", "-b 2",
-    "-o x.png", "--help", "-h", "--explain", "--show x", "--prompts prompts.txt", "--like like.png",
-    "--like none.png", "-m none", "-i in.png --mask in.png", "--mask in.png", "-p blue",
-    "blue -p blue", "--preview x.png", "--karras --sampler ddim", "\0", "\x1b[31m", "\ud800",
-    "a" * 3000, "red -- blue", "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85",
-    "\f", "🍎 -s 1", '--prompt "red" --cfg_scale 3', "--seed 3 --prompt", '--prompt "',
-    '"red" -s 1', '"', "{red|blue} __a__ [a|b]", "--negative_prompt x",
-    "[red:apple:1]", "[[red|]:0.5] AND re :2", "a AND", "AND", "[:1]", "[a:b:99999999999]",
-    "[|]" * 400, "[" * 300 + "a:1" + "]" * 300, "--control lora.safetensors in.png", "--control x",
-]
+LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"',
+         "--steps 1", "--steps x", "-b 2", "-o x.png", "--help", "-h", "--explain", "--show x",
+         "--prompts prompts.txt", "--like like.png", "--like none.png", "-m none",
+         "-i in.png --mask in.png", "--mask in.png", "-p blue", "blue -p blue", "--preview x.png",
+         "--karras --sampler ddim", "\0", "\x1b[31m", "\ud800", "a" * 3000, "red -- blue",
+         "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85", "\f", "🍎 -s 1",
+         '--prompt "red" --cfg_scale 3', "--seed 3 --prompt", '--prompt "', '"red" -s 1', '"',
+         "{red|blue} __a__ [a|b]", "--negative_prompt x", "[red:apple:1]", "[[red|]:0.5] AND re :2",
+         "a AND", "AND", "[:1]", "[a:b:99999999999]", "[|]" * 400, "[" * 300 + "a:1" + "]" * 300,
+         "--control lora.safetensors in.png", "--control x"]
 
 
 def bytes_spoilt(path, rng):
@@ -123,20 +112,14 @@ def header_spoilt(path, rng):
     header = json.loads(data[8:end])
     name = rng.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
-    rng.choice(
-        [
-            lambda: entry.update(
-                dtype=rng.choice(["F64", "F16", "BF16", "U8", "BOOL", "F8_E4M3", "X", 3])
-            ),
-            lambda: entry.update(
-                data_offsets=rng.choice([[0, 4], [-4, 0], [0], [4, 0], [0, 2**62], "x"])
-            ),
-            lambda: entry.update(shape=rng.choice([[], [0], [-1], [2**62, 4], "x", [1.5]])),
-            lambda: entry.pop(rng.choice(list(entry))),
-            lambda: header.update({"a\nb" * rng.randrange(1, 50): entry}),
-            lambda: header.update({name: rng.choice(JSON)}),
-        ]
-    )()
+    rng.choice([lambda: entry.update(dtype=rng.choice(["F64", "F16", "BF16", "U8", "BOOL",
+                                                       "F8_E4M3", "X", 3])),
+                lambda: entry.update(data_offsets=rng.choice([[0, 4], [-4, 0], [0], [4, 0],
+                                                              [0, 2**62], "x"])),
+                lambda: entry.update(shape=rng.choice([[], [0], [-1], [2**62, 4], "x", [1.5]])),
+                lambda: entry.pop(rng.choice(list(entry))),
+                lambda: header.update({"a\nb" * rng.randrange(1, 50): entry}),
+                lambda: header.update({name: rng.choice(JSON)})])()
     text = json.dumps(header).encode()
     path.unlink()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
@@ -152,19 +135,14 @@ def arrays_spoilt(path, rng):
     elif kind == 1:
         arrays[rng.choice(["extra", "", "0", "a.b", name + ".x", "conv_in", "ä" * 99])] = array
     elif kind == 2:
-        arrays[name] = rng.choice(
-            [
-                array[:-1], array[None], array.reshape(-1), array[:0],
-                array.reshape(-1)[:1].reshape(()),
-            ]
-        )
+        arrays[name] = rng.choice([array[:-1], array[None], array.reshape(-1), array[:0],
+                                   array.reshape(-1)[:1].reshape(())])
     elif kind == 3:
         array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf, 3e38])
         arrays[name] = array
     elif kind == 4:
         arrays[name] = array.astype(
-            rng.choice([np.float64, np.float16, np.int32, np.uint8, np.bool_])
-        )
+            rng.choice([np.float64, np.float16, np.int32, np.uint8, np.bool_]))
     else:
         arrays = dict(rng.sample(list(arrays.items()), rng.randrange(len(arrays))))
     path.unlink()
@@ -257,23 +235,18 @@ def single_file_spoilt(path, rng):
             arrays[name] = rng.choice([array[:-1], array[None], array.reshape(-1), array[:0],
                                        array.reshape(-1)[:1].reshape(())])
         elif kind == 2:
-            other = re.sub(
-                r"\d+", lambda m: rng.choice(["0", "7", "99", "x", "9" * 30, m[0]]), name
-            )
+            other = re.sub(r"\d+", lambda m: rng.choice(["0", "7", "99", "x", "9" * 30, m[0]]),
+                           name)
             arrays[other] = arrays.pop(name)
         elif kind == 3:
-            prefix = rng.choice([
-                "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.",
-                "cond_stage_model.model.", "conditioner.embedders.0.transformer.text_model.",
-                "conditioner.embedders.1.model.", "conditioner.embedders.2.",
-            ])
-            word = rng.choice(
-                [
-                    "input_blocks.x.0", "input_blocks." + "1" * 5000 + ".0.op.weight", "", "out.0",
-                    "output_blocks.0.0.conv.weight", "decoder.up.9.block.0.x",
-                    "transformer.resblocks.0.attn.in_proj_weight", "a..b", ".", "1",
-                ]
-            )
+            prefix = rng.choice(["model.diffusion_model.", "first_stage_model.",
+                                 "cond_stage_model.transformer.", "cond_stage_model.model.",
+                                 "conditioner.embedders.0.transformer.text_model.",
+                                 "conditioner.embedders.1.model.", "conditioner.embedders.2."])
+            word = rng.choice(["input_blocks.x.0", "input_blocks." + "1" * 5000 + ".0.op.weight",
+                               "", "out.0", "output_blocks.0.0.conv.weight",
+                               "decoder.up.9.block.0.x",
+                               "transformer.resblocks.0.attn.in_proj_weight", "a..b", ".", "1"])
             arrays[prefix + word] = array
         elif kind == 4:
             arrays[name] = array.astype(rng.choice([np.float64, np.float16, np.int32, np.bool_]))
@@ -297,25 +270,15 @@ def lora_spoilt(path, rng):
         side = rng.choice(["lora_down.weight", "lora_up.weight"])
         array = arrays[f"{name}.{side}"]
         arrays[f"{name}.{side}"] = rng.choice(
-            [
-                array[:1], array[:, :1], array[:0], array.reshape(-1),
-                array.reshape(len(array), -1), array[..., 0, 0], np.swapaxes(array, 0, 1),
-                array * 1e30,
-            ]
-        )
+            [array[:1], array[:, :1], array[:0], array.reshape(-1), array.reshape(len(array), -1),
+             array[..., 0, 0], np.swapaxes(array, 0, 1), array * 1e30])
     elif kind == 2:
         arrays = {rng.choice([key, key.replace("unet", "te"), key.replace("lora_", ""), "x" + key,
                               key.replace("resnets_0", "resnets_1")]): array
                   for key, array in arrays.items()}
     elif kind == 3:
-        metadata = {
-            "lora_adapter_metadata": rng.choice(
-                [
-                    json.dumps({"unet.lora_alpha": rng.choice(SPOILT)}), "[]", "{", "[" * 100_000,
-                    "1", "",
-                ]
-            )
-        }
+        metadata = {"lora_adapter_metadata": rng.choice([json.dumps(
+            {"unet.lora_alpha": rng.choice(SPOILT)}), "[]", "{", "[" * 100_000, "1", ""])}
         arrays.pop(f"{name}.alpha")
     else:
         arrays = {key: array for key, array in arrays.items() if rng.random() < 0.7}
@@ -353,34 +316,24 @@ def text_spoilt(path, rng):
     text, _ = facts.recorded_text(path)
     kind = rng.randrange(4)
     if kind == 0:
-        text = re.sub(
-            rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG",
-                        "Clip skip", "TI hashes", "Version"])
-            + ": [^,]*", lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text,
-        )
+        text = re.sub(rng.choice(["Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "RNG",
+                                  "Clip skip", "TI hashes", "Version"]) + ": [^,]*",
+                      lambda match: match[0].split(":")[0] + ": " + rng.choice(FACTS), text)
     elif kind == 1:
         text = text.replace(
-            *rng.choice(
-                [
-                    ("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""),
-                    (": ", ":"), ("red", "-h"), ("red", "--help"), ("red", "\0Steps: 3\n" * 9),
-                    ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed"),
-                    ("RNG", f"{rng.choice(THEIRS)}: {rng.choice(FACTS)}, RNG"),
-                    ("\nSteps", " Steps"), ("CFG scale", "CFG Scale"),
-                    ("\nSteps", "\nTemplate: Steps: 2, Seed: 1, Size: 8x8\nSteps"),
-                ]
-            )
-        )
+            *rng.choice([("\n", ""), ("Negative prompt:", ""), ("Steps", "Step"), (", ", ""),
+                         (": ", ":"), ("red", "-h"), ("red", "--help"), ("red", "\0Steps: 3\n" * 9),
+                         ("Steps: ", "Steps: 2, Steps: "), ("Seed", "Schedule type: Karras, Seed"),
+                         ("RNG", f"{rng.choice(THEIRS)}: {rng.choice(FACTS)}, RNG"),
+                         ("\nSteps", " Steps"), ("CFG scale", "CFG Scale"),
+                         ("\nSteps", "\nTemplate: Steps: 2, Seed: 1, Size: 8x8\nSteps")]))
     elif kind == 2:
         text = text[:rng.randrange(len(text))]
     else:
         for _ in range(rng.randrange(1, 9)):
             i = rng.randrange(len(text))
-            text = (
-                text[:i]
-                + chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD7FF)]))
-                + text[i + 1 :]
-            )
+            text = (text[:i] + chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD7FF)]))
+                    + text[i + 1 :])
     picture.load()
     path.unlink()
     if path.suffix == ".png":
@@ -400,18 +353,14 @@ def lines_spoilt(path, rng):
 
 
 def prompt(rng):
-    return rng.choice(
-        [
-            "", " ", "red apple" * rng.randrange(50),
-            "".join(chr(rng.randrange(1, 32)) for _ in range(20)), "\0",
-            "🍎👩‍👩‍👧" * rng.randrange(1, 40),
-            "".join(chr(rng.randrange(0xD7FF)) for _ in range(rng.randrange(200))), "\ud800", "--",
-            "a" * rng.randrange(1, 20000), "<|endoftext|>" * 9, "\x1c" * 5000,
-            "\u3000" * 5000 + "red", "\r\nred\n" * 30, "x " * 30000, "<lora:lora:0.5>red",
-            "<lora:x:1>", "<lora:lora:nan>", "<lora:" + "a" * 5000 + ">", "(red:1.5) [" * 300,
-            "<a:b>" * 300, "(red:1.2.3)",
-        ]
-    )
+    return rng.choice(["", " ", "red apple" * rng.randrange(50),
+                       "".join(chr(rng.randrange(1, 32)) for _ in range(20)), "\0",
+                       "🍎👩‍👩‍👧" * rng.randrange(1, 40),
+                       "".join(chr(rng.randrange(0xD7FF)) for _ in range(rng.randrange(200))),
+                       "\ud800", "--", "a" * rng.randrange(1, 20000), "<|endoftext|>" * 9,
+                       "\x1c" * 5000, "\u3000" * 5000 + "red", "\r\nred\n" * 30, "x " * 30000,
+                       "<lora:lora:0.5>red", "<lora:x:1>", "<lora:lora:nan>", "<lora:" + "a" * 5000
+                       + ">", "(red:1.5) [" * 300, "<a:b>" * 300, "(red:1.2.3)"])
 
 
 def write_single_file(path, encoders=1):
@@ -419,14 +368,11 @@ def write_single_file(path, encoders=1):
     names = {"vae": "first_stage_model.", "unet": "model.diffusion_model."}
     names |= {"text_encoder": "cond_stage_model.transformer.text_model."} if encoders == 1 else {
         "text_encoder": "conditioner.embedders.0.transformer.text_model.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    }
+        "text_encoder_2": "conditioner.embedders.1.model."}
     config = {part: dict((CONFIG if encoders == 1 else TWO_ENCODERS)[part]) for part in names}
     for part in ("text_encoder", "text_encoder_2")[:encoders]:
-        config[part] |= {
-            "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 2,
-            "num_attention_heads": 1, "num_hidden_layers": encoders,
-        }
+        config[part] |= {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 2,
+                         "num_attention_heads": 1, "num_hidden_layers": encoders}
     config["unet"] |= {"cross_attention_dim": 2 * encoders, "norm_num_groups": 32,
                        "attention_head_dim": 8, "block_out_channels": [32, 64]}
     config["vae"] |= {"norm_num_groups": 32, "block_out_channels": [32, 32]}
@@ -475,18 +421,10 @@ def case(folder, rng):
     elif kind == 3:
         json_spoilt(model / rng.choice(configs), rng)
     elif kind == 4:
-        rng.choice(
-            [
-                bytes_spoilt,
-                bytes_spoilt,
-                lambda path, rng: Image.new("L", rng.choice([(1, 1), (1, 10000), (9, 9)])).save(
-                    path
-                ),
-            ]
-        )(folder / "in.png", rng)
-        argv += rng.choice(
-            [["-i", "in.png"], ["-i", "in.png"], ["-i", "like.png", "--mask", "in.png"]]
-        )
+        rng.choice([bytes_spoilt, bytes_spoilt, lambda path, rng: Image.new(
+            "L", rng.choice([(1, 1), (1, 10000), (9, 9)])).save(path)])(folder / "in.png", rng)
+        argv += rng.choice([["-i", "in.png"], ["-i", "in.png"],
+                            ["-i", "like.png", "--mask", "in.png"]])
     elif kind == 5:
         rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt])(folder / "lora.safetensors", rng)
         argv += ["--lora", "lora.safetensors"]
@@ -495,20 +433,13 @@ def case(folder, rng):
             argv += [flag] if (value := rng.choice(FLAGS[flag])) is None else [flag, value]
     elif kind == 8:
         rng.choice([text_spoilt, text_spoilt, text_spoilt, bytes_spoilt])(folder / "like.png", rng)
-        return (
-            argv[:2]
-            + ["--like", "like.png"]
-            + rng.choice([[], ["blue"], ["-s", "3"], ["-p", "-h"]])
-        )
+        return (argv[:2] + ["--like", "like.png"]
+                + rng.choice([[], ["blue"], ["-s", "3"], ["-p", "-h"]]))
     elif kind == 9:
-        rng.choice([lines_spoilt, lines_spoilt, lines_spoilt, bytes_spoilt])(
-            folder / "prompts.txt", rng
-        )
-        return (
-            argv
-            + ["--prompts", "prompts.txt"]
-            + rng.choice([[], ["-b", "2"], ["-s", "3"], ["-o", "x/out.png"]])
-        )
+        rng.choice([lines_spoilt, lines_spoilt, lines_spoilt, bytes_spoilt])(folder / "prompts.txt",
+                                                                             rng)
+        return (argv + ["--prompts", "prompts.txt"]
+                + rng.choice([[], ["-b", "2"], ["-s", "3"], ["-o", "x/out.png"]]))
     elif kind == 10:
         argv += ["--preview", rng.choice(FLAGS["--preview"])]
     elif kind == 11:
@@ -577,20 +508,16 @@ def draws_or_says(argv, folder, capsys):
         (folder / name).unlink()
         new.remove(name)
     if status == 0:
-        assert (
-            new == set(out.split("\n")) - {""}
-            and (new or "--prompts" in argv)
-            and len(said) <= 2 + len(new)
-        )
+        assert (new == set(out.split("\n")) - {""} and (new or "--prompts" in argv)
+                and len(said) <= 2 + len(new))
         for name in new:
             Image.open(folder / name).load()
     else:
         assert status == 2 and not new and out == "" and "Traceback" not in err, err
         assert len(said) == 1 and len(said[0]) < 2500, err
         lines = [line for line in err.splitlines() if line and not re.match(NOTES, line)]
-        assert [line for line in lines if "step/s" not in line and "s/step" not in line] == said, (
-            err
-        )
+        assert [line for line in lines
+                if "step/s" not in line and "s/step" not in line] == said, (err)
     for name in new:
         (folder / name).unlink()
     return status
@@ -603,29 +530,18 @@ def folder(tmp_path, monkeypatch):
     write_model(tmp_path / "original/model")
     write_model(tmp_path / "original/xl", TWO_ENCODERS)
     Image.effect_noise((9, 7), 50).save(tmp_path / "original/in.png")
-    (tmp_path / "original/prompts.txt").write_text(
-        "red apple\n# red\napple -s 5\n", encoding="utf-8"
-    )
+    (tmp_path / "original/prompts.txt").write_text("red apple\n# red\napple -s 5\n",
+                                                   encoding="utf-8")
     monkeypatch.chdir(tmp_path / "original")
     save_file({"emb_params": np.ones((2, 12), np.float32)}, "word.safetensors")
-    assert (
-        cli.main(
-            [
-                "red apple word", "-n", "blue", "-m", "model", "-o", "like.png", "--steps", "2",
-                "--sampler", "euler", "--clip-skip", "2", "--embedding", "word.safetensors",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["red apple word", "-n", "blue", "-m", "model", "-o", "like.png", "--steps",
+                     "2", "--sampler", "euler", "--clip-skip", "2", "--embedding",
+                     "word.safetensors"]) == 0
     name, rng = "lora_unet_mid_block_resnets_0_conv1", np.random.default_rng(0)
-    save_file(
-        {
-            f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32),
-            f"{name}.alpha": np.float32(1)[None],
-            f"{name}.lora_up.weight": rng.random((16, 2, 1, 1), np.float32),
-        },
-        tmp_path / "original/lora.safetensors",
-    )
+    save_file({f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32),
+               f"{name}.alpha": np.float32(1)[None],
+               f"{name}.lora_up.weight": rng.random((16, 2, 1, 1), np.float32)},
+              tmp_path / "original/lora.safetensors")
     draw = ["red apple", "-n", "blue", "-m", "model", "--steps", "2"]
     for name in ("like.jpg", "like.webp"):
         assert cli.main([*draw, "-o", name]) == 0
@@ -653,24 +569,18 @@ def test_spoilt_inputs(folder, capsys, monkeypatch, pytestconfig):
         try:
             results.append(draws_or_says(argv, place, capsys))
         except (Exception, SystemExit) as error:
-            failures.append(
-                f"case {number} of seed {seed}: {ascii(argv)[:200]}: "
-                f"{type(error).__name__}: {ascii(str(error))[:300]}"
-            )
+            failures.append(f"case {number} of seed {seed}: {ascii(argv)[:200]}: "
+                            f"{type(error).__name__}: {ascii(str(error))[:300]}")
         monkeypatch.chdir(folder)
         shutil.rmtree(place)
     assert not failures, "\n".join([f"{len(failures)} of {count}", *failures[:20]])
     assert results.count(0) > count / 20 and results.count(2) > count / 4
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a" * 10**6, "".join(random.Random(0).choices("abcdefghij", k=10**6)), "red apple " * 10**5,
-        "\x1c" * 10**6, "🍎" * 250000, " " * 10**6 + "x",
-    ],
-    ids=lambda text: ascii(text[:6]),
-)
+@pytest.mark.parametrize("text",
+                         ["a" * 10**6, "".join(random.Random(0).choices("abcdefghij", k=10**6)),
+                          "red apple " * 10**5, "\x1c" * 10**6, "🍎" * 250000, " " * 10**6 + "x"],
+                         ids=lambda text: ascii(text[:6]))
 def test_a_prompt_of_a_megabyte(text):
     """Cut before it is merged, in a second or two.
 
@@ -680,9 +590,8 @@ def test_a_prompt_of_a_megabyte(text):
     start = time.process_time()
     ids, cut = tokenizer.encode(text)
     assert time.process_time() - start < 20
-    assert ids.tolist()[1:76] == (tokenizer.tokens(text.strip(" ")[:4000]) + [tokenizer.pad] * 75)[
-        :75
-    ] and bool(cut) == (len(text.strip(" ")) > 1)
+    assert (ids.tolist()[1:76] == (tokenizer.tokens(text.strip(" ")[:4000]) + [tokenizer.pad]
+                                   * 75)[:75] and bool(cut) == (len(text.strip(" ")) > 1))
 
 
 def test_a_picture_of_a_hundred_megapixels(folder, capsys, monkeypatch):

@@ -57,8 +57,7 @@ def counting(asked):
 def test_outside_of_the_interval_the_prompt_alone_is_asked_for(loaded):
     asked = []
     make = guidance.within(counting(asked), 0.2, 0.8)
-    *_, x = like_diffusers.generate(loaded, "red", steps=10, sampler="euler",
-                                    make_denoiser=make)
+    *_, x = like_diffusers.generate(loaded, "red", steps=10, sampler="euler", make_denoiser=make)
     assert len(asked) == 10
     for t, contexts, scale in asked:
         inside = 0.2 <= t / 1000 <= 0.8

@@ -26,9 +26,8 @@ from helpers import FILES, TWO_ENCODERS, finish, launch, sd, write_model
 
 pytestmark = pytest.mark.slow
 
-COMMIT, REPOSITORY, TOKEN = (
-    "0123456789abcdef0123456789abcdef01234567", "someone/small-model", "hf_secret",
-)
+COMMIT, REPOSITORY, TOKEN = ("0123456789abcdef0123456789abcdef01234567", "someone/small-model",
+                             "hf_secret")
 WEIGHTS = {f"{part}/{stem}.safetensors" for part, stem in FILES.items()}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LICENCE = "mit"
@@ -67,30 +66,17 @@ class Hub:
         self.server.server_close()
 
     def files(self):
-        return {
-            str(path.relative_to(self.folder)): path
-            for path in self.folder.rglob("*")
-            if path.is_file()
-        }
+        return {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*")
+                if path.is_file()}
 
     def answer(self, request, path):
         api = re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/[^/]+)?(/tree/[^/]+)?", path)
-        file = re.fullmatch(
-            rf"/(?:{REPOSITORY}/resolve/(?P<revision>[^/]+)|cdn)/(?P<file>.+)", path
-        )
-        if (
-            self.private
-            and not path.startswith("/cdn/")
-            and request.headers.get("Authorization") != f"Bearer {TOKEN}"
-        ):
-            return self.send(
-                request,
-                401,
-                {
-                    "X-Error-Code": "RepoNotFound",
-                    "X-Error-Message": "Invalid username or password.",
-                },
-            )
+        file = re.fullmatch(rf"/(?:{REPOSITORY}/resolve/(?P<revision>[^/]+)|cdn)/(?P<file>.+)",
+                            path)
+        if (self.private and not path.startswith("/cdn/")
+            and request.headers.get("Authorization") != f"Bearer {TOKEN}"):
+            return self.send(request, 401, {"X-Error-Code": "RepoNotFound",
+                                            "X-Error-Message": "Invalid username or password."})
         if api and api[2]:
             return self.send(request, 200, {}, json.dumps([
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": sha1(path)}
@@ -98,49 +84,31 @@ class Hub:
         if api:
             return self.send(
                 request, 200, {},
-                json.dumps(
-                    {
-                        "id": REPOSITORY, "sha": COMMIT, "private": False, "tags": [],
-                        "downloads": 0, "likes": 0, "cardData": {"license": LICENCE},
-                        "siblings": [
-                            {"rfilename": name, "size": path.stat().st_size}
-                            for name, path in self.files().items()
-                        ],
-                    }
-                ).encode(),
-            )
+                json.dumps({"id": REPOSITORY, "sha": COMMIT, "private": False, "tags": [],
+                            "downloads": 0, "likes": 0, "cardData": {"license": LICENCE},
+                            "siblings": [{"rfilename": name, "size": path.stat().st_size}
+                                         for name, path in self.files().items()]}).encode())
         if not file:
-            return self.send(
-                request, 404,
-                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
-            )
+            return self.send(request, 404, {"X-Error-Code": "RepoNotFound",
+                                            "X-Error-Message": "Repository not found"})
         if file["revision"] not in (None, "main", COMMIT):
             return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
         if file["file"] not in self.files():
-            return self.send(
-                request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
-            )
+            return self.send(request, 404,
+                             {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         source = self.folder / file["file"]
         size, etag = source.stat().st_size, f'"{sha1(source)}"'
         if file["revision"] and source.suffix == ".safetensors":
-            return self.send(
-                request,
-                302,
-                {
-                    "Location": f"/cdn/{file['file']}", "X-Linked-Size": str(size),
-                    "X-Linked-ETag": etag, "X-Repo-Commit": COMMIT,
-                },
-            )
-        self.send(
-            request, 200, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"},
-            source.read_bytes(), file["file"],
-        )
+            return self.send(request, 302,
+                             {"Location": f"/cdn/{file['file']}", "X-Linked-Size": str(size),
+                              "X-Linked-ETag": etag, "X-Repo-Commit": COMMIT})
+        self.send(request, 200, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"},
+                  source.read_bytes(), file["file"])
 
     def send(self, request, status, headers, body=b"", name=None):
         size, begin = len(body), 0
-        if status == 200 and (
-            match := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range") or "")
-        ):
+        if status == 200 and (match := re.fullmatch(r"bytes=(\d+)-",
+                                                    request.headers.get("Range") or "")):
             status, begin = 206, int(match[1])
             headers = {**headers, "Content-Range": f"bytes {begin}-{size - 1}/{size}"}
         request.send_response(status)
@@ -167,11 +135,9 @@ def sha1(path):
 def model(tmp_path):
     """The random model as a repository might hold it, with files that are not needed."""
     folder = write_model(tmp_path / "repository")
-    for name in (
-        "README.md", "model.ckpt", "unet/diffusion_pytorch_model.bin",
-        "unet/diffusion_pytorch_model.non_ema.safetensors", "safety_checker/model.safetensors",
-        "tokenizer/README.md",
-    ):
+    for name in ("README.md", "model.ckpt", "unet/diffusion_pytorch_model.bin",
+                 "unet/diffusion_pytorch_model.non_ema.safetensors",
+                 "safety_checker/model.safetensors", "tokenizer/README.md"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not needed")
     return folder
@@ -198,10 +164,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(hub, *argv, **environment):
-        environment = {
-            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": getattr(hub, "url", hub),
-            "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "60", **environment,
-        }
+        environment = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": getattr(hub, "url", hub),
+                       "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "60", **environment}
         return launch("apple", "--steps", "1", *argv, **environment)
 
     return start
@@ -254,21 +218,17 @@ def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
     """
     hub = serve()
     status, out, said, _ = run(hub, "-m", REPOSITORY)
-    assert (status, out) == (0, "out.png\n") and cached(tmp_path) == fetched(
-        hub
-    ) == CONFIGS | TOKENIZER | WEIGHTS
+    assert ((status, out) == (0, "out.png\n")
+            and cached(tmp_path) == fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS)
     assert said == [f"tiny_sd: fetching {hub.url}/{REPOSITORY}, 0.0 GB, licence: mit"]
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:3] == (0, "out-1.png\n", []) and hub.requests == []
-    assert run("http://127.0.0.1:9", "-m", REPOSITORY, HF_HUB_OFFLINE="1")[:3] == (
-        0, "out-2.png\n", [],
-    )
+    assert run("http://127.0.0.1:9", "-m", REPOSITORY,
+               HF_HUB_OFFLINE="1")[:3] == (0, "out-2.png\n", [])
     assert run(hub, "-m", str(model))[:2] == (0, "out-3.png\n")
     pictures = [Image.open(name) for name in ("out.png", "out-1.png", "out-2.png", "out-3.png")]
-    assert (
-        len({picture.tobytes() for picture in pictures}) == 1
-        and "Model: small-model," in pictures[0].text["parameters"]
-    )
+    assert (len({picture.tobytes() for picture in pictures}) == 1
+            and "Model: small-model," in pictures[0].text["parameters"])
 
 
 def test_a_second_text_encoder_comes_too(serve, run, model, tmp_path):
@@ -288,10 +248,8 @@ def test_half_precision_where_there_is_one_and_never_both(parts, serve, run, mod
     half(model, *parts)
     hub = serve()
     assert run(hub, "-m", REPOSITORY)[0] == 0
-    expected = {
-        re.sub(r"\.safetensors$", ".fp16.safetensors", name) if name.startswith(parts) else name
-        for name in WEIGHTS
-    }
+    expected = {re.sub(r"\.safetensors$", ".fp16.safetensors", name)
+                if name.startswith(parts) else name for name in WEIGHTS}
     assert fetched(hub) == cached(tmp_path) == CONFIGS | TOKENIZER | expected
 
 
@@ -311,16 +269,8 @@ def test_the_newer_form_of_the_tokenizer(serve, run, model):
     assert BPE(
         json.loads(files["vocab.json"].read_text()), [tuple(merge) for merge in merges]
     )  # it is one
-    (model / "tokenizer/tokenizer.json").write_text(
-        json.dumps(
-            {
-                "model": {
-                    "type": "BPE", "vocab": json.loads(files["vocab.json"].read_text()),
-                    "merges": merges,
-                }
-            }
-        )
-    )
+    (model / "tokenizer/tokenizer.json").write_text(json.dumps({"model": {
+        "type": "BPE", "vocab": json.loads(files["vocab.json"].read_text()), "merges": merges}}))
     for path in files.values():
         path.unlink()
     hub = serve()
@@ -332,11 +282,9 @@ def test_what_another_program_left_in_the_cache_is_used(serve, run, model, tmp_p
     hub = serve()
     script = ("from huggingface_hub import snapshot_download; "
               f"snapshot_download({REPOSITORY!r}, ignore_patterns=['*.bin', '*.ckpt'])")
-    subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True,
-        env=os.environ
-        | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
-    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
+                   env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url,
+                                     "HF_HUB_OFFLINE": "0"})
     half(model, *FILES)
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:3] == (0, "out.png\n", []) and hub.requests == []
@@ -350,11 +298,8 @@ def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
     assert formats.HUB.keys() == {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny",
                                   "sdxl", "sdxl-turbo"}
     for repository, revision, licence in formats.HUB.values():
-        assert (
-            re.fullmatch(r"[\w-]+/[\w.-]+", repository)
-            and re.fullmatch("[0-9a-f]{40}|main", revision)
-            and licence
-        )
+        assert (re.fullmatch(r"[\w-]+/[\w.-]+", repository)
+                and re.fullmatch("[0-9a-f]{40}|main", revision) and licence)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sd, "HERE", tmp_path / "program")
     shutil.copytree(model, tmp_path / "program/weights/sd15")
@@ -382,26 +327,21 @@ def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
     hub = serve()
     for asked in (True, False):
         script = "from extras import formats; print(formats.load('sd15').name)"
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, cwd=program,
-            env=os.environ
-            | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
-        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                              cwd=program,
+                              env=os.environ | {"HF_HOME": str(tmp_path / "hf"),
+                                                "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"})
         assert done.stdout == "sd15\n" and ("creativeml-openrail-m" in done.stderr) == asked
-        assert bool(hub.requests) == asked and all(
-            "main" not in path for _, path, _ in hub.requests
-        )
+        assert (bool(hub.requests) == asked
+                and all("main" not in path for _, path, _ in hub.requests))
         hub.requests.clear()
 
 
 # ── Interrupted ───────────────────────────────────────────────────────────────────────────────────
 
 def ranges(hub, name):
-    return [
-        wanted
-        for method, path, wanted in hub.requests
-        if method == "GET" and path == f"/cdn/{name}"
-    ]
+    return [wanted for method, path, wanted in hub.requests
+            if method == "GET" and path == f"/cdn/{name}"]
 
 
 def stretch(path, size):
@@ -411,9 +351,8 @@ def stretch(path, size):
     """
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    path.write_bytes(
-        (end - 8 + size).to_bytes(8, "little") + data[8:end] + b" " * size + data[end:]
-    )
+    path.write_bytes((end - 8 + size).to_bytes(8, "little") + data[8:end] + b" " * size
+                     + data[end:])
 
 
 def test_a_connection_that_breaks_is_resumed(serve, run, model):
@@ -436,19 +375,15 @@ def test_ctrl_c_in_a_download_and_on_from_there(serve, start, run):
     assert hub.stalled.wait(120)
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
-    assert (
-        (status, out) == (130, "")
-        and err.endswith("tiny_sd: interrupted\n")
-        and "Traceback" not in err
-    )
+    assert ((status, out) == (130, "") and err.endswith("tiny_sd: interrupted\n")
+            and "Traceback" not in err)
     assert not list(Path().glob("*.png"))
     before = fetched(hub)
     hub.go.set()
     hub.requests.clear()
     assert run(hub, "-m", REPOSITORY)[:2] == (0, "out.png\n")
-    assert (
-        before & fetched(hub) == {UNET} and before | fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS
-    )
+    assert (before & fetched(hub) == {UNET}
+            and before | fetched(hub) == CONFIGS | TOKENIZER | WEIGHTS)
 
 
 # ── Refused ───────────────────────────────────────────────────────────────────────────────────────
@@ -480,10 +415,8 @@ def test_a_repository_that_lacks_a_file(serve, run, model):
 
 
 def test_no_server(run):
-    refused(
-        run("http://127.0.0.1:9", "-m", "sd15"), "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "weights/sd15",
-    )
+    refused(run("http://127.0.0.1:9", "-m", "sd15"), "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "weights/sd15")
 
 
 def test_offline(serve, run):
@@ -503,12 +436,9 @@ def test_half_of_it_in_the_cache_is_not_taken_for_all(serve, run, model):
 def test_without_the_package(run, tmp_path):
     (tmp_path / "lacking").mkdir()
     (tmp_path / "lacking/huggingface_hub.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'huggingface_hub'\")"
-    )
-    refused(
-        run("http://127.0.0.1:9", "-m", "tiny", PYTHONPATH=str(tmp_path / "lacking")),
-        "huggingface_hub", "nota-ai/bk-sdm-tiny",
-    )
+        "raise ModuleNotFoundError(\"No module named 'huggingface_hub'\")")
+    refused(run("http://127.0.0.1:9", "-m", "tiny", PYTHONPATH=str(tmp_path / "lacking")),
+            "huggingface_hub", "nota-ai/bk-sdm-tiny")
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such/folder", "../no", "folder/sd.safetensors"])

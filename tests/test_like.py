@@ -16,15 +16,11 @@ from tiny_sd import UserError
 
 
 def test_like_draws_the_picture_again(tmp_path):
-    first, again, other, model = (
-        tmp_path / "first.png", tmp_path / "again.png", tmp_path / "other.png",
-        str(write_model(tmp_path / "m")),
-    )
+    first, again, other, model = (tmp_path / "first.png", tmp_path / "again.png",
+                                  tmp_path / "other.png", str(write_model(tmp_path / "m")))
     prompt = "red, apple: Steps: 3\nNegative prompt: x"
-    how = [
-        "-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras", "--cfg-scale",
-        "3.5", "-W", "20", "-H", "12",
-    ]
+    how = ["-n", "a, b: c", "--steps", "3", "-s", "7", "--sampler", "euler", "--karras",
+           "--cfg-scale", "3.5", "-W", "20", "-H", "12"]
     assert cli.main([prompt, "-m", model, "-o", str(first), *how]) == 0
     words, negative, facts = parse(Image.open(first))
     assert (words, negative, facts["Seed"]) == (prompt, "a, b: c", "7")
@@ -41,24 +37,20 @@ def test_like_reads_what_other_programs_write(tmp_path):
         "parameters",
         "a (cat:1.2), sitting\nNegative prompt: dog, bad\nSteps: 25, Sampler: DPM++ 2M, "
         "Schedule type: Karras, CFG scale: 6.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
-        "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1",
-    )
+        "Model: v1-5-pruned-emaonly, RNG: CPU, Version: v1.10.1")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     args = cli.make_job(["--like", str(tmp_path / "a.png"), "--steps", "9", "-m", "emoji"])
-    assert (
-        args.prompt, args.negative_prompt, args.steps, args.sampler, args.schedule, args.cfg_scale,
-        args.seed, args.width, args.height,
-    ) == ("a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", "karras", 6.5, 42, 512, 768)
+    assert (args.prompt, args.negative_prompt, args.steps, args.sampler, args.schedule,
+            args.cfg_scale, args.seed, args.width, args.height) == (
+                "a (cat:1.2), sitting", "dog, bad", 9, "dpm++2m", "karras", 6.5, 42, 512, 768)
 
 
 def test_like_says_what_it_does_not_take_up(run):
     PLAIN.save("in.png")
-    write_facts(
-        "a.png",
-        "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
-        "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
-        "Foo: 1, Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV",
-    )
+    write_facts("a.png",
+                "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
+                "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
+                "Foo: 1, Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV")
     status, out, err = cli_lines(run, "--like", "a.png", model=False)
     assert (status, out) == (2, []) and err == [
         "a.png was drawn by the model /etc/other, which is not in weights/ nor here: give it, or "
@@ -148,12 +140,11 @@ def test_like_without_a_lora_says_so_and_draws(run):
     write_facts("a.png", "red <lora:none:0.8> <hypernet:x:1> <lora:no:1>\nSteps: 2, "
                          "Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
     status, out, err = cli_lines(run, "--like", "a.png")
-    assert (status, out) == (0, ["out.png"]) and err == [
+    assert ((status, out) == (0, ["out.png"]) and err == [
         "--like a.png: <lora:none:0.8>, <lora:no:1> are not taken up: there is no such LoRA beside "
-        "the model, in "
-        "loras/ or here: --lora FILE names one elsewhere",
+        "the model, in " "loras/ or here: --lora FILE names one elsewhere",
         "--like a.png: <hypernet:x:1> is not taken up: of such tags, <lora:name:weight> is known "
-        "here"]
+        "here"])
 
 
 def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):

@@ -20,14 +20,10 @@ from helpers_cli import PLAIN, parse, write_facts
 
 
 def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
-    model, out, lines = (
-        str(write_model(tmp_path / "m")), tmp_path / "p.png", tmp_path / "prompts.txt",
-    )
-    lines.write_text(
-        "# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\n"
-        "well-known -b 2\n",
-        encoding="utf-8",
-    )
+    model, out, lines = (str(write_model(tmp_path / "m")), tmp_path / "p.png",
+                         tmp_path / "prompts.txt")
+    lines.write_text("# first\nred apple\n\na dog's house -s 5 --steps 2 -n 'b, c'   # a comment\n"
+                     "well-known -b 2\n", encoding="utf-8")
     run = ["--prompts", str(lines), "-m", model, "-o", str(out), "--steps", "1"]
     assert cli.main(run) == 0
     names = ["p-0002.png", "p-0004.png", "p-0005-000.png", "p-0005-001.png"]
@@ -43,14 +39,11 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
         formats, "load", None
     )  # no need to wait for a model if nothing is to be drawn
     capsys.readouterr()
-    assert cli.main(run) == 0 and capsys.readouterr() == (
-        "",
-        f"tiny_sd: {lines}: every picture is there already\n",
-    )
-    for line, said in (
-        ("red --steps 0", "--steps 0"), ("red -h 64", "-h"), ("red --preview x.png", "--preview"),
-        ("red -m x", "model"), ("--seed 3 red", "not with --seed"),
-    ):
+    assert (cli.main(run) == 0
+            and capsys.readouterr() == ("", f"tiny_sd: {lines}: every picture is there already\n"))
+    for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"),
+                       ("red --preview x.png", "--preview"), ("red -m x", "model"),
+                       ("--seed 3 red", "not with --seed")):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2
         err = capsys.readouterr().err
@@ -62,19 +55,13 @@ def test_two_processes_share_the_prompts(tmp_path):
     pytest.importorskip("torch")
     model, lines = str(write_model(tmp_path / "m")), tmp_path / "prompts.txt"
     lines.write_text("red\napple\nred apple\n", encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            ROOT / "tiny_sd.py", "--prompts", lines, "-m", model, "-o", tmp_path / "p.png",
-            "--steps", "1",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", ROOT / "tiny_sd.py", "--prompts", lines, "-m",
+                           model, "-o", tmp_path / "p.png", "--steps", "1"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "p-0001.png", "p-0002.png", "p-0003.png",
-    ]
+    assert sorted(path.name
+                  for path in tmp_path.glob("*.png")) == ["p-0001.png", "p-0002.png", "p-0003.png"]
 
 
 def test_a_batch_that_broke_off_goes_on(run):
@@ -195,14 +182,10 @@ def test_a_line_like_another_picture(run):
     assert sum("ENSD" in line for line in err) == 1
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
-        {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"},
-        {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"},
-    ],
-)
+@pytest.mark.parametrize("environment",
+                         [{"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"},
+                          {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"},
+                          {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}])
 def test_half_of_what_torchrun_says(run, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -17,19 +17,15 @@ from extras import cli, formats, like_diffusers
 
 pytestmark = pytest.mark.slow
 
-UNET = [
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
-    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0",
-    "down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
-    "down_blocks.0.attentions.1.proj_in", "down_blocks.2.resnets.0.conv1",
-    "down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut",
-    "mid_block.resnets.0.time_emb_proj",
-]
-TEXT = [
-    "encoder.layers.0.self_attn.q_proj", "encoder.layers.2.self_attn.out_proj",
-    "encoder.layers.1.mlp.fc1",
-]
+UNET = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+        "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0",
+        "down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
+        "down_blocks.0.attentions.1.proj_in", "down_blocks.2.resnets.0.conv1",
+        "down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut",
+        "mid_block.resnets.0.time_emb_proj"]
+TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.2.self_attn.out_proj",
+        "encoder.layers.1.mlp.fc1"]
 ATTENTION = [name for name in UNET if "attn" in name]
 
 
@@ -40,10 +36,8 @@ def parts_of(model):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return {
-        part: tiny_sd.flatten(weights)
-        for part, weights in parts_of(formats.load(folder)).items()
-    }
+    return {part: tiny_sd.flatten(weights)
+            for part, weights in parts_of(formats.load(folder)).items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +78,13 @@ def bare_processor(part, name):
 
 
 def base_model(part, name):
-    return (
-        f"base_model.model.{name}.lora_A.default.weight",
-        f"base_model.model.{name}.lora_B.default.weight", None,
-    )
+    return (f"base_model.model.{name}.lora_A.default.weight",
+            f"base_model.model.{name}.lora_B.default.weight", None)
 
 
-NAMINGS = {
-    "kohya": (kohya, UNET + TEXT), "peft": (peft, UNET + TEXT),
-    "old diffusers": (old_diffusers, ATTENTION + TEXT),
-    "processors alone": (bare_processor, ATTENTION), "peft's own": (base_model, UNET),
-}
+NAMINGS = {"kohya": (kohya, UNET + TEXT), "peft": (peft, UNET + TEXT),
+           "old diffusers": (old_diffusers, ATTENTION + TEXT),
+           "processors alone": (bare_processor, ATTENTION), "peft's own": (base_model, UNET)}
 
 
 def write(path, pairs, naming, names, alpha=None, dtype=torch.float32, metadata=None):
@@ -130,10 +120,8 @@ def largest_error(model, plain, pairs, names, scale):
 def test_namings(naming, folder, plain, pairs, backend, tmp_path):
     name, names = NAMINGS[naming]
     path = write(tmp_path / "lora.safetensors", pairs, name, names)
-    assert (
-        largest_error(formats.load(folder, backend, loras=[(path, 0.5)]), plain, pairs, names, 0.5)
-        < 1e-5
-    )
+    assert largest_error(formats.load(folder, backend, loras=[(path, 0.5)]), plain, pairs, names,
+                         0.5) < 1e-5
 
 
 def test_a_lora_that_torch_wrote(folder, plain, pairs, tmp_path):
@@ -147,24 +135,17 @@ def test_a_lora_that_torch_wrote(folder, plain, pairs, tmp_path):
 @pytest.mark.parametrize("naming", ["kohya", "peft"])
 def test_alpha_over_rank(naming, folder, plain, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS[naming], alpha=12)
-    assert (
-        largest_error(formats.load(folder, loras=[(path, -1)]), plain, pairs, UNET + TEXT, -4)
-        < 1e-5
-    )
+    assert largest_error(formats.load(folder, loras=[(path, -1)]), plain, pairs, UNET + TEXT,
+                         -4) < 1e-5
 
 
 def test_alpha_in_the_metadata(folder, plain, pairs, tmp_path):
     """Where diffusers writes it today."""
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(
-            {"unet.r": 3, "unet.lora_alpha": 12, "text_encoder.lora_alpha": 12}
-        ),
-    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(
+        {"unet.r": 3, "unet.lora_alpha": 12, "text_encoder.lora_alpha": 12})}
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["peft"], metadata=metadata)
-    assert (
-        largest_error(formats.load(folder, loras=[(path, 1)]), plain, pairs, UNET + TEXT, 4) < 1e-5
-    )
+    assert largest_error(formats.load(folder, loras=[(path, 1)]), plain, pairs, UNET + TEXT,
+                         4) < 1e-5
 
 
 def test_half_precision_and_several_files(folder, plain, pairs, tmp_path):
@@ -176,10 +157,8 @@ def test_half_precision_and_several_files(folder, plain, pairs, tmp_path):
 
 def test_single_file(single_file, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["kohya"])
-    bare, model = (
-        formats.load(single_file("F32")),
-        formats.load(single_file("F32"), loras=[(path, 1)]),
-    )
+    bare, model = (formats.load(single_file("F32")),
+                   formats.load(single_file("F32"), loras=[(path, 1)]))
     plain = {part: tiny_sd.flatten(weights) for part, weights in parts_of(bare).items()}
     assert largest_error(model, plain, pairs, UNET + TEXT, 1) < 1e-5
 
@@ -195,33 +174,23 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
     ]  # diffusers has no name for it
     settings = {f"{part}.{key}": value for part, modules in (("unet", UNET), ("text_encoder", TEXT))
                 for key, value in (("r", 3), ("lora_alpha", 2), ("target_modules", modules))}
-    path = write(
-        tmp_path / "lora.safetensors", pairs, NAMINGS[naming][0], names,
-        **(
-            {"alpha": 2}
-            if naming == "kohya"
-            else {"metadata": {"lora_adapter_metadata": json.dumps(settings)}}
-        ),
-    )
+    path = write(tmp_path / "lora.safetensors", pairs, NAMINGS[naming][0], names,
+                 **({"alpha": 2} if naming == "kohya"
+                    else {"metadata": {"lora_adapter_metadata": json.dumps(settings)}}))
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
-        return np.asarray(
-            pipe(
-                "a photo of a cat", num_inference_steps=3, guidance_scale=5, width=64, height=64,
-                generator=torch.Generator().manual_seed(3),
-            ).images[0]
-        ).astype(int)
+        return np.asarray(pipe("a photo of a cat", num_inference_steps=3, guidance_scale=5,
+                               width=64, height=64,
+                               generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
 
     before = draw()
     pipe.load_lora_weights(str(path))
     pipe.fuse_lora(lora_scale=0.8)
     model = formats.load(folder, backend, loras=[(path, 0.8)])
-    *_, x = like_diffusers.generate(
-        model, "a photo of a cat", seeds=(3,), steps=3, guidance=5, sampler="ddim", width=64,
-        height=64,
-    )
+    *_, x = like_diffusers.generate(model, "a photo of a cat", seeds=(3,), steps=3, guidance=5,
+                                    sampler="ddim", width=64, height=64)
     ours, reference = tiny_sd.decode(model, x)[0].astype(int), draw()
     assert abs(reference - before).max() > 20
     record(f"picture with a LoRA, {naming}, in 1/255", abs(ours - reference).max())
@@ -246,22 +215,14 @@ def add(name):
 
 @pytest.mark.parametrize(
     "change, named",
-    [
-        (
-            add("lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
-            "lora_unet_input_blocks_30_1_proj_in.lora_down.weight",
-        ),
-        (
-            add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"),
-            "layers_9_mlp_fc1.lora_up.weight",
-        ),
-        (add("lora_unet_conv_in.dora_scale"), "conv_in.weight: it has an alpha or a scale"),
-        (add("anything"), "anything"),
-        (add("lora_unet_conv_in.lora_down.weight"), "conv_in.weight"),
-        (wrong_rank, "mid_block.resnets.0.conv1.weight"),
-        (wrong_size, "mid_block.resnets.0.conv1.weight"),
-    ],
-)
+    [(add("lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
+      "lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
+     (add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"),
+      "layers_9_mlp_fc1.lora_up.weight"),
+     (add("lora_unet_conv_in.dora_scale"), "conv_in.weight: it has an alpha or a scale"),
+     (add("anything"), "anything"), (add("lora_unet_conv_in.lora_down.weight"), "conv_in.weight"),
+     (wrong_rank, "mid_block.resnets.0.conv1.weight"),
+     (wrong_size, "mid_block.resnets.0.conv1.weight")])
 def test_what_does_not_fit_is_named(change, named, folder, tmp_path):
     arrays = {}
     change(arrays)
@@ -286,69 +247,26 @@ NAME = "lora_unet_mid_block_resnets_0_conv1"
 
 @pytest.mark.parametrize(
     "arrays, metadata, named",
-    [
-        (
-            {
-                f"{NAME}.lora_down.weight": torch.zeros(3, 64, 3, 6),
-                f"{NAME}.lora_up.weight": torch.zeros(128, 3),
-            },
-            {},
-            "mid_block.resnets.0.conv1.weight",
-        ),
-        (
-            {
-                f"{NAME}.lora_down.weight": torch.zeros(3, 1152),
-                f"{NAME}.lora_up.weight": torch.zeros(128, 3),
-            },
-            {},
-            "mid_block.resnets.0.conv1.weight",
-        ),
-        (
-            {
-                f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
-                f"{NAME}.lora_up.weight": torch.zeros(64, 6),
-            },
-            {},
-            "mid_block.resnets.0.conv1.weight",
-        ),
-        (
-            {
-                f"{NAME}.lora_down.weight": torch.zeros(0, 128, 3, 3),
-                f"{NAME}.lora_up.weight": torch.zeros(128, 0),
-            },
-            {},
-            "mid_block.resnets.0.conv1.weight",
-        ),
-        (
-            {
-                f"{NAME}.lora_down.weight": torch.zeros(()),
-                f"{NAME}.lora_up.weight": torch.zeros(()),
-            },
-            {},
-            "mid_block.resnets.0.conv1.weight",
-        ),
-        (
-            {
-                f"{NAME}.alpha": torch.zeros(2),
-                f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
-                f"{NAME}.lora_up.weight": torch.zeros(128, 3, 1, 1),
-            },
-            {},
-            "not one number",
-        ),
-        ({}, {"format": "pt"}, "it holds no weights"),
-        ({}, {"lora_adapter_metadata": "{"}, "it holds no weights"),
-        (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
-        (None, {"lora_adapter_metadata": "[" * 100_000}, "lora_adapter_metadata is not JSON"),
-        (
-            None, {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + "0" * 400 + "}"},
-            "conv1.weight",
-        ),
-        (None, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "conv1.weight"),
-        (None, {"lora_adapter_metadata": '{"unet.lora_alpha": []}'}, "conv1.weight"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+    [({f"{NAME}.lora_down.weight": torch.zeros(3, 64, 3, 6),
+       f"{NAME}.lora_up.weight": torch.zeros(128, 3)}, {}, "mid_block.resnets.0.conv1.weight"),
+     ({f"{NAME}.lora_down.weight": torch.zeros(3, 1152),
+       f"{NAME}.lora_up.weight": torch.zeros(128, 3)}, {}, "mid_block.resnets.0.conv1.weight"),
+     ({f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
+       f"{NAME}.lora_up.weight": torch.zeros(64, 6)}, {}, "mid_block.resnets.0.conv1.weight"),
+     ({f"{NAME}.lora_down.weight": torch.zeros(0, 128, 3, 3),
+       f"{NAME}.lora_up.weight": torch.zeros(128, 0)}, {}, "mid_block.resnets.0.conv1.weight"),
+     ({f"{NAME}.lora_down.weight": torch.zeros(()), f"{NAME}.lora_up.weight": torch.zeros(())}, {},
+      "mid_block.resnets.0.conv1.weight"),
+     ({f"{NAME}.alpha": torch.zeros(2), f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
+       f"{NAME}.lora_up.weight": torch.zeros(128, 3, 1, 1)}, {}, "not one number"),
+     ({}, {"format": "pt"}, "it holds no weights"),
+     ({}, {"lora_adapter_metadata": "{"}, "it holds no weights"),
+     (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+     (None, {"lora_adapter_metadata": "[" * 100_000}, "lora_adapter_metadata is not JSON"),
+     (None, {"lora_adapter_metadata": '{"unet.lora_alpha": 1' + "0" * 400 + "}"}, "conv1.weight"),
+     (None, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "conv1.weight"),
+     (None, {"lora_adapter_metadata": '{"unet.lora_alpha": []}'}, "conv1.weight")],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_no_lora_of_the_model(arrays, metadata, named, folder, tmp_path):
     """Of as many numbers but another shape; without tensors; with settings that are none."""
     if arrays is None:
@@ -375,18 +293,14 @@ def test_command_line(folder, pairs, tmp_path, monkeypatch, capsys):
     shutil.copy("one.safetensors", "two.safetensors")
     draw = ["cat", "-m", str(folder), "--steps", "1", "-W", "64", "-H", "64"]
     pictures = []
-    for flags in (
-        [], ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors:.5"],
-        ["--lora", "one.safetensors"],
-    ):
+    for flags in ([], ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors:.5"],
+                  ["--lora", "one.safetensors"]):
         assert cli.main([*draw, *flags]) == 0
         pictures.append(Image.open(capsys.readouterr().out.strip()))
     first, second, third = (np.asarray(picture).astype(int) for picture in pictures)
     assert abs(second - third).max() <= 1 < abs(second - first).max()
-    assert (
-        "Lora: one 0.5 two 0.5," in pictures[1].text["parameters"]
-        and "Lora" not in pictures[0].text["parameters"]
-    )
+    assert ("Lora: one 0.5 two 0.5," in pictures[1].text["parameters"]
+            and "Lora" not in pictures[0].text["parameters"])
     for flag in ("no.safetensors", "one.safetensors:1.2.3", "one.safetensors:x"):
         assert cli.main([*draw, "--lora", flag]) == 2
         line, = capsys.readouterr().err.splitlines()

@@ -22,18 +22,15 @@ from extras.tools import models
 from helpers import shapes_of
 from layers import network
 
-CLASSES = {
-    "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-    "dpm++2m": diffusers.DPMSolverMultistepScheduler, "plms": diffusers.PNDMScheduler,
-    "lcm": diffusers.LCMScheduler, "heun": diffusers.HeunDiscreteScheduler,
-    "dpm++2msde": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler, "tcd": diffusers.TCDScheduler,
-}
-OPTIONS = {
-    "plms": {"skip_prk_steps": True}, "dpm++2msde": {"algorithm_type": "sde-dpmsolver++"},
-    "karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True},
-}
+CLASSES = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
+           "euler": diffusers.EulerDiscreteScheduler,
+           "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+           "dpm++2m": diffusers.DPMSolverMultistepScheduler, "plms": diffusers.PNDMScheduler,
+           "lcm": diffusers.LCMScheduler, "heun": diffusers.HeunDiscreteScheduler,
+           "dpm++2msde": diffusers.DPMSolverMultistepScheduler,
+           "unipc": diffusers.UniPCMultistepScheduler, "tcd": diffusers.TCDScheduler}
+OPTIONS = {"plms": {"skip_prk_steps": True}, "dpm++2msde": {"algorithm_type": "sde-dpmsolver++"},
+           "karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
 SAMPLERS = [
     *((name, None) for name in CLASSES), ("euler", "karras"), ("dpm++2m", "karras"),
     ("heun", "exponential"), ("unipc", "karras"), ("dpm++2msde", "exponential"),
@@ -58,23 +55,19 @@ def last(x):
 
 def arrays(backend, *xs):
     """float32 arrays of the backend."""
-    return [
-        x.astype(np.float32) if backend == "numpy" else torch.from_numpy(x.astype(np.float32))
-        for x in xs
-    ]
+    return [x.astype(np.float32) if backend == "numpy" else torch.from_numpy(x.astype(np.float32))
+            for x in xs]
 
 
 # ── Tokenizer ─────────────────────────────────────────────────────────────────────────────────────
 
-TEXTS = [
-    "", " ", "hello world", "A Photo of a CAT", "it's they'LL 'S we've!!'s don''t",
-    "x² ½ Ⅷ 12345 3.14", "ΟΔΟΣ ΣΊΣΥΦΟΣ", "İstanbul ǅ ǆ", "ﬁ ﬀ ﷺ", "e\u0301 \u0344 \u0345a", "ß ẞ",
-    "ᾳ ᾼ", "🍎🍎🏽 👨‍👩‍👧 🇫🇷", "日本語テキスト", "नमस्ते", "한국어", "𝐀𝐁", "_a_b__",
-    "a\x00b\x07c\ud7ff",
-    "a\x1cb\x1db\x1fc\x85d\u180ee\u200bf", "\u3000x\u2028y\u00a0z", "\t a \r\n b ", "a" * 300,
-    "<|startoftext|><|endoftext|>", "a<|endoftext|>b", "<|endoftext|> a <|startoftext|>b",
-    "!!<|endoftext|>!!", "<|ENDOFTEXT|>", "<|endoftext", "|><|endoftext|><|",
-]
+TEXTS = ["", " ", "hello world", "A Photo of a CAT", "it's they'LL 'S we've!!'s don''t",
+         "x² ½ Ⅷ 12345 3.14", "ΟΔΟΣ ΣΊΣΥΦΟΣ", "İstanbul ǅ ǆ", "ﬁ ﬀ ﷺ", "e\u0301 \u0344 \u0345a",
+         "ß ẞ", "ᾳ ᾼ", "🍎🍎🏽 👨‍👩‍👧 🇫🇷", "日本語テキスト", "नमस्ते", "한국어", "𝐀𝐁", "_a_b__",
+         "a\x00b\x07c\ud7ff", "a\x1cb\x1db\x1fc\x85d\u180ee\u200bf", "\u3000x\u2028y\u00a0z",
+         "\t a \r\n b ", "a" * 300, "<|startoftext|><|endoftext|>", "a<|endoftext|>b",
+         "<|endoftext|> a <|startoftext|>b", "!!<|endoftext|>!!", "<|ENDOFTEXT|>", "<|endoftext",
+         "|><|endoftext|><|"]
 
 
 def assigned(low, high):
@@ -82,9 +75,8 @@ def assigned(low, high):
 
     Of newer ones the reference may know; private use is dull.
     """
-    return [
-        chr(c) for c in range(low, high) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")
-    ]
+    return [chr(c) for c in range(low, high)
+            if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
 
 
 def without_new_marks(characters):
@@ -108,9 +100,8 @@ def test_vocabulary(tokenizer, reference):
     assert tokenizer.tokens("a photo of a cat") == [
         320, 1125, 539, 320, 2368,
     ]  # as published with CLIP
-    assert (tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS], tokenizer.pad) == (
-        49406, 49407, 49407,
-    )
+    assert (tokenizer.vocab[tokenizer.BOS], tokenizer.vocab[tokenizer.EOS],
+            tokenizer.pad) == (49406, 49407, 49407)
 
 
 def test_tokenizer_on_hard_texts(tokenizer, reference):
@@ -123,29 +114,20 @@ def test_tokenizer_on_every_character(tokenizer, reference):
     characters = assigned(0, 0x30000)
     assert len(characters) > 100_000
     rows = without_new_marks(characters)
-    same_ids(
-        tokenizer, reference.tokenizer,
-        ["".join(rows[i : i + 100]) for i in range(0, len(rows), 100)],
-    )
-    alone = [
-        f"a{c}b {c}1{c}" for c in characters if not "\u3400" <= c <= "\ud7a3" and c < "\U00020000"
-    ]
-    same_ids(
-        tokenizer, reference.tokenizer,
-        ["".join(alone[i : i + 20]) for i in range(0, len(alone), 20)],
-    )
+    same_ids(tokenizer, reference.tokenizer,
+             ["".join(rows[i : i + 100]) for i in range(0, len(rows), 100)])
+    alone = [f"a{c}b {c}1{c}" for c in characters
+             if not "\u3400" <= c <= "\ud7a3" and c < "\U00020000"]
+    same_ids(tokenizer, reference.tokenizer,
+             ["".join(alone[i : i + 20]) for i in range(0, len(alone), 20)])
 
 
 @pytest.mark.slow
 def test_tokenizer_on_random_texts(tokenizer, reference):
     chance = random.Random(0)
     ascii, other = assigned(32, 127), without_new_marks(assigned(0, 0x20000))
-    pool = (
-        ascii * 20
-        + chance.choices(other, k=2000)
-        + chance.choices(other[:10_000], k=2000)
-        + [" ", "'"] * 200
-    )
+    pool = (ascii * 20 + chance.choices(other, k=2000) + chance.choices(other[:10_000], k=2000)
+            + [" ", "'"] * 200)
     texts = ["".join(chance.choices(pool, k=chance.randrange(1, 40))) for _ in range(5000)]
     for i in range(0, 5000, 10):
         texts[i] += chance.choice(["<|endoftext|>", "<|startoftext|>"]) + texts[i - 1]
@@ -157,10 +139,8 @@ def test_tokenizer_on_random_texts(tokenizer, reference):
 def test_padding_and_truncation(pad, reference, tmp_path):
     """Stable Diffusion 1 pads with the end of text, 2 with "!"."""
     words = ["red", "12", "x²", "日本", "apple,"]
-    texts = [
-        " ".join(words[i % 5] for i in range(n))
-        for n in (0, 1, 10, 30, 37, 38, 39, 40, 41, 42, 50, 200)
-    ]
+    texts = [" ".join(words[i % 5] for i in range(n))
+             for n in (0, 1, 10, 30, 37, 38, 39, 40, 41, 42, 50, 200)]
     reference.tokenizer.save_pretrained(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path, pad_token=pad)
     ours = tiny_sd.Tokenizer(formats.clip_tokenizer().rank, pad=pad)
@@ -171,10 +151,8 @@ def test_padding_and_truncation(pad, reference, tmp_path):
         assert found.tolist() == ids
         cuts.append(cut)
         whole = theirs(text, add_special_tokens=False).input_ids
-        assert (
-            bool(cut) == (len(whole) > 75)
-            and theirs(cut, add_special_tokens=False).input_ids == whole[75:]
-        )
+        assert (bool(cut) == (len(whole) > 75)
+                and theirs(cut, add_special_tokens=False).input_ids == whole[75:])
     assert any(cuts) and not all(cuts)
 
 
@@ -182,18 +160,16 @@ def test_padding_and_truncation(pad, reference, tmp_path):
 
 def test_text_encoder(model, reference):
     texts = ["a photo of a cat", "", "日本語 " * 50]
-    ids = reference.tokenizer(
-        texts, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    ids = reference.tokenizer(texts, padding="max_length", truncation=True,
+                              return_tensors="pt").input_ids
     expected = reference.text_encoder(ids)[0]
     same("text encoder", tiny_sd.to_numpy(tiny_sd.embed_prompts(model, texts)[0]), expected, 1e-5)
 
 
 def test_text_encoder_of_other_sizes(folder_with, backend, reference):
     """As of Stable Diffusion 2: the exact GELU, and heads of another size."""
-    config = transformers.CLIPTextConfig(
-        **{**TEXT, "hidden_act": "gelu", "num_attention_heads": 4, "num_hidden_layers": 2}
-    )
+    config = transformers.CLIPTextConfig(**{**TEXT, "hidden_act": "gelu", "num_attention_heads": 4,
+                                            "num_hidden_layers": 2})
     torch.manual_seed(0)
     encoder = transformers.CLIPTextModel(config).eval()
     ids = reference.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
@@ -217,13 +193,9 @@ def test_vae_decoder(model, backend, reference):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {}, {"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 8)}, {"in_channels": 9},
-        {"layers_per_block": 1},
-    ],
-    ids=["as Stable Diffusion 1", "as Stable Diffusion 2", "as for inpainting", "shallow"],
-)
+    "changes", [{}, {"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 8)},
+                {"in_channels": 9}, {"layers_per_block": 1}],
+    ids=["as Stable Diffusion 1", "as Stable Diffusion 2", "as for inpainting", "shallow"])
 def test_unet(changes, folder_with, model, backend, reference):
     """At odd sizes too, where the way up must return to the sizes of the way down.
 
@@ -235,10 +207,8 @@ def test_unet(changes, folder_with, model, backend, reference):
     heads = heads if isinstance(heads, tuple) else [heads] * 4
     for size in (13, 9), (8, 16), (5, 3):
         chance = np.random.default_rng(0)
-        x, t, context = arrays(
-            backend, chance.normal(size=(3, *size, network.config.in_channels)),
-            np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)),
-        )
+        x, t, context = arrays(backend, chance.normal(size=(3, *size, network.config.in_channels)),
+                               np.array([1, 500, 981]), chance.normal(size=(3, 77, 128)))
         expected = network(first(x), torch.as_tensor(t), torch.as_tensor(context)).sample
         temb = model.embed_time(model, x, t)
         ours = tiny_sd.unet(x, temb, context, heads, 32, **model.unet)
@@ -262,9 +232,8 @@ def reference_trajectory(scheduler, x, steps, seed):
         isinstance(scheduler, diffusers.PNDMScheduler) and steps > 1
     )  # its first step, whose first end is not yet x_t
     heun = isinstance(scheduler, diffusers.HeunDiscreteScheduler)   # two a step, but the last
-    divided = heun or isinstance(
-        scheduler, (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
-    )
+    divided = heun or isinstance(scheduler, (diffusers.EulerDiscreteScheduler,
+                                             diffusers.EulerAncestralDiscreteScheduler))
     if divided:      # by √ᾱ
         x = x * (1 + scheduler.sigmas[0] ** 2) ** 0.5
     for i, t in enumerate(scheduler.timesteps):
@@ -273,10 +242,8 @@ def reference_trajectory(scheduler, x, steps, seed):
         if twice and i == 0 or heun and i % 2 == 0 and i + 1 < len(scheduler.timesteps):
             continue
         began = twice and i == 1 or heun and i % 2
-        yield (
-            float(scheduler.timesteps[i - 1] if began else t),
-            last(x / (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if divided else x),
-        )
+        yield (float(scheduler.timesteps[i - 1] if began else t),
+               last(x / (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if divided else x))
 
 
 @pytest.mark.parametrize(
@@ -293,8 +260,7 @@ def test_trajectory(sampler, schedule, spacing, kind):
     """Each x_t of the whole way, the stream of noise included."""
     if (sampler, kind) == ("plms", "v_prediction"):
         pytest.skip(
-            "PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts"
-        )
+            "PNDMScheduler extrapolates v itself; ours the noise, whatever the model predicts")
     bars = tiny_sd.scaled_linear_schedule()
 
     def denoise(x, t, a):
@@ -303,18 +269,15 @@ def test_trajectory(sampler, schedule, spacing, kind):
 
     for steps in (1, 2, 20, 50, *((7, 30) if spacing == "leading" else ())):
         for alpha_to_one, offset in ((False, 1), (True, 0)):
-            config = {
-                **SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing,
-                "steps_offset": offset, "set_alpha_to_one": alpha_to_one,
-            }
+            config = {**SCHEDULER, "prediction_type": kind, "timestep_spacing": spacing,
+                      "steps_offset": offset, "set_alpha_to_one": alpha_to_one}
             scheduler = CLASSES[sampler].from_config(config, **options(sampler, schedule))
             ours = tiny_sd.read_config("scheduler", config)
             levels = like_diffusers.sampling_steps(sampler, steps, ours, bars, schedule)
             stream = like_diffusers.Noise(7)
             x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(np.float32)
-            path = tiny_sd.SAMPLERS[sampler](
-                denoise, x, levels, lambda stream=stream: stream(6, 5, 4)[None],
-            )
+            path = tiny_sd.SAMPLERS[sampler](denoise, x, levels,
+                                             lambda stream=stream: stream(6, 5, 4)[None])
             expected = reference_trajectory(scheduler, first(x), steps, 7)
             for (t, _, _), ours, (their_t, theirs) in zip(levels, path, expected, strict=True):
                 assert abs(t - their_t) < 2e-3
@@ -352,23 +315,16 @@ def test_parameters_of_stable_diffusion(part):
 
 # ── Whole pictures ────────────────────────────────────────────────────────────────────────────────
 
-PICTURE = {
-    "prompt": "a photo of a cat", "negative": "a dog", "seeds": (5,), "steps": 6, "guidance": 7.5,
-    "sampler": "ddim", "schedule": None, "width": 72, "height": 104, "init": None, "strength": 0.5,
-    "kind": "epsilon",
-}
-CHANGES = [
-    *({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS),
-    {"width": None, "height": None}, {"width": 128, "height": 64, "steps": 1}, {"guidance": 1.0},
-    {"seeds": (8, 2**40)}, {"seeds": (8, 3), "sampler": "euler_a"},
-    {"prompt": "ein Bär, ½ 日本 " * 30, "negative": ""}, {"kind": "v_prediction"},
-]
-FROM_PICTURES = [
-    *({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS
-      if sampler != "plms"),
-    {"strength": 1.0, "sampler": "euler"}, {"seeds": (8, 3), "sampler": "ddpm"},
-    {"width": 128, "height": 64},
-]
+PICTURE = {"prompt": "a photo of a cat", "negative": "a dog", "seeds": (5,), "steps": 6,
+           "guidance": 7.5, "sampler": "ddim", "schedule": None, "width": 72, "height": 104,
+           "init": None, "strength": 0.5, "kind": "epsilon"}
+CHANGES = [*({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS),
+           {"width": None, "height": None}, {"width": 128, "height": 64, "steps": 1},
+           {"guidance": 1.0}, {"seeds": (8, 2**40)}, {"seeds": (8, 3), "sampler": "euler_a"},
+           {"prompt": "ein Bär, ½ 日本 " * 30, "negative": ""}, {"kind": "v_prediction"}]
+FROM_PICTURES = [*({"sampler": sampler, "schedule": schedule} for sampler, schedule in SAMPLERS
+                   if sampler != "plms"), {"strength": 1.0, "sampler": "euler"},
+                 {"seeds": (8, 3), "sampler": "ddpm"}, {"width": 128, "height": 64}]
 FROM_PICTURES = [{"init": 1, "steps": 8, **change} for change in FROM_PICTURES]
 
 
@@ -376,8 +332,7 @@ def some_picture(seed, width, height):
     """Colours that change slowly, and noise: (height, width, 3) uint8."""
     chance = np.random.default_rng(seed)
     slow = Image.fromarray(chance.integers(0, 256, (4, 4, 3), np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+        (width, height), Image.Resampling.BICUBIC)
     return (np.asarray(slow) * 0.8 + chance.integers(0, 51, (height, width, 3))).astype(np.uint8)
 
 
@@ -440,29 +395,22 @@ def label(changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", CHANGES, ids=label)
 def test_text_to_image(changes, model, reference_pictures):
-    same_pictures(
-        "pictures from text", draw(model, **PICTURE | changes), reference_pictures(**changes)
-    )
+    same_pictures("pictures from text", draw(model, **PICTURE | changes),
+                  reference_pictures(**changes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", FROM_PICTURES, ids=label)
 def test_image_to_image(changes, model, reference_pictures):
-    same_pictures(
-        "pictures from pictures", draw(model, **PICTURE | changes), reference_pictures(**changes)
-    )
+    same_pictures("pictures from pictures", draw(model, **PICTURE | changes),
+                  reference_pictures(**changes))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"prompt": "a photo of a car"}, {"negative": "a tree"}, {"seeds": (6,)}, {"steps": 7},
-        {"guidance": 1.0}, {"kind": "v_prediction"}, {"sampler": "ddpm"}, {"init": 1}, {"init": 2},
-        {"init": 1, "strength": 0.9},
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize("changes", [{"prompt": "a photo of a car"}, {"negative": "a tree"},
+                                     {"seeds": (6,)}, {"steps": 7}, {"guidance": 1.0},
+                                     {"kind": "v_prediction"}, {"sampler": "ddpm"}, {"init": 1},
+                                     {"init": 2}, {"init": 1, "strength": 0.9}], ids=label)
 def test_the_reference_answers(changes, reference_pictures):
     """Whatever is asked for changes the picture: else equal pictures would show nothing."""
     like = {"init": 1} if "strength" in changes or changes.get("init") == 2 else {}
@@ -489,15 +437,11 @@ def test_bundled_model(prompt, backend, bundled_reference):
     """diffusers loads the folder as it stands, and draws the same picture with the folder's own
     sampler.
     """
-    sampler = next(
-        name for name, cls in CLASSES.items() if isinstance(bundled_reference.scheduler, cls)
-    )
-    expected = np.asarray(
-        bundled_reference(
-            prompt, negative_prompt="blue", num_inference_steps=10, guidance_scale=5.0,
-            generator=torch.Generator().manual_seed(3),
-        ).images[0]
-    )
+    sampler = next(name for name, cls in CLASSES.items()
+                   if isinstance(bundled_reference.scheduler, cls))
+    expected = np.asarray(bundled_reference(prompt, negative_prompt="blue", num_inference_steps=10,
+                                            guidance_scale=5.0,
+                                            generator=torch.Generator().manual_seed(3)).images[0])
     model = formats.load(EMOJI, backend)
     *_, x = like_diffusers.generate(model, prompt, "blue", (3,), 10, 5.0, sampler)
     same_pictures("pictures of weights/emoji", tiny_sd.decode(model, x), expected[None])

@@ -29,9 +29,8 @@ def around(colour, width, height):
 
 
 def on_white(picture, holes):
-    return Image.composite(
-        Image.new("RGB", picture.size, "white"), picture.convert("RGB"), Image.fromarray(holes)
-    )
+    return Image.composite(Image.new("RGB", picture.size, "white"), picture.convert("RGB"),
+                           Image.fromarray(holes))
 
 
 def with_alpha(picture, alpha):
@@ -76,9 +75,8 @@ def test_from_any_picture(draw, name):
     picture, file, settings, plain = PICTURES[name]
     picture.save(file, **settings)
     plain.save("plain.png")
-    ours, reference = (
-        draw(*"apple -W 24 -H 16 --strength 0.5 -i".split(), path) for path in (file, "plain.png")
-    )
+    ours, reference = (draw(*"apple -W 24 -H 16 --strength 0.5 -i".split(), path)
+                       for path in (file, "plain.png"))
     assert ours.size == (24, 16) and np.array_equal(pixels(ours), pixels(reference))
 
 
@@ -92,9 +90,8 @@ def test_strength_leads_away_from_the_picture(run, monkeypatch):
     """Counted in steps; the fewer of them, the less noise the sampler starts from."""
     PLAIN.save("in.png")
     started = []
-    monkeypatch.setitem(
-        sd.SAMPLERS, "ddim", lambda denoise, x, levels, noise: started.append(levels) or iter([x])
-    )
+    monkeypatch.setitem(sd.SAMPLERS, "ddim",
+                        lambda denoise, x, levels, noise: started.append(levels) or iter([x]))
     for strength in ("0.1", "0.58", "1"):
         run(*f"apple -i in.png --steps 50 --sampler ddim --strength {strength}".split())
     assert [len(levels) for levels in started] == [5, 29, 50]
@@ -220,9 +217,8 @@ def test_an_existing_file_stays_and_the_next_free_name_is_printed(run):
     mine = ["out.png", "out-1.png", "out-001.png", "out-2.png.part"]
     for name in mine:
         Path(name).write_text("mine")
-    for argv, names in [
-        ("a", ["out-2.png"]), ("a", ["out-3.png"]), ("a -b 2", ["out-000.png", "out-001-1.png"]),
-    ]:
+    for argv, names in [("a", ["out-2.png"]), ("a", ["out-3.png"]),
+                        ("a -b 2", ["out-000.png", "out-001-1.png"])]:
         assert run(*argv.split())[1] == names
     assert {path.name for path in Path().iterdir() if path.read_bytes() == b"mine"} == set(mine)
     assert len(list(Path().iterdir())) == len(mine) + 4
@@ -252,13 +248,10 @@ def test_an_output_whose_name_leaves_no_room_for_a_suffix(run):
 
 def test_a_name_that_a_picture_cannot_have(run, refuse):
     if Path("/proc").is_dir():
-        assert (
-            run("apple", "-o", "/proc/out.png")[2][-1]
-            == "tiny_sd: /proc/out.png cannot be written: No such file or directory"
-        )
-    assert (
-        refuse("apple", "--preview", "no/such.png") == "tiny_sd: there is no folder no to write to"
-    )
+        assert run("apple", "-o", "/proc/out.png")[2][
+            -1] == "tiny_sd: /proc/out.png cannot be written: No such file or directory"
+    assert refuse("apple", "--preview",
+                  "no/such.png") == "tiny_sd: there is no folder no to write to"
 
 
 def test_into_a_folder(run, refuse):
@@ -271,14 +264,11 @@ def test_into_a_folder(run, refuse):
 
 @pytest.mark.parametrize(
     "flags, names",
-    [
-        ("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
-        ("-o {prompt}.png", ["red-apple-on-a-b.png"]),
-        ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
-        ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
-        ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"]),
-    ],
-)
+    [("-o {seed}.png -s 7", ["7.png"]), ("-o a-{seed}.png -s 7 -b 2", ["a-7.png", "a-8.png"]),
+     ("-o {prompt}.png", ["red-apple-on-a-b.png"]),
+     ("-o {x}{prompt}.png", ["{x}red-apple-on-a-b.png"]),
+     ("-o {prompt}-{seed}.jpg", ["red-apple-on-a-b-0.jpg"]),
+     ("-o {prompt}.png -b 2", ["red-apple-on-a-b-000.png", "red-apple-on-a-b-001.png"])])
 def test_names_filled_in(run, flags, names):
     assert run("red/apple, on a: ../b.", *flags.split())[:2] == (0, names)
     assert sorted(path.name for path in Path().iterdir()) == names
@@ -323,9 +313,8 @@ def test_other_formats_tell_how_they_were_made(run, name):
 
 def test_a_prompt_too_long_for_a_jpeg(run):
     status, out, err = run("x " * 30000, "-o", "out.jpg")
-    assert (status, out) == (0, ["out.jpg"]) and any(
-        "too long to be recorded" in line for line in err
-    )
+    assert ((status, out) == (0, ["out.jpg"])
+            and any("too long to be recorded" in line for line in err))
     Image.open("out.jpg").load()
 
 
@@ -344,15 +333,8 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, mon
 def test_preview_is_close_to_the_picture(tmp_path):
     """The linear map of the last latents, beside the decoder's picture in small."""
     picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
-    assert (
-        cli.main(
-            [
-                "red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture), "--preview",
-                str(preview), "--steps", "8",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture),
+                     "--preview", str(preview), "--steps", "8"]) == 0
     guess, drawn = (pixels(Image.open(path)) for path in (preview, picture))
     assert guess.shape == drawn.shape and np.corrcoef(guess.ravel(), drawn.ravel())[0, 1] > 0.8
 
@@ -374,10 +356,8 @@ def test_preview_replaces_only_a_preview(run, refuse):
     PLAIN.save("mine.png")
     Path("text.png").write_text("mine")
     for name in ("mine.png", "text.png"):
-        assert (
-            refuse("apple", "--preview", name)
-            == f"tiny_sd: --preview {name} is there already, and no preview: name another file"
-        )
+        assert (refuse("apple", "--preview", name)
+                == f"tiny_sd: --preview {name} is there already, and no preview: name another file")
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
         assert Image.open("new.png").size == (16, 16)
@@ -406,11 +386,8 @@ def test_a_file_system_without_links(run, monkeypatch):
     Path("out.png").write_text("mine")
     Path("out-1.png").symlink_to("nowhere")
     assert run("apple")[:2] == (0, ["out-2.png"]) and Image.open("out-2.png").size == (16, 16)
-    assert (
-        Path("out.png").read_text() == "mine"
-        and Path("out-1.png").is_symlink()
-        and len(list(Path().iterdir())) == 3
-    )
+    assert (Path("out.png").read_text() == "mine" and Path("out-1.png").is_symlink()
+            and len(list(Path().iterdir())) == 3)
 
 
 def test_nobody_reads_the_names(model):

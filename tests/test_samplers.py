@@ -299,9 +299,8 @@ def test_sdxl_has_times_of_its_own():
     assert like_diffusers.own_schedule("karras", Two) == "karras"
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"use_exponential_sigmas": True}, "exponential"), ({"use_beta_sigmas": True}, "beta"),
-    ({"use_karras_sigmas": True}, "karras"), ({}, None)])
+@pytest.mark.parametrize("settings, expected", [({"use_exponential_sigmas": True}, "exponential"), (
+    {"use_beta_sigmas": True}, "beta"), ({"use_karras_sigmas": True}, "karras"), ({}, None)])
 def test_the_config_may_ask_for_a_schedule(settings, expected):
     """diffusers' Euler and DPM-Solvers follow it, its DDIM does not."""
     config = scheduler(**settings)

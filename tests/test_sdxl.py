@@ -33,9 +33,8 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "a photo of a cat"
 TRAILING = diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}
-SAMPLERS = {
-    "euler": (diffusers.EulerDiscreteScheduler, {}), "ddim": (diffusers.DDIMScheduler, {}),
-    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}), "euler_a": TRAILING}
+SAMPLERS = {"euler": (diffusers.EulerDiscreteScheduler, {}), "ddim": (diffusers.DDIMScheduler, {}),
+            "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}), "euler_a": TRAILING}
 
 
 @pytest.fixture(autouse=True)
@@ -483,16 +482,15 @@ def test_what_is_missing_is_named(name, folder, tmp_path):
 
 # ── LoRAs ───────────────────────────────────────────────────────────────────────────────────────
 
-MODULES = {
-    "unet": ["down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
-             "down_blocks.2.attentions.1.proj_in", "down_blocks.1.resnets.0.conv1",
-             "down_blocks.0.downsamplers.0.conv",
-             "mid_block.attentions.0.transformer_blocks.2.attn2.to_out.0",
-             "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.0.proj",
-             "up_blocks.1.upsamplers.0.conv", "up_blocks.2.resnets.1.conv_shortcut"],
-    "text_encoder": ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj",
-                     "encoder.layers.1.mlp.fc1"],
-    "text_encoder_2": ["encoder.layers.0.self_attn.out_proj", "encoder.layers.3.mlp.fc2"]}
+MODULES = {"unet": ["down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
+                    "down_blocks.2.attentions.1.proj_in", "down_blocks.1.resnets.0.conv1",
+                    "down_blocks.0.downsamplers.0.conv",
+                    "mid_block.attentions.0.transformer_blocks.2.attn2.to_out.0",
+                    "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.0.proj",
+                    "up_blocks.1.upsamplers.0.conv", "up_blocks.2.resnets.1.conv_shortcut"],
+           "text_encoder": ["encoder.layers.0.self_attn.q_proj",
+                            "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.mlp.fc1"],
+           "text_encoder_2": ["encoder.layers.0.self_attn.out_proj", "encoder.layers.3.mlp.fc2"]}
 
 
 def kohya(part, name, rename=lambda name: name):
@@ -568,9 +566,8 @@ def test_diffusers_draws_the_same_with_a_lora(naming, folder, pairs, backend, tm
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
-        return np.asarray(pipe(
-            PROMPT, num_inference_steps=3, guidance_scale=5, width=64, height=64,
-            generator=torch.Generator().manual_seed(5)).images[0])[None]
+        return np.asarray(pipe(PROMPT, num_inference_steps=3, guidance_scale=5, width=64, height=64,
+                               generator=torch.Generator().manual_seed(5)).images[0])[None]
     before = draw()
     pipe.load_lora_weights(str(path))
     pipe.fuse_lora(lora_scale=0.8)

@@ -89,36 +89,29 @@ PHASES = {  # the arguments, where it is interrupted, and what is there already 
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c(here, phase):
     flags, where, there = PHASES[phase]
-    argv = [
-        *flags.split(), *([] if "--prompts" in flags else ["red apple"]),
-        *"-W 32 -H 32 --steps 2".split(),
-    ]
+    argv = [*flags.split(), *([] if "--prompts" in flags else ["red apple"]),
+            *"-W 32 -H 32 --steps 2".split()]
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(INTERRUPT)
     Path("prompts.txt").write_text("red apple\ngreen apple\nblue apple\n")
     Image.new("RGB", (32, 32), "red").save("in.png")
     before = contents()
-    status, out, err = program(
-        *argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1", INTERRUPT=where
-    )
+    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+                               INTERRUPT=where)
     after = contents()
-    assert (status, err, out.split()) == (
-        130, ["tiny_sd: interrupted"], [name for name in there if name != "preview.png"],
-    )
+    assert (status, err, out.split()) == (130, ["tiny_sd: interrupted"],
+                                          [name for name in there if name != "preview.png"])
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
         Image.open(name).load()
     if "--prompts" in flags:  # the same command goes on where it was stopped
-        assert (
-            program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n")
-            and contents().items() >= after.items()
-        )
+        assert (program(*argv)[:2] == (0, "out-0002.png\nout-0003.png\n")
+                and contents().items() >= after.items())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
-@pytest.mark.parametrize(
-    "where", [f"{file}.py:<module>:1" for file in ("numpy/__init__", "PIL/Image", "tqdm/std")]
-)
+@pytest.mark.parametrize("where", [f"{file}.py:<module>:1"
+                                   for file in ("numpy/__init__", "PIL/Image", "tqdm/std")])
 def test_ctrl_c_while_libraries_are_imported(here, where):
     """Before main() is there to say so, Python ends itself by the same signal."""
     Path("lib").mkdir()
@@ -127,10 +120,8 @@ def test_ctrl_c_while_libraries_are_imported(here, where):
     argv = "apple -W 32 -H 32 --steps 1".split()
     status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
                                INTERRUPT=where)
-    assert (status, out, err) in [
-        (130, "", ["tiny_sd: interrupted"]),
-        (-signal.SIGINT, "", []),
-    ] and contents() == before
+    assert ((status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])]
+            and contents() == before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -141,10 +132,9 @@ def test_other_signals_leave_nothing_unfinished(here, name, phase):
     Path("lib").mkdir()
     Path("lib/sitecustomize.py").write_text(INTERRUPT.replace("signal.SIGINT", f"signal.{name}"))
     before = contents()
-    status, out, err = program(
-        *flags.split(), *"apple -W 32 -H 32 --steps 2".split(), INTERRUPT=where,
-        PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-    )
+    status, out, err = program(*flags.split(), *"apple -W 32 -H 32 --steps 2".split(),
+                               INTERRUPT=where, PYTHONPATH=str(here / "lib"),
+                               PYTHONDONTWRITEBYTECODE="1")
     after = contents()
     assert (status, err, out.split()) == (128 + getattr(signal, name), [], there)
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
@@ -156,16 +146,12 @@ def test_the_first_process_of_a_container_can_be_stopped(here, name, status):
     """There the system ignores each signal that the program does not catch."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(
-        INTERRUPT.replace("signal.SIGINT", f"signal.{name}")
-        + "print(os.getpid(), file=sys.stderr)"
-    )
+    Path("lib/sitecustomize.py").write_text(INTERRUPT.replace("signal.SIGINT", f"signal.{name}")
+                                            + "print(os.getpid(), file=sys.stderr)")
     before = contents()
-    stopped, out, err = program(
-        *"apple -W 32 -H 32 --steps 2".split(), under=possible(container),
-        PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-        INTERRUPT="PngImagePlugin.py:putchunk:2",
-    )
+    stopped, out, err = program(*"apple -W 32 -H 32 --steps 2".split(), under=possible(container),
+                                PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
+                                INTERRUPT="PngImagePlugin.py:putchunk:2")
     said = ["tiny_sd: interrupted"] * (name == "SIGINT")
     assert (stopped, out, err) == (status, "", ["1", *said]) and contents() == before
 
@@ -179,8 +165,7 @@ def test_ctrl_c_again_while_it_tidies_up(here):
         "def watch(frame, event, arg):\n"
         "    if event == 'call' and functions and frame.f_code.co_name == functions[0]:\n"
         "        functions.pop(0)\n        os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.setprofile(watch)\n"
-    )
+        "sys.setprofile(watch)\n")
     before = contents()
     status, out, err = program(*"apple -W 32 -H 32 --steps 2 --show new".split(),
                                PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")
@@ -250,23 +235,17 @@ def test_closed_streams(here, closed):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize(
-    "prompt, status", [("apple", 0), ("apple " * 200, 0), ("apple --steps 0", 2)]
-)
+@pytest.mark.parametrize("prompt, status",
+                         [("apple", 0), ("apple " * 200, 0), ("apple --steps 0", 2)])
 def test_a_full_stderr(prompt, status):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [
-                sys.executable, ROOT / "tiny_sd.py", *"-W 32 -H 32 --steps 2".split(),
-                *prompt.split(" --")[:1],
-                *["--" + f.split()[0] + "=0" for f in prompt.split(" --")[1:]],
-            ],
-            stdout=subprocess.PIPE, stderr=full, text=True,
-        )
+        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py",
+                               *"-W 32 -H 32 --steps 2".split(), *prompt.split(" --")[:1],
+                               *["--" + f.split()[0] + "=0" for f in prompt.split(" --")[1:]]],
+                              stdout=subprocess.PIPE, stderr=full, text=True)
     assert done.returncode == status
-    assert done.stdout == ("" if status else "out-1.png\n") and Path("out-1.png").exists() != bool(
-        status
-    )
+    assert (done.stdout == ("" if status else "out-1.png\n")
+            and Path("out-1.png").exists() != bool(status))
 
 
 # ── A full disk ───────────────────────────────────────────────────────────────────────────────────
@@ -289,14 +268,12 @@ def disk(here):
 
 
 # A picture and a preview have 16 to 20 kB, a page more than 64; a disk gives out 4 at once.
-FULL = [
-    ("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
-    ("-b 2 -o disk/out.png", 24, "disk/out-001.png", ["disk/out-000.png"]),
-    ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
-    ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
-    ("--preview disk/preview.png", 0, "disk/preview.png", []),
-    ("--preview disk/preview.png", 24, "disk/preview.png", ["disk/preview.png"]),
-]
+FULL = [("-o disk/out.png", 0, "disk/out.png", []), ("-o disk/out.png", 4, "disk/out.png", []),
+        ("-b 2 -o disk/out.png", 24, "disk/out-001.png", ["disk/out-000.png"]),
+        ("--show disk/seen", 0, "disk/seen", ["out-1.png"]),
+        ("--show disk/seen", 40, "disk/seen", ["out-1.png"]),
+        ("--preview disk/preview.png", 0, "disk/preview.png", []),
+        ("--preview disk/preview.png", 24, "disk/preview.png", ["disk/preview.png"])]
 
 
 @pytest.mark.parametrize("flags, room, named, there", FULL)
@@ -306,10 +283,8 @@ def test_a_full_disk(here, disk, flags, room, named, there):
     status, out, err = program("red apple", *flags.split(), "--steps", "2")
     assert (status, len(err)) == (2, 1)
     assert out.split() == [name for name in there if "preview" not in name]  # told, though piped
-    assert (
-        err[0].replace(f"{here}/", "")
-        == f"tiny_sd: {named} cannot be written: No space left on device"
-    )
+    assert err[0].replace(f"{here}/",
+                          "") == f"tiny_sd: {named} cannot be written: No space left on device"
     after = contents()
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
     for name in there:
@@ -321,22 +296,18 @@ def test_a_full_disk(here, disk, flags, room, named, there):
 def test_a_full_stdout(flags):
     """The last of these has drawn its picture, which stays."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, ROOT / "tiny_sd.py", "red", *flags.split()], stdout=full,
-            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""},
-        )
-    assert (
-        done.returncode == 2
-        and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device"
-    )
+        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py", "red", *flags.split()],
+                              stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (done.returncode == 2
+            and done.stderr.splitlines()[-1] == "tiny_sd: [Errno 28] No space left on device")
     assert Path("out-1.png").exists() == (flags[-1] == "1")
 
 
 # ── Too little memory ─────────────────────────────────────────────────────────────────────────────
 
-linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux tells how much memory there is"
-)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"),
+                           reason="only Linux tells how much memory there is")
 
 
 @pytest.fixture
@@ -354,15 +325,11 @@ def limited(limit, how):
     Addresses, or memory in a control group, as in a container, of which here only the file that
     says so is real.
     """
-    inside = {
-        "addresses": f"ulimit -v {limit // 1024}",
-        "container": "mount -t tmpfs tmpfs /sys/fs/cgroup && "
-                     f"echo {limit} > /sys/fs/cgroup/memory.max",
-    }[how]
-    command = [
-        *(["unshare", "-rm"] if how == "container" else []), "sh", "-c", f'{inside} && exec "$@"',
-        "sh",
-    ]
+    inside = {"addresses": f"ulimit -v {limit // 1024}",
+              "container": "mount -t tmpfs tmpfs /sys/fs/cgroup && "
+              f"echo {limit} > /sys/fs/cgroup/memory.max"}[how]
+    command = [*(["unshare", "-rm"] if how == "container" else []), "sh", "-c",
+               f'{inside} && exec "$@"', "sh"]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a test set such a limit")
     return command
@@ -375,14 +342,11 @@ def swap():
 @linux
 @pytest.mark.parametrize(
     "flags, what, need, room, how",
-    [
-        ("-m large", "the model large", 3.4, 3.2, "addresses"),
-        ("-m large", "the model large", 3.4, 3.3, "container"),
-        ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
-        ("-W 4096 -H 4096", "--width 4096 --height 4096", 6.4, 6.3, "container"),
-        ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 1.6, 1.5, "container"),
-    ],
-)
+    [("-m large", "the model large", 3.4, 3.2, "addresses"),
+     ("-m large", "the model large", 3.4, 3.3, "container"),
+     ("-m large --backend torch --dtype float16", "the model large", 1.7, 1.6, "container"),
+     ("-W 4096 -H 4096", "--width 4096 --height 4096", 6.4, 6.3, "container"),
+     ("-W 512 -H 512 -b 1000", "--width 512 --height 512", 1.6, 1.5, "container")])
 def test_too_little_memory(large, flags, what, need, room, how):
     if "torch" in flags:
         pytest.importorskip("torch")
@@ -392,14 +356,10 @@ def test_too_little_memory(large, flags, what, need, room, how):
     status, out, err = program("red apple", *flags.split(), under=limited(int(room * 1e9), how))
     said = re.fullmatch(
         r"tiny_sd: (.*) needs at least ([\d.]+) GB of memory, and there are ([\d.]+) GB: close .*",
-        err[-1],
-    )
+        err[-1])
     assert (status, out, len(err)) == (2, "", 1) and said, err
-    assert (
-        (said[1], float(said[2])) == (what, need)
-        and float(said[3]) <= room + swap() + 0.06
-        and contents() == before
-    )
+    assert ((said[1], float(said[2])) == (what, need) and float(said[3]) <= room + swap() + 0.06
+            and contents() == before)
 
 
 @linux
@@ -415,9 +375,8 @@ def test_half_precision_is_not_widened_before_it_is_refused(large):
             file.truncate(path.stat().st_size + len(text) - size)
     limit = limited(int(3.2e9), "addresses")
     status, out, err = program("red apple", "-m", "large", under=limit)
-    assert (status, out, len(err)) == (2, "", 1) and "the model large needs at least 3.4 GB" in err[
-        0
-    ]
+    assert ((status, out, len(err)) == (2, "", 1)
+            and "the model large needs at least 3.4 GB" in err[0])
 
 
 @linux
@@ -428,10 +387,8 @@ def test_a_picture_too_large_to_start_from(here):
 
 
 @linux
-@pytest.mark.parametrize(
-    "argv, what",
-    [("-m medium -W 32 -H 32", "the model medium"), ("-W 256 -H 256", "--width 256 --height 256")],
-)
+@pytest.mark.parametrize("argv, what", [("-m medium -W 32 -H 32", "the model medium"),
+                                        ("-W 256 -H 256", "--width 256 --height 256")])
 def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     """What is said to be needed is less than what the run comes to, but not by far."""
     if "medium" in argv:
@@ -496,8 +453,7 @@ def test_no_thread_can_be_started(here):
     Path("lib/sitecustomize.py").write_text(
         "import os, sys, threading\nos.sched_getaffinity = lambda process: {0, 1}\n"
         "try:\n    threading.Thread(target=print).start()\n"
-        "except RuntimeError as error:\n    print(error, file=sys.stderr)\n"
-    )
+        "except RuntimeError as error:\n    print(error, file=sys.stderr)\n")
     here.chmod(0o777)
     status, out, err = program("red apple", "--steps", "2", under=possible(under),
                                PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")

@@ -74,9 +74,8 @@ def weights_file(folder, part):
 # ── Layouts ───────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
-)
+@pytest.mark.parametrize("kind, dtype",
+                         [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
 def test_single_file_equals_folder(kind, dtype, single_file, plain):
     """Bit for bit, after rounding to the file's type."""
     same_weights(formats.load(single_file(kind)), plain, lambda array: array.to(dtype).float())
@@ -87,10 +86,8 @@ def test_single_file_draws_the_folders_picture(single_file, folder, backend):
     pictures = []
     for path in (folder, single_file("F32")):
         model = formats.load(path, backend)
-        *_, x = like_diffusers.generate(
-            model, "a photo of a cat", "a dog", seeds=(3,), steps=3, sampler="ddim", width=72,
-            height=64,
-        )
+        *_, x = like_diffusers.generate(model, "a photo of a cat", "a dog", seeds=(3,), steps=3,
+                                        sampler="ddim", width=72, height=64)
         pictures.append(tiny_sd.decode(model, x))
     assert np.array_equal(*pictures) and pictures[0].std() > 20
 
@@ -98,14 +95,12 @@ def test_single_file_draws_the_folders_picture(single_file, folder, backend):
 @pytest.mark.slow
 def test_diffusers_reads_the_single_file(single_file, folder, reference):
     """So its names are those of CompVis, as diffusers knows them."""
-    pipe = StableDiffusionPipeline.from_single_file(
-        single_file("F32"), config=str(folder), local_files_only=True
-    )
+    pipe = StableDiffusionPipeline.from_single_file(single_file("F32"), config=str(folder),
+                                                    local_files_only=True)
     for part in PARTS:
         theirs, ours = (getattr(p, part).state_dict() for p in (reference, pipe))
-        assert theirs.keys() == ours.keys() and all(
-            torch.equal(theirs[name], ours[name]) for name in theirs
-        )
+        assert (theirs.keys() == ours.keys()
+                and all(torch.equal(theirs[name], ours[name]) for name in theirs))
 
 
 def test_single_file_without_text_model(single_file, plain, tmp_path):
@@ -136,36 +131,22 @@ def positions(arrays):
     arrays["text_model.embeddings.position_ids"] = torch.arange(77)[None]
 
 
-OLD_VAE = rename(
-    (r"0\.to_q", "0.query"), (r"0\.to_k", "0.key"), (r"0\.to_v", "0.value"),
-    (r"0\.to_out\.0", "0.proj_attn"),
-)
+OLD_VAE = rename((r"0\.to_q", "0.query"), (r"0\.to_k", "0.key"), (r"0\.to_v", "0.value"),
+                 (r"0\.to_out\.0", "0.proj_attn"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part, changes",
-    {
-        "text_model. before each name": (
-            "text_encoder",
-            [rename((r"^(text_model\.)?", "text_model."))],
-        ),
-        "position_ids": ("text_encoder", [rename((r"^(text_model\.)?", "text_model.")), positions]),
-        "VAE with query, key, value, proj_attn": ("vae", [OLD_VAE]),
-        "VAE whose attention is 1x1 convolutions": ("vae", [convolutions]),
-        "both": ("vae", [OLD_VAE, convolutions]),
-        "U-Net whose 1x1 convolutions are linear": (
-            "unet",
-            [
-                lambda arrays: {
-                    name: array.flatten(1) if array.shape[2:] == (1, 1) else array
-                    for name, array in arrays.items()
-                }
-            ],
-        ),
-    }.items(),
-    ids=lambda x: x if isinstance(x, str) else "",
-)
+    {"text_model. before each name": ("text_encoder",
+                                      [rename((r"^(text_model\.)?", "text_model."))]),
+     "position_ids": ("text_encoder", [rename((r"^(text_model\.)?", "text_model.")), positions]),
+     "VAE with query, key, value, proj_attn": ("vae", [OLD_VAE]),
+     "VAE whose attention is 1x1 convolutions": ("vae", [convolutions]),
+     "both": ("vae", [OLD_VAE, convolutions]),
+     "U-Net whose 1x1 convolutions are linear": ("unet", [lambda arrays: {name: array.flatten(
+         1) if array.shape[2:] == (1, 1) else array for name, array in arrays.items()}])}.items(),
+    ids=lambda x: x if isinstance(x, str) else "")
 def test_older_folders(part, changes, folder_with, plain):
     folder = folder_with()
     for change in changes[1]:
@@ -177,9 +158,8 @@ def test_older_folders(part, changes, folder_with, plain):
 def test_both_forms_of_tokenizer(folder_with):
     """tokenizer.json as written today, vocab.json and merges.txt as written before."""
     new = folder_with()
-    assert (new / "tokenizer/tokenizer.json").exists() and not (
-        new / "tokenizer/merges.txt"
-    ).exists()
+    assert ((new / "tokenizer/tokenizer.json").exists()
+            and not (new / "tokenizer/merges.txt").exists())
     one = formats.load(new).encoders[0].tokenizer
     (new / "tokenizer/tokenizer.json").unlink()
     models.write_tokenizer(new / "tokenizer", formats.clip_tokenizer())
@@ -223,11 +203,9 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
     path = tmp_path / "missing.safetensors"
     for part in PARTS:
         names = list(tiny_sd.flatten(network(plain, part)))
-        sizes = [
-            name
-            for name in names
-            if re.search(r"resnets\.0\.conv1|conv_in|embedding|fc1|quant|samplers|0\.attn2", name)
-        ]
+        sizes = [name for name in names
+                 if re.search(r"resnets\.0\.conv1|conv_in|embedding|fc1|quant|samplers|0\.attn2",
+                              name)]
         for name in {*sizes, *names[::40]}:
             old = compvis_name(part, name)
             save_file({other: array for other, array in arrays.items() if other != old}, path)
@@ -285,18 +263,12 @@ def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, 
 def test_training_state_is_ignored(single_file, plain, tmp_path):
     """As in v1-5-pruned.safetensors: the moving averages and the schedule, of whatever type."""
     path = shutil.copy(single_file("F32"), tmp_path / "pruned.safetensors")
-    rewrite(
-        path,
-        lambda arrays: arrays.update(
-            {
-                "model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
-                "model_ema.diffusion_modelconv_inbias": torch.zeros(4),
-                "alphas_cumprod_prev": torch.zeros(9), "sqrt_alphas_cumprod": torch.zeros(9),
-                "posterior_variance": torch.zeros(9),
-                "log_one_minus_alphas_cumprod": torch.zeros(9), "logvar": torch.zeros(9),
-            }
-        ),
-    )
+    rewrite(path, lambda arrays: arrays.update(
+        {"model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
+         "model_ema.diffusion_modelconv_inbias": torch.zeros(4),
+         "alphas_cumprod_prev": torch.zeros(9), "sqrt_alphas_cumprod": torch.zeros(9),
+         "posterior_variance": torch.zeros(9), "log_one_minus_alphas_cumprod": torch.zeros(9),
+         "logvar": torch.zeros(9)}))
     same_weights(formats.load(path), plain)
 
 
@@ -312,13 +284,9 @@ def test_truncated_files_are_refused(keep, single_file, folder_with, tmp_path):
             formats.load(path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
-        "scheduler/scheduler_config.json", "tokenizer/tokenizer.json",
-    ],
-)
+@pytest.mark.parametrize("name", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors",
+                                  "text_encoder/config.json", "scheduler/scheduler_config.json",
+                                  "tokenizer/tokenizer.json"])
 def test_missing_files_are_named(name, folder_with):
     folder = folder_with()
     (folder / name).unlink()
@@ -336,17 +304,10 @@ def test_configs_are_checked(part, folder_with):
     path = folder / part / "config.json"
     config = json.loads(path.read_text())
     for text, expected in [
-        ("{", f"{part}/config.json"),
-        *(
-            (json.dumps({k: v for k, v in config.items() if k != key}), key)
-            for key in (
-                {
-                    "text_encoder": ["hidden_size"], "vae": ["latent_channels"],
-                    "unet": ["block_out_channels"],
-                }[part]
-            )
-        ),
-    ]:
+            ("{", f"{part}/config.json"),
+            *((json.dumps({k: v for k, v in config.items() if k != key}), key)
+              for key in ({"text_encoder": ["hidden_size"], "vae": ["latent_channels"],
+                           "unet": ["block_out_channels"]}[part]))]:
         path.unlink()
         path.write_text(text)
         with pytest.raises(tiny_sd.UserError, match=expected):
@@ -412,18 +373,15 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
 
 @pytest.mark.parametrize(
     "settings, named",
-    [
-        ({"seeds": 0}, "seeds"), ({"seeds": ()}, "seeds"),
-        ({"sampler": "x"}, "no sampler x: choose one of ddpm"), ({"steps": 0}, "steps 0"),
-        ({"steps": 2.0}, "steps 2.0"), ({"width": 65}, "width 65"),
-        ({"height": 8}, "height 8"), ({"sampler": "lcm", "schedule": "karras"}, "lcm"),
-        ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
-        ({"init": np.zeros((64, 64, 4))}, "3), not (64, 64, 4)"),
-        ({"mask": np.zeros((64, 64), bool)}, "a mask needs a picture of its size"),
-        ({"init": np.zeros((64, 64, 3)), "mask": np.zeros((64, 72), bool)},
-         "a mask needs a picture of its size"),
-    ],
-)
+    [({"seeds": 0}, "seeds"), ({"seeds": ()}, "seeds"),
+     ({"sampler": "x"}, "no sampler x: choose one of ddpm"), ({"steps": 0}, "steps 0"),
+     ({"steps": 2.0}, "steps 2.0"), ({"width": 65}, "width 65"), ({"height": 8}, "height 8"),
+     ({"sampler": "lcm", "schedule": "karras"}, "lcm"),
+     ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
+     ({"init": np.zeros((64, 64, 4))}, "3), not (64, 64, 4)"),
+     ({"mask": np.zeros((64, 64), bool)}, "a mask needs a picture of its size"),
+     ({"init": np.zeros((64, 64, 3)), "mask": np.zeros((64, 72), bool)},
+      "a mask needs a picture of its size")])
 def test_one_clear_error(plain, settings, named):
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
         like_diffusers.generate(plain, "a cat", **settings)
