@@ -126,8 +126,9 @@ def test_what_is_cut_changes_nothing(draw):
     assert np.array_equal(pixels(draw("red apple " * 9)), pixels(draw("red apple " * 5)))
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>",
-                                    "a" * 3000, "a " * 20000], ids=lambda prompt: ascii(prompt[:9]))
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "\0\a\x1b[31m", "🍎🍏 日本語", "e\u0301", "<|endoftext|>", "a" * 3000,
+               "a " * 20000], ids=lambda prompt: ascii(prompt[:9]))
 def test_any_prompt_draws(draw, prompt):
     draw(f"--prompt={prompt}")
 
