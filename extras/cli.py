@@ -563,7 +563,7 @@ def load_model(job, jobs=()):
     model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
                          vae)
     if jobs and job.backend == "numpy" and not job.low_memory:
-        narrow.keep_what_pays(model, passes_of(model, [filled(model, job) for job in jobs]))
+        narrow.keep_what_pays(model, passes_of([filled(model, job) for job in jobs]))
     if job.embedding:
         model = prompts.with_embeddings(model, job.embedding)
     if job.prediction:
@@ -582,14 +582,10 @@ def filled(model, job):
         steps=job.steps or steps, cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
 
 
-def passes_of(model, jobs):
-    """Return {part of the model: how many times it will run, for all jobs}."""
-    passes = {"unet": 0, "vae": 0, "text": len(jobs)}
-    for job in jobs:
-        contexts = 1 if job.cfg_scale == 1 or model.config.unet.time_cond_proj_dim else 2
-        passes["unet"] += contexts * steps_of(job)
-        passes["vae"] += job.batch_size
-    return passes
+def passes_of(jobs):
+    """Return {part of the model: how many times its weights will be read}, for a list of jobs."""
+    return {"unet": sum(map(steps_of, jobs)), "vae": sum(job.batch_size for job in jobs),
+            "text": len(jobs)}
 
 
 def steps_of(job):

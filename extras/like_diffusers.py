@@ -105,14 +105,16 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
              combine=guide, predict=None) -> Callable:
     """Do what tiny_sd.denoiser does, but ask with both contexts at once.
 
-    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch. combine:
-    see extras/guidance.py, for which there may be more than two contexts. predict: what to ask
-    instead of tiny_sd.predict. Where extras/fast.py found tiny_sd.denoiser edited, or is not
+    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch, as does
+    NumPy where weights are prepared anew at each use (extras/narrow.py), to do so once for both.
+    combine: see extras/guidance.py, for which there may be more than two contexts. predict: what to
+    ask instead of tiny_sd.predict. Where extras/fast.py found tiny_sd.denoiser edited, or is not
     loaded, that one is used.
     """
     if combine is guide and predict is None and "denoiser" not in tiny_sd.FAST:
         return tiny_sd.denoiser(model, context, guidance, pooled, extra_channels)
-    numpy = isinstance(context, np.ndarray)
+    fleeting = getattr(model.unet["conv_in"]["weight"], "fleeting", False)
+    apart = isinstance(context, np.ndarray) and not fleeting
 
     def denoise(x_t, t, alpha_bar):
         x = x_t if extra_channels is None else concat(x_t, extra_channels)
@@ -124,7 +126,7 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
                                                 context[rows], pooled_rows, guidance)
 
         both = list(range(len(context)))
-        halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if numpy
+        halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if apart
                   else np.split(ask(both), len(both)))
         output = halves[0] if len(halves) == 1 else combine(*halves, guidance)
         return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)

@@ -25,7 +25,7 @@ class Narrow(np.ndarray):
         return function(*map(wide, inputs), **kwargs)
 
 
-PAYS = 4        # passes from which on it is quicker to keep what was prepared
+PAYS = 5        # passes from which on it is quicker to keep what was prepared
 
 
 class Fleeting(Narrow):
@@ -41,8 +41,8 @@ def wide(x):
 def keep_what_pays(model, passes):
     """Let the weights of networks that run less often than this be prepared anew at each use.
 
-    passes: {part of the model: how many times it will run}. What is prepared is kept in float32,
-    and the first touch of so much memory takes longer than preparing it a few times.
+    passes: {part of the model: how many times its weights will be read}. What is prepared is kept
+    in float32, and the first touch of so much memory takes longer than preparing it a few times.
     """
     def fleeting(tree):
         if isinstance(tree, dict):
