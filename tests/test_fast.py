@@ -613,7 +613,8 @@ import tiny_sd
 from extras import fast, like_diffusers
 tiny_sd.predict = lambda model, x, t, context, *_: x * context.mean()
 config = tiny_sd.SimpleNamespace(scheduler=tiny_sd.SimpleNamespace(prediction_type="sample"))
-denoise = like_diffusers.denoiser(tiny_sd.SimpleNamespace(config=config),
+unet = {"conv_in": {"weight": None}}
+denoise = like_diffusers.denoiser(tiny_sd.SimpleNamespace(config=config, unet=unet),
                                   np.array([[[2.0]], [[3.0]]]), 7.0)
 print(denoise(np.ones((1, 1, 1, 1)), 0, 0.5)[0].item())"""
     for folder, drawn in (Path(tiny_sd.__file__).parent, "9.0"), (tmp_path, "2.0"):
