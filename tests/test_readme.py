@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,11 +15,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import tiny_sd
 from conftest import ROOT
-from extras import cli, formats, like_diffusers
-from helpers import write_model
+from extras import cli, formats, like_diffusers, show
+from extras.tools import compare
+from helpers import TWO_ENCODERS, own_lines, write_model
+from helpers_cli import write_lora
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -92,6 +96,55 @@ def test_what_it_runs_is_there():
         before, _, choice = names.rstrip("}").partition("{")
         for name in choice.split(","):
             assert (ROOT / folder / f"{before}{name}.py").exists(), names
+
+
+RECIPES = {"lightning": "EulerDiscreteScheduler", "Hyper": "DDIMScheduler",
+           "pytorch_lora": "LCMScheduler"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_for_few_steps(name, tmp_path, monkeypatch, command):
+    """They take the times that diffusers' scheduler has for them, and no guidance."""
+    diffusers = pytest.importorskip("diffusers")
+    line, = re.findall(
+        rf"python tiny_sd.py (.* --lora \S*{name}.*)", TEXT)
+    words = shlex.split(line)
+    values = dict(zip(words[1::2], words[2::2]))
+    monkeypatch.chdir(tmp_path)
+    write_lora(values["--lora"])
+    config = {"config": TWO_ENCODERS} if values["-m"] == "sdxl" else {}
+    words[words.index("-m") + 1] = write_model(tmp_path / "model", **config)
+
+    times = []
+    with show.watching(predict=lambda y, model, x, t, *_: times.append((len(y), int(t)))):
+        status, (picture,), err = command(*words)
+    assert status == 0 and own_lines(err) == []
+    reference = getattr(diffusers, RECIPES[name])(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        **{"timestep_spacing": "trailing"} if "--scheduler" in values else {})
+    reference.set_timesteps(int(values["--steps"]))
+    assert times == [(1, int(t)) for t in reference.timesteps]
+    without = [*words[:3], *words[5:]]
+    assert "--lora" not in without
+    plain = command(*without)[1][0]
+    assert np.ptp(np.asarray(Image.open(picture)).astype(int) - np.asarray(Image.open(plain))) > 0
+
+
+def test_samplers_are_compared_on_a_sheet(tmp_path, monkeypatch, capsys):
+    """A row for each sampler and a column for each number of steps; mistakes draw nothing."""
+    monkeypatch.chdir(tmp_path)
+    model = str(write_model(tmp_path / "model"))
+    words = ["red", "-m", model, "--samplers", "ddim", "DPM++ 2M Karras", "--steps", "2", "3", "5"]
+    assert compare.main(words) == 0
+    page = Image.open(capsys.readouterr().out.strip())
+    assert page.width > 3 * 128 and 2 * 128 < page.height < 3 * 128
+    assert compare.main(words) == 0 and (tmp_path / "compared-1.png").exists()
+    for wrong, named in (["--samplers", "foo"], "foo"), (["--steps", "0"], "0"), (
+            ["-o", "a.bmp"], "a.bmp"), (["-m", "nowhere"], "nowhere"):
+        capsys.readouterr()
+        assert compare.main(words + wrong) == 2
+        assert named in own_lines(capsys.readouterr().err.splitlines())[-1]
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
