@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -52,25 +53,23 @@ def lora(text):
     return file, prompts.lora_weight(weight or "1")
 
 
-def sampler(text):
-    """Return (sampler, schedule or None) for a name that people know them by.
-
-    An error names the nearest.
-    """
-    found = samplers.sampler_named(text)
+def choice(found, text, names):
+    """Return what was found by a name; if that is None, an error names the nearest of its kind."""
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"there is no {text!r}: choose one of {', '.join(SAMPLERS)}{nearest(text, SAMPLERS)}")
+            f"there is no {text!r}: choose one of {', '.join(names)}{nearest(text, names)}")
     return found
 
 
+def sampler(text):
+    """Return (sampler, schedule or None) for a name that people know them by."""
+    return choice(samplers.sampler_named(text), text, SAMPLERS)
+
+
 def schedule(text):
-    """Return a schedule's name here, "" for "automatic"; an error names the nearest."""
-    name = "" if text.lower() in ("automatic", "default") else schedule_named(text)
-    if name is None:
-        raise argparse.ArgumentTypeError(f"there is no {text!r}: choose one of "
-                                         f"{', '.join(LEVELS)}{nearest(text, LEVELS)}")
-    return name
+    """Return a schedule's name here, "" for "automatic"."""
+    automatic = text.lower() in ("automatic", "default")
+    return "" if automatic else choice(schedule_named(text), text, LEVELS)
 
 
 def interval(text):
@@ -96,19 +95,13 @@ EXAMPLES = """examples:
 """
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """A page of help that is 100 columns wide."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
-
-
 def option_parser(**settings):
     """Return the parser of all options."""
     parser = tiny_sd.Parser(
         description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False,
-        usage="python tiny_sd.py PROMPT [option ...]", epilog=EXAMPLES, formatter_class=Help,
-        **settings)
+        usage="python tiny_sd.py PROMPT [option ...]", epilog=EXAMPLES,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100,
+                                          max_help_position=28), **settings)
     parser.add_argument("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
                         help="print the version, and end")
 
@@ -349,6 +342,14 @@ RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batc
           "clip_skip": (1, 100), "enlarge": (1, 16)}
 
 
+def check_ranges(values, ranges):
+    """UserError where an option's value, unless it is None, is not in the range of its name."""
+    for name, (low, high) in ranges.items():
+        value = getattr(values, name)
+        require(value is None or low <= value <= high,
+                f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
+
+
 def check_job(job):
     """UserError where an option is out of range, or does not go with another."""
     plain = (job.device, job.dtype) == ("cpu", "float32")
@@ -356,10 +357,7 @@ def check_job(job):
             f"NumPy computes in float32 on the CPU: --device {job.device} "
             f"--dtype {job.dtype} need --backend torch")
     require(job.backend == "numpy" or not job.low_memory, "--low-memory goes with NumPy alone")
-    for name, (low, high) in RANGES.items():
-        value = getattr(job, name)
-        require(value is None or low <= value <= high,
-                f"--{name.replace('_', '-')} {value} is not from {low} to {high}")
+    check_ranges(job, RANGES)
     require(0 <= job.seed < 2 ** 64, f"--seed {job.seed} is not from 0 to 2^64 - 1")
     require(job.seed + job.batch_size <= 2 ** 64, f"the seeds of --batch-size {job.batch_size} "
             f"from --seed {job.seed} on go beyond 2^64 - 1")
@@ -399,8 +397,7 @@ def check_outputs(job):
             f"--film {job.film} does not end in .gif or .png")
     require(job.preview != job.output, f"--preview and --output are both {job.output}")
     for path in filter(None, (*output_names(job), job.preview, job.film)):
-        require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
-        require(os.access(path.parent, os.W_OK), f"the folder {path.parent} cannot be written to")
+        files.check_folder_of(path)
         free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
             free.lstat()        # fails where a name is too long
@@ -534,8 +531,7 @@ def run(argv):
         title = queue_title(number, len(jobs), time.monotonic() - begun)
         x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
     if film:
-        if weighted(model, first):
-            film.chunks = prompts.chunks_of(model.encoders[0].tokenizer, words_of(first))
+        film.chunks = chunks_of(model, first)
         print(film.save(x, first.prompt, seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
@@ -757,6 +753,11 @@ def words_of(job):
 def weighted(model, job):
     """Are brackets in a job's prompts read as weights?"""
     return prompts.reads_weights(model) and not job.plain_prompt
+
+
+def chunks_of(model, job):
+    """Return the chunks in which the model reads a job's prompt."""
+    return prompts.chunks_of(model.encoders[0].tokenizer, words_of(job), weighted(model, job))
 
 
 def embedder(model, job):

@@ -213,6 +213,13 @@ def replace_atomically(path):
         os.replace(unfinished, path)
 
 
+def check_folder_of(path, what=""):
+    """UserError, which begins with `what`, unless there is a folder to write this file to."""
+    require(path.parent.is_dir(), f"{what}there is no folder {path.parent} to write to")
+    require(os.access(path.parent, os.W_OK),
+            f"{what}the folder {path.parent} cannot be written to")
+
+
 def save_picture(pixels, path, parameters, enlarge=1):
     """Write a picture whole or not at all, under the first free name of a.png, a-1.png, ...
 
@@ -222,19 +229,23 @@ def save_picture(pixels, path, parameters, enlarge=1):
     picture = Image.fromarray(pixels)
     if enlarge > 1:
         picture = ImageOps.scale(picture, enlarge, Image.Resampling.LANCZOS)
-    with unfinished_name(path) as unfinished:
-        with open(unfinished, "xb") as file:
-            write_picture(picture, file, path.suffix.lower(), parameters)
-        return take_free_name(unfinished, path)
+    return save_new(path, lambda file: write_picture(picture, file, path.suffix.lower(),
+                                                     parameters))
 
 
 def save_film(frames, path):
     """Write pictures as a GIF or an animated PNG, by path's suffix; return the name taken."""
     first, *others = map(Image.fromarray, frames)
+    return save_new(path, lambda file: first.save(
+        file, path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
+        duration=[120] * len(others) + [2000]))
+
+
+def save_new(path, write):
+    """Let write(file) write a file, and give it the first free name of a.png, ...; return that."""
     with unfinished_name(path) as unfinished:
         with open(unfinished, "xb") as file:
-            first.save(file, path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
-                       duration=[120] * len(others) + [2000])
+            write(file)
         return take_free_name(unfinished, path)
 
 

@@ -102,11 +102,15 @@ def check_length(text):
             f"one word: at most {LONGEST} and {LONGEST_WORD}")
 
 
-def chunks_of(tokenizer, text):
+def chunks_of(tokenizer, text, weighted=True):
     """Return the chunks of a prompt: lists of (id, weight), as long as the model has room for.
 
-    Where one overflows, what follows a comma among its last 20 tokens goes to the next.
+    Where one overflows, what follows a comma among its last 20 tokens goes to the next. Unless it
+    is weighted, it is read as it stands, by Tokenizer.encode: one chunk, and the rest is cut.
     """
+    if not weighted:
+        start = re.sub(rf"[{tokenizer.SPACE}]+", " ", text)[:40 * tokenizer.length]
+        return [[(i, 1.0) for i in tokenizer.tokens(start)[:tokenizer.length - 2]]]
     check_length(text)
     room, comma_id = tokenizer.length - 2, tokenizer.vocab.get(",</w>")
     chunks, comma = [[]], None
@@ -240,15 +244,9 @@ def remarks(model, texts, plain=False):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer
     for first, names in getattr(tokenizer, "names", {}).items():
-        if not any(first in ids_of(tokenizer, text, weighted) for text in texts):
+        if not any(first == i for text in texts
+                   for chunk in chunks_of(tokenizer, text, weighted) for i, _ in chunk):
             yield f"no prompt says {' or '.join(names)}, which --embedding is for"
-
-
-def ids_of(tokenizer, text, weighted):
-    """Return the ids that the model sees of a text."""
-    if weighted:
-        return [i for chunk in chunks_of(tokenizer, text) for i, _ in chunk]
-    return tokenizer.encode(text)[0]
 
 
 # ── Learnt words ────────────────────────────────────────────────────────────────────────────────

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import like_diffusers, prompts
-from extras.files import free_names, unfinished_name
+from extras.files import check_folder_of, free_names, printable, unfinished_name
 from tiny_sd import require
 
 # ── Watching ────────────────────────────────────────────────────────────────────────────────────
@@ -52,6 +52,25 @@ def watching(**watchers):
     wrapped = {name: watched(getattr(tiny_sd, name), f) for name, f in watchers.items()}
     with mock.patch.multiple(tiny_sd, **wrapped):
         yield
+
+
+def counting(tell):
+    """While it lasts, call tell(flops, result, weight) for each operation that has a weight.
+
+    And for attention, whose weight is None. flops: the multiplications and additions of its matrix
+    products, which are next to everything.
+    """
+    def product(y, x, weight, *_, **__):
+        tell(2 * math.prod(y.shape) * math.prod(weight.shape[1:]), y, weight)
+
+    def norm(y, *_, weight, **__):
+        tell(0, y, weight)
+
+    def attention(y, q, k, *_, **__):
+        tell(4 * math.prod(q.shape) * k.shape[-2], y, None)
+
+    return watching(linear=product, conv2d=product, group_norm=norm, layer_norm=norm,
+                    dot_product_attention=attention)
 
 
 def probabilities(q, k):
@@ -158,10 +177,7 @@ def check_folder(folder, path):
         require(empty, f"--show {folder} is there already: name a new folder, or an empty one")
         require(os.access(path, os.W_OK), f"--show {folder} cannot be written to")
     else:
-        require(path.parent.is_dir(), f"--show {folder} cannot be made: there is no folder "
-                                      f"{path.parent} to write to")
-        require(os.access(path.parent, os.W_OK), f"--show {folder} cannot be made: the folder "
-                                                 f"{path.parent} cannot be written to")
+        check_folder_of(path, f"--show {folder} cannot be made: ")
 
 
 def attention_maps(maps, height, width):
@@ -180,6 +196,19 @@ def attention_maps(maps, height, width):
     return attention
 
 
+def seeing(viewer_of, inside=like_diffusers.denoiser) -> Callable:
+    """Return a denoiser that shows each guess x̂_0 to viewer_of(model)."""
+    def make(model, *args, **settings):
+        see, denoise = viewer_of(model), inside(model, *args, **settings)
+
+        def watched(x, t, alpha_bar):
+            x_0, eps = denoise(x, t, alpha_bar)
+            see(x_0)
+            return x_0, eps
+        return watched
+    return make
+
+
 def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
     """Return a denoiser that writes x̂_0 to a PNG at each step, decoded quickly and smoothed.
 
@@ -189,36 +218,25 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
     mark.add_text("Software", "tiny_sd preview")
     check_preview(path)
 
-    def make(model, *args, **settings):
+    def viewer(model):
         small = quick_decoder(model)
-        denoise = inside(model, *args, **settings)
 
-        def watched(x, t, alpha_bar):
-            x_0, eps = denoise(x, t, alpha_bar)
-            pixels = np.concatenate(small(x_0), axis=1)
-            picture = Image.fromarray(as_pixels(pixels))
-            scale = model.factor * x.shape[1] // picture.height     # 1 of a tiny VAE's
+        def see(x_0):
+            picture = Image.fromarray(as_pixels(np.concatenate(small(x_0), axis=1)))
+            scale = model.factor * x_0.shape[1] // picture.height   # 1 of a tiny VAE's
             picture = ImageOps.scale(picture, scale, Image.Resampling.BICUBIC)
             with unfinished_name(path) as unfinished:
                 picture.save(unfinished, "PNG", pnginfo=mark)
                 check_preview(path)
                 os.replace(unfinished, path)
-            return x_0, eps
-        return watched
-    return make
+        return see
+    return seeing(viewer, inside)
 
 
 def recorder(frames: list, inside=like_diffusers.denoiser) -> Callable:
     """Return a denoiser that adds to frames what each guess x̂_0 looks like, decoded."""
-    def make(model, *args):
-        denoise = inside(model, *args)
-
-        def watched(x, t, alpha_bar):
-            x_0, eps = denoise(x, t, alpha_bar)
-            frames.append(np.concatenate(tiny_sd.decode(model, x_0), axis=1))
-            return x_0, eps
-        return watched
-    return make
+    return seeing(lambda model: lambda x_0: frames.append(
+        np.concatenate(tiny_sd.decode(model, x_0), axis=1)), inside)
 
 
 def check_preview(path):
@@ -340,12 +358,6 @@ def positions_of_words(tokenizer, chunks, n):
     found.append(("(end and padding)", sorted({*range(whole)} - {*used})))
     return [(word, np.add.outer(range(0, n, whole), [*positions]).reshape(-1).astype(int))
             for word, positions in found]
-
-
-def one_chunk(tokenizer, prompt):
-    """Return the chunks, one, of a prompt that is read as it stands."""
-    ids = tokenizer.tokens(prompt[:40 * tokenizer.length])      # as Tokenizer.encode cuts it
-    return [[(i, 1.0) for i in ids[:tokenizer.length - 2]]]
 
 
 def word_maps(steps, positions, k):
@@ -499,7 +511,7 @@ def words_section(page, film, k, picture, prompt):
         *(f"<th>at {h} × {w}" for h, w in sizes),
         *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
     tokenizer, tokens = film.model.encoders[0].tokenizer, film.steps[0].attention[sizes[0]].shape[1]
-    chunks = film.chunks or one_chunk(tokenizer, prompt)
+    chunks = film.chunks or prompts.chunks_of(tokenizer, prompt, weighted=False)
     for n, (word, positions) in enumerate(positions_of_words(tokenizer, chunks, tokens)):
         maps, mean = word_maps(film.steps, positions, k)
         cells = [(mean.mean(0), True), *((maps[size].mean(0), False) for size in sizes),
@@ -558,11 +570,6 @@ def latents_section(page, film, k, latents):
 # ── The prompt's tokens and the model's parts ───────────────────────────────────────────────────
 
 
-def visible(text):
-    """Return a text with spaces in the place of all that does not print, such as ESC."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def pieces(tokenizer, text):
     """Return [(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
     found = []
@@ -603,9 +610,9 @@ def tokens_text(tokenizer, prompt, weighted=False):
         lines.append("      " + " ".join(str(tokenizer.vocab.get(s, unknown)) for s in symbols))
 
     places = chunks_lines if weighted else places_lines
-    return "\n".join(map(visible, [
+    return "\n".join(printable(line, control=False) for line in [
         "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
-        "then the ids.", *lines, "", *places(tokenizer, prompt)]))
+        "then the ids.", *lines, "", *places(tokenizer, prompt)])
 
 
 def places_lines(tokenizer, prompt):
@@ -658,30 +665,14 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
 
     What each part gives out, holds and computes in one pass of one picture through each network,
-    counted by watching that. flops: the multiplications and additions of all matrix products,
-    which are next to everything.
+    counted by watching that.
     """
     (owner, table), order = weights_by_part(model), []
 
-    def count(y, flops, weight=None):
+    def count(flops, y, weight):
         order.append(order[-1] if weight is None else owner[id(weight)])
         row = table[order[-1]]
         row.flops, row.shape = row.flops + flops, tuple(y.shape)[1:]
-
-    def linear(y, x, weight, bias=None):
-        count(y, 2 * math.prod(y.shape) * x.shape[-1], weight)
-
-    def conv2d(y, x, weight, bias=None, **how):
-        count(y, 2 * math.prod(y.shape) * math.prod(weight.shape[1:]), weight)
-
-    def dot_product_attention(y, q, k, v, causal=False):
-        count(y, 4 * math.prod(q.shape) * k.shape[-2])
-
-    def group_norm(y, x, groups, eps, weight, bias):
-        count(y, 0, weight)
-
-    def layer_norm(y, x, weight, bias):
-        count(y, 0, weight)
 
     h, w, channels = tiny_sd.latent_shape(model, width, height)
     x = np.zeros((1, h, w, channels), np.float32)
@@ -692,8 +683,7 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
 
     runs = [step, lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
             lambda: tiny_sd.decode(model, x)]
-    with watching(linear=linear, conv2d=conv2d, group_norm=group_norm, layer_norm=layer_norm,
-                  dot_product_attention=dot_product_attention):
+    with counting(count):
         for work in tqdm(runs, desc="counting", unit="part", leave=False):
             work()
     names = [*(table.keys() - set(order)), *dict.fromkeys(order)]

@@ -216,8 +216,8 @@ class Studio:
         run = self.run_of(request)
         text = facts.parameters_text(run.job, self.model)
         name, = cli.output_names(run.job)
-        send("saved", name=str(files.save_picture(run.picture, name, text,
-                                                           run.job.enlarge)))
+        name = files.save_picture(run.picture, name, text, run.job.enlarge)
+        send("saved", name=str(name))
 
     def run_of(self, request):
         """Return the drawing that a request is about."""
@@ -249,13 +249,10 @@ def job_of(base, request):
 
 def chunks_of(model, job):
     """Return the chunks in which the model reads the prompt, [] if they change on the way."""
-    words, tokenizer = cli.words_of(job), model.encoders[0].tokenizer
-    if not job.plain_prompt and in_time.changes(words, job.negative_prompt):
+    if not job.plain_prompt and in_time.changes(cli.words_of(job), job.negative_prompt):
         tell("where the words of a prompt that changes were listened to is not shown")
         return []
-    if prompts.reads_weights(model) and not job.plain_prompt:
-        return prompts.chunks_of(tokenizer, words)
-    return show.one_chunk(tokenizer, words)
+    return cli.chunks_of(model, job)
 
 
 def command_line(model, job):

@@ -6,6 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from extras.files import printable
 from tiny_sd import HERE, UserError
 
 KEYS = ("things", "styles", "backgrounds", "places")
@@ -28,7 +29,7 @@ def known_things(model):
 
 def texts(values):
     """Return the values of a list as texts without what controls a terminal."""
-    return ["".join(c if c.isprintable() else " " for c in str(value)) for value in values]
+    return [printable(str(value), control=False) for value in values]
 
 
 def split_words(text):

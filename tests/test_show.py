@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import ROOT
-from extras import cli, formats, like_diffusers, shapes, show
+from extras import cli, formats, like_diffusers, prompts, shapes, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -118,7 +118,7 @@ def test_positions_of_words():
     tokenizer = sd.Tokenizer([("a", "p")], length=8)
 
     def positions(prompt):
-        chunks = show.one_chunk(tokenizer, prompt)
+        chunks = prompts.chunks_of(tokenizer, prompt, weighted=False)
         found = show.positions_of_words(tokenizer, chunks, tokenizer.length)
         return [(word, positions.tolist()) for word, positions in found]
 

@@ -29,7 +29,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -96,14 +95,10 @@ def inputs(args):
     """Noise, channels last: latents, the context of both halves (negative, prompt), a picture."""
     import numpy as np
 
-    rng, n, words = (
-        np.random.default_rng(1), args.size // 8,
-        configs(args)["unet"]["cross_attention_dim"],
-    )
-    return [
-        rng.standard_normal(shape, np.float32)
-        for shape in ((args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3))
-    ]
+    rng, n, words = np.random.default_rng(1), args.size // 8, configs(args)["unet"][
+        "cross_attention_dim"]
+    shapes = (args.batch, n, n, 4), (2, 77, words), (args.batch, args.size, args.size, 3)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
 # ── The sides: {operation: call()} for a part; each call gives a NumPy array, channels last ───────
@@ -120,32 +115,24 @@ def measured(part, args, folder):
     import tiny_sd as sd
     from extras import like_diffusers
 
-    model, (x, context, image) = (
-        sd.load(folder, args.backend, args.device, args.dtype),
-        inputs(args),
-    )
-    unet, vae = (
-        (lambda values, like=network["conv_in"]["bias"]: sd.array_like(like, values))
-        for network in (model.unet, model.vae["encoder"])
-    )  # an array as the network's own
-    denoise = sd.denoiser(
-        model, unet(context), 0.5
-    )  # the mean of the halves: a difference in either shows as it is
+    model = sd.load(folder, args.backend, args.device, args.dtype)
+    x, context, image = inputs(args)
+    unet, vae = (functools.partial(sd.array_like, network["conv_in"]["bias"])
+                 for network in (model.unet, model.vae["encoder"]))     # an array as its own
+    # the mean of the halves: a difference in either shows as it is
+    denoise = sd.denoiser(model, unet(context), 0.5)
 
     def picture():
         *_, latents = like_diffusers.generate(
             model, PROMPT, sampler="dpm++2m", steps=args.steps, seeds=range(args.batch),
-            guidance=args.guidance, width=args.size, height=args.size,
-        )
+            guidance=args.guidance, width=args.size, height=args.size)
         return sd.decode(model, latents) / np.float32(255)
 
     def rate():
         """What large matrix products reach, in operations a second: the best of five."""
-        n = 8192 if args.device == "cuda" else 2048
-        a, b = (
-            unet(np.random.default_rng(k).standard_normal((n, n), np.float32)) for k in range(2)
-        )  # a aᵀ takes half the work
-        seconds = []
+        n, seconds = 8192 if args.device == "cuda" else 2048, []
+        a, b = (unet(np.random.default_rng(k).standard_normal((n, n), np.float32))
+                for k in range(2))      # a aᵀ takes half the work
         for _ in range(5):
             start = time.perf_counter()
             for _ in range(4):
@@ -156,23 +143,15 @@ def measured(part, args, folder):
 
     calls = {
         "unet": {"step": lambda: denoise(x, 500, 0.5)[1]},
-        "vae": {
-            "decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
-            "encode": lambda: np.concatenate(
-                [*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1
-            ),
-        },
+        "vae": {"decode": lambda: sd.to_numpy(sd.vae_decode(vae(x), model.vae, 32)),
+                "encode": lambda: np.concatenate(
+                    [*map(sd.to_numpy, sd.vae_encode(vae(image), model.vae, 32))], -1)},
         "text": {"encode": lambda: sd.to_numpy(sd.embed_prompts(model, ["", PROMPT])[0])},
         "loaded": {"picture": picture},
     }[part]
-    return (
-        calls
-        | {
-            f"operations of {name}": functools.partial(operations, sd, call)
-            for name, call in calls.items()
-        }
-        | {"rate": rate}
-    )
+    counts = {f"operations of {name}": functools.partial(operations, call)
+              for name, call in calls.items()}
+    return calls | counts | {"rate": rate}
 
 
 def formulas(part, args, folder):
@@ -182,34 +161,17 @@ def formulas(part, args, folder):
     return measured(part, args, folder)
 
 
-def operations(sd, call):
+def operations(call):
     """Count the multiplications and additions in the definitions of what a call computes.
 
-    Those of its products, convolutions and attention.
+    The side tiny_sd alone is asked for this: it loads extras/fast.py.
     """
     import numpy as np
+
+    from extras import show
     counts = []
-
-    def counted(function, count):
-        def wrapped(*args, **kwargs):
-            y = function(*args, **kwargs)
-            counts.append(count(y, *args, **kwargs))
-            return y
-        return wrapped
-
-    def product(y, x, weight, *_, **__):
-        return 2 * math.prod(y.shape) * math.prod(weight.shape[1:])
-
-    def attention(y, q, k, *_, **__):
-        return 4 * math.prod(q.shape) * k.shape[-2]
-
-    count = {"linear": product, "conv2d": product, "dot_product_attention": attention}
-    originals = {name: getattr(sd, name) for name in count}
-    for name, function in originals.items():
-        setattr(sd, name, counted(function, count[name]))
-    call()
-    for name, function in originals.items():
-        setattr(sd, name, function)
+    with show.counting(lambda count, *_: counts.append(count)):
+        call()
     return np.array(sum(counts))
 
 
@@ -249,16 +211,10 @@ def networks(part, args, folder, dtype):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
         return {"decode": (Network(vae, lambda vae, z: vae.decode(z).sample), (x,)),
                 "encode": (Network(vae, moments), (image,))}
-    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
-        ["", PROMPT], padding="max_length", return_tensors="pt"
-    )
+    ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+        ["", PROMPT], padding="max_length", return_tensors="pt").input_ids.to(args.device)
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype)
-    return {
-        "encode": (
-            Network(encoder, lambda encoder, ids: encoder(ids)[0]),
-            (tokens.input_ids.to(args.device),),
-        )
-    }
+    return {"encode": (Network(encoder, lambda encoder, ids: encoder(ids)[0]), (ids,))}
 
 
 def pipeline(folder, device, dtype):
@@ -272,10 +228,8 @@ def pipeline(folder, device, dtype):
 
     def draw(prompt, size, batch, steps, guidance):
         streams = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        return pipe(
-            prompt, width=size, height=size, num_inference_steps=steps, guidance_scale=guidance,
-            generator=streams, num_images_per_prompt=batch,
-        ).images
+        return pipe(prompt, width=size, height=size, num_inference_steps=steps,
+                    guidance_scale=guidance, generator=streams, num_images_per_prompt=batch).images
 
     return pipe, draw
 
@@ -285,62 +239,52 @@ def diffusers(part, args, folder, compiled=False):
     import torch
 
     def faster(network):
-        mode = "reduce-overhead" if args.device == "cuda" else None  # with CUDA graphs
-        return (
-            torch.compile(network.to(memory_format=torch.channels_last), mode=mode)
-            if compiled
-            else network
-        )
+        if not compiled:
+            return network
+        mode = "reduce-overhead" if args.device == "cuda" else None     # with CUDA graphs
+        return torch.compile(network.to(memory_format=torch.channels_last), mode=mode)
 
     def operation(network, tensors):
         network = faster(network)
 
         @torch.inference_mode()
         def call():
-            y = network(*tensors).float().cpu()         # which waits for the GPU
-            return (y.permute(0, 2, 3, 1) if y.ndim == 4 else y).numpy()
+            return channels_last(network(*tensors).float().cpu().numpy())   # waits for the GPU
         return call
 
     if part != "loaded":
-        return {
-            name: operation(*work)
-            for name, work in networks(part, args, folder, getattr(torch, args.dtype)).items()
-        }
+        works = networks(part, args, folder, getattr(torch, args.dtype))
+        return {name: operation(*work) for name, work in works.items()}
     pipe, draw = pipeline(folder, args.device, args.dtype)
     pipe.unet, pipe.vae.decoder = faster(pipe.unet), faster(pipe.vae.decoder)
-    return {
-        "picture": lambda: np.stack(
-            [
-                np.float32(picture) / 255
-                for picture in draw(PROMPT, args.size, args.batch, args.steps, args.guidance)
-            ]
-        )
-    }
+
+    def picture():
+        pictures = draw(PROMPT, args.size, args.batch, args.steps, args.guidance)
+        return np.stack([np.float32(picture) / 255 for picture in pictures])
+    return {"picture": picture}
+
+
+def channels_last(y):
+    """Return torch's images (batch, channels, height, width) as tiny_sd has them; others as is."""
+    return y.transpose(0, 2, 3, 1) if y.ndim == 4 else y
 
 
 def openvino(part, args, folder):
-    import numpy as np
     import openvino as ov
     import torch
-
-    settings = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[
-            args.dtype
-        ],
-        "INFERENCE_NUM_THREADS": cores(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[args.dtype]
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": cores(),
+                "PERFORMANCE_HINT": "LATENCY"}
 
     def operation(network, tensors):
         with torch.inference_mode():
             model = ov.convert_model(network, example_input=tensors)
         model.reshape({port: list(t.shape) for port, t in zip(model.inputs, tensors)})
         run, arrays = ov.compile_model(model, "CPU", settings), [t.numpy() for t in tensors]
-        return lambda: (lambda y: np.moveaxis(y, 1, -1) if y.ndim == 4 else y)(run(arrays)[0])
+        return lambda: channels_last(run(arrays)[0])
 
-    return {
-        name: operation(*work) for name, work in networks(part, args, folder, torch.float32).items()
-    }
+    works = networks(part, args, folder, torch.float32)
+    return {name: operation(*work) for name, work in works.items()}
 
 
 def program(side, part, args, folder):
@@ -348,29 +292,23 @@ def program(side, part, args, folder):
     import numpy as np
     from PIL import Image
     prompt, size = (BUNDLED_PROMPT, args.own_size) if part == "bundled" else (PROMPT, args.size)
-    facts = [folder, args.device, args.dtype, args.batch, prompt, args.steps, size or ""]
     if side == "tiny_sd":
-        names = ["-m", "--device", "--dtype", "-b", "-p", "--steps", "-W", "-H"]
-        options = [word for pair in zip(names, facts + [size]) for word in pair][
-            : None if size else 12
-        ]
-        command = [
-            ROOT / "tiny_sd.py", *options, "--sampler", "dpm++2m", "--cfg-scale", args.guidance,
-            "--backend", args.backend, "-o", "out.png",
-        ]
+        command = [ROOT / "tiny_sd.py", prompt, "-m", folder, "-b", args.batch, "-o", "out.png",
+                   "--steps", args.steps, "--sampler", "dpm++2m", "--cfg-scale", args.guidance,
+                   "--backend", args.backend, "--device", args.device, "--dtype", args.dtype]
+        command += ["-W", size, "-H", size] if size else []
     else:
-        command = [__file__, "draw", *facts, args.guidance]
+        command = [__file__, "draw", folder, args.device, args.dtype, args.batch, prompt,
+                   args.steps, size or "", args.guidance]
 
     def call():
         with tempfile.TemporaryDirectory() as here:
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], cwd=here, capture_output=True, text=True
-            )
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=here,
+                                  capture_output=True, text=True)
             if done.returncode:
                 raise Failure(" ".join(done.stderr.splitlines()[-1:]))
-            return np.stack(
-                [np.float32(Image.open(path)) / 255 for path in sorted(Path(here).glob("*.png"))]
-            )
+            return np.stack([np.float32(Image.open(path)) / 255
+                             for path in sorted(Path(here).glob("*.png"))])
 
     return {"file": call}
 
@@ -396,23 +334,17 @@ def peak_memory(part, device):
     """
     if PARTS[part] == ["file"]:
         import resource
-
-        return (
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024)
-            / 1e6
-        )
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
     if device == "cuda":
         import torch
         peak = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return peak
     with contextlib.suppress(OSError):
-        peak = (
-            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-        )
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
         Path("/proc/self/clear_refs").write_text("5")       # the peak starts again
-        return peak
+        return int(peak) * 1024 / 1e6
 
 
 def serve(pipe, side, part, args, folder):
@@ -421,15 +353,12 @@ def serve(pipe, side, part, args, folder):
     Answers the name of an operation with (seconds, result, MB), or tells its error.
     """
     try:
-        sides = {
-            "tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino, "formulas": formulas,
-            "compiled": functools.partial(diffusers, compiled=True),
-        }
-        calls = (
-            program(side, part, args, folder)
-            if PARTS[part] == ["file"]
-            else sides[side](part, args, folder)
-        )
+        sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino,
+                 "formulas": formulas, "compiled": functools.partial(diffusers, compiled=True)}
+        if PARTS[part] == ["file"]:
+            calls = program(side, part, args, folder)
+        else:
+            calls = sides[side](part, args, folder)
         while True:
             call = calls[pipe.recv()]
             start = time.perf_counter()
@@ -466,53 +395,50 @@ def compare(part, args, folder):
 
     Failure, before anything is timed, if the sides disagree.
     """
-    import numpy as np
     from tqdm import tqdm
     names = ["tiny_sd", *(peer for peer in args.peer if part in PEERS[peer])]
     sides, results = {name: start(name, part, args, folder) for name in names}, []
     for operation in PARTS[part]:
-        rows, picture, ours = {}, operation in ("picture", "file"), None
-        allowed = (
-            TOLERANCE[args.dtype] if not picture else 1.01 / 255 if args.dtype == "float32" else 1
-        )
-        for name in names:
-            seconds, result, mb = sides[name](operation)
-            ours = result if ours is None else ours
-            if result.shape != ours.shape or not np.isfinite(result).all() or not np.ptp(result):
-                raise Failure(
-                    f"{part} {operation}: {name} gives {result.shape} instead of {ours.shape}, "
-                    "or not numbers"
-                )
-            difference = float(
-                np.abs(result - ours).max() / (1 if picture else np.abs(result).max())
-            )
-            if difference > allowed:
-                raise Failure(
-                    f"{part} {operation}: {name} and tiny_sd differ by {difference:.1e}, "
-                    f"more than {allowed:.1e}"
-                )
-            rows[name] = {
-                "part": part, "operation": operation, "side": name, "difference": difference,
-                "first_mb": mb, "later_mb": mb and 0, "seconds": [seconds] * (operation == "file"),
-            }
-        for k in tqdm(
-            range(operation == "file", args.rounds), f"{part} {operation}", unit="round",
-            leave=False, disable=False,
-        ):
+        firsts = {name: sides[name](operation) for name in names}
+        rows = {name: {"part": part, "operation": operation, "side": name,
+                       "difference": difference(f"{part} {operation}", name, firsts, args),
+                       "first_mb": mb, "later_mb": mb and 0,
+                       "seconds": [seconds] * (operation == "file")}
+                for name, (seconds, _, mb) in firsts.items()}
+        for k in tqdm(range(operation == "file", args.rounds), f"{part} {operation}", unit="round",
+                      leave=False, disable=False):
             for name in names[k % len(names):] + names[:k % len(names)]:
                 seconds, _, mb = sides[name](operation)
                 rows[name]["seconds"].append(seconds)
                 rows[name]["later_mb"] = mb and max(mb, rows[name]["later_mb"])
-        if not picture:
-            counted, rate = (
-                float(sides["tiny_sd"](name)[1]) for name in (f"operations of {operation}", "rate")
-            )
+        counted = {}
+        if operation not in ("picture", "file"):
+            counted = {"operations": float(sides["tiny_sd"](f"operations of {operation}")[1]),
+                       "matrix_rate": float(sides["tiny_sd"]("rate")[1])}
         for row in rows.values():
-            row |= {} if picture else {"operations": counted, "matrix_rate": rate}
-            row["median"] = statistics.median(row["seconds"])
-            row["ratio"] = statistics.median(rows["tiny_sd"]["seconds"]) / row["median"]
+            row |= counted | {"median": statistics.median(row["seconds"])}
+            row["ratio"] = rows["tiny_sd"]["median"] / row["median"]
         results += rows.values()
     return results
+
+
+def difference(what, name, firsts, args):
+    """The largest difference of a side's first result from tiny_sd's; Failure if it is too large.
+
+    A picture's is a share of white, others' of the largest value.
+    """
+    import numpy as np
+    (_, ours, _), (_, result, _) = firsts["tiny_sd"], firsts[name]
+    if result.shape != ours.shape or not np.isfinite(result).all() or not np.ptp(result):
+        raise Failure(f"{what}: {name} gives {result.shape} instead of {ours.shape}, or not "
+                      "numbers")
+    allowed, white = TOLERANCE[args.dtype], np.abs(result).max()
+    if what.endswith(("picture", "file")):
+        allowed, white = 1.01 / 255 if args.dtype == "float32" else 1, 1
+    found = float(np.abs(result - ours).max() / white)
+    if found > allowed:
+        raise Failure(f"{what}: {name} and tiny_sd differ by {found:.1e}, more than {allowed:.1e}")
+    return found
 
 
 def table(results):
@@ -521,40 +447,24 @@ def table(results):
     TFLOP/s counts the operations of the definitions, whatever a side saves of them, and the share
     is of what large matrix products reach in tiny_sd's process.
     """
-    lines = [
-        [
-            "", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share",
-            "peak MB at first", "peak MB later", "difference",
-        ],
-        ["---"] * 2 + ["---:"] * 8,
-    ]
+    lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share",
+              "peak MB at first", "peak MB later", "difference"], ["---"] * 2 + ["---:"] * 8]
     for row in results:
-        ratio, difference = (
-            ("", "")
-            if row["side"] == "tiny_sd"
-            else (f"{row['ratio']:.2f}", f"{row['difference']:.1e}")
-        )
-        lines.append(
-            [
-                f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
-                f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}", ratio,
-                *(
-                    (f"{speed / 1e12:.3g}", f"{speed / row['matrix_rate']:.0%}")
-                    if (speed := row.get("operations", 0) / row["median"])
-                    else ("", "")
-                ),
-                *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])),
-                difference,
-            ]
-        )
+        peer, speed = row["side"] != "tiny_sd", row.get("operations", 0) / row["median"]
+        lines.append([
+            f"{row['part']} {row['operation']}", row["side"], f"{row['median']:.4g}",
+            f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}",
+            f"{row['ratio']:.2f}" if peer else "",
+            f"{speed / 1e12:.3g}" if speed else "",
+            f"{speed / row['matrix_rate']:.0%}" if speed else "",
+            *(f"{mb:,.0f}" if mb else "" for mb in (row["first_mb"], row["later_mb"])),
+            f"{row['difference']:.1e}" if peer else ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine(device):
-    facts = {
-        "processor": platform.processor() or platform.machine(), "cores": cores(),
-        "python": platform.python_version(),
-    }
+    facts = {"processor": platform.processor() or platform.machine(), "cores": cores(),
+             "python": platform.python_version()}
     with contextlib.suppress(OSError, TypeError):
         facts["processor"] = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     if device == "cuda":
@@ -573,10 +483,8 @@ def parse_arguments():
 
     parser = Parser(description="Time tiny_sd beside other programs.", allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--peer", action="append", choices=[*PEERS, "all", "none"],
-        help="may be repeated (diffusers)",
-    )
+    add("--peer", action="append", choices=[*PEERS, "all", "none"],
+        help="may be repeated (diffusers)")
     add("--part", action="append", choices=[*PARTS, "all"], help="may be repeated (all)")
     add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless only torch can")
     add("--dtype", choices=TOLERANCE, default="float32", help="(%(default)s)")
@@ -586,65 +494,39 @@ def parse_arguments():
     add("--steps", type=int, default=20, help="of a picture (%(default)s)")
     add("--guidance", type=float, default=7.5, help="of a picture (%(default)s)")
     add("--model", choices=("sd15", "sdxl"), default="sd15", help="shapes of the random weights")
-    add(
-        "--size", type=int, dest="own_size", metavar="PIXELS",
-        help="height and width (512; the bundled model's own)",
-    )
+    add("--size", type=int, dest="own_size", metavar="PIXELS",
+        help="height and width (512; the bundled model's own)")
     add("--batch", type=int, default=1, help="pictures at once (%(default)s)")
-    add(
-        "--width", type=int, default=320,
-        help="channels of the random U-Net's first level; 32 is quick (%(default)s)",
-    )
+    add("--width", type=int, default=320,
+        help="channels of the random U-Net's first level; 32 is quick (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     plain, args.size = (args.device, args.dtype) == ("cpu", "float32"), args.own_size or 512
     args.backend = args.backend or ("numpy" if plain else "torch")
-    every = ["diffusers", "openvino" if args.device == "cpu" else "compiled"]
-    several = {"all": every, "none": []}
-    args.peer = list(
-        dict.fromkeys(p for peer in args.peer or ["diffusers"] for p in several.get(peer, [peer]))
-    )
-    args.part = list(
-        dict.fromkeys(
-            p for part in args.part or ["all"] for p in (PARTS if part == "all" else [part])
-        )
-    )
+    several = {"all": ["diffusers", "openvino" if args.device == "cpu" else "compiled"], "none": []}
+    args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"]
+                                   for p in several.get(peer, [peer])))
+    args.part = list(dict.fromkeys(p for part in args.part or ["all"]
+                                   for p in (PARTS if part == "all" else [part])))
     for right, message in [
-        (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
-        (
-            args.device == "cpu" or "openvino" not in args.peer,
-            "--peer openvino computes on the CPU",
-        ),
-        (
-            args.backend == "numpy" or "formulas" not in args.peer,
-            "--peer formulas computes with NumPy",
-        ),
-        (
-            min(args.rounds, args.batch, args.steps) >= 1,
-            "--rounds, --batch and --steps are at least 1",
-        ),
-        (
-            64 <= args.size <= 4096 and args.size % 64 == 0,
-            f"--size {args.size} is not a multiple of 64 up to 4096",
-        ),
-        (
-            32 <= args.width <= 320 and args.width % 32 == 0,
-            f"--width {args.width} is not a multiple of 32 up to 320",
-        ),
-        (
-            hasattr(os, "sched_setaffinity") or args.threads == cores(),
-            "--threads: this system cannot restrict a process",
-        ),
-        (
-            args.model == "sd15" or not {"unet", "vae", "text"} & {*args.part},
-            "--model sdxl draws whole pictures: --part picture or loaded",
-        ),
-        (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
-        (
-            not args.json or args.json.parent.is_dir(),
-            f"there is no folder {args.json and args.json.parent} for --json",
-        ),
-    ]:
+            (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
+            (args.device == "cpu" or "openvino" not in args.peer,
+             "--peer openvino computes on the CPU"),
+            (args.backend == "numpy" or "formulas" not in args.peer,
+             "--peer formulas computes with NumPy"),
+            (min(args.rounds, args.batch, args.steps) >= 1,
+             "--rounds, --batch and --steps are at least 1"),
+            (64 <= args.size <= 4096 and args.size % 64 == 0,
+             f"--size {args.size} is not a multiple of 64 up to 4096"),
+            (32 <= args.width <= 320 and args.width % 32 == 0,
+             f"--width {args.width} is not a multiple of 32 up to 320"),
+            (hasattr(os, "sched_setaffinity") or args.threads == cores(),
+             "--threads: this system cannot restrict a process"),
+            (args.model == "sd15" or not {"unet", "vae", "text"} & {*args.part},
+             "--model sdxl draws whole pictures: --part picture or loaded"),
+            (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
+            (not args.json or args.json.parent.is_dir(),
+             f"there is no folder {args.json and args.json.parent} for --json")]:
         if not right:
             parser.error(message)
     return args
@@ -655,9 +537,8 @@ def run(args):
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
-        needed = [
-            "torch", "diffusers", "transformers", *(["openvino"] if peer == "openvino" else []),
-        ] * (peer != "formulas")
+        needed = ["torch", "diffusers", "transformers"] * (peer != "formulas")
+        needed += ["openvino"] * (peer == "openvino")
         if missing := [library for library in needed if not importlib.util.find_spec(library)]:
             print(f"without {peer}: pip install {' '.join(missing)}")
             args.peer.remove(peer)
@@ -672,19 +553,14 @@ def run(args):
         results += compare(part, args, folder)
         print(f"\n{table([row for row in results if row['part'] == part])}\n", flush=True)
         if args.json:
-            args.json.write_text(
-                json.dumps(
-                    {"machine": facts, "command": sys.argv[1:], "results": results}, indent=1
-                )
-            )
+            found = {"machine": facts, "command": sys.argv[1:], "results": results}
+            args.json.write_text(json.dumps(found, indent=1))
 
 
 def main():
     args = parse_arguments()
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
-        "DIFFUSERS_VERBOSITY": "error",
-    }
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
+                   "DIFFUSERS_VERBOSITY": "error"}
     if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import samplers
+from extras.prompts import chunks_of
 from extras.shapes import unet_shapes
-from extras.show import Film, one_chunk, positions_of_words
+from extras.show import Film, positions_of_words
 from extras.tools import moons
 from extras.training import train as recipe
 from extras.training.drawings import STYLES, load_things
@@ -148,7 +149,7 @@ def words_picture(model):
     maps = np.mean([step.attention[size][0] for step in film.steps], axis=0)    # (tokens, h, w)
     picture = tiny_sd.decode(model, x)[0]
     gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255
-    words = positions_of_words(tokenizer, one_chunk(tokenizer, FOX), len(maps))[1:-1]
+    words = positions_of_words(tokenizer, chunks_of(tokenizer, FOX, False), len(maps))[1:-1]
     cells = [picture]
     for _, positions in words:
         values = maps[positions].sum(0)

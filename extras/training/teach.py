@@ -133,11 +133,9 @@ def parse_arguments(argv):
         how = {"choices": kind, "default": default} if isinstance(kind, tuple) else how
         parser.add_argument(*flags.split(), help=text, required=flags == "-o --output", **how)
     args = parser.parse_args(argv)
-    for name, low, high in (("rank", 1, 1024), ("steps", 1, 10 ** 7), ("minutes", 0.001, 10 ** 5),
-                            ("batch_size", 1, 4096), ("rate", 1e-9, 1), ("seed", 0, 2 ** 32)):
-        value = getattr(args, name)
-        require(value is None or low <= value <= high,
-                f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
+    cli.check_ranges(args, {
+        "rank": (1, 1024), "steps": (1, 10 ** 7), "minutes": (0.001, 10 ** 5),
+        "batch_size": (1, 4096), "rate": (1e-9, 1), "seed": (0, 2 ** 32)})
     require(not (args.steps and args.minutes), "give --steps or --minutes, not both")
     check_output(args)
     return args
@@ -157,8 +155,7 @@ def check_output(args):
     reached = state / REACHED
     require(args.from_scratch or output.suffix == ".safetensors",
             f"--output {output} does not end in .safetensors")
-    require(output.parent.is_dir(), f"there is no folder {output.parent} to write to")
-    require(os.access(output.parent, os.W_OK), f"the folder {output.parent} cannot be written to")
+    files.check_folder_of(output)
     require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: remove it")
     require(reached.is_file() or not os.path.lexists(reached), f"{reached} is not a file")
     for path in [] if reached.exists() else [output, output.with_suffix(".png")]:
@@ -289,9 +286,7 @@ def show_progress(sheet, state):
 def finish(teaching, sheet, state):
     """Write the LoRA, and its sheet last, since much can happen while that is drawn."""
     output, lora = teaching.args.output, teaching.lora()
-    with files.unfinished_name(output) as unfinished:
-        unfinished.write_bytes(lora)
-        output = files.take_free_name(unfinished, output)
+    output = files.save_new(output, lambda file: file.write(lora))
     for file in state / REACHED, state / SHEET, *state.glob(".tiny_sd-*.part"):
         file.unlink(missing_ok=True)
     print(output, flush=True)
