@@ -199,8 +199,9 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
         tokenizer, folder = tmp_path / "tokenizer", tmp_path / "sdxl"
         tokenizer.mkdir()
         make_pipeline(tokenizer).save_pretrained(folder)
+    Path("keep.txt").write_text("a cat")        # rather than all hundred things of the model
     status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
-                          "-W", 64, "-H", 64, model=folder)
+                          "-W", 64, "-H", 64, "--keep", "keep.txt", model=folder)
     assert status == 0, said
     if name == "SDXL":
         parts = {key.split("_")[1] for key in load_file("mine.safetensors")}
