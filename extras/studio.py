@@ -162,16 +162,24 @@ class Studio:
         run.picture = tiny_sd.decode(model, x)[0]
         self.keep(request["id"], run)
         guided = any(step.push is not None for step in run.steps)
-        return send("done", picture=png(run.picture), seconds=time.monotonic() - begun,
-                    pushes=show.push_lengths(run.steps, 0).tolist() if guided else [])
+        send("done", picture=png(run.picture), seconds=time.monotonic() - begun,
+             pushes=show.push_lengths(run.steps, 0).tolist() if guided else [])
+        return self.sharpen(request["id"], run, send)
 
     def send_step(self, run, seconds, send):
-        """Decode and send the newest step, and how long the others will take."""
+        """Send the newest step, blurred, and how long the others will take."""
         n, of, step = len(run.steps), cli.steps_of(run.job), run.steps[-1]
-        guess = tiny_sd.decode(self.model, step.x_0) if is_live(run.job) else self.quick(step.x_0)
-        run.guesses.append(show.as_pixels(guess[0]))
+        run.guesses.append(show.as_pixels(self.quick(step.x_0)[0]))
         send("step", n=n, of=of, t=step.t, sigma=show.sigma(step), left=seconds / n * (of - n),
              x=png(self.quick(step.x)[0]), x_0=png(run.guesses[-1]))
+
+    def sharpen(self, number, run, send):
+        """Decode the guesses of a small picture, which on the way would have doubled the time."""
+        for i, step in enumerate(run.steps):
+            if not is_live(run.job) or self.interrupted(number):
+                return
+            run.guesses[i] = tiny_sd.decode(self.model, step.x_0)[0]
+            send("sharp", n=i + 1, x_0=png(run.guesses[i]))
 
     def keep(self, number, run):
         """Keep a drawing, and forget the oldest."""

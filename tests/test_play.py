@@ -186,11 +186,15 @@ def pixels(data):
 
 def test_steps_arrive_and_then_the_picture(site):
     found = answers(site, "draw", {"prompt": "red apple", "steps": 3, "cfg_scale": 3.5})
-    assert [answer["event"] for answer in found] == ["begin", *["step"] * 3, "done", "end"]
+    assert [answer["event"] for answer in found] == [
+        "begin", *["step"] * 3, "done", *["sharp"] * 3, "end"]
     assert [step["n"] for step in only(found, "step")] == [1, 2, 3]
     assert [step["left"] for step in only(found, "step")][-1] == 0
-    assert pixels(found[1]["x_0"]).shape == pixels(found[-2]["picture"]).shape == (16, 16, 3)
-    assert len(found[-2]["pushes"]) == 3
+    assert pixels(found[1]["x_0"]).shape == (8, 8, 3)      # blurred, and decoded after the result
+    assert pixels(only(found, "done")[0]["picture"]).shape == (16, 16, 3)
+    assert [guess["n"] for guess in only(found, "sharp")] == [1, 2, 3]
+    assert all(pixels(guess["x_0"]).shape == (16, 16, 3) for guess in only(found, "sharp"))
+    assert len(only(found, "done")[0]["pushes"]) == 3
     words = found[0]["words"]
     assert [word["text"] for word in words] == ["(start)", "red", "apple", "(end and padding)"]
 
@@ -210,7 +214,7 @@ def test_the_guesses_of_large_pictures(site, monkeypatch):
                          lambda **answer: found.append(answer))
     room.answer({"id": 1, "ask": "draw", "prompt": "red", "steps": 1})
     assert pixels(found[1]["x_0"]).shape == (8, 8, 3)
-    assert pixels(found[2]["picture"]).shape == (16, 16, 3)
+    assert pixels(found[2]["picture"]).shape == (16, 16, 3) and not only(found, "sharp")
 
 
 def test_it_saves_what_the_command_line_draws(site):
@@ -225,7 +229,7 @@ def test_it_saves_what_the_command_line_draws(site):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}).returncode == 0
     ours, other = (Image.open(site.folder / name) for name in ("out.png", "again.png"))
     assert np.array_equal(ours, other) and ours.text == other.text
-    assert np.array_equal(ours, pixels(found[-2]["picture"]))
+    assert np.array_equal(ours, pixels(only(found, "done")[0]["picture"]))
 
 
 def test_a_picture_and_a_mask(site, tmp_path):
