@@ -183,6 +183,14 @@ def own_fact(facts, name, module):
 # ── What it comes to ────────────────────────────────────────────────────────────────────────────
 
 
+LARGEST = 2 ** 27       # numbers of a weight: SDXL's have at most half as many
+
+
+def check_size(n):
+    """UserError before a file of a few bytes, multiplied out, fills the memory."""
+    require(n <= LARGEST, f"multiplied out, it has {n} numbers")
+
+
 def matrix(array):
     """Return an array (n, ...) as (n, all the rest)."""
     return array.reshape(len(array), -1)
@@ -193,6 +201,8 @@ def product(b, a, middle=None):
 
     b: (out, r), with a middle (r, out); a: (r, ...).
     """
+    check_size(matrix(b).shape[0 if middle is None else 1] * matrix(a).shape[1]
+               * (1 if middle is None else math.prod(middle.shape[2:])))
     if middle is not None:
         return np.einsum("ij...,ip,jq->pq...", middle, b, matrix(a), optimize=True)
     return (matrix(b) @ matrix(a)).reshape(len(b), *a.shape[1:])
@@ -216,6 +226,7 @@ def difference(has):
                     for i in "12")
         inner = next((has[name] for name in ("lokr_w1_b", "lokr_w2_b") if name in has), None)
         one = one.reshape(*one.shape, *[1] * (two.ndim - one.ndim))
+        check_size(one.size * two.size)
         return np.kron(one, two), None if inner is None else len(inner)
     return has.get("diff"), None
 

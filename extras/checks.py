@@ -70,7 +70,8 @@ MAY_LACK = {    # what a config may leave out besides tiny_sd.CONFIG_DEFAULTS
                                     "original_inference_steps": 50}}
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
-    "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
+    "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model",
+                     "use_attention_mask": False},      # which is the pipeline's
     "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
             "use_quant_conv": True, "use_post_quant_conv": True,
             **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"))},
@@ -224,6 +225,9 @@ def check_text_encoders(config, tokenizers):
                 f"the {part}'s hidden_size does not divide into its num_attention_heads")
         require(all(allows((0, text.vocab_size - 1), i) for i in tokenizer.vocab.values()), "the "
                 f"tokenizer's vocabulary is not one of numbers below the {part}'s vocab_size")
+        end = getattr(text, "eos_token_id", None)       # 2 in old configs, whatever the tokenizer's
+        require(end in (None, 2, tokenizer.vocab[tokenizer.EOS]), f"the {part}'s eos_token_id "
+                f"{shorten(repr(end))} is not the tokenizer's")
         limit, length = text.max_position_embeddings, tokenizer.length
         require(allows((3, limit), length) or allows((1e6, math.inf), length),
                 f"the {part} has no room for the tokenizer's {shorten(repr(length))} tokens")

@@ -9,6 +9,7 @@ import secrets
 import shlex
 import sys
 import time
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -401,8 +402,8 @@ def check_outputs(job):
         free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
             free.lstat()        # fails where a name is too long
-        page = job.show and job.show.resolve()
-        require(page not in (path.resolve(), *path.resolve().parents),
+        page, place = (other and Path(os.path.realpath(other)) for other in (job.show, path))
+        require(page not in (place, *place.parents),        # Path.resolve fails on a link to itself
                 f"--show {job.show} needs a folder of its own, without {path}")
 
 
@@ -785,7 +786,9 @@ FLAGS = {       # what the library says of its parameters, as options
 def main(argv=None, run=run):
     """Run the program; return 0, 2 after one line that says what is wrong, or 130 after Ctrl-C."""
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():     # NumPy's: numbers that are not finite get a line
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)       # here, so that it can fail here
     except MemoryError as error:
         tell(str(error) or "there is not enough memory")

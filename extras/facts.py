@@ -14,7 +14,7 @@ import tiny_sd
 from extras.checks import first_five
 from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
-from extras.prompts import LONGEST
+from extras.prompts import LONGEST, MOST_TAGS
 from extras.samplers import SCHEDULED, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
@@ -329,6 +329,7 @@ def files_again(path, facts, args, left):
     wanted = [("lora", "Lora", *pair) for pair in named_weights(facts.get("Lora", ""))]
     wanted += [("embedding", "Embedding", name, "") for name in named_hashes(facts, "TI hashes")]
     wanted += [("vae", "VAE", facts["VAE"], "")] if "VAE" in facts else []
+    require(len(wanted) <= MOST_TAGS, f"{path} names {len(wanted)} files: at most {MOST_TAGS}")
     given = {*map(stem, [*(file for file, _ in args.lora), *args.embedding, args.vae])}
 
     options = {"model": [model]} if model else {}

@@ -153,6 +153,7 @@ def check_size(arrays, device, dtype, name):
 
 PIPELINES = re.compile(r"(StableDiffusion(XL)?|LatentConsistencyModel)(Img2Img|Inpaint)?Pipeline")
 LONGEST = 2 ** 26       # bytes of a JSON
+LONGEST_WORDS = 10 ** 5     # letters of a tokenizer's added words, which become one pattern
 
 
 def read_folder(folder):
@@ -263,7 +264,9 @@ def read_tokenizer(folder, first, whole):
     tokenizer = tiny_sd.read_tokenizer(facts, vocab, merges)
     added = [*whole_file.get("added_tokens", []), *({**token, "id": int(i)}
                                                     for i, token in added.items())]
-    words = {token["content"]: token for token in added if token["content"] not in vocab}
+    words = {token["content"]: token for token in added if token["content"] not in {"", *vocab}}
+    require(sum(map(len, words)) <= LONGEST_WORDS, f"{folder} adds words of more than "
+            f"{LONGEST_WORDS} letters together")
     return AddedTokenizer(tokenizer, words) if words else tokenizer
 
 
@@ -464,8 +467,9 @@ def read_vae(name):
     except UserError:
         raise
     except KeyError as error:
+        kind = kind_of(arrays) or ""
         raise UserError(f"{name} is not a VAE: it has no {shorten(str(error))}"
-                        f"{not_but(kind_of(arrays))}") from None
+                        f"{not_but('--vae' not in kind and kind)}") from None
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise UserError(f"{name} is not a VAE: {shorten(str(error))}") from None
 

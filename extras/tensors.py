@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from extras import pickles
-from tiny_sd import DTYPES, UserError, require, widen
+from tiny_sd import DTYPES, UserError, require, shorten, widen
 
 SUFFIXES = (".safetensors", *pickles.SUFFIXES)
 SAFETENSORS, TORCH = "a safetensors file", "a zip, as torch writes"
@@ -23,6 +23,7 @@ CONTENTS = {    # what a file is: how it begins
     "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a GGUF file": rb"GGUF",
     "an archive": rb"\x1f\x8b|7z\xbc\xaf|Rar!", "a text, such as a config": rb"[\t\r\n -~]+\Z"}
 KINDS = {   # what a file is: how a name of its tensors reads
+    "an adapter of cloneofsimo's program, whose layers have numbers and no names": r"\w+:\d+:",
     "a LoRA: --lora": r"lora_|.*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
     "an embedding: --embedding": r"(emb_params|string_to_\w+|clip_[lg]|<[^<>.]+>)$",
     "a ControlNet": r"control_model\.|controlnet_|.*zero_convs\.",
@@ -115,7 +116,10 @@ def read_safetensors(path):
     for name, entry in header.items():      # in the file's order, the same in every process
         dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
         require(dtype in TYPES, f"{path}: {name} is {dtype}, not one of {', '.join(TYPES)}")
-        array = data[start + begin:start + end].view(TYPES[dtype]).reshape(entry["shape"])
+        try:
+            array = data[start + begin:start + end].view(TYPES[dtype]).reshape(entry["shape"])
+        except ValueError as error:     # too many axes, or too long beside one of 0
+            raise UserError(f"{path}: {shorten(name)} has no shape of NumPy's: {error}") from None
         arrays[name] = from_float8(array, dtype) if dtype.startswith("F8") else array
     for name in [name for name in arrays if name.endswith(".scale_weight")]:
         weight = name.removesuffix("scale_weight") + "weight"

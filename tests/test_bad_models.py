@@ -84,6 +84,31 @@ def test_shapes_that_numpy_does_not_have(refuse, model, shape):
     refuse("red", "-m", "model")
 
 
+@pytest.mark.parametrize("flags", [["--lora", "a"], ["--embedding", "a"], ["--vae", "a"],
+                                   ["--control", "a", "a.png"], ["-m", "a"]])
+def test_every_reader_refuses_such_a_shape(refuse, model, flags):
+    header = json.dumps({"lora_up.weight": {"dtype": "F32", "shape": [0, 2 ** 62, 2 ** 62],
+                                            "data_offsets": [0, 0]}}).encode()
+    Path("a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    Image.new("RGB", (8, 8)).save("a.png")
+    flags = [flag.replace("a", "a.safetensors") if flag == "a" else flag for flag in flags]
+    assert "a.safetensors" in refuse("red", "-m", model, "-s", "1", *flags)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_float32_are_told_in_one_line(run, refuse, model):
+    """NumPy warns of each, from wherever it meets them."""
+    path = Path(shutil.copytree(model, "model")) / UNET
+    arrays = load_file(path)
+    arrays["conv_in.weight"] = np.full(arrays["conv_in.weight"].shape, 1e300)
+    path.unlink()
+    save_file(arrays, path)
+    save_file({"emb_params": np.full((1, 12), 1e300)}, "word.safetensors")
+    status, _, lines = run("red", "-m", "model", "--steps", "1")
+    assert status == 2 and "not finite" in lines[-1]
+    assert "no finite numbers" in refuse("red", "-m", model, "--embedding", "word.safetensors")
+
+
 def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
     """Written into: refused. Replaced by another file: the old one is still what is read."""
     path = Path(shutil.copytree(model, "model")) / UNET

@@ -52,6 +52,7 @@ TOKENIZERS = {      # name: {file: content}
         "tokenizer_config.json": {"pad_token": EOS, "added_tokens_decoder": DECODER},
         "special_tokens_map.json": {"pad_token": "!"}},
     "a word added": {"added_tokens.json": {"<cat-toy>": 49408, "sks": 49409}},
+    "an empty word": {"added_tokens.json": {"": 49408}},
     "a word with a capital": {"added_tokens.json": {"<Cat-Toy>": 49408}},
     "a word in the decoder": {"tokenizer_config.json": {
         "added_tokens_decoder": DECODER | {"49408": WORD | {"special": False}}}},
@@ -90,6 +91,7 @@ def test_a_tokenizer_is_transformers(name, tmp_path):
     ({"padding_side": "left"}, "padding_side 'left'"), ({"bos_token": "!"}, "bos_token '!'"),
     ({"tokenizer_class": "T5Tokenizer"}, "T5Tokenizer"),
     ({"added_tokens_decoder": {"9000": {"content": "<new>"}}}, "vocabulary is not one of numbers"),
+    ({"added_tokens_decoder": {"9000": {"content": "x" * 200_000}}}, "adds words of more than"),
     ({"added_tokens_decoder": {"x": {"content": "<new>"}}}, "not a Stable Diffusion"),
     ({"added_tokens_decoder": {"1": {}}}, "not a Stable Diffusion"),
     ({"added_tokens_decoder": [3]}, "not a Stable Diffusion")])
@@ -215,6 +217,8 @@ def test_what_is_not_followed_is_named(file, fields, named, small, capsys):
     ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL"),
     ("vae/config.json", {"down_block_types": ["DownEncoderBlock2D", "AttnDown"]}, "AttnDown"),
     ("text_encoder/config.json", {"model_type": "xlm-roberta"}, "xlm-roberta"),
+    ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
+    ("text_encoder/config.json", {"eos_token_id": 5}, "eos_token_id 5 is not the tokenizer's"),
     ("model_index.json", {"requires_aesthetics_score": True}, "the refiner of SDXL"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
     ("scheduler/scheduler_config.json", {"sigma_min": "x"}, "sigma_min"),

@@ -216,6 +216,13 @@ def test_a_million_letters_that_tell_nothing(refuse, text):
     assert time.process_time() - start < 20
 
 
+def test_a_picture_that_names_files_without_end(refuse):
+    write_facts("a.png", "Steps: 2, Sampler: Euler, Seed: 1, Size: 16x16, Lora: " + "a 1 " * 10_000)
+    start = time.process_time()
+    assert "names 10000 files" in refuse("--like", "a.png")
+    assert time.process_time() - start < 20
+
+
 LINE = ("Steps: 20, Sampler: Euler a, CFG scale: 6.5, Seed: 42, Size: 512x768, Model: emoji, "
         "RNG: CPU")
 DETAILER = LINE + ', ADetailer prompt: "a face, Steps: 3, Seed: 4", ADetailer model: face.pt'

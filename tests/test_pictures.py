@@ -379,6 +379,11 @@ def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
 
 # ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
 
+def test_a_link_to_itself_is_a_name_taken(run):
+    Path("out.png").symlink_to("out.png")
+    assert run("apple")[:2] == (0, ["out-1.png"])
+
+
 def test_a_file_system_without_links(run, monkeypatch):
     def link(source, target):
         raise PermissionError(1, "Operation not permitted")
