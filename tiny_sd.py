@@ -284,9 +284,9 @@ class Tokenizer:
         """
         text = unicodedata.normalize("NFC", text)
         text = "".join(c.lower() for c in text)     # text.lower() would make a final Σ a ς
-        # a-z and 0-9 keep the classes from being empty
-        letters = "a-z" + "".join(filter(str.isalpha, set(text)))
-        digits = "0-9" + "".join(c for c in set(text) if unicodedata.category(c)[0] == "N")
+        others = sorted(c for c in set(text) if not c.isascii())    # English: none, one pattern
+        letters = "a-z" + "".join(filter(str.isalpha, others))
+        digits = "0-9" + "".join(c for c in others if unicodedata.category(c)[0] == "N")
         return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{digits}]"
                           rf"|[^{self.SPACE}{letters}{digits}]+", text)
 
