@@ -415,6 +415,7 @@ def test_draw_and_drag_the_handle(page):
     page.keyboard.press("Home")
     assert "step 1 of 4: t = " in page.locator("#where").inner_text()
     assert source(page) == source(page, "#strip div:nth-child(1) img") != result
+    assert page.locator("#now img.blurred").count() == 0       # it was sharpened after the result
     box = page.locator("#handle").bounding_box()
     page.mouse.move(box["x"] + 3, box["y"] + box["height"] / 2)
     page.mouse.down()
