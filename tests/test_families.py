@@ -3,7 +3,9 @@
 U-Nets, text encoders and whole pictures equal to diffusers', on both backends.
 """
 
+import json
 import re
+import shutil
 
 import diffusers
 import numpy as np
@@ -23,6 +25,7 @@ from conftest import (
     make_unet,
     open_clip_names,
     randomise,
+    record,
     same,
 )
 from extras import formats, like_diffusers
@@ -112,6 +115,56 @@ def test_guidance_reaches_a_consistency_model(family, backend):
 
 
 # ── A single file of Stable Diffusion 2, with OpenCLIP's text encoder ─────────────────────────────
+
+PAD, CONFIG = "tokenizer/special_tokens_map.json", "scheduler/scheduler_config.json"
+FACTS = [       # a file of a folder, the scheduler's class, and what the file says further
+    (PAD, "PNDM", {"pad_token": "!"}), (CONFIG, "DDPM", {"variance_type": "fixed_large"}),
+    (CONFIG, "PNDM", {"timestep_spacing": "linspace"}),
+    (CONFIG, "PNDM", {"prediction_type": "v_prediction"}),
+    (CONFIG, "PNDM", {"set_alpha_to_one": True}), (CONFIG, "DDIM", {"set_alpha_to_one": False}),
+    (CONFIG, "DDIM", {"timestep_spacing": "linspace"}),
+    (CONFIG, "DDIM", {"timestep_spacing": "trailing"}),
+    (CONFIG, "DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+                      "prediction_type": "v_prediction"}),
+    (CONFIG, "DDIM", {"beta_schedule": "linear"}), (CONFIG, "DDIM", {"num_train_timesteps": 500}),
+    (CONFIG, "EulerDiscrete", {"use_karras_sigmas": True}),
+    (CONFIG, "EulerDiscrete", {"use_karras_sigmas": True, "sigma_min": 0.3, "sigma_max": 9.0}),
+    (CONFIG, "EulerAncestralDiscrete", {"timestep_spacing": "trailing"}),
+    (CONFIG, "DPMSolverMultistep", {"use_karras_sigmas": True}),
+    (CONFIG, "LCM", {"original_inference_steps": 100})]
+
+
+@pytest.mark.parametrize("file, kind, fields", FACTS, ids=lambda value: value if isinstance(
+    value, str) else "-".join(map(str, value.values())))
+@torch.no_grad()
+def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference, folder, tmp_path):
+    """In seven steps; and without the fact, the picture would be another."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    settings = {"_class_name": f"{kind}Scheduler", "steps_offset": 1, "skip_prk_steps": True}
+    settings = SILENT | settings
+    (copy / CONFIG).write_text(json.dumps(settings))
+    tokenizer = json.loads((copy / "tokenizer/tokenizer_config.json").read_text())
+    (copy / "tokenizer/tokenizer_config.json").write_text(json.dumps(
+        {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))
+    without = drawn(formats.load(copy), steps=7, guidance=3, width=64, height=64).astype(int)
+    (copy / file).write_text(json.dumps((settings if file == CONFIG else {}) | fields))
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(copy / "scheduler")
+    pipe = diffusers.StableDiffusionPipeline(**reference.components | {
+        "scheduler": scheduler, "tokenizer": transformers.CLIPTokenizer.from_pretrained(
+            copy / "tokenizer")}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    picture, = pipe("a photo of a cat", negative_prompt="a dog", num_inference_steps=7,
+                    guidance_scale=3.0, generator=torch.Generator().manual_seed(5), width=64,
+                    height=64).images
+    expected = np.asarray(picture)[None]
+    ours = drawn(formats.load(copy), steps=7, guidance=3, width=64, height=64)
+    what = f"{kind} {' '.join(f'{name} {value}' for name, value in fields.items())}"
+    followed, passed_over = (np.abs(each.astype(int) - expected) for each in (ours, without))
+    for how, apart in ("followed", followed), ("passed over", passed_over):
+        record(f"{what}, {how}: largest", apart.max())
+        record(f"{what}, {how}: mean", apart.mean())
+    assert followed.max() <= 1 and passed_over.mean() > 0.05
+
 
 def open_clip(arrays):
     """transformers' text encoder under OpenCLIP's names, with one more layer, which Stable
