@@ -364,8 +364,8 @@ def fetch(what, name, known, aliases, files_of, to_do):
         return download(repository, pin, licence, files_of)
     except Exception as error:      # of whatever kind the HTTP library below raises
         pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
-        raise UserError(f"{pip}{nothing}; {to_do(repository)}; they could not be fetched: {error}"
-                        ) from None
+        raise UserError(f"{pip}{nothing}, and it could not be fetched ({error}); "
+                        f"{to_do(repository)}") from None
 
 
 def fetch_model(name):

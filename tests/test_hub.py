@@ -396,6 +396,7 @@ def refused(result, *named):
     assert (status, out) == (2, "") and len(said) == 1 and err.splitlines() == said
     for words in (*named, *WEIGHTS, *CONFIGS, *TOKENIZER):
         assert words in said[0], said[0]
+    assert said[0].index("could not be fetched") < said[0].index("; put ")     # the reason first
     assert not list(Path().glob("*.png"))
 
 
