@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 import tiny_sd
-from extras import formats, pickles
+from extras import formats
+from extras.tensors import SUFFIXES
 from tiny_sd import UserError
 
-SUFFIXES = (".safetensors", *pickles.SUFFIXES)
 FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
            "lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE")}
 
