@@ -144,8 +144,9 @@ def read_single_file(path):
             arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
         settings = read_off(FAMILIES[family], open_clip, arrays)
     except (KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {error.args[0]} is missing "
-                        "or misshapen") from None
+        which = error.args[0] if isinstance(error, KeyError) else "one of its weights"
+        raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {which} is missing or "
+                        "misshapen") from None
     header = metadata_of(path)
     for facts in [*(FLAGS.get(name, {}) for name in file),
                   *(values.get(header.get(name), {}) for name, values in HEADER.items())]:

@@ -98,7 +98,7 @@ def metadata_of(path):
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-TYPES = DTYPES | {"U64": "<u8", "U32": "<u4", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+TYPES = DTYPES | {"U64": "<u8", "U32": "<u4", "U16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 
 
 def read_safetensors(path):
@@ -120,6 +120,7 @@ def read_safetensors(path):
             array = data[start + begin:start + end].view(TYPES[dtype]).reshape(entry["shape"])
         except ValueError as error:     # too many axes, or too long beside one of 0
             raise UserError(f"{path}: {shorten(name)} has no shape of NumPy's: {error}") from None
+        array = array.astype("<u4") if dtype == "U16" else array    # uint16 stands for bfloat16
         arrays[name] = from_float8(array, dtype) if dtype.startswith("F8") else array
     for name in [name for name in arrays if name.endswith(".scale_weight")]:
         weight = name.removesuffix("scale_weight") + "weight"

@@ -299,6 +299,7 @@ def test_stable_diffusion_2_under_transformers_names(folder, tmp_path):
     ({}, {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
     ({}, {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "epsilon"}),
     ({"flag": torch.tensor([True]), "n": torch.zeros(2, dtype=torch.uint8),
+      "odd": torch.zeros(2, dtype=torch.uint16),
       "i": torch.zeros(2, dtype=torch.int16)}, {}, {})])
 def test_flags_and_headers_of_a_single_file(more, header, expected, single_file, tmp_path, capsys):
     path = tmp_path / "a.safetensors"
