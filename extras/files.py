@@ -99,7 +99,7 @@ def read_mask(path, init, width, height, notes):
     it must have.
     """
     picture = upright(path)
-    (w, h), (init_w, init_h) = picture.size, upright_size(init)
+    (w, h), (init_w, init_h) = picture.size, upright(init).size
     require(abs(w * init_h - h * init_w) < max(w, h, init_w, init_h),
             f"--mask {path} is {w} x {h}, and {init} is {init_w} x {init_h}: they must have the "
             "same shape")
@@ -119,12 +119,6 @@ def is_painted(picture):
     seen = pixels[pixels[..., 3] > 127][:, :3]
     plain = (seen < 32).all(axis=1) | (seen > 223).all(axis=1)
     return not len(seen) or plain.mean() > 0.95
-
-
-def upright_size(path):
-    """Return the (width, height) of a picture file after it is turned upright."""
-    with opened(path) as picture:
-        return ImageOps.exif_transpose(picture).size
 
 
 def read_captioned(folder, caption=None):

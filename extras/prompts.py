@@ -11,6 +11,7 @@ embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed_
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import tiny_sd
-from extras import pickles, tensors
+from extras import tensors
 from extras.narrow import wide
 from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, widen
 
@@ -81,14 +82,10 @@ def number(text):
 
 def merged(parts):
     """Join neighbours of the same weight, which are one text to the tokenizer."""
-    runs = []
-    for text, weight in parts or [["", 1.0]]:
+    for text, weight in parts:
         require(abs(weight) < 1e6, f"the prompt weighs {shorten(repr(text), 30)} beyond a million")
-        if runs and runs[-1][1] == weight:
-            runs[-1][0].append(text)
-        else:
-            runs.append([[text], weight])
-    return [("".join(texts), weight) for texts, weight in runs]
+    runs = itertools.groupby(parts or [("", 1.0)], key=lambda part: part[1])
+    return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
 
 # ── Chunks ──────────────────────────────────────────────────────────────────────────────────────
@@ -349,7 +346,10 @@ def embedding_arrays(file):
     The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
     diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
     """
-    name, found = file if isinstance(file, tuple) else (Path(file).stem, read_file(file))
+    if not isinstance(file, tuple):
+        require(Path(file).is_file(), f"there is no embedding {file}")
+        file = Path(file).stem, tensors.read_contents(file)
+    name, found = file
     names = [name]
     if web_ui := isinstance(found.get("string_to_param"), dict):
         found = found["string_to_param"]
@@ -365,16 +365,6 @@ def embedding_arrays(file):
                 f"clip_l and clip_g{tensors.not_but(kind)}")
         names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
     return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
-
-
-def read_file(path):
-    """Return {name: what it is} of an embedding's file."""
-    require(Path(path).is_file(), f"there is no embedding {path}")
-    tensors.check_content(path)
-    if Path(path).suffix.lower() not in pickles.SUFFIXES:
-        return tensors.read_tensors(path)
-    found = pickles.read_pickle(path)
-    return found if isinstance(found, dict) else {}
 
 
 # ── Tags ────────────────────────────────────────────────────────────────────────────────────────

@@ -39,8 +39,8 @@ from tiny_sd import require
 
 
 @contextlib.contextmanager
-def watching(**watchers):
-    """While it lasts, tell each call of the named functions of tiny_sd to f(result, *arguments)."""
+def watching(module=tiny_sd, **watchers):
+    """While it lasts, tell each call of a module's functions of these names to f(result, *args)."""
     def watched(function, watcher):
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
@@ -49,8 +49,8 @@ def watching(**watchers):
             return result
         return wrapped
 
-    wrapped = {name: watched(getattr(tiny_sd, name), f) for name, f in watchers.items()}
-    with mock.patch.multiple(tiny_sd, **wrapped):
+    wrapped = {name: watched(getattr(module, name), f) for name, f in watchers.items()}
+    with mock.patch.multiple(module, **wrapped):
         yield
 
 
@@ -299,11 +299,6 @@ def over(picture, values, most=None, smooth=True):
     return Image.blend(picture.convert("L").convert("RGB"), heat(values, most), 0.65)
 
 
-def font(size):
-    """Return the font of labels."""
-    return ImageFont.load_default(size)
-
-
 def enlarged(picture, size):
     """Return a picture larger by the whole factor that brings its width nearest to size."""
     n = max(1, round(size / picture.width))
@@ -313,7 +308,7 @@ def enlarged(picture, size):
 def sheet(rows, across=(), down=(), size=96, gap=4):
     """Return rows of pictures of one size as one, with words above columns and before rows."""
     rows = [[enlarged(cell, size) for cell in row] for row in rows]
-    write, (w, h) = font(13), rows[0][0].size
+    write, (w, h) = ImageFont.load_default(13), rows[0][0].size
     left = max([0, *(math.ceil(write.getlength(word)) + 12 for word in down)])
     top = 22 * bool(across)
     whole = left + len(rows[0]) * (w + gap) - gap, top + len(rows) * (h + gap) - gap
@@ -392,8 +387,8 @@ def push_lengths(steps, k):
 
 
 def sigma(step):
-    """Return the noise-to-signal ratio of a step."""
-    return math.sqrt(1 / step.alpha_bar - 1)
+    """Return the noise-to-signal ratio of a step, finite where all is noise."""
+    return tiny_sd.sigma_of(max(step.alpha_bar, 2 ** -24))
 
 
 # ── The page of one run ─────────────────────────────────────────────────────────────────────────

@@ -160,7 +160,9 @@ class Studio:
             if self.interrupted(request["id"]):
                 return send("stopped")
         run.picture = tiny_sd.decode(model, x)[0]
-        self.keep(request["id"], run)
+        self.runs[request["id"]] = run
+        for old in [*self.runs][:-KEPT]:
+            del self.runs[old]
         guided = any(step.push is not None for step in run.steps)
         send("done", picture=png(run.picture), seconds=time.monotonic() - begun,
              pushes=show.push_lengths(run.steps, 0).tolist() if guided else [])
@@ -176,16 +178,10 @@ class Studio:
     def sharpen(self, number, run, send):
         """Decode the guesses of a small picture, which on the way would have doubled the time."""
         for i, step in enumerate(run.steps):
-            if not is_live(run.job) or self.interrupted(number):
+            if run.job.width * run.job.height > LIVE or self.interrupted(number):
                 return
             run.guesses[i] = tiny_sd.decode(self.model, step.x_0)[0]
             send("sharp", n=i + 1, x_0=png(run.guesses[i]))
-
-    def keep(self, number, run):
-        """Keep a drawing, and forget the oldest."""
-        self.runs[number] = run
-        for old in [*self.runs][:-KEPT]:
-            del self.runs[old]
 
     def described_words(self, run):
         """Yield {text, chunk, tokens, unknown} of each word, with the start and the end."""
@@ -232,11 +228,6 @@ class Studio:
         run = self.runs.get(request.get("run"))
         require(run, f"only the last {KEPT} drawings can be looked into: draw this one again")
         return run
-
-
-def is_live(job):
-    """Is a picture of this size drawn so quickly that it can follow a control?"""
-    return job.width * job.height <= LIVE
 
 
 def job_of(base, request):

@@ -65,16 +65,23 @@ def check_content(path):
             f"{path} is {what}, {other}")
 
 
+def read_contents(path):
+    """Return {name: what it is} of a .safetensors file, or of one that torch wrote."""
+    check_content(path)
+    if Path(path).suffix.lower() not in pickles.SUFFIXES:
+        return read_safetensors(path)
+    found = pickles.read_pickle(path)
+    return found if isinstance(found, dict) else {}
+
+
 def read_tensors(path):
     """Return {name: array} of a .safetensors file, or of one that torch wrote.
 
     There, the arrays may lie in a "state_dict" among other things. bfloat16 stays uint16.
     """
-    check_content(path)
+    found = read_contents(path)
     if Path(path).suffix.lower() not in pickles.SUFFIXES:
-        return read_safetensors(path)
-    found = pickles.read_pickle(path)
-    found = found if isinstance(found, dict) else {}
+        return found
     inner = found.get("state_dict")
     arrays = {name: array for name, array in (inner if isinstance(inner, dict) else found).items()
               if isinstance(name, str) and isinstance(array, np.ndarray)}

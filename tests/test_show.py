@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,12 @@ def test_watchers_leave_when_something_fails():
         assert sd.linear is not PRIMITIVES["linear"]
         raise ZeroDivisionError
     assert nothing_is_watched()
+
+
+def test_sigma_of_nothing_but_noise():
+    """As like_diffusers.sampling_steps has it, where the first level of a model is ᾱ = 0."""
+    assert show.sigma(SimpleNamespace(alpha_bar=0.0)) == pytest.approx(4096)
+    assert show.sigma(SimpleNamespace(alpha_bar=0.5)) == 1
 
 
 def test_positions_of_words():

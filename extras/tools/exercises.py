@@ -23,6 +23,7 @@ for library in "OPENBLAS", "OMP":       # of small arrays: more threads would on
 import numpy as np  # noqa: E402
 
 import tiny_sd  # noqa: E402
+from extras import show  # noqa: E402
 from extras.shapes import unet_shapes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,24 +130,15 @@ def check_every_shape(solution):
     """Against what the program's U-Net computes, with a tenth of Stable Diffusion's channels."""
     shapes, scores = solution()
     program, convolved, blocks, asked = change(), [], [], []
-
-    def watch(name, note):
-        function = getattr(program, name)
-
-        def watched(x, *args, **weights):
-            y = function(x, *args, **weights)
-            note(y, x, *args)
-            return y
-        setattr(program, name, watched)
-    watch("conv2d", lambda y, *_: convolved.append(y.shape))
-    watch("resnet", lambda y, *_: blocks.append(y.shape))
-    watch("dot_product_attention", lambda y, q, k, *_: asked.append(q.shape[2] * k.shape[2]))
-
     weights = {name: np.zeros([shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape,
                               np.float32) for name, shape in
                tiny_sd.flatten(unet_shapes(tiny_sd.read_config("unet", SD1))).items()}
-    program.unet(np.zeros((1, 32, 32, 4), np.float32), np.zeros((1, 128), np.float32),
-                 np.zeros((1, 77, 8), np.float32), [8] * 4, 32, **program.nest(weights))
+    with show.watching(
+            program, conv2d=lambda y, *_, **__: convolved.append(y.shape),
+            resnet=lambda y, *_, **__: blocks.append(y.shape),
+            dot_product_attention=lambda y, q, k, *_: asked.append(q.shape[2] * k.shape[2])):
+        program.unet(np.zeros((1, 32, 32, 4), np.float32), np.zeros((1, 128), np.float32),
+                     np.zeros((1, 77, 8), np.float32), [8] * 4, 32, **program.nest(weights))
     last_of_level = [1, 3, 5, 7, 9, 12, 15, 18, 21]     # of 2 blocks each, 2, and 3 each
     expected = [convolved[0], *(blocks[i] for i in last_of_level)]
     assert [tuple(shape) for shape in shapes] == [(h, w, 10 * c) for _, h, w, c in expected]
@@ -228,16 +220,9 @@ def distance(x, y):
 
 def count_rows(program, **settings):
     """Return the latents of a picture, and how many rows the U-Net was asked for on the way."""
-    rows, unet = [], program.unet
-
-    def counted(x, *args, **kwargs):
-        rows.append(len(x))
-        return unet(x, *args, **kwargs)
-    program.unet = counted
-    try:
+    rows = []
+    with show.watching(program, unet=lambda y, *_, **__: rows.append(len(y))):
         return latents(program, **settings), sum(rows)
-    finally:
-        program.unet = unet
 
 
 def guidance_off():

@@ -65,11 +65,10 @@ def sdxl(width=320):
 
 
 CONFIGS = {"sd15": sd15, "sdxl": sdxl}
-CLASSES = {     # of each part, by which its library knows a folder
-    "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
-    "text_encoder_2": {"architectures": ["CLIPTextModelWithProjection"],
-                       "model_type": "clip_text_model"},
-    "vae": {"_class_name": "AutoencoderKL"}, "unet": {"_class_name": "UNet2DConditionModel"}}
+CLASSES = {     # {part: the library and the class by which a folder knows it}
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"]}
 
 
 def shapes_of(part, config):
@@ -116,14 +115,24 @@ def write_model(folder, config, tokenizer=None, save=save_random):
     tokenizer: CLIP's unless one is given. save(path, shapes) writes the weights of a part.
     """
     tokenizer = tokenizer or formats.clip_tokenizer()
+    parts = [part for part in CLASSES if part in config]
     two = "text_encoder_2" in config
-    for part in [part for part in SHAPES if part in config]:
-        write_text(folder / part / "config.json", CLASSES[part] | config[part])
+    pads = {"tokenizer": tokenizer.EOS} | ({"tokenizer_2": "!"} if two else {})
+    for part in parts:
+        library, name = CLASSES[part]
+        known_by = {"_class_name": name} if library == "diffusers" else {
+            "architectures": [name], "model_type": "clip_text_model"}
+        write_text(folder / part / "config.json", known_by | config[part])
         path = folder / part / f"{WEIGHT_FILES.get(part, 'model')}.safetensors"
         save(path, stored_shapes(part, config[part]))
     write_text(folder / "scheduler/scheduler_config.json", config["scheduler"])
-    write_text(folder / "model_index.json", index(two))
-    for name, pad in [("tokenizer", tokenizer.EOS), ("tokenizer_2", "!")][:1 + two]:
+    write_text(folder / "model_index.json", {
+        "_class_name": f"StableDiffusion{'XL' * two}Pipeline",
+        **{part: CLASSES[part] for part in parts}, "scheduler": ["diffusers", "PNDMScheduler"],
+        **dict.fromkeys(pads, ["transformers", "CLIPTokenizer"]),
+        **dict.fromkeys(["feature_extractor", "image_encoder" if two else "safety_checker"],
+                        [None, None])})
+    for name, pad in pads.items():
         write_text(folder / name / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length,
             "pad_token": pad, "unk_token": tokenizer.EOS})
@@ -155,18 +164,3 @@ def write_text(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")
-
-
-def index(two_encoders):
-    """Return what model_index.json holds, by which diffusers knows the parts' classes."""
-    parts = {
-        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "PNDMScheduler"], "feature_extractor": [None, None]}
-    if not two_encoders:
-        return parts | {"safety_checker": [None, None]}
-    return parts | {
-        "_class_name": "StableDiffusionXLPipeline", "image_encoder": [None, None],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"]}

@@ -182,12 +182,12 @@ def train_from_scratch(args):
                                          "go with --from-scratch")
     require(args.device != "mps", "--from-scratch trains with --device cpu or cuda")
     files.read_captioned(args.folder)
+    minutes = None if args.steps else args.minutes or 180
     how = {"data": args.folder, "out": args.output, "state": state_of(args.output),
-           "config": args.config, "device": args.device, "seed": args.seed}
-    how |= {"batch": args.batch_size} if args.batch_size else {}
-    how |= {"rate": args.rate} if args.rate else {}
-    how |= {"steps": args.steps} if args.steps else {"minutes": args.minutes or 180}
-    options = [text for name, value in how.items() for text in (f"--{name}", str(value))]
+           "config": args.config, "device": args.device, "seed": args.seed, "steps": args.steps,
+           "minutes": minutes, "batch": args.batch_size, "rate": args.rate}
+    options = [text for name, value in how.items() if value is not None
+               for text in (f"--{name}", str(value))]
     path = os.pathsep.join(filter(None, [str(tiny_sd.HERE), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, [sys.executable, "-m", "extras.training.train", "all", *options],
               os.environ | {"PYTHONPATH": path})
