@@ -565,17 +565,6 @@ def latents_section(page, film, k, latents):
 # ── The prompt's tokens and the model's parts ───────────────────────────────────────────────────
 
 
-def pieces(tokenizer, text):
-    """Return [(word, its symbols)] of a text, as Tokenizer.tokens takes it apart."""
-    found = []
-    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
-        if piece in (tokenizer.BOS, tokenizer.EOS):
-            found.append((piece, [piece]))
-        else:
-            found += [(word, tokenizer.merge(word)) for word in tokenizer.words(piece)]
-    return found
-
-
 def merging(tokenizer, word):
     """Yield the word's symbols at first and after each merge, in the order of the ranks."""
     learner, known = copy.copy(tokenizer), [None]
@@ -596,13 +585,15 @@ def tokens_text(tokenizer, prompt, weighted=False):
         words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
                          if part != prompts.BREAK)
     lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
-    for word, symbols in pieces(tokenizer, words):
-        special = word in (tokenizer.BOS, tokenizer.EOS)
-        data = word.encode(errors="replace").hex(" ")
-        lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
-        steps = [symbols] if special else merging(tokenizer, word)
-        lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
-        lines.append("      " + " ".join(str(tokenizer.vocab.get(s, unknown)) for s in symbols))
+    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", words):
+        special = piece in (tokenizer.BOS, tokenizer.EOS)       # as Tokenizer.tokens has it
+        for word in [piece] if special else tokenizer.words(piece):
+            data = word.encode(errors="replace").hex(" ")
+            lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
+            steps = [[word]] if special else [*merging(tokenizer, word)]
+            lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
+            lines.append("      " + " ".join(str(tokenizer.vocab.get(symbol, unknown))
+                                             for symbol in steps[-1]))
 
     places = chunks_lines if weighted else places_lines
     return "\n".join(printable(line, control=False) for line in [
@@ -613,10 +604,9 @@ def tokens_text(tokenizer, prompt, weighted=False):
 def places_lines(tokenizer, prompt):
     """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
     ids, cut = tokenizer.encode(prompt)
-    used = 2 + sum(len(symbols) for _, symbols in pieces(tokenizer, prompt))
-    filled, end = max(0, len(ids) - used), ids[min(used, len(ids)) - 1]
-    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and {filled} "
-            f"are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
+    filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
+    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
+            f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
             f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
 
 

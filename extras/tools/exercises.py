@@ -218,6 +218,20 @@ def distance(x, y):
     return float(np.sqrt(np.square(x - y).mean()) / y.std())
 
 
+def moved_by(*edits):
+    """Return how far the picture is moved by changes to the program."""
+    return distance(latents(change(*edits)), unchanged())
+
+
+def error_of(kind, *edits):
+    """Return the error of this kind that changes to the program lead to."""
+    try:
+        latents(change(*edits))
+    except kind as error:
+        return error
+    raise AssertionError(f"there should be a {kind.__name__}")
+
+
 def count_rows(program, **settings):
     """Return the latents of a picture, and how many rows the U-Net was asked for on the way."""
     rows = []
@@ -247,43 +261,31 @@ def first_order():
 
 
 def oldest_skip():
-    changed = change(("skips.pop()", "skips.pop(0)"))
-    try:
-        latents(changed)
-    except ValueError as error:
-        return f"ValueError: {error}"
-    raise AssertionError("sizes should disagree")
+    return f"ValueError: {error_of(ValueError, ('skips.pop()', 'skips.pop(0)'))}"
 
 
 def skip_before_picture():
-    changed = change(("concat(x, skips.pop())", "concat(skips.pop(), x)"))
-    moved = distance(latents(changed), unchanged())
+    moved = moved_by(("concat(x, skips.pop())", "concat(skips.pop(), x)"))
     assert moved > 0.5
     return f"no error, and {moved:.2f} from the picture"
 
 
 def another_delta():
     line = "x = resnet(x, temb, groups, 1e-5, **resnet_weights)"
-    slight, strong = (distance(latents(change((line, line.replace("1e-5", delta)))), unchanged())
-                      for delta in ("1e-6", "1"))
+    slight, strong = (moved_by((line, line.replace("1e-5", delta))) for delta in ("1e-6", "1"))
     assert 0 < slight < 0.1 * strong and strong > 0.1
     return f"{slight:.1e} with 1e-6, {strong:.2f} with 1"
 
 
 def half_the_heads():
-    changed = change(("attention(h, h, n_head, **attn1)", "attention(h, h, n_head // 2, **attn1)"),
+    moved = moved_by(("attention(h, h, n_head, **attn1)", "attention(h, h, n_head // 2, **attn1)"),
                      ("context, n_head, **attn2)", "context, n_head // 2, **attn2)"))
-    moved = distance(latents(changed), unchanged())
     assert moved > 0.05
 
     inside = [f"split_heads(linear({source}), n_head" for source in
               ("x, **to_q", "context, **to_k", "context, **to_v")]
-    everywhere = change(*((old, f"{old} // 2") for old in inside))
-    try:
-        latents(everywhere)
-    except ZeroDivisionError:       # the VAE's one head
-        return f"no error, and {moved:.2f} from the picture"
-    raise AssertionError("half a head should be none")
+    error_of(ZeroDivisionError, *((old, f"{old} // 2") for old in inside))      # the VAE's one head
+    return f"no error, and {moved:.2f} from the picture"
 
 
 def no_mask():
