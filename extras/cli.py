@@ -38,12 +38,11 @@ from extras import (
     things,
 )
 from extras.checks import check_memory, nearest
-from extras.schedules import SCHEDULES, SPACINGS, schedule_named
+from extras.schedules import NAMES, schedule_named
 from extras.start import import_problem
 from tiny_sd import SAMPLERS, UserError, require, tell
 
 tqdm.monitor_interval = 0       # needs no thread of its own
-LEVELS = (*SCHEDULES, *SPACINGS)
 
 # ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,7 +69,7 @@ def sampler(text):
 def schedule(text):
     """Return a schedule's name here, "" for "automatic"."""
     automatic = text.lower() in ("automatic", "default")
-    return "" if automatic else choice(schedule_named(text), text, LEVELS)
+    return "" if automatic else choice(schedule_named(text), text, NAMES)
 
 
 def interval(text):
@@ -148,7 +147,7 @@ def option_parser(**settings):
     add("--prediction", choices=("epsilon", "v", "sample"),
         help="what the U-Net predicts (as the model's config says)")
     add("--scheduler", type=schedule, dest="schedule", metavar="NAME",
-        help=f"which noise levels to visit: {', '.join(LEVELS)} (as the model's config says)")
+        help=f"which noise levels to visit: {', '.join(NAMES)} (as the model's config says)")
     add("--karras", action="store_const", dest="schedule", const="karras",
         help="--scheduler karras")
     add("--web-ui", action="store_true", help="noise levels as in AUTOMATIC1111's web UI, "

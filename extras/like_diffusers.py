@@ -13,7 +13,7 @@ import numpy as np
 
 import tiny_sd
 from extras.samplers import SCHEDULERS
-from extras.schedules import SCHEDULES, SPACINGS, time_of
+from extras.schedules import NAMES, SCHEDULES, SPACINGS, time_of
 from tiny_sd import (
     SAMPLERS,
     Model,
@@ -216,7 +216,7 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
     T, sigmas = len(alpha_bars), sigma_of(np.maximum(alpha_bars, 2 ** -24))
     most = min(T, 1000) - 1
     require(hasattr(n, "__index__") and 1 <= n <= most, f"steps {n} is not from 1 to {most}")
-    require(schedule in (None, *SCHEDULES, *SPACINGS), f"there is no schedule {schedule}")
+    require(schedule in (None, *NAMES), f"there is no schedule {schedule}")
     require(not schedule or not hasattr(sampler, "timesteps"),
             f"schedule {schedule} does not go with sampler {getattr(sampler, 'name', sampler)}")
     name = schedule or schedule_of(sampler, scheduler)

@@ -116,12 +116,13 @@ def plain(name):
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-KNOWN = {plain(name): name for name in (*SCHEDULES, *SPACINGS)}
+NAMES = (*SCHEDULES, *SPACINGS)
+KNOWN = {plain(name): name for name in NAMES}
 KNOWN |= {plain(name): target for name, target in ALIASES.items()}
 
 
 def schedule_named(text):
-    """Return the name in SCHEDULES or SPACINGS of a schedule that people know by this one, or None.
+    """Return the one of NAMES that people know by this name, too, or None.
 
     "Karras", "sgm_uniform" and "Align Your Steps" are such names.
     """

@@ -29,7 +29,7 @@ from PIL import Image
 import tiny_sd
 from extras import cli, facts, files, in_time, like_diffusers, prompts, show, things
 from extras.samplers import SCHEDULED, TITLES
-from extras.schedules import SCHEDULES, SPACINGS, title
+from extras.schedules import NAMES, title
 from tiny_sd import UserError, require, tell
 
 LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a control moves
@@ -95,7 +95,7 @@ class Studio:
         """Say what the model is, then answer requests."""
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
-                  schedules={name: title(name) for name in (*SCHEDULES, *SPACINGS)},
+                  schedules={name: title(name) for name in NAMES},
                   scheduled=SCHEDULED, values={name: getattr(self.job, name) for name in FIELDS},
                   things=[names[0] for names in (self.known or {}).get("things", [])])
         while True:

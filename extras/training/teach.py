@@ -267,13 +267,6 @@ def begin(args, pictures, prompts, state):
     return teaching, sheet
 
 
-def keep(teaching, state):
-    """Write what was reached."""
-    kept = teaching.kept()
-    with files.replace_atomically(state / REACHED) as unfinished:
-        unfinished.write_bytes(kept)
-
-
 def show_progress(sheet, state):
     """Write a sheet, if that is possible."""
     try:
@@ -299,14 +292,19 @@ def finish(teaching, sheet, state):
 def teach(args, pictures, prompts, state):
     """Train a LoRA, and write it and its sheet; state: a folder for what was reached."""
     teaching, sheet = begin(args, pictures, prompts, state)
+
+    def keep():
+        kept = teaching.kept()
+        with files.replace_atomically(state / REACHED) as unfinished:
+            unfinished.write_bytes(kept)
+
     try:
-        fit(teaching, functools.partial(keep, teaching, state),
-            functools.partial(show_progress, sheet, state))
+        fit(teaching, keep, functools.partial(show_progress, sheet, state))
     except (KeyboardInterrupt, SystemExit):
-        keep(teaching, state)
+        keep()
         tell(f"step {teaching.steps} is kept in {state}: the same command resumes from there")
         raise
-    keep(teaching, state)
+    keep()
     say_if_short(teaching.steps, teaching.seconds / 60)
     finish(teaching, sheet, state)
 
