@@ -346,10 +346,11 @@ def embedding_arrays(file):
     The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
     diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
     """
-    if not isinstance(file, tuple):
+    if isinstance(file, tuple):
+        name, found = file
+    else:
         require(Path(file).is_file(), f"there is no embedding {file}")
-        file = Path(file).stem, tensors.read_contents(file)
-    name, found = file
+        name, found = Path(file).stem, tensors.read_contents(file)
     names = [name]
     if web_ui := isinstance(found.get("string_to_param"), dict):
         found = found["string_to_param"]
