@@ -1,9 +1,13 @@
 """tiny_sd.ipynb is made of NOTES.md and tiny_sd.py, has run, and shows its pictures."""
 
 import ast
+import base64
+import io
 import subprocess
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import ROOT
 
@@ -65,6 +69,12 @@ def test_its_link_is_that_of_the_repository(tmp_path, url, name):
 
 @pytest.mark.slow
 def test_it_runs():
+    """And shows the pictures that the file shows, cell by cell."""
     book = made()
     notebook.run(book)
-    assert len(pictures_in(book)) >= 8
+    ours, theirs = pictures_in(book), pictures_in(nbformat.read(PATH, 4))
+    assert len(ours) == len(theirs)
+    for pair in zip(ours, theirs):
+        one, other = (np.asarray(Image.open(io.BytesIO(base64.b64decode(
+            output["data"]["image/png"]))).convert("RGB")).astype(int) for output in pair)
+        assert one.shape == other.shape and abs(one - other).mean() < 1

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, record, same
-from extras import cli, files, formats, like_diffusers
+from extras import cli, files, formats, like_diffusers, show
 from extras.training import lora, teach
 from helpers import CONFIG, contents, write_model
 
@@ -322,12 +322,19 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
     assert status == 2 and "mine.safetensors.state/reached.pt cannot be read, remove it" in line
 
 
-def test_the_sheet_shows_it_without_and_with(run):
+def test_the_sheet_shows_it_without_and_with(run, tiny):
+    """What the command line draws of each caption, from seeds 0, 1 and 2."""
     assert run("--steps", 5, "--rate", 0.05)[0] == 0
-    sheet = np.asarray(Image.open("mine.png")).astype(int)
-    before, after = np.split(sheet[:, 60:], [sheet.shape[0] // 2 + 2])
-    assert before.shape[0] == after.shape[0] + 4
-    assert np.abs(before[:-4] - after).mean() > 5
+    rows = []
+    for loras in [], [("mine.safetensors", 1)]:
+        model = formats.load(tiny, loras=loras)
+        paths = [list(like_diffusers.generate(model, f"apple {i}", None, [i])) for i in range(3)]
+        rows.append([Image.fromarray(tiny_sd.decode(model, path[-1])[0]) for path in paths])
+    ours, expected = (np.asarray(sheet).astype(int) for sheet in (
+        Image.open("mine.png").convert("RGB"), show.sheet(rows, down=["before", "after"])))
+    assert ours.shape == expected.shape and np.abs(ours - expected).max() <= 2
+    before, after = (np.stack(row).astype(int) for row in rows)
+    assert np.abs(before - after).mean() > 5
 
 
 def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock):
@@ -799,7 +806,7 @@ def test_the_lora_is_one_for_the_command_line(run, tiny):
 
 def test_a_model_of_ones_own_from_scratch(pictures):
     """Through every stage of the recipe; its folder draws, and is never replaced."""
-    command = [*COMMAND, "pictures", "-o", "mine", "--from-scratch", "--steps", "1"]
+    command = [*COMMAND, "pictures", "-o", "mine", "--from-scratch", "--steps", "1", "-b", "2"]
     done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not Path("mine/things.json").exists()
