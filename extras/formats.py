@@ -176,6 +176,9 @@ def read_folder(folder):
             arrays[part] = {current_name(name): array for name, array in arrays[part].items()}
             arrays[part].pop("embeddings.position_ids", None)
             notes += told
+    match index.get("scheduler"):       # diffusers takes the class that is named here
+        case [_, str(kind)]:
+            settings["scheduler"]["_class_name"] = kind
     if index.get("force_zeros_for_empty_prompt") is False:
         settings["scheduler"]["_force_zeros"] = False
     first = folder / "tokenizer"

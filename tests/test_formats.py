@@ -117,6 +117,16 @@ def test_sdxl_without_zeros_for_an_empty_prompt(tmp_path):
     assert not np.allclose(drawn[True, None], drawn[True, ""])
 
 
+@pytest.mark.parametrize("named, sampler", [
+    (["diffusers", "EulerDiscreteScheduler"], "euler"), (["diffusers", "LCMScheduler"], "lcm"),
+    ([None, None], "plms"), (["diffusers"], "plms"), ("DDIMScheduler", "plms"), (3, "plms")])
+def test_the_index_names_the_schedulers_class(named, sampler, small):
+    """As in diffusers, which knows the configs of all its schedulers to fit each other's."""
+    changed(small / "scheduler/scheduler_config.json", _class_name="PNDMScheduler")
+    changed(small / "model_index.json", scheduler=named)
+    assert like_diffusers.defaults(formats.load(small))[0] == sampler
+
+
 @pytest.mark.parametrize("fields, steps, guidance", [
     ({}, 1, 1.0), ({"prediction_type": "v_prediction"}, 20, 7.5),
     ({"rescale_betas_zero_snr": True}, 20, 7.5), ({"timestep_spacing": "leading"}, 20, 7.5)])

@@ -66,6 +66,11 @@ def folder_with(folder, tmp_path):
         config = {**json.loads(path.read_text()), **changes}
         path.unlink()
         path.write_text(json.dumps(config))
+        if part == "scheduler":     # the class that the index names comes before this one
+            index = json.loads((copy / "model_index.json").read_text())
+            (copy / "model_index.json").unlink()
+            (copy / "model_index.json").write_text(json.dumps(
+                index | {"scheduler": ["diffusers", config["_class_name"]]}))
         return copy
     return write
 

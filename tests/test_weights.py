@@ -195,7 +195,7 @@ def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch)
 
     One array of many is left out in turn.
     """
-    empty = SimpleNamespace(vocab={}, length=77)        # quicker, as is a small vocabulary
+    empty = SimpleNamespace(vocab={"": 0}, EOS="", length=77)   # quicker, as is a small vocabulary
     monkeypatch.setattr(formats, "clip_tokenizer", lambda *pad: empty)
     arrays = load_file(single_file("BF16"))
     tokens = compvis_name("text_encoder", "embeddings.token_embedding.weight")

@@ -126,9 +126,10 @@ def write_model(folder, config, tokenizer=None, save=save_random):
         path = folder / part / f"{WEIGHT_FILES.get(part, 'model')}.safetensors"
         save(path, stored_shapes(part, config[part]))
     write_text(folder / "scheduler/scheduler_config.json", config["scheduler"])
+    scheduler = {"scheduler": ["diffusers", config["scheduler"].get("_class_name")]}
     write_text(folder / "model_index.json", {
         "_class_name": f"StableDiffusion{'XL' * two}Pipeline",
-        **{part: CLASSES[part] for part in parts}, "scheduler": ["diffusers", "PNDMScheduler"],
+        **{part: CLASSES[part] for part in parts}, **scheduler,
         **dict.fromkeys(pads, ["transformers", "CLIPTokenizer"]),
         **dict.fromkeys(["feature_extractor", "image_encoder" if two else "safety_checker"],
                         [None, None])})
