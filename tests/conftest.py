@@ -4,6 +4,7 @@ It comes as diffusers writes it and as CompVis did.
 """
 
 import functools
+import json
 import os
 import random
 import re
@@ -102,8 +103,18 @@ def folder_with(folder, tmp_path):
         for part, network in parts.items():
             shutil.rmtree(copy / part)
             network.save_pretrained(copy / part)
+        if "scheduler" in parts:
+            name_scheduler(copy, type(parts["scheduler"]).__name__)
         return copy
     return write
+
+
+def name_scheduler(folder, kind):
+    """Write a scheduler's class into a folder's index, which is what diffusers goes by."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | {"scheduler": ["diffusers", kind]}
+    path.unlink()       # it may be a hard link
+    path.write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from conftest import (
     TEXT,
     compvis,
     make_unet,
+    name_scheduler,
     open_clip_names,
     randomise,
     record,
@@ -143,9 +144,7 @@ def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference,
     settings = {"_class_name": f"{kind}Scheduler", "steps_offset": 1, "skip_prk_steps": True}
     settings = SILENT | settings
     (copy / CONFIG).write_text(json.dumps(settings))
-    index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(
-        index | {"scheduler": ["diffusers", f"{kind}Scheduler"]}))
+    name_scheduler(copy, f"{kind}Scheduler")
     tokenizer = json.loads((copy / "tokenizer/tokenizer_config.json").read_text())
     (copy / "tokenizer/tokenizer_config.json").write_text(json.dumps(
         {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))

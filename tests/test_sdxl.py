@@ -25,7 +25,7 @@ from test_lora import largest_error
 from test_parity import arrays, first, last, same_pictures, some_picture
 
 import tiny_sd
-from conftest import TEXT, VAE, record, same
+from conftest import TEXT, VAE, name_scheduler, record, same
 from extras import cli, formats, like_diffusers, shapes
 from helpers import TWO_ENCODERS, write_model
 
@@ -66,11 +66,8 @@ def folder_with(folder, tmp_path):
         config = {**json.loads(path.read_text()), **changes}
         path.unlink()
         path.write_text(json.dumps(config))
-        if part == "scheduler":     # the class that the index names comes before this one
-            index = json.loads((copy / "model_index.json").read_text())
-            (copy / "model_index.json").unlink()
-            (copy / "model_index.json").write_text(json.dumps(
-                index | {"scheduler": ["diffusers", config["_class_name"]]}))
+        if part == "scheduler":
+            name_scheduler(copy, config["_class_name"])
         return copy
     return write
 
