@@ -323,7 +323,7 @@ def unipc(denoise, x, steps, noise=None):
 
 
 def corrected(past, lam_1, x_1):
-    """Return the mean of x̂_0 over the last step, now that the guess x_1 at its end is known (9.15).
+    """Return the mean of x̂_0 over the last step, once the guess x_1 at its end is known (9.15).
 
     past: (λ, x̂_0) at its start, and perhaps of the step before.
     """
