@@ -11,7 +11,7 @@ folder, and measure.py looks at what was learnt.
     python -m extras.training.train all --minutes 120   from nothing to weights/state/emoji
     python -m extras.training.train unet --start weights/emoji      on from a finished model
     python -m extras.training.train evaluate --out weights/emoji    the table in weights/README.md
-    torchrun --nproc-per-node 8 -m extras.training.train unet --device cuda
+    torchrun --nproc-per-node 8 -m -- extras.training.train unet --device cuda
 
 Ctrl-C keeps what was learnt, and a kill loses a minute at most: the same command resumes.
 """
