@@ -96,16 +96,21 @@ EXAMPLES = """examples:
 
 
 def option_parser(**settings):
-    """Return the parser of all options."""
+    """Return the parser of all options, which it lists as .options."""
     parser = tiny_sd.Parser(
         description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False,
         usage="python tiny_sd.py PROMPT [option ...]", epilog=EXAMPLES,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100,
                                           max_help_position=28), **settings)
-    parser.add_argument("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
-                        help="print the version, and end")
+    group, parser.options = parser, []
 
-    add = parser.add_argument_group("what to draw").add_argument
+    def add(*flags, **how):
+        parser.options.append(group.add_argument(*flags, **how))
+
+    add("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
+        help="print the version, and end")
+
+    group = parser.add_argument_group("what to draw")
     add("words", nargs="?", metavar="PROMPT", help="the prompt")
     add("-p", "--prompt", help="the same, as an option")
     add("-n", "--negative-prompt", metavar="PROMPT", help="what to avoid")
@@ -119,7 +124,7 @@ def option_parser(**settings):
     add("--plain-prompt", action="store_true",
         help="take brackets, BREAK and <lora:...> in prompts for words")
 
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
     add("-m", "--model", help="a folder, a .safetensors or .ckpt file, a name in weights/, "
         f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)")
     add("--things", nargs="?", const="", metavar="WORD",
@@ -133,7 +138,7 @@ def option_parser(**settings):
     add("--clip-skip", type=int, metavar="N",
         help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
 
-    add = parser.add_argument_group("sampling").add_argument
+    group = parser.add_argument_group("sampling")
     add("--steps", type=int, metavar="N",
         help="how many, from noise to the picture (20, fewer for distilled models)")
     add("--cfg-scale", "--guidance-scale", type=float, metavar="X",
@@ -153,11 +158,11 @@ def option_parser(**settings):
     add("--web-ui", action="store_true", help="noise levels as in AUTOMATIC1111's web UI, "
         "whatever the model's config says; --like sets it for that program's pictures")
 
-    add = parser.add_argument_group("size").add_argument
+    group = parser.add_argument_group("size")
     add("-W", "--width", type=int, metavar="N", help="columns of pixels (the model's own)")
     add("-H", "--height", type=int, metavar="N", help="rows of pixels (the model's own)")
 
-    add = parser.add_argument_group("from a picture").add_argument
+    group = parser.add_argument_group("from a picture")
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")
     add("--strength", type=float, metavar="X",
         help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
@@ -168,7 +173,7 @@ def option_parser(**settings):
         help="the share of the steps from which it does (%(default)s)")
     add("--control-until", type=float, default=1.0, metavar="X", help="and to which (%(default)s)")
 
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output")
     add("-o", "--output", type=output, default=Path("out.png"), metavar="FILE",
         help="the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the name are "
         "filled in; a file that is there is kept, and out-1.png taken (%(default)s)")
@@ -187,7 +192,7 @@ def option_parser(**settings):
     add("--explain", action="store_true",
         help="draw nothing: print the prompt's tokens and the model's parts")
 
-    add = parser.add_argument_group("hardware").add_argument
+    group = parser.add_argument_group("hardware")
     add("--backend", choices=("numpy", "torch"),
         help="what computes (numpy, unless a GPU is asked for)")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
@@ -251,7 +256,8 @@ def parse_known(parser, argv):
         parser.error(f'quote the prompt: "{" ".join([args.words, *left])}"')
     if left:
         flag = flags[0].partition("=")[0] if flags else ""
-        hint = their_option(flag) or flag and nearest(flag, parser._option_string_actions)
+        ours = ["--help", *(flag for option in parser.options for flag in option.option_strings)]
+        hint = their_option(flag) or flag and nearest(flag, ours)
         parser.error(f"unrecognized arguments: {' '.join(left)}{hint}")
     return args
 
@@ -571,11 +577,11 @@ def load_model(job, jobs=()):
 
 def filled(model, job):
     """Return the job with the model's own size, sampler, steps and guidance where it has none."""
-    h, w, _ = tiny_sd.latent_shape(model, job.width, job.height)
+    width, height = like_diffusers.picture_size(model, job.width, job.height)
     sampler, steps, scale = like_diffusers.defaults(model)
     return job._replace(
-        width=w * model.factor, height=h * model.factor, sampler=job.sampler or sampler,
-        steps=job.steps or steps, cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
+        width=width, height=height, sampler=job.sampler or sampler, steps=job.steps or steps,
+        cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
 
 
 def passes_of(jobs):
@@ -597,10 +603,10 @@ def remarks(model, job, known):
     if known and not (job.lora or job.embedding):       # which teach new words
         words = words_of(job)
         yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
-    side = model.config.unet.sample_size * model.factor
-    if known and (job.width, job.height) != (side, side):
-        yield (f"the model learnt pictures of {side} x {side}: of other sizes it draws poor ones "
-               "(--enlarge N makes its own larger)")
+    own = like_diffusers.picture_size(model)
+    if known and (job.width, job.height) != own:
+        yield ("the model learnt pictures of {} x {}: of other sizes it draws poor ones "
+               "(--enlarge N makes its own larger)".format(*own))
     for name in facts.other_files(job.facts, job, model):
         yield f"--like {job.like}: the {name} is another file than the picture was made with"
     yield from prompts.remarks(model, [words_of(job), job.negative_prompt or ""],

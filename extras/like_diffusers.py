@@ -41,6 +41,12 @@ def defaults(model):
     return sampler, 20, model.guidance
 
 
+def picture_size(model, width=None, height=None):
+    """Return (width, height) in pixels, the model's own where they are None."""
+    h, w, _ = latent_shape(model, width, height)
+    return w * model.factor, h * model.factor
+
+
 def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequence[int] = (0,),
              steps: int | None = None, guidance: float | None = None,
              sampler: str | Callable | None = None, schedule: str | None = None,

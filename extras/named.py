@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 import tiny_sd
 from extras import formats
-from extras.tensors import SUFFIXES
+from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, read_contents
 from tiny_sd import UserError
 
 FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
@@ -18,13 +18,13 @@ FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models
 def find_model(name):
     """Return what formats.load takes for a model that people call by this name; None: bundled.
 
-    UserError for a folder of several models, which lists them.
+    UserError for a folder of models, which lists them.
     """
     if name is None:
         return str(tiny_sd.HERE / "weights" / "emoji")
     path = Path(name)
     if path.is_dir() and not (path / "unet").exists():
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        inside = sorted(file.name for file in path.iterdir() if may_be_model(file))
         if inside:
             more = ", ..." if len(inside) > 10 else ""
             raise UserError(f"{name} is a folder of models, not one: choose one of "
@@ -32,6 +32,14 @@ def find_model(name):
     if path.exists() or (tiny_sd.HERE / "weights" / name).exists() or name in formats.HUB:
         return name
     return known_model(name) or name
+
+
+def may_be_model(path):
+    """Is a file one of weights, and not known to be of something else than a whole model?"""
+    try:
+        return path.suffix in SUFFIXES and kind_of(read_contents(path)) in (None, WHOLE_MODEL)
+    except UserError:       # it is said of the one that is chosen
+        return True
 
 
 def known_model(name):

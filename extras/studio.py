@@ -37,7 +37,7 @@ KEPT = 4            # the last drawings, which can be looked into
 FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg_scale": float,
           "sampler": str, "schedule": str, "width": int, "height": int, "strength": float}
 ELSEWHERE = {      # options that the picture does not depend on, or that the page has no use for
-    "help", "version", "words", "prompt", "prompts", "batch_size", "like", "things", "output",
+    "version", "words", "prompt", "prompts", "batch_size", "like", "things", "output",
     "preview", "film", "show", "play", "port", "no_browser", "explain", "low_memory", "formulas"}
 
 
@@ -256,14 +256,13 @@ def chunks_of(model, job):
 
 def command_line(model, job):
     """Return the command that draws the same picture, without what the model decides itself."""
-    size = model.config.unet.sample_size * model.factor
     own = dict(zip(("sampler", "steps", "cfg_scale"), like_diffusers.defaults(model)))
-    own |= {"width": size, "height": size, "backend": "numpy",
-            "model": str(tiny_sd.HERE / "weights" / "emoji")}
+    own |= dict(zip(("width", "height"), like_diffusers.picture_size(model)))
+    own |= {"backend": "numpy", "model": str(tiny_sd.HERE / "weights" / "emoji")}
     if not job.init_img:
         own["strength"] = job.strength
     words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt]
-    for action in cli.option_parser()._actions:
+    for action in cli.option_parser().options:
         value = getattr(job, action.dest, None)
         first = own.setdefault(action.dest, action.default)     # of two options for one value
         if action.dest not in ELSEWHERE and value not in (None, first):

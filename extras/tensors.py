@@ -22,6 +22,7 @@ CONTENTS = {    # what a file is: how it begins
     "a web page, not the file that was to be downloaded": rb"\s*<(!doctype|html|head|\?xml)",
     "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a GGUF file": rb"GGUF",
     "an archive": rb"\x1f\x8b|7z\xbc\xaf|Rar!", "a text, such as a config": rb"[\t\r\n -~]+\Z"}
+WHOLE_MODEL = "a whole model: --model"
 KINDS = {   # what a file is: how a name of its tensors reads
     "an adapter of cloneofsimo's program, whose layers have numbers and no names": r"\w+:\d+:",
     "a LoRA: --lora": r"lora_|.*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
@@ -31,7 +32,7 @@ KINDS = {   # what a file is: how a name of its tensors reads
     "a Stable Diffusion 3": r"(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux": r"(model\.diffusion_model\.)?double_blocks\.",
     "the refiner of SDXL": r"conditioner\.embedders\.0\.model\.transformer\.resblocks\.31\.",
-    "a whole model: --model": r"model\.diffusion_model\.|cond_stage_model\.|conditioner\.",
+    WHOLE_MODEL: r"model\.diffusion_model\.|cond_stage_model\.|conditioner\.",
     "only the running mean (EMA) of a model": r"model_ema\.diffusion_model",
     "a U-Net alone": r"(unet\.)?(down_blocks|input_blocks|mid_block)\.",
     "a VAE: --vae": r"(first_stage_model\.|vae\.)?(en|de)coder\.(down|up|mid|conv_|layers\.\d\.)",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from extras import cli, fast, formats, like_diffusers
 from helpers import finish, launch, sd
@@ -263,6 +264,9 @@ def test_files_by_their_names(run, model, here, monkeypatch):
     assert run.bare("red", "-m", "checkpoints")[2] == [
         "tiny_sd: checkpoints is a folder of models, not one: choose one of one.safetensors, "
         "other.ckpt"]
+    save_file({"emb_params": np.zeros((1, 8), np.float32)}, "checkpoints/aa_word.safetensors")
+    line, = run.bare("red", "-m", "checkpoints")[2]
+    assert line.endswith("choose one of one.safetensors, other.ckpt")
 
 
 def test_a_seed_drawn_at_random(run, draw):
@@ -414,7 +418,7 @@ def test_help_names_every_option(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     shown = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
-    flags = {flag for action in cli.option_parser()._actions for flag in action.option_strings}
+    flags = {flag for option in cli.option_parser().options for flag in option.option_strings}
     assert len(flags) > 40 and shown >= flags and "PROMPT" in text
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert headings == ["options", "what to draw", "model", "sampling", "size", "from a picture",
@@ -424,8 +428,7 @@ def test_help_names_every_option(capsys):
 
 def test_each_option_says_what_it_does():
     """In words of its own, with the value that it has unless another is given."""
-    actions = [action for action in cli.option_parser()._actions if "--help" not in
-               action.option_strings]
+    actions = cli.option_parser().options
     said = [action.help % vars(action) for action in actions]
     assert len({*said}) == len(said) and min(map(len, said)) > 8
     for action, text in zip(actions, said):

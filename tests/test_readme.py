@@ -80,7 +80,8 @@ def test_a_program_in_another_folder_finds_the_library(tmp_path):
 def test_links_and_options_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert target.startswith("http") or (ROOT / target).exists(), target
-    known = cli.option_parser()._option_string_actions
+    options = cli.option_parser().options
+    known = ["--help", *(flag for option in options for flag in option.option_strings)]
     commands = [line for line in TEXT.split("\n") if "python tiny_sd.py" in line]
     for flag in set(re.findall(r" (--[a-z-]+|-[a-zA-Z])\b", "\n".join(commands))):
         assert flag in known, flag

@@ -166,9 +166,9 @@ def fill_in(args, model):
     """Set what is not given to what suits the model."""
     require(not model.inpaints and not model.config.unet.time_cond_proj_dim, "a model for "
             "inpainting, or a distilled one, is not taught here: teach the one it was made from")
-    h, w, _ = tiny_sd.latent_shape(model, args.width, args.height)
-    args.height, args.width = h * model.factor, w * model.factor
-    args.batch_size = args.batch_size or max(1, 64 * 64 // (h * w))
+    args.width, args.height = like_diffusers.picture_size(model, args.width, args.height)
+    pixels = args.width * args.height // model.factor ** 2
+    args.batch_size = args.batch_size or max(1, 64 * 64 // pixels)
     args.rate = args.rate or 0.2 / max(model.config.unet.block_out_channels)
     args.minutes = args.minutes or 10
 
