@@ -55,8 +55,10 @@ CONFIG_FIELDS = {
         "beta_schedule": {"scaled_linear", "linear", "squaredcos_cap_v2"},
         "prediction_type": {"epsilon", "v_prediction", "sample"},
         "timestep_spacing": {None, "leading", "trailing", "linspace"}, "steps_offset": (0, 999),
+        "timestep_type": {None, "discrete", "continuous"},
         **dict.fromkeys(("set_alpha_to_one", "use_karras_sigmas", "use_exponential_sigmas",
-                         "use_beta_sigmas", "rescale_betas_zero_snr"), {None, True, False}),
+                         "use_beta_sigmas", "rescale_betas_zero_snr", "skip_prk_steps"),
+                        {None, True, False}),
         **dict.fromkeys(("sigma_min", "sigma_max", "original_inference_steps", "variance_type"),
                         object),
         "_guidance_scale": (0.0, 100.0)}}
@@ -66,7 +68,8 @@ MAY_LACK = {    # what a config may leave out besides tiny_sd.CONFIG_DEFAULTS
             "up_block_types": ["UpDecoderBlock2D"]},
     "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None},
     "scheduler": dict.fromkeys(("rescale_betas_zero_snr", "use_exponential_sigmas",
-                                "use_beta_sigmas", "sigma_min", "sigma_max", "variance_type")) | {
+                                "use_beta_sigmas", "sigma_min", "sigma_max", "variance_type",
+                                "skip_prk_steps", "timestep_type")) | {
                                     "original_inference_steps": 50}}
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
@@ -97,11 +100,9 @@ REPLACED = {    # fields of a scheduler, in the classes that have them, with the
         "final_sigmas_type": "zero", "lower_order_final": True, "euler_at_final": False,
         "use_lu_lambdas": False, "use_dynamic_shifting": False, "lambda_min_clipped": -math.inf,
         "variance_type": None},
-    "Euler": {"interpolation_type": "linear", "final_sigmas_type": "zero",
-              "timestep_type": "discrete"},
-    "PNDM": {"skip_prk_steps": True}, "LCM": {"timestep_scaling": 10.0},
+    "Euler": {"interpolation_type": "linear", "final_sigmas_type": "zero"},
+    "LCM": {"timestep_scaling": 10.0},
     "DDPM": {"variance_type": "fixed_small"}}
-ABSENT = {"skip_prk_steps": False}      # what some mean by leaving it out
 UNREAD = {      # fields that change no picture
     "vae": "force_upcast sample_size",
     "unet": "dropout upcast_attention use_linear_projection attention_head_dim num_attention_heads "
@@ -158,7 +159,7 @@ def replaced_settings(settings):
     kind = scheduler.get("_class_name") or ""
     for start, fields in REPLACED.items():
         for name, value in fields.items() if kind.startswith(start) else ():
-            given = scheduler.get(name, ABSENT.get(name, value))
+            given = scheduler.get(name, value)
             followed = (value, None, "fixed_large") if name == "variance_type" else (value, None)
             if given not in followed:
                 lines.append(f"the scheduler's {name} is {value!r} here, not "

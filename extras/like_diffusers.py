@@ -74,7 +74,7 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     levels = sampling_steps(sampler, own_steps if steps is None else steps, model.config.scheduler,
                             model.alpha_bars, own_schedule(schedule, model))
     configured = getattr(sampler, "configured", lambda *_: sampler)
-    sampler_here = configured(model.config.scheduler, levels, model.alpha_bars)
+    sampler_here = configured(model.config.scheduler, levels, model.alpha_bars, init is None)
     noise = torch_noise(seeds, latent_shape(model, width, height))
     if init is None or mask is not None and strength == 1:
         scale = initial_scale(sampler, model.config.scheduler, levels)
@@ -237,6 +237,10 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
     levels = (1 / (1 + sigma ** 2)).tolist()
     if alpha_bars[-1] == 0 and t[0] == T - 1 and getattr(sampler, "from_nothing", False):
         levels[0] = 0.0
+
+    asked = getattr(scheduler, "timestep_type", None), scheduler.prediction_type
+    if getattr(sampler, "continuous", False) and asked == ("continuous", "v_prediction"):
+        t = np.log(sigma) / 4
 
     ends_clean = getattr(sampler, "ends_clean", True)
     if getattr(sampler, "follows_set_alpha", False) and scheduler.set_alpha_to_one is not None:

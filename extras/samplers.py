@@ -6,8 +6,8 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     spacing             how its timesteps are always spaced: "leading", "trailing" or "linspace"
     default_spacing     likewise, where the scheduler's config does not say ("leading")
     timesteps           a function (n, scheduler) that chooses them instead; no schedule can
-    configured          a function (scheduler, steps, alpha_bars) that returns the sampler with what
-                        a config sets
+    configured          a function (scheduler, steps, alpha_bars, from_noise) that returns the
+                        sampler with what a config sets
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
     fractional          its times need not be whole, and x_T has the standard deviation of its noise
     range               what a schedule such as Karras' extends over: "model", all levels that the
@@ -17,6 +17,7 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     follows_set_alpha   ... unless the config's set_alpha_to_one says otherwise (False)
     strides             each step ends T // n times below its own, wherever the next begins (False)
     from_nothing        it can begin at ᾱ = 0, and not just above (False)
+    continuous          its times are log σ / 4 where the config says so (False)
 
 Some ask the model at levels between those of the steps. They find the time of a level in
 denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
@@ -62,7 +63,7 @@ sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True, strides=True,
 sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2m)
 
 
-@sampler("euler", "Euler", "EulerDiscreteScheduler", **SIGMA)
+@sampler("euler", "Euler", "EulerDiscreteScheduler", continuous=True, **SIGMA)
 def euler(denoise, x, steps, noise=None):
     """Follow dx̄/dσ = ε̂, where x̄ = x_t / √ᾱ, by Euler's method (6.22): ddim in other coordinates.
 
@@ -113,11 +114,11 @@ def ddim_step(x, eps, alpha_bar, alpha_bar_next):
     return add_noise(signal, alpha_bar_next, eps)
 
 
-def plms_of(velocities=False, before=None):
+def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
     """Return PLMS, which extrapolates ε̂, or the velocities that a model predicts.
 
-    before(t): the level one stride before t, at which diffusers' first step begins; if None, it is
-    that of the first step.
+    level(t): ᾱ of a time; stride: how far apart the times are; with these it begins as diffusers'
+    does. runge_kutta: begin with three steps of Runge and Kutta's, as Liu et al. do.
     """
     def what(guess, alpha_bar):
         return velocity(guess[0], alpha_bar, guess[1]) if velocities else guess[1]
@@ -127,6 +128,19 @@ def plms_of(velocities=False, before=None):
         x_0, eps = split_prediction(kind, direction, x, alpha_bar)
         return add_noise(x_0, alpha_bar_next, eps)
 
+    def mean_of_four(denoise, x, first, t, alpha_bar, t_next):
+        """Return Runge and Kutta's mean of the directions over a step: first is that at its start.
+
+        Halfway is half a stride below the step's start to get there, and above its end to look.
+        """
+        half, direction, total = stride // 2, first, first
+        for end, at, weight in ((t - half, t_next + half, 2), (t_next + half, t_next + half, 2),
+                                (t_next, t_next, 1)):
+            guess = step(x, direction, alpha_bar, level(end))
+            direction = what(denoise(guess, at, level(at)), level(at))
+            total = total + weight * direction
+        return total / 6
+
     def plms(denoise, x, steps, noise=None):
         """Take ddim's step along ε̂, extrapolated from up to four steps by Adams and Bashforth.
 
@@ -134,27 +148,32 @@ def plms_of(velocities=False, before=None):
         here and at the next level (Heun).
         """
         past = []
-        for t, alpha_bar, alpha_bar_next in steps:
+        for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
             past = [what(denoise(x, t, alpha_bar), alpha_bar), *past[:3]]
             weights = ADAMS_BASHFORTH[len(past) - 1]
             direction = sum(weight * each for weight, each in zip(weights, past))
 
-            if len(past) == 1 and len(steps) > 1:
+            if runge_kutta and following and len(past) < 4:
+                t_next, alpha_bar_next, _ = following
+                direction = mean_of_four(denoise, x, past[0], t, alpha_bar, t_next)
+            elif following and len(past) == 1:
+                t_next, alpha_bar_after, _ = following
                 guess = step(x, direction, alpha_bar, alpha_bar_next)
-                t_next, level, _ = steps[1]
-                direction = (direction + what(denoise(guess, t_next, level), level)) / 2
-                if before:
-                    alpha_bar, alpha_bar_next = before(t_next), level
+                direction = (direction + what(denoise(guess, t_next, alpha_bar_after),
+                                              alpha_bar_after)) / 2
+                if level:
+                    alpha_bar, alpha_bar_next = level(t_next + stride), alpha_bar_after
             x = step(x, direction, alpha_bar, alpha_bar_next)
             yield x
     return plms
 
 
-def plms_configured(scheduler, steps, alpha_bars):
+def plms_configured(scheduler, steps, alpha_bars, from_noise):
     """Return PLMS as diffusers does it with a config."""
-    T = len(alpha_bars)
-    return plms_of(scheduler.prediction_type == "v_prediction", lambda t: float(
-        alpha_bars[min(int(t) + T // len(steps), T - 1)]))
+    T, own = len(alpha_bars), scheduler._class_name == "PNDMScheduler"
+    return plms_of(scheduler.prediction_type == "v_prediction",
+                   lambda t: float(alpha_bars[min(int(t), T - 1)]), T // len(steps),
+                   from_noise and own and not getattr(scheduler, "skip_prk_steps", None))
 
 
 plms = plms_of()
