@@ -62,8 +62,9 @@ def test_the_small_training_learns(monkeypatch):
     assert losses[0] == pytest.approx(1, abs=0.25)
     assert np.mean(losses[-20:]) < 0.8 * losses[0]
     assert [*drawn] == [0, 60, 120]
-    side = figures.side_of(model)
-    assert all(sample.shape == (side, side, 3) for samples in drawn.values() for sample in samples)
+    width, height = figures.picture_size(model)
+    assert all(picture.shape == (height, width, 3) for samples in drawn.values()
+               for picture in samples)
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
-from extras import samplers
+from extras import samplers, show
+from extras.like_diffusers import picture_size
 from extras.prompts import chunks_of
 from extras.shapes import unet_shapes
-from extras.show import Film, positions_of_words
 from extras.tools import moons
 from extras.training import train as recipe
 from extras.training.drawings import STYLES, load_things
@@ -143,20 +143,14 @@ def time_picture(model):
 
 def words_picture(model):
     """The attention to each word of the prompt, over all steps, at the finest resolution."""
-    film, tokenizer = Film(), model.encoders[0].tokenizer
-    x = latents_of(model, make_denoiser=film)
+    film, tokenizer = show.Film(), model.encoders[0].tokenizer
+    picture, = tiny_sd.decode(model, latents_of(model, make_denoiser=film))
     size = max(film.steps[0].attention)
     maps = np.mean([step.attention[size][0] for step in film.steps], axis=0)    # (tokens, h, w)
-    picture = tiny_sd.decode(model, x)[0]
-    gray = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255
-    words = positions_of_words(tokenizer, chunks_of(tokenizer, FOX, False), len(maps))[1:-1]
-    cells = [picture]
-    for _, positions in words:
-        values = maps[positions].sum(0)
-        heat = Image.fromarray((255 * values / values.max()).astype(np.uint8))
-        heat = heat.resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
-        cells.append(0.3 * gray + 0.7 * matplotlib.colormaps["inferno"](np.asarray(heat))[..., :3])
-    return grid([cells], ["drawn", *(word for word, _ in words)], size=128)
+    chunks = chunks_of(tokenizer, FOX, weighted=False)
+    words = show.positions_of_words(tokenizer, chunks, len(maps))[1:-1]
+    cells = [show.over(picture, maps[positions].sum(0)) for _, positions in words]
+    return grid([[picture, *cells]], ["drawn", *(word for word, _ in words)], size=128)
 
 
 # ── Section 6 ───────────────────────────────────────────────────────────────────────────────────
@@ -277,7 +271,7 @@ def arrows_picture(model):
 
 def film_picture(model):
     """What a sampler holds and what the network guesses, on the way to one picture."""
-    film = Film()
+    film = show.Film()
     latents_of(model, make_denoiser=film)
     steps = [*film.steps[::3], film.steps[-1]]
     rows = [[tiny_sd.decode(model, x)[0] for x in xs]
@@ -333,14 +327,9 @@ def drawings(side):
             for style, numbers in zip(STYLES, things.drawings.T)}
 
 
-def side_of(model):
-    """Pixels of the model's pictures, in each direction."""
-    return model.factor * model.config.unet.sample_size
-
-
 def clip_scores(model):
     """Train two encoders on five styles; return u_i · w_j (24, 24) for drawings in the sixth."""
-    pictures, words = drawings(side_of(model)), model.encoders[0].tokenizer
+    pictures, words = drawings(picture_size(model)[0]), model.encoders[0].tokenizer
     *shown, hidden = (encoded(model, pictures[style].values()) for style in STYLES[::-1])
     shown, captions = torch.stack(shown), list(pictures["noto"])
     small = recipe.CONFIGS["small"]
@@ -391,7 +380,7 @@ def training(model, shown, every):
     small.config.unet = config
     shapes = tiny_sd.flatten(unet_shapes(config))
     small.unet = tiny_sd.nest(initial(shapes, 0, ("conv_out.weight",)))     # answers 0 as yet
-    pictures, rng = drawings(side_of(model))["noto"], np.random.default_rng(0)
+    pictures, rng = drawings(picture_size(model)[0])["noto"], np.random.default_rng(0)
     latents = encoded(model, [pictures[name] for name in TAUGHT])
     batches = tiny_sd.random_batches(latents, [f"a {name}" for name in TAUGHT], 16, rng)
     optimizer = torch.optim.Adam(tiny_sd.parameters(small.unet), lr=2e-3)

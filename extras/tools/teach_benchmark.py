@@ -11,9 +11,10 @@ other programs do not change much, and those of the clock; the first step is not
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
+import subprocess
+import sys
 import time
 
 from extras.tools import benchmark
@@ -21,26 +22,22 @@ from extras.tools import benchmark
 CAPTION = "a zorp on a red background"
 
 
-def tiny_sd_steps(args, folder):
-    """Yield after each step, as teach.py takes it."""
+def tiny_sd_side(args, folder):
+    """Return a step as teach.py takes it, and the matrices that it trains."""
     from extras import formats
     from extras.training import teach, lora  # isort: skip  (BLAS is set up before torch is loaded)
     import numpy as np
-
-    import tiny_sd
     model = formats.load(folder, "torch", "cpu", args.dtype)
     model.vae = None
     options = [str(folder), "-o", "none.safetensors", "--dtype", args.dtype, "--steps", "100",
                "--rate", "1e-4", "-b", "1", *["--save-memory"] * args.save_memory]
     latents = np.random.standard_normal((1, args.size // 8, args.size // 8, 4))
     teaching = lora.Teaching(model, latents, [CAPTION], teach.parse_arguments(options))
-    while True:
-        teaching.step()
-        yield len(teaching.pairs), sum(p.numel() for p in teaching.matrices), tiny_sd
+    return teaching.step, teaching.matrices
 
 
-def diffusers_steps(args, folder):
-    """Yield after each step, as train_text_to_image_lora.py takes it."""
+def diffusers_side(args, folder):
+    """Return a step as train_text_to_image_lora.py takes it, and the matrices that it trains."""
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
@@ -66,7 +63,8 @@ def diffusers_steps(args, folder):
     matrices = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(matrices, 1e-4)
     latents = torch.randn(1, 4, args.size // 8, args.size // 8).to(dtype)
-    while True:
+
+    def step():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             noise, t = torch.randn_like(latents), torch.randint(0, 1000, (1,))
             ids = tokenizer(CAPTION, padding="max_length", return_tensors="pt").input_ids
@@ -77,44 +75,40 @@ def diffusers_steps(args, folder):
         torch.nn.utils.clip_grad_norm_(matrices, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield len(matrices) // 2, sum(p.numel() for p in matrices), scheduler
+    return step, matrices
 
 
-SIDES = {"tiny_sd": tiny_sd_steps, "diffusers": diffusers_steps}
+SIDES = {"tiny_sd": tiny_sd_side, "diffusers": diffusers_side}
 
 
-def measured(side, args, folder, pipe):
-    """Send what a side needs: processor's and clock's seconds of each step, and memory in MB."""
-    steps, seconds = SIDES[side](args, folder), []
-    next(steps)
+def measure(args):
+    """Print what a side needs for a step, and how much it trains."""
+    step, matrices = SIDES[args.side](args, benchmark.random_model(args))
+    step()
+    cpu, clock = [], []
     for _ in range(args.steps):
         begun = time.process_time(), time.perf_counter()
-        count, size, _ = next(steps)
-        seconds.append([time.process_time() - begun[0], time.perf_counter() - begun[1]])
-    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, count, size))
+        step()
+        cpu.append(time.process_time() - begun[0])
+        clock.append(time.perf_counter() - begun[1])
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{args.side}: {statistics.median(cpu):.2f} s of the processor a step, "
+          f"{statistics.median(clock):.2f} s by the clock; {megabytes:,.0f} MB at most; "
+          f"{len(matrices) // 2} LoRAs, {sum(p.numel() for p in matrices):,} numbers", flush=True)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("side", nargs="?", choices=SIDES, help="only this one, in this process")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--save-memory", action="store_true")
-    args, processes = parser.parse_args(), multiprocessing.get_context("spawn")
-    args.model = "sd15"
-    folder = benchmark.random_model(args)
-    for side in SIDES:
-        ours, theirs = processes.Pipe()
-        process = processes.Process(target=measured, args=(side, args, folder, theirs))
-        process.start()
-        theirs.close()
-        seconds, megabytes, count, size = ours.recv()
-        process.join()
-        cpu, clock = (statistics.median(column) for column in zip(*seconds))
-        print(f"{side}: {cpu:.2f} s of the processor a step, {clock:.2f} s by the clock; "
-              f"{megabytes:,.0f} MB at most; {count} LoRAs, {size:,} numbers", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    parser.set_defaults(model="sd15")
+    args = parser.parse_args()
+    if args.side:
+        measure(args)
+    else:
+        for side in SIDES:
+            subprocess.run([sys.executable, "-m", __spec__.name, side, *sys.argv[1:]], check=True)
