@@ -30,6 +30,7 @@ from extras import (
     formats,
     guidance,
     in_time,
+    larger,
     like_diffusers,
     named,
     narrow,
@@ -161,9 +162,13 @@ def option_parser(**settings):
     group = parser.add_argument_group("size")
     add("-W", "--width", type=int, metavar="N", help="columns of pixels (the model's own)")
     add("-H", "--height", type=int, metavar="N", help="rows of pixels (the model's own)")
+    add("--hires", type=larger.hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
+        "drawn so many times, and draw over it (strength 0.5, as many steps again)")
 
     group = parser.add_argument_group("from a picture")
     add("-i", "--init-img", metavar="FILE", help="a picture to start from")
+    add("--resize", choices=files.RESIZE, default="crop", help="what to do with a picture of "
+        "another shape: cut it, stretch it, or repeat its edges (%(default)s)")
     add("--strength", type=float, metavar="X",
         help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
     add("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
@@ -227,8 +232,8 @@ THEIRS = {      # other programs' options: what to say of them
     "--gpu --cuda --use-gpu": "--device cuda", "--cpu": "--device cpu, which is the default",
     "--fp16 --half --no-half --fp32 --bf16 --precision --type": "--dtype NAME",
     "--taesd": "--vae taesd",
-    "--hr-scale --hr --hires --hires-fix --enable-hr --upscale --hr-upscaler --hires-scale":
-        "draw it, then once more from that with -i, a larger -W and -H, and --strength 0.5",
+    "--hr-scale --hr --hires-fix --enable-hr --upscale --hr-upscaler --hires-scale":
+        "--hires SCALE",
     "--eta --ddim-eta": "--sampler ddim is eta 0, --sampler ddpm eta 1",
     "--rng --noise-device": "the noise is always the CPU's",
     "--threads -t": "as many threads as there are cores",
@@ -377,6 +382,8 @@ def check_job(job):
             "not two rising numbers from 0 to 1")
     require(not job.control or not (job.show or job.play),
             "--show and --play do not go with --control")
+    if job.hires:
+        larger.check_hires(job)
     require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
     require(not job.schedule or job.sampler in (None, *samplers.SCHEDULED),
@@ -592,7 +599,8 @@ def passes_of(jobs):
 
 def steps_of(job):
     """Return how many steps a job takes: from a picture, a share of all."""
-    return int(round(job.steps * job.strength, 9)) if job.init_img else job.steps
+    again = (job.hires[2] or job.steps) if job.hires else 0
+    return again + (int(round(job.steps * job.strength, 9)) if job.init_img else job.steps)
 
 
 def remarks(model, job, known):
@@ -604,7 +612,7 @@ def remarks(model, job, known):
         words = words_of(job)
         yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
     own = like_diffusers.picture_size(model)
-    if known and (job.width, job.height) != own:
+    if known and larger.drawn_size(model, job) != own:
         yield ("the model learnt pictures of {} x {}: of other sizes it draws poor ones "
                "(--enlarge N makes its own larger)".format(*own))
     for name in facts.other_files(job.facts, job, model):
@@ -673,7 +681,7 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
     for note in notes:
         tell(note)
 
-    if last:
+    if last and not job.hires:
         model.encoders = [encoder._replace(weights=None) for encoder in model.encoders]
     for x in tqdm(walk, desc=title, total=steps_of(job), unit="step"):      # noqa: B007
         pass
@@ -702,9 +710,9 @@ def start_walk(model, job, denoiser, notes):
     """Return the generator of a job's latents, and the notes with those on its pictures."""
     init, mask, notes = None, None, [*notes]
     if job.init_img is not None:
-        init = files.read_picture(job.init_img, job.width, job.height, notes)
+        init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
     if job.mask is not None:
-        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes)
+        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
     make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
     sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
     combine, timeline = tiny_sd.guide, timeline_of(job, embed)
@@ -725,7 +733,10 @@ def start_walk(model, job, denoiser, notes):
         make = guidance.within(make, *job.cfg_interval)
     if timeline:
         make = timeline.denoiser(make)
-    return like_diffusers.generate(
+    generate = like_diffusers.generate
+    if job.hires:
+        generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])
+    return generate(
         model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
         sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes
 
@@ -774,11 +785,11 @@ def embedder(model, job):
 
 def check_picture_memory(model, job):
     """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit."""
+    width, height = larger.drawn_size(model, job)
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
         bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
-        check_memory(3 * bytes_per_pixel * job.width * job.height,
-                     f"--width {job.width} --height {job.height}")
+        check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
 
 
 FLAGS = {       # what the library says of its parameters, as options

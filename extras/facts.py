@@ -63,8 +63,12 @@ FACTS = {       # in the order in which they are recorded
                  if job.width and job.height else None),
     "Model hash": Fact(lambda job, model: model and model.digest),
     "Model": Fact(lambda job, model: model and plain(model.name)),
-    "Denoising strength": Fact(lambda job, model: job.strength if job.init_img else "",
-                               "strength"),
+    "Denoising strength": Fact(lambda job, model: job.hires[1] if job.hires else (
+        job.strength if job.init_img else ""), "strength"),
+    "Hires upscale": Fact(lambda job, model: job.hires[0] if job.hires else ""),
+    "Hires steps": Fact(lambda job, model: (job.hires[2] or "") if job.hires else ""),
+    "Hires upscaler": Fact(lambda job, model: "Lanczos" if job.hires else ""),
+    "Resize": Fact(lambda job, model: "" if job.resize == "crop" else job.resize, "resize"),
     "Mask": Fact(lambda job, model: plain(Path(job.mask or "").name)),
     "ControlNet": Fact(lambda job, model: plain(" ".join(
         f"{stem(file)} {weight} {Path(picture).name}"
@@ -221,7 +225,8 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
     "Denoising strength": "give the picture it began from with --init-img",
     "Mask$": "give it with --mask",
     "Mask|Inpaint|Soft inp": "a part of it was drawn anew: give both with --init-img and --mask",
-    "Hires|First pass": "the picture was enlarged and drawn over (Hires fix)",
+    "Hires upscaler": "pixels are resized here, by Lanczos",
+    "Hires|First pass": "the picture was enlarged and drawn over: --hires SCALE does so",
     "Ultimate SD|SD upscale|Tiled|MultiDiffusion": "it was enlarged and drawn over in tiles",
     "Refiner": "a second model drew the last steps",
     "ControlNet$": "give it with --control",
@@ -270,6 +275,11 @@ def read_again(path, args):
     options |= sampler_again(path, facts, args, left, program)
     options |= files_again(path, facts, args, left)
 
+    if "Hires upscale" in facts:
+        options["hires"] = [":".join((facts["Hires upscale"], options.pop("strength", ["0.7"])[0],
+                                      facts.get("Hires steps", "0")))]
+        if facts.get("Hires upscaler") != "Lanczos":
+            left["Hires upscaler"] = facts.get("Hires upscaler", "")
     if any(re.match("Hires|First pass", name) for name in left):
         options.pop("strength", None)       # that of the second drawing
     elif "strength" in options:

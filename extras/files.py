@@ -70,28 +70,41 @@ def upright(path):
         return eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
 
 
-def fitted(picture, width, height, ground):
-    """Return an RGBA picture laid on a ground, resized and cut at the centre, as uint8 of RGB."""
+def with_edges(picture, size, resample):
+    """Return all of a picture at this size, its edges repeated where it has another shape."""
+    scale = min(new / old for new, old in zip(size, picture.size))
+    picture = picture.resize([max(1, round(old * scale)) for old in picture.size], resample)
+    rows, columns = (new - old for new, old in zip(size[::-1], picture.size[::-1]))
+    ends = [(n // 2, n - n // 2) for n in (rows, columns)]
+    return Image.fromarray(np.pad(picture, [*ends, (0, 0)], "edge"))
+
+
+RESIZE = {"crop": ImageOps.fit, "fit": Image.Image.resize, "fill": with_edges}
+
+
+def fitted(picture, width, height, ground, resize="crop"):
+    """Return an RGBA picture laid on a ground, brought to this size, as uint8 of RGB."""
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
     if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+        picture = RESIZE[resize](picture, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
-def read_picture(path, width, height, notes=None):
+def read_picture(path, width, height, notes=None, resize="crop"):
     """Return a picture file as (height, width, 3) uint8.
 
-    It is turned upright, laid on white where it is transparent, resized and cut at the centre.
+    It is turned upright and laid on white where it is transparent. resize: what to do if it has
+    another shape: cut it at the centre, stretch it to fit, or fill up by repeating its edges.
     notes: a list that gets a line if something is cut off.
     """
     picture = upright(path)
     w, h = picture.size
-    if notes is not None and abs(w * height - h * width) >= max(w, h):
+    if notes is not None and resize == "crop" and abs(w * height - h * width) >= max(w, h):
         notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
-    return fitted(picture, width, height, "white")
+    return fitted(picture, width, height, "white", resize)
 
 
-def read_mask(path, init, width, height, notes):
+def read_mask(path, init, width, height, notes, resize="crop"):
     """Return a mask file as (height, width) of bool, true where init is to be replaced.
 
     That is where it is white. But where it is a picture itself, with a hole in it, as ComfyUI's
@@ -107,7 +120,7 @@ def read_mask(path, init, width, height, notes):
     if alpha.getextrema()[0] < 128 and (os.path.samefile(path, init) or not is_painted(picture)):
         notes.append(f"{path} is a mask by its transparency: the hole in it is replaced")
         picture = Image.eval(alpha, lambda a: 255 - a).convert("RGBA")
-    mask = fitted(picture, width, height, "black").mean(axis=-1) > 127.5
+    mask = fitted(picture, width, height, "black", resize).mean(axis=-1) > 127.5
     if not mask.any():
         notes.append(f"{path} has no white, and so nothing is replaced")
     return mask

@@ -50,7 +50,7 @@ def test_like_says_what_it_does_not_take_up(run):
     write_facts("a.png",
                 "red apple\nNegative prompt: \nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, "
                 "Model: /etc/other, Denoising strength: 0.5, Lora: some 0.8 other 1, Eta: 0.5, "
-                "Foo: 1, Hires upscale: 2, Hires steps: 5, ENSD: 31337, RNG: NV")
+                "Foo: 1, Hires resize: 32x0, ENSD: 31337, RNG: NV")
     status, out, err = cli_lines(run, "--like", "a.png", model=False)
     assert (status, out) == (2, []) and err == [
         "a.png was drawn by the model /etc/other, which is not in weights/ nor here: give it, or "
@@ -58,7 +58,8 @@ def test_like_says_what_it_does_not_take_up(run):
     _, _, err = cli_lines(run, "--like", "a.png")
     assert err == ["--like a.png: " + line for line in [
         "Lora some 0.8 other 1 is not taken up: give it with --lora",
-        "Hires upscale 2 is not taken up: the picture was enlarged and drawn over (Hires fix)",
+        "Hires resize 32x0 is not taken up: the picture was enlarged and drawn over: --hires SCALE "
+        "does so",
         "RNG NV is not taken up: the noise came from a graphics card, and is other noise here",
         "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
         "Eta 0.5; Foo 1 are not taken up"]]
@@ -283,8 +284,8 @@ def test_the_weightiest_comes_first_and_nothing_is_cut(model):
                 "Version: v1.6.0")
     args = cli.make_job(["--like", "a.png", "-m", str(model)])
     assert [line.split(": ")[1].split(" is not")[0] for line in args.notes] == [
-        "Hires upscale 2", "ControlNet 0 x", "RNG GPU", "ADetailer model a", "Variation seed 1",
-        "ENSD 3", "Bar 2; Eta 1; Foo 1 are not taken up"]
+        "Hires upscaler Latent", "ControlNet 0 x", "RNG GPU", "ADetailer model a",
+        "Variation seed 1", "ENSD 3", "Bar 2; Eta 1; Foo 1 are not taken up"]
 
 
 def test_quoted_facts_of_other_programs():
