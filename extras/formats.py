@@ -321,6 +321,7 @@ HUB = {     # alias: repository on the hub, revision, licence
     "sdxl-turbo": ("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304",
                    "sai-nc-community"),
 }
+PADS = "tokenizer/special_tokens_map.json"      # each of these has one, and it may name the padding
 VAES = {"taesd": ("madebyollin/taesd", "main", "mit"),
         "taesdxl": ("madebyollin/taesdxl", "main", "mit")}
 
@@ -329,7 +330,7 @@ FOLDER = [      # the files of a model; from each line, the first that exists, o
     *([f"{part}/config.json"] for part in WEIGHT_FILES),
     *([f"{part}/{stem}{end}.safetensors" for end in (".fp16", "")]
       for part, stem in WEIGHT_FILES.items()),
-    ["tokenizer/tokenizer_config.json"], ["tokenizer/special_tokens_map.json", None],
+    ["tokenizer/tokenizer_config.json"], [PADS, None],
     ["tokenizer/added_tokens.json", None],
     ["tokenizer/vocab.json", "tokenizer/tokenizer.json"],
     ["tokenizer/merges.txt", "tokenizer/tokenizer.json"],
@@ -401,6 +402,12 @@ def download(repository, pin, licence, files_of):
         files = files_of(lambda f, c=cached: isinstance(c(f), str))
         found = [cached(file) for file in files]
         if all(isinstance(file, str) for file in found):
+            if pin != "main" and not isinstance(cached(PADS), str):     # as older versions left it
+                try:
+                    hf_hub_download(repository, PADS, revision=revision)
+                except Exception as error:      # of whatever kind the HTTP library below raises
+                    tell(f"{repository} lacks {PADS} in the cache, and may draw another picture: "
+                         f"it could not be fetched ({error})")
             return Path(found[0]).parents[files[0].count("/")]
 
     hub = HfApi()

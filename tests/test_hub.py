@@ -315,8 +315,13 @@ def test_help_tells_the_names(capsys):
     assert f"or {', '.join(formats.HUB)} (emoji)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
-    """And looked for in the cache at that revision, else at main."""
+def test_an_alias_is_fetched_at_its_revision(serve, run, start, model, tmp_path):
+    """And looked for in the cache at that revision, else at main.
+
+    Older versions did not fetch the file that may name the padding token: it is fetched now, or a
+    line says that it is not there.
+    """
+    (model / formats.PADS).write_text('{"pad_token": "!"}')
     program = tmp_path / "program"
     program.mkdir()
     shutil.copy(ROOT / "tiny_sd.py", program)
@@ -325,13 +330,20 @@ def test_an_alias_is_fetched_at_its_revision(serve, run, start, tmp_path):
     text = (ROOT / "extras/formats.py").read_text(encoding="utf-8")
     (program / "extras/formats.py").write_text(text.replace("def fetch", table), encoding="utf-8")
     hub = serve()
-    for asked in (True, False):
-        script = "from extras import formats; print(formats.load('sd15').name)"
+    for offline, lacking, asked, said in (
+            ("0", False, True, "creativeml-openrail-m"), ("0", False, False, ""),
+            ("1", True, False, "lacks tokenizer/special_tokens_map.json in the cache"),
+            ("0", True, True, "")):
+        if lacking:
+            (tmp_path / f"hf/hub/models--{REPOSITORY.replace('/', '--')}/snapshots" / COMMIT
+             / formats.PADS).unlink(missing_ok=True)
+        script = "from extras import formats; print(formats.load('sd15').encoders[0].tokenizer.pad)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                               cwd=program,
                               env=os.environ | {"HF_HOME": str(tmp_path / "hf"),
-                                                "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"})
-        assert done.stdout == "sd15\n" and ("creativeml-openrail-m" in done.stderr) == asked
+                                                "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": offline})
+        assert (done.stdout == "0\n") == (not said or not lacking)
+        assert said in done.stderr and len(done.stderr.splitlines()) == bool(said), done.stderr
         assert (bool(hub.requests) == asked
                 and all("main" not in path for _, path, _ in hub.requests))
         hub.requests.clear()
