@@ -18,6 +18,7 @@ network, W's own name (of a U-Net perhaps that of the original layout), and an e
     peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
     older diffusers   unet.W.processor.to_q_lora.up.weight, text_encoder.W.lora_linear_layer.up...
     ComfyUI           diffusion_model.W.lora_A.weight     text_encoders.clip_l.transformer.W...
+    cloneofsimo       unet:3:up                           text_encoder:3:down
 """
 
 import json
@@ -75,7 +76,7 @@ def add_adapters(arrays, files):
     for path, weight in files:
         require(Path(path).exists(), f"there is no LoRA {path}")
         require(Path(path).is_file(), f"the LoRA {path} is not a file")
-        tensors = read_tensors(path)
+        tensors = with_names(path, read_tensors(path), arrays)
         modules = sort_out(path, tensors, known, max(1, count(arrays["unet"],
                                                               "up_blocks.0.resnets")), words)
         facts = read_facts(path, tensors)
@@ -89,6 +90,51 @@ def add_adapters(arrays, files):
                 raise UserError(f"{path} does not fit the model's {name}.weight: {reason}"
                                 ) from None
     return words
+
+
+def with_names(path, tensors, arrays):
+    """Return a file's tensors, with names for those that cloneofsimo's program numbers.
+
+    The numbers are the order of the layers in a network. Older versions of diffusers have a block's
+    gate before cross-attention, and some files leave it out: the shapes say which order it is. A
+    learnt word among them is called <...>.
+    """
+    numbered, named = {}, {}
+    for name, array in tensors.items():
+        if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
+            numbered.setdefault(match[1], {})[int(match[2]), match[3]] = array
+        else:
+            named[name] = array
+    if numbered:
+        named = {re.sub(r"^<[^<>.]+>$", r"bundle_emb.\g<0>.emb_params", name): array
+                 for name, array in named.items()}
+    for part, found in numbered.items():
+        def fits(order, found=found, weights=arrays[part]):
+            wanted = {(i, side): weights[f"{layer}.weight"].shape[axis] for i, layer
+                      in enumerate(order) for side, axis in (("up", 0), ("down", 1))}
+            given = {(i, side): array.shape[side == "down"] for (i, side), array in found.items()
+                     if array.ndim > 1}
+            return given == wanted
+        order = next(filter(fits, orders(part, arrays[part])), None)
+        require(order, f"{path} does not fit the model: it numbers {len(found) // 2} layers of the "
+                f"{part}, and these do not have the shapes of the model's attention")
+        named |= {f"{part}.{order[i]}.lora_{side}.weight": array
+                  for (i, side), array in found.items()}
+    return named
+
+
+def orders(part, weights):
+    """Yield the orders in which a network's layers may be numbered, as lists of names."""
+    if part == "text_encoder":
+        yield [f"encoder.layers.{i}.self_attn.{name}_proj"
+               for i in range(count(weights, "encoder.layers")) for name in ("k", "v", "q", "out")]
+        return
+    end, gate = ".attn1.to_q.weight", ["ff.net.0.proj"]
+    blocks = [name.removesuffix(end) for name in weights if name.endswith(end)]
+    blocks.sort(key=lambda name: ("dum".index(name[0]), [*map(int, re.findall(r"\d+", name))]))
+    one, two = ([f"attn{i}.to_{name}" for name in ("q", "k", "v", "out.0")] for i in "12")
+    for layers in one + gate + two, one + two + gate, one + two:
+        yield [f"{block}.{layer}" for block in blocks for layer in layers]
 
 
 def sort_out(path, tensors, known, n, words):

@@ -24,8 +24,8 @@ CONTENTS = {    # what a file is: how it begins
     "an archive": rb"\x1f\x8b|7z\xbc\xaf|Rar!", "a text, such as a config": rb"[\t\r\n -~]+\Z"}
 WHOLE_MODEL = "a whole model: --model"
 KINDS = {   # what a file is: how a name of its tensors reads
-    "an adapter of cloneofsimo's program, whose layers have numbers and no names": r"\w+:\d+:",
-    "a LoRA: --lora": r"lora_|.*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
+    "a LoRA: --lora": r"lora_|\w+:\d+:|"
+                      r".*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
     "an embedding: --embedding": r"(emb_params|string_to_\w+|clip_[lg]|<[^<>.]+>)$",
     "a ControlNet": r"control_model\.|controlnet_|.*zero_convs\.",
     "an IP-Adapter": r"image_proj\.|ip_adapter\.", "a motion module": r".*motion_modules\.",
@@ -72,6 +72,10 @@ def read_contents(path):
     if Path(path).suffix.lower() not in pickles.SUFFIXES:
         return read_safetensors(path)
     found = pickles.read_pickle(path)
+    if isinstance(found, list):     # up, down, up, down, ... of cloneofsimo's LoRAs
+        part = "text_encoder" if ".text_encoder." in Path(path).name else "unet"
+        return {f"{part}:{i // 2}:{'down' if i % 2 else 'up'}": array
+                for i, array in enumerate(found)}
     return found if isinstance(found, dict) else {}
 
 

@@ -2,6 +2,7 @@
 form in which they lie about.
 """
 
+import copy
 import json
 import re
 
@@ -287,6 +288,67 @@ def test_the_text_encoders_in_every_form(start, part, folder, plain, tmp_path):
     close("LoRAs of text encoders", ours[part][f"{TEXT}.weight"], before + b @ a, before)
 
 
+# ── Layers by number ────────────────────────────────────────────────────────────────────────────
+
+
+def walk(network, targets):
+    """Yield the linear layers inside of the network's modules of these classes, in order.
+
+    That is how cloneofsimo's lora_diffusion counts them.
+    """
+    for outer in network.modules():
+        if type(outer).__name__ in targets:
+            yield from (inner for inner in outer.modules() if isinstance(inner, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("version, form", [("older", ".safetensors"), ("today's", ".pt"),
+                                           ("no gate", ".safetensors")])
+@torch.no_grad()
+def test_layers_by_number(version, form, reference, tmp_path):
+    """In the order of the modules of diffusers and transformers, of which older ones differ."""
+    targets = {"unet": {"Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
+    networks = {part: copy.deepcopy(getattr(reference, part)) for part in targets}
+    for block in networks["unet"].modules():
+        if version == "older" and hasattr(block, "attn2"):
+            block._modules["attn2"] = block._modules.pop("attn2")       # now behind the gate
+    targets["unet"] -= {"GEGLU"} if version == "no gate" else set()
+    tensors = {}
+    for part, network in networks.items():
+        for i, module in enumerate(walk(network, targets[part])):
+            o, n = module.weight.shape
+            up, down = torch.randn(o, 2), torch.randn(2, n) / 2
+            tensors |= {f"{part}:{i}:up": up, f"{part}:{i}:down": down}
+            module.weight += 0.5 * up @ down
+    files = [tmp_path / "a.safetensors"]
+    if form == ".pt":
+        files = [tmp_path / "a.pt", tmp_path / "a.text_encoder.pt"]
+        for file, part in zip(files, networks):
+            torch.save([torch.nn.Parameter(array) for name, array in tensors.items()
+                        if name.startswith(part)], file)
+    else:
+        saved(files[0], tensors)
+    reference.save_pretrained(tmp_path / "model")
+    _, ours, *_ = formats.read(tmp_path / "model")
+    adapters.add_adapters(ours, [(file, 0.5) for file in files])
+    for part, network in networks.items():
+        for name, array in network.state_dict().items():
+            name = tiny_sd.current_name(name)
+            if name in ours[part]:
+                error = np.abs(tiny_sd.widen(ours[part][name]) - np.asarray(array)).max()
+                assert error < 1e-5, name
+
+
+def test_the_words_among_numbered_layers(folder, tmp_path):
+    """A learnt token, between < and >, is a word of prompts."""
+    _, arrays, *_ = formats.read(folder)
+    order = next(adapters.orders("text_encoder", arrays["text_encoder"]))
+    tensors = {f"text_encoder:{i}:{side}": torch.ones(shape) for i in range(len(order))
+               for side, shape in (("up", (12, 1)), ("down", (1, 12)))}
+    path = saved(tmp_path / "a.safetensors", tensors | {"<s1>": torch.randn(12)},
+                 {"<s1>": "<embed>"})
+    assert adapted(folder, path)[1].keys() == {"<s1>"}
+
+
 # ── What is none ────────────────────────────────────────────────────────────────────────────────
 
 PREFIX = f"lora_unet_{LINEAR.replace('.', '_')}"
@@ -304,7 +366,10 @@ PREFIX = f"lora_unet_{LINEAR.replace('.', '_')}"
      "multiplied out, it has 1600000000 numbers"),
     ({f"{PREFIX}.lora_down.weight": torch.zeros(1, 40_000),
       f"{PREFIX}.lora_up.weight": torch.zeros(40_000, 1)}, "multiplied out"),
-    ({"unet:0:up": torch.zeros(8, 4), "unet:0:down": torch.zeros(4, 8)}, "cloneofsimo's program"),
+    ({"unet:0:up": torch.zeros(8, 4), "unet:0:down": torch.zeros(4, 8)},
+     "numbers 1 layers of the unet, and these do not have the shapes"),
+    ({"unet:0:up": torch.zeros(8)}, "do not have the shapes"),
+    ({f"unet:{i}:down": torch.zeros(4, 8) for i in range(16)}, "do not have the shapes"),
     ({"lora_unet_no_such.lora_up.weight": torch.zeros(2, 4)}, "does not fit the model"),
     ({"emb_params": torch.zeros(2, 12)}, "is an embedding: --embedding, and not a LoRA"),
     ({"<cat-toy>": torch.zeros(12)}, "is an embedding: --embedding"),
