@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import functools
+import itertools
+import json
 import os
 import re
 import secrets
@@ -24,23 +26,21 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import (
-    control,
+    drawing,
     facts,
     files,
     formats,
-    guidance,
-    in_time,
     larger,
     like_diffusers,
     named,
     narrow,
     prompts,
     samplers,
-    things,
 )
-from extras.checks import check_memory, nearest
+from extras.checks import nearest
 from extras.schedules import NAMES, schedule_named
 from extras.start import import_problem
+from extras.things import describe_things, known_things
 from tiny_sd import SAMPLERS, UserError, require, tell
 
 tqdm.monitor_interval = 0       # needs no thread of its own
@@ -54,23 +54,15 @@ def lora(text):
     return file, prompts.lora_weight(weight or "1")
 
 
-def choice(found, text, names):
-    """Return what was found by a name; if that is None, an error names the nearest of its kind."""
-    if found is None:
-        raise argparse.ArgumentTypeError(
-            f"there is no {text!r}: choose one of {', '.join(names)}{nearest(text, names)}")
-    return found
-
-
-def sampler(text):
-    """Return (sampler, schedule or None) for a name that people know them by."""
-    return choice(samplers.sampler_named(text), text, SAMPLERS)
-
-
-def schedule(text):
-    """Return a schedule's name here, "" for "automatic"."""
-    automatic = text.lower() in ("automatic", "default")
-    return "" if automatic else choice(schedule_named(text), text, NAMES)
+def known_by(find, names):
+    """Return a function for argparse: what find() knows by a name, or an error with the nearest."""
+    def read(text):
+        found = find(text)
+        if found is None:
+            raise argparse.ArgumentTypeError(
+                f"there is no {text!r}: choose one of {', '.join(names)}{nearest(text, names)}")
+        return found
+    return read
 
 
 def interval(text):
@@ -96,6 +88,11 @@ EXAMPLES = """examples:
 """
 
 
+NUMBER, AMOUNT = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+FILE, SWITCH = {"metavar": "FILE"}, {"action": "store_true"}
+FILES = {"action": "append", "default": []}
+
+
 def option_parser(**settings):
     """Return the parser of all options, which it lists as .options."""
     parser = tiny_sd.Parser(
@@ -115,86 +112,83 @@ def option_parser(**settings):
     add("words", nargs="?", metavar="PROMPT", help="the prompt")
     add("-p", "--prompt", help="the same, as an option")
     add("-n", "--negative-prompt", metavar="PROMPT", help="what to avoid")
-    add("-s", "--seed", type=int, default=0, metavar="N",
+    add("-s", "--seed", default=0, **NUMBER,
         help="the number that the noise is made from; -1 draws one at random (%(default)s)")
-    add("-b", "--batch-size", type=int, default=1, metavar="N", help="how many pictures, "
+    add("-b", "--batch-size", default=1, **NUMBER, help="how many pictures, "
         "out-000.png and so on, of the seeds seed, seed + 1, ... (%(default)s)")
-    add("--prompts", metavar="FILE",
+    add("--prompts", **FILE,
         help="a picture for each line, which may end in flags of its own; # begins a comment")
     add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
-    add("--plain-prompt", action="store_true",
-        help="take brackets, BREAK and <lora:...> in prompts for words")
+    add("--plain-prompt", **SWITCH, help="take brackets, BREAK and <lora:...> in prompts for words")
 
     group = parser.add_argument_group("model")
     add("-m", "--model", help="a folder, a .safetensors or .ckpt file, a name in weights/, "
         f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)")
     add("--things", nargs="?", const="", metavar="WORD",
         help="draw nothing: list what the model can draw, or what of it has WORD in its name")
-    add("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
+    add("--lora", type=lora, metavar="FILE[:WEIGHT]", **FILES,
         help="a LoRA to add, by its file or, in loras/, its name; repeatable")
     add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
         f"{' or '.join(formats.VAES)}, tiny ones (the model's own)")
-    add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion, a "
+    add("--embedding", metavar="FILE", **FILES, help="a textual inversion, a "
         "word for prompts with the name of its file, which may be in embeddings/; repeatable")
-    add("--clip-skip", type=int, metavar="N",
+    add("--clip-skip", **NUMBER,
         help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
 
     group = parser.add_argument_group("sampling")
-    add("--steps", type=int, metavar="N",
+    add("--steps", **NUMBER,
         help="how many, from noise to the picture (20, fewer for distilled models)")
-    add("--cfg-scale", "--guidance-scale", type=float, metavar="X",
+    add("--cfg-scale", "--guidance-scale", **AMOUNT,
         help="guidance: how much to stress the prompt (7.5, or the model's own)")
-    add("--cfg-rescale", type=float, default=0.0, metavar="X",
+    add("--cfg-rescale", default=0.0, **AMOUNT,
         help="how much to undo the contrast that guidance adds, 0 to 1 (%(default)s)")
     add("--cfg-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, "
         "0:1 from picture to noise; elsewhere steps take half as long")
-    add("--sampler", type=sampler, metavar="NAME",
+    add("--sampler", type=known_by(samplers.sampler_named, SAMPLERS), metavar="NAME",
         help=f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's own)")
     add("--prediction", choices=("epsilon", "v", "sample"),
         help="what the U-Net predicts (as the model's config says)")
-    add("--scheduler", type=schedule, dest="schedule", metavar="NAME",
+    add("--scheduler", type=known_by(schedule_named, NAMES), dest="schedule", metavar="NAME",
         help=f"which noise levels to visit: {', '.join(NAMES)} (as the model's config says)")
     add("--karras", action="store_const", dest="schedule", const="karras",
         help="--scheduler karras")
-    add("--web-ui", action="store_true", help="noise levels as in AUTOMATIC1111's web UI, "
+    add("--web-ui", **SWITCH, help="noise levels as in AUTOMATIC1111's web UI, "
         "whatever the model's config says; --like sets it for that program's pictures")
 
     group = parser.add_argument_group("size")
-    add("-W", "--width", type=int, metavar="N", help="columns of pixels (the model's own)")
-    add("-H", "--height", type=int, metavar="N", help="rows of pixels (the model's own)")
+    add("-W", "--width", **NUMBER, help="columns of pixels (the model's own)")
+    add("-H", "--height", **NUMBER, help="rows of pixels (the model's own)")
     add("--hires", type=larger.hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
         "drawn so many times, and draw over it (strength 0.5, as many steps again)")
 
     group = parser.add_argument_group("from a picture")
-    add("-i", "--init-img", metavar="FILE", help="a picture to start from")
+    add("-i", "--init-img", **FILE, help="a picture to start from")
     add("--resize", choices=files.RESIZE, default="crop", help="what to do with a picture of "
         "another shape: cut it, stretch it, or repeat its edges (%(default)s)")
-    add("--strength", type=float, metavar="X",
-        help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
-    add("--mask", metavar="FILE", help="a picture, white where the first is to be replaced")
-    add("--control", nargs=2, action="append", default=[], metavar=("FILE[:WEIGHT]", "PICTURE"),
+    add("--strength", **AMOUNT, help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
+    add("--mask", **FILE, help="a picture, white where the first is to be replaced")
+    add("--control", nargs=2, metavar=("FILE[:WEIGHT]", "PICTURE"), **FILES,
         help="a ControlNet, and the picture that it follows, such as outlines; repeatable")
-    add("--control-from", type=float, default=0.0, metavar="X",
+    add("--control-from", default=0.0, **AMOUNT,
         help="the share of the steps from which it does (%(default)s)")
-    add("--control-until", type=float, default=1.0, metavar="X", help="and to which (%(default)s)")
+    add("--control-until", default=1.0, **AMOUNT, help="and to which (%(default)s)")
 
     group = parser.add_argument_group("output")
-    add("-o", "--output", type=output, default=Path("out.png"), metavar="FILE",
+    add("-o", "--output", type=output, default=Path("out.png"), **FILE,
         help="the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the name are "
         "filled in; a file that is there is kept, and out-1.png taken (%(default)s)")
-    add("--enlarge", type=int, default=1, metavar="N",
+    add("--enlarge", default=1, **NUMBER,
         help="write pictures N times as large, smoothed (%(default)s)")
     add("--preview", type=Path, metavar="PNG",
         help="a file that shows, blurred, what the picture looks like after each step")
-    add("--film", type=Path, metavar="FILE",
+    add("--film", type=Path, **FILE,
         help="a .gif or .png that moves: the guess of each step, decoded, which takes time")
     add("--show", type=Path, metavar="DIR",
         help="a new folder for pictures of what is computed on the way")
-    add("--play", action="store_true", help="a page to play with, in the browser")
-    add("--port", type=int, default=0, metavar="N", help="where --play listens (any that is free)")
-    add("--no-browser", action="store_true",
-        help="print the address of --play, and open no browser")
-    add("--explain", action="store_true",
+    add("--play", **SWITCH, help="a page to play with, in the browser")
+    add("--port", default=0, **NUMBER, help="where --play listens (any that is free)")
+    add("--no-browser", **SWITCH, help="print the address of --play, and open no browser")
+    add("--explain", **SWITCH,
         help="draw nothing: print the prompt's tokens and the model's parts")
 
     group = parser.add_argument_group("hardware")
@@ -204,52 +198,19 @@ def option_parser(**settings):
         help="where to compute (%(default)s)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="the numbers to compute with (%(default)s); the VAE's are float32")
-    add("--low-memory", action="store_true", help="keep the weights in their file, widening each "
+    add("--low-memory", **SWITCH, help="keep the weights in their file, widening each "
         "as it is used: 2 GB do for Stable Diffusion 1.5, up to twice as slowly")
-    add("--formulas", action="store_true", help="compute by tiny_sd.py's formulas alone, slowly")
+    add("--formulas", **SWITCH, help="compute by tiny_sd.py's formulas alone, slowly")
     return parser
-
-
-NOT_HERE = "has no counterpart here"
-THEIRS = {      # other programs' options: what to say of them
-    "--schedule --schedule-type": "--scheduler NAME",
-    "--sampler-name --sampler-index --sampling-method --method": "--sampler NAME",
-    "--plms --ddim": "--sampler NAME",
-    "--num-inference-steps --ddim-steps --sampling-steps --n-steps": "--steps N",
-    "--scale --cfg --guidance --cfg-guidance": "--cfg-scale X",
-    "--n --n-iter --n-samples --num-images --num-images-per-prompt --count --iterations":
-        "-b N for several pictures, -n PROMPT for what to avoid",
-    "--neg --negative --uc": "--negative-prompt PROMPT",
-    "--ckpt --sd-model --checkpoint --model-id --model-path --unet": "--model NAME",
-    "--lora-model-dir --lora-dir --loras": "--lora FILE, or <lora:NAME:1> for files in loras/",
-    "--embeddings --textual-inversion --embd-dir": "--embedding FILE",
-    "--outdir --out --output-dir --output-path --outpath-samples --save-dir": "-o FOLDER/",
-    "--from-file --prompt-file --prompts-file --batch-file": "--prompts FILE",
-    "--init-image --image --img --input --input-image --img2img": "--init-img FILE",
-    "--denoise --denoising --denoising-strength --img2img-strength": "--strength X",
-    "--mask-image --mask-img --inpaint-mask": "--mask FILE",
-    "--lowvram --medvram --novram --vram --offload": "--low-memory, which is for NumPy",
-    "--gpu --cuda --use-gpu": "--device cuda", "--cpu": "--device cpu, which is the default",
-    "--fp16 --half --no-half --fp32 --bf16 --precision --type": "--dtype NAME",
-    "--taesd": "--vae taesd",
-    "--hr-scale --hr --hires-fix --enable-hr --upscale --hr-upscaler --hires-scale":
-        "--hires SCALE",
-    "--eta --ddim-eta": "--sampler ddim is eta 0, --sampler ddpm eta 1",
-    "--rng --noise-device": "the noise is always the CPU's",
-    "--threads -t": "as many threads as there are cores",
-    "--tiling --tile --vae-tiling --restore-faces --gfpgan --codeformer --subseed "
-    "--subseed-strength --variation --refiner --controlnet --control-net --control-image "
-    "--hypernetwork --ip-adapter --safety-checker --nsfw --styles --xformers --listen --port "
-    "--share --api --webui --gui --do-not-save-samples --do-not-save-grid --config": None,
-}
 
 
 def their_option(flag):
     """Return what to say of an option that other programs have, or "" if none is known to."""
     flag = flag.replace("_", "-").lower() if flag.startswith("--") else flag
-    for flags, ours in THEIRS.items():
+    theirs = json.loads(Path(__file__).with_name("theirs.json").read_text(encoding="utf-8"))
+    for flags, ours in theirs.items():
         if flag in flags.split():
-            return f": {NOT_HERE}" if ours is None else f": here, {ours}"
+            return f": here, {ours}" if ours else ": has no counterpart here"
     return ""
 
 
@@ -292,8 +253,7 @@ def make_job(argv, prompt=None, **settings):
                  for option, values in options.items() for value in values]
         args = parse_known(parser, flags + argv)
 
-    words = args.words if args.words is not None else args.prompt or ""
-    words = words if prompt is None else prompt
+    words = next((text for text in (prompt, args.words, args.prompt) if text is not None), "")
     args.prompt, args.negative_prompt = (
         text if text is None else files.printable("--" if text == [] else text)
         for text in (words, args.negative_prompt))
@@ -305,10 +265,8 @@ def make_job(argv, prompt=None, **settings):
         args.lora += tagged_loras(args, notes)
 
     args.control = [(*lora(file), picture) for file, picture in args.control]
-    if args.sampler:
-        args.sampler, own = args.sampler
-        args.schedule = own if args.schedule is None else args.schedule
-    args.schedule = args.schedule or None
+    args.sampler, own = args.sampler or (None, None)
+    args.schedule = (own if args.schedule is None else args.schedule) or None
     any_seed = args.seed == -1
     if any_seed:
         args.seed = secrets.randbelow(2 ** 32)
@@ -419,14 +377,9 @@ def check_outputs(job):
                 f"--show {job.show} needs a folder of its own, without {path}")
 
 
-def seeds_of(job):
-    """Return the seed of each picture."""
-    return [job.seed + k for k in range(job.batch_size)]
-
-
 def output_names(job):
     """Return the name of each picture, numbered unless it has its seed in it."""
-    path, seeds = job.output, seeds_of(job)
+    path, seeds = job.output, drawing.seeds_of(job)
     words = re.sub(r"[^\w-]+", "-", job.prompt).strip("-").encode()[:100].decode(errors="ignore")
     stem = path.stem.replace("{prompt}", words or "picture")
     if "{seed}" in stem:
@@ -471,8 +424,9 @@ def split_line(line):
     A prompt may be in quotes. The lists of AUTOMATIC1111's web UI have it behind --prompt, among
     flags with underscores.
     """
-    if line.startswith("--") and "--prompt" in (words := shlex.split(line)[:-1]):
-        words, i = shlex.split(line), words.index("--prompt")
+    words = shlex.split(line) if line.startswith("--") else []
+    if "--prompt" in words[:-1]:
+        i = words.index("--prompt")
         flags = [word.replace("_", "-").replace("--sampler-name", "--sampler")
                  if word.startswith("--") else word for word in words[:i] + words[i + 2:]]
         return words[i + 1], flags
@@ -495,12 +449,11 @@ def check_line(job, first):
 
 def is_drawn(job):
     """Is each picture of a line there already, with its prompts and options recorded in it?"""
-    for seed, path in zip(seeds_of(job), output_names(job)):
-        for name in files.free_names(path):
-            if not os.path.lexists(name):
-                return False
-            if facts.records(name, job._replace(seed=None if job.any_seed else seed)):
-                break
+    for seed, path in zip(drawing.seeds_of(job), output_names(job)):
+        wanted = job._replace(seed=None if job.any_seed else seed)
+        taken = itertools.takewhile(os.path.lexists, files.free_names(path))
+        if not any(facts.records(name, wanted) for name in taken):
+            return False
     return True
 
 
@@ -510,11 +463,9 @@ def is_drawn(job):
 def run(argv):
     """Do what the command line asks for."""
     first = make_job(argv)
-    known = things.known_things(first.model)
+    known = known_things(first.model)
     if first.things is not None:
-        with until_nobody_reads():
-            print(things.describe_things(known, first.things))
-        return None
+        return say(describe_things(known, first.things))
     if first.play:
         from extras.play import play
         return play(argv, first.port, not first.no_browser)
@@ -528,24 +479,26 @@ def run(argv):
         return tell(f"{first.prompts}: every picture is there already")
 
     film, frames, denoiser = watchers(first)
-    model = load_model(jobs[0] if jobs else first, jobs)
-    jobs = [filled(model, job) for job in jobs]
+    model = drawing.load_model(jobs[0] if jobs else first)
+    jobs = [drawing.filled(model, job) for job in jobs]
+    if first.backend == "numpy" and not first.low_memory:
+        narrow.keep_what_pays(model, drawing.passes_of(jobs))
     if first.explain:
-        from extras import show
+        from extras.explain import explain
         job, = jobs
-        with until_nobody_reads():
-            show.explain(model, words_of(job), job.width, job.height, weighted(model, job))
-        return None
+        return say(explain(model, drawing.words_of(job), job.width, job.height,
+                           drawing.weighted(model, job)))
 
     begun, told = time.monotonic(), set()
     for number, job in enumerate(jobs):
-        notes = [note for note in [*job.notes, *remarks(model, job, known)] if note not in told]
+        notes = [*job.notes, *drawing.remarks(model, job, known)]
+        notes = [note for note in notes if note not in told]
         told |= {*notes}
         title = queue_title(number, len(jobs), time.monotonic() - begun)
         x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
     if film:
-        film.chunks = chunks_of(model, first)
-        print(film.save(x, first.prompt, seeds_of(first)))
+        film.chunks = drawing.chunks_of(model, first)
+        print(film.save(x, first.prompt, drawing.seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
     if first.prompts and ranks > 1:
@@ -553,72 +506,12 @@ def run(argv):
     return None
 
 
-@contextlib.contextmanager
-def until_nobody_reads():
-    """Print as long as stdout is read: what `| head` leaves out is no error."""
+def say(text):
+    """Print a text as far as stdout is read: what `| head` leaves out is no error."""
     try:
-        yield
-        sys.stdout.flush()
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def load_model(job, jobs=()):
-    """Return the model of a job, with its LoRAs, VAE and learnt words.
-
-    jobs: all that it will draw, where that is known: for a few steps some weights stay narrow.
-    """
-    vae = None if job.vae is None else formats.read_vae(job.vae)
-    model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
-                         vae)
-    if jobs and job.backend == "numpy" and not job.low_memory:
-        narrow.keep_what_pays(model, passes_of([filled(model, job) for job in jobs]))
-    if job.embedding:
-        model = prompts.with_embeddings(model, job.embedding)
-    if job.prediction:
-        kind = job.prediction + "_prediction" * (job.prediction == "v")
-        model.config.scheduler.prediction_type = kind
-    model.name = files.printable(model.name, control=False)
-    return model
-
-
-def filled(model, job):
-    """Return the job with the model's own size, sampler, steps and guidance where it has none."""
-    width, height = like_diffusers.picture_size(model, job.width, job.height)
-    sampler, steps, scale = like_diffusers.defaults(model)
-    return job._replace(
-        width=width, height=height, sampler=job.sampler or sampler, steps=job.steps or steps,
-        cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
-
-
-def passes_of(jobs):
-    """Return {part of the model: how many times its weights will be read}, for a list of jobs."""
-    return {"unet": sum(map(steps_of, jobs)), "vae": sum(job.batch_size for job in jobs),
-            "text": len(jobs)}
-
-
-def steps_of(job):
-    """Return how many steps a job takes: from a picture, a share of all."""
-    again = (job.hires[2] or job.steps) if job.hires else 0
-    return again + (int(round(job.steps * job.strength, 9)) if job.init_img else job.steps)
-
-
-def remarks(model, job, known):
-    """Yield warnings about what was asked for and cannot be done.
-
-    known: see things.known_things.
-    """
-    if known and not (job.lora or job.embedding):       # which teach new words
-        words = words_of(job)
-        yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
-    own = like_diffusers.picture_size(model)
-    if known and larger.drawn_size(model, job) != own:
-        yield ("the model learnt pictures of {} x {}: of other sizes it draws poor ones "
-               "(--enlarge N makes its own larger)".format(*own))
-    for name in facts.other_files(job.facts, job, model):
-        yield f"--like {job.like}: the {name} is another file than the picture was made with"
-    yield from prompts.remarks(model, [words_of(job), job.negative_prompt or ""],
-                               job.plain_prompt)
 
 
 def watchers(job):
@@ -674,16 +567,17 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
     notes: lines to print as soon as it is sure that drawing begins. While the last of all are
     drawn, this program's model loses each network that has done its work: the rest need the memory.
     """
-    check_picture_memory(model, job)
+    drawing.check_picture_memory(model, job)
     formats.check_unchanged(model)
-    texts = [facts.parameters_text(job._replace(seed=seed), model) for seed in seeds_of(job)]
-    walk, notes = start_walk(model, job, denoiser, notes)
+    texts = [facts.parameters_text(job._replace(seed=seed), model)
+             for seed in drawing.seeds_of(job)]
+    walk, notes = drawing.start_walk(model, job, denoiser, notes)
     for note in notes:
         tell(note)
 
     if last and not job.hires:
         model.encoders = [encoder._replace(weights=None) for encoder in model.encoders]
-    for x in tqdm(walk, desc=title, total=steps_of(job), unit="step"):      # noqa: B007
+    for x in tqdm(walk, desc=title, total=drawing.steps_of(job), unit="step"):      # noqa: B007
         pass
     if last:
         model.unet = None
@@ -704,92 +598,6 @@ def save_pictures(model, job, x, texts):
             unheard = error
     if unheard:
         raise unheard
-
-
-def start_walk(model, job, denoiser, notes):
-    """Return the generator of a job's latents, and the notes with those on its pictures."""
-    init, mask, notes = None, None, [*notes]
-    if job.init_img is not None:
-        init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
-    if job.mask is not None:
-        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
-    make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
-    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
-    combine, timeline = tiny_sd.guide, timeline_of(job, embed)
-    controls = controls_of(model, job, notes)
-    counts = [net.count for net in controls]
-    if controls:
-        make = control.controlled(make, controls)
-    if timeline:
-        embed, combine = timeline.embed, timeline.combine
-        counts.append(timeline.count)
-    if counts:
-        sampler = samplers.counting(sampler, *counts)
-    if job.cfg_rescale:
-        combine = guidance.rescaled(job.cfg_rescale, combine)
-    if combine is not tiny_sd.guide:
-        make = guidance.combining(make, combine)
-    if job.cfg_interval:
-        make = guidance.within(make, *job.cfg_interval)
-    if timeline:
-        make = timeline.denoiser(make)
-    generate = like_diffusers.generate
-    if job.hires:
-        generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])
-    return generate(
-        model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
-        sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes
-
-
-def controls_of(model, job, notes):
-    """Return the control networks of --control with their pictures."""
-    n, controls = 1 + len(model.unet["down_blocks"][0]["resnets"]), []
-    for file, weight, path in job.control:
-        weights = control.read_control(file, n, job.backend, job.device, job.dtype)
-        control.check_control(file, weights, model)
-        picture = files.read_picture(path, job.width, job.height, notes)
-        controls.append(control.Control(model, weights, picture, weight, job.control_from,
-                                        job.control_until))
-    return controls
-
-
-def timeline_of(job, embed):
-    """Return the Timeline of prompts that change on the way, or None."""
-    texts = words_of(job), job.negative_prompt
-    if job.plain_prompt or not in_time.changes(*texts):
-        return None
-    require(not job.show, "--show takes a prompt that stays the same")
-    return in_time.Timeline(*texts, job.steps, embed)
-
-
-def words_of(job):
-    """Return the prompt without <lora:...>."""
-    return job.prompt if job.plain_prompt else prompts.without_tags(job.prompt)
-
-
-def weighted(model, job):
-    """Are brackets in a job's prompts read as weights?"""
-    return prompts.reads_weights(model) and not job.plain_prompt
-
-
-def chunks_of(model, job):
-    """Return the chunks in which the model reads a job's prompt."""
-    return prompts.chunks_of(model.encoders[0].tokenizer, words_of(job), weighted(model, job))
-
-
-def embedder(model, job):
-    """Return the function that makes contexts of the prompts, as the job wants them read."""
-    embed = prompts.embed_prompts if weighted(model, job) else tiny_sd.embed_prompts
-    return prompts.skipping(embed, job.clip_skip) if job.clip_skip else embed
-
-
-def check_picture_memory(model, job):
-    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit."""
-    width, height = larger.drawn_size(model, job)
-    if job.device == "cpu":
-        vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
-        bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
-        check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
 
 
 FLAGS = {       # what the library says of its parameters, as options

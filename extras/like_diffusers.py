@@ -14,19 +14,7 @@ import numpy as np
 import tiny_sd
 from extras.samplers import SCHEDULERS
 from extras.schedules import NAMES, SCHEDULES, SPACINGS, time_of
-from tiny_sd import (
-    SAMPLERS,
-    Model,
-    array_like,
-    concat,
-    guide,
-    latent_shape,
-    linear,
-    require,
-    sigma_of,
-    silu,
-    split_prediction,
-)
+from tiny_sd import SAMPLERS, Model, array_like, guide, latent_shape, linear, require, sigma_of
 
 
 def defaults(model):
@@ -123,7 +111,7 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
     apart = isinstance(context, np.ndarray) and not fleeting
 
     def denoise(x_t, t, alpha_bar):
-        x = x_t if extra_channels is None else concat(x_t, extra_channels)
+        x = x_t if extra_channels is None else tiny_sd.concat(x_t, extra_channels)
 
         def ask(contexts):      # for every picture, with each of these contexts
             rows = np.repeat(contexts, len(x))
@@ -135,7 +123,8 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
         halves = (list(tiny_sd.FAST.get("each", map)(ask, [[i] for i in both])) if apart
                   else np.split(ask(both), len(both)))
         output = halves[0] if len(halves) == 1 else combine(*halves, guidance)
-        return split_prediction(model.config.scheduler.prediction_type, output, x_t, alpha_bar)
+        kind = model.config.scheduler.prediction_type
+        return tiny_sd.split_prediction(kind, output, x_t, alpha_bar)
 
     return denoise
 
@@ -300,7 +289,8 @@ def embed_time_and_guidance(model, x, t, pooled=None, guidance=1.0):
     scale = guidance_condition(model.config.unet.time_cond_proj_dim, guidance)
     h = array_like(x, times) + linear(array_like(x, np.tile(scale, (len(t), 1))),
                                       **weights["cond_proj"])
-    return linear(silu(linear(h, **weights["linear_1"])), **weights["linear_2"])
+    h = tiny_sd.silu(linear(h, **weights["linear_1"]))
+    return linear(h, **weights["linear_2"])
 
 
 def guidance_condition(dim, guidance):

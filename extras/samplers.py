@@ -31,16 +31,7 @@ from itertools import zip_longest
 import numpy as np
 
 from extras.schedules import karras, schedule_named, time_of
-from tiny_sd import (
-    SAMPLERS,
-    add_noise,
-    ddim,
-    ddpm,
-    dpm_pp_2m,
-    sigma_of,
-    split_prediction,
-    velocity,
-)
+from tiny_sd import SAMPLERS, add_noise, ddim, ddpm, dpm_pp_2m, sigma_of, split_prediction, velocity
 
 TITLES, SCHEDULERS = {}, {}     # {name: title}, {diffusers' class: name}
 

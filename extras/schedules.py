@@ -119,10 +119,11 @@ def plain(name):
 NAMES = (*SCHEDULES, *SPACINGS)
 KNOWN = {plain(name): name for name in NAMES}
 KNOWN |= {plain(name): target for name, target in ALIASES.items()}
+KNOWN |= {"automatic": "", "default": ""}       # the sampler's own, or the config's
 
 
 def schedule_named(text):
-    """Return the one of NAMES that people know by this name, too, or None.
+    """Return the one of NAMES that people know by this name, too, "" for none of them, or None.
 
     "Karras", "sgm_uniform" and "Align Your Steps" are such names.
     """

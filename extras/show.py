@@ -1,23 +1,20 @@
-"""What tiny_sd computes on the way to a picture: pictures of every stage, and each part's size.
+"""What tiny_sd computes on the way to a picture: pictures of every stage.
 
     python tiny_sd.py "red apple" --show DIR        the picture, and a page about it: DIR/index.html
-    python tiny_sd.py "red apple" --explain         how the prompt is read, what each part costs
 
 An example of tiny_sd as a library: generate() is given a denoiser that asks tiny_sd's and writes
 down the answers, and while it does, the functions it watches are wrapped.
 """
 
 import contextlib
-import copy
 import functools
 import html
-import itertools
 import math
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,7 +29,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import like_diffusers, prompts
-from extras.files import check_folder_of, free_names, printable, unfinished_name
+from extras.files import check_folder_of, free_names, unfinished_name
 from tiny_sd import require
 
 # ── Watching ────────────────────────────────────────────────────────────────────────────────────
@@ -393,30 +390,6 @@ def sigma(step):
 
 # ── The page of one run ─────────────────────────────────────────────────────────────────────────
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
-body {{ max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-p, h1, h2, h3 {{ max-width: 46rem }}
-img {{ display: block; max-width: 100%; width: {width}px; image-rendering: {rendering} }}
-img.wide {{ width: auto; image-rendering: auto }}
-figure {{ margin: 0 }}
-figcaption, td, th {{ font-size: .85rem; text-align: left; vertical-align: top }}
-.row {{ display: flex; flex-wrap: wrap; gap: 1rem }}
-.pair {{ display: flex; gap: 2px }}
-.scroll {{ overflow-x: auto }}
-.curve {{ max-width: 40rem; fill: currentColor; font-size: .8rem }}
-</style></head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
 class Page:
     """An HTML page and the pictures beside it, written to a folder."""
 
@@ -443,8 +416,9 @@ class Page:
 
     def write(self, title, width, rendering):
         """Write index.html, with pictures of this width in CSS pixels."""
-        text = PAGE.format(title=html.escape(title), width=width, rendering=rendering,
-                           body="\n".join(self.body))
+        page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+        text = page.substitute(title=html.escape(title), width=width, rendering=rendering,
+                               body="\n".join(self.body))
         (self.folder / "index.html").write_text(text, encoding="utf-8")
 
 
@@ -560,146 +534,3 @@ def latents_section(page, film, k, latents):
     page.figures((grey(channel, 3), f"latent-{i}",
                   f"channel {i}: mean {channel.mean():.2f}, spread {channel.std():.2f}")
                  for i, channel in enumerate(channels))
-
-
-# ── The prompt's tokens and the model's parts ───────────────────────────────────────────────────
-
-
-def merging(tokenizer, word):
-    """Yield the word's symbols at first and after each merge, in the order of the ranks."""
-    learner, known = copy.copy(tokenizer), [None]
-    learner.rank = {}
-    while known:
-        symbols = learner.merge(word)
-        yield symbols
-        known = [pair for pair in zip(symbols, symbols[1:]) if pair in tokenizer.rank]
-        if known:
-            pair = min(known, key=tokenizer.rank.get)
-            learner.rank[pair] = tokenizer.rank[pair]
-
-
-def tokens_text(tokenizer, prompt, weighted=False):
-    """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
-    words = prompt
-    if weighted:
-        words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
-                         if part != prompts.BREAK)
-    lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
-    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", words):
-        special = piece in (tokenizer.BOS, tokenizer.EOS)       # as Tokenizer.tokens has it
-        for word in [piece] if special else tokenizer.words(piece):
-            data = word.encode(errors="replace").hex(" ")
-            lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
-            steps = [[word]] if special else [*merging(tokenizer, word)]
-            lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
-            lines.append("      " + " ".join(str(tokenizer.vocab.get(symbol, unknown))
-                                             for symbol in steps[-1]))
-
-    places = chunks_lines if weighted else places_lines
-    return "\n".join(printable(line, control=False) for line in [
-        "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
-        "then the ids.", *lines, "", *places(tokenizer, prompt)])
-
-
-def places_lines(tokenizer, prompt):
-    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
-    ids, cut = tokenizer.encode(prompt)
-    filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
-    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
-            f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
-            f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
-
-
-def chunks_lines(tokenizer, prompt):
-    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
-    chunks = prompts.chunks_of(tokenizer, prompt)
-    lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
-             f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
-    for chunk in chunks:
-        words = positions_of_words(tokenizer, [chunk], tokenizer.length)[1:-1]
-        lines += ["  " + ", ".join(word for word, _ in words),
-                  "    " + " ".join(str(i) for i, _ in chunk)]
-    return lines
-
-
-def part_of(network, name):
-    """Return the row of the table for a weight of a network.
-
-    unet, down_blocks.0.resnets.1.conv1.weight is in "unet down_blocks.0.resnets".
-    """
-    side = re.match(r"(encoder|decoder)\.", name) if network == "vae" else None
-    network, name = (f"vae {side[1]}", name[side.end():]) if side else (network, name)
-    part = re.match(r"(down|up)_blocks\.\d+\.\w+|mid_block\.\w+|encoder\.layers|\w+", name)[0]
-    return f"{network} {part}"
-
-
-def weights_by_part(model):
-    """Return {id of a weight: its part}, and {part: record of shape, parameters, flops}."""
-    owner, table = {}, {}
-    parts = ("text_encoder", "text_encoder_2")
-    networks = {part: encoder.weights for part, encoder in zip(parts, model.encoders)}
-    for network, weights in (networks | {"unet": model.unet, "vae": model.vae}).items():
-        for name, array in tiny_sd.flatten(weights).items():
-            part = owner[id(array)] = part_of(network, name)
-            row = table.setdefault(part, SimpleNamespace(shape=(), parameters=0, flops=0))
-            row.parameters += math.prod(array.shape)
-    return owner, table
-
-
-def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
-    """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
-
-    What each part gives out, holds and computes in one pass of one picture through each network,
-    counted by watching that.
-    """
-    (owner, table), order = weights_by_part(model), []
-
-    def count(flops, y, weight):
-        order.append(order[-1] if weight is None else owner[id(weight)])
-        row = table[order[-1]]
-        row.flops, row.shape = row.flops + flops, tuple(y.shape)[1:]
-
-    h, w, channels = tiny_sd.latent_shape(model, width, height)
-    x = np.zeros((1, h, w, channels), np.float32)
-
-    def step():
-        context, pooled = tiny_sd.embed_prompts(model, [prompt])
-        tiny_sd.denoiser(model, context, 1, pooled)(x, 500, 0.5)
-
-    runs = [step, lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
-            lambda: tiny_sd.decode(model, x)]
-    with counting(count):
-        for work in tqdm(runs, desc="counting", unit="part", leave=False):
-            work()
-    names = [*(table.keys() - set(order)), *dict.fromkeys(order)]
-    return {name: table[name] for name in sorted(names, key=lambda name: name.split()[0])}
-
-
-def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False):
-    """Print how the prompt is read, and what each part of the model gives out, holds and costs.
-
-    weighted: whether that is by extras.prompts.
-    """
-    print(tokens_text(model.encoders[0].tokenizer, prompt, weighted))
-    table = sizes(model, "" if weighted else prompt, width, height)
-    print(f"\nThe parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
-          "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
-          "convolutions, attention). One step of sampling is the U-Net once, and\ntwice with "
-          "guidance; the others run once a picture, the VAE's encoder only to start from a "
-          "picture.\n")
-    print(f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}")
-    for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
-        rows = list(rows)
-        total = SimpleNamespace(shape=(), parameters=sum(row.parameters for _, row in rows),
-                                flops=sum(row.flops for _, row in rows))
-        for name, row in [*rows, (f"{network}, all of it", total)]:
-            shape = " x ".join(map(str, row.shape))
-            print(f"{name:40}{shape:>16}{row.parameters:>14,}{metric(row.flops):>10}")
-
-
-def metric(n):
-    """Return 12 G for 12,000,000,000, nothing for 0."""
-    power = 0
-    while n >= 1000:
-        n, power = n / 1000, power + 1
-    return f"{n:.3g} {' kMGTP'[power]}" if n else ""

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
-from extras import cli, facts, files, in_time, like_diffusers, prompts, show, things
+from extras import cli, drawing, facts, files, in_time, like_diffusers, prompts, show, things
 from extras.samplers import SCHEDULED, TITLES
 from extras.schedules import NAMES, title
 from tiny_sd import UserError, require, tell
@@ -87,8 +87,8 @@ class Studio:
         self.inbox, self.send, self.runs = inbox, send, {}
         self.next, self.stopped = None, 0       # the request to draw next, the number to stop
         job = cli.make_job(argv)
-        self.known, self.model = things.known_things(job.model), cli.load_model(job)
-        self.job = cli.filled(self.model, job._replace(batch_size=1))
+        self.known, self.model = things.known_things(job.model), drawing.load_model(job)
+        self.job = drawing.filled(self.model, job._replace(batch_size=1))
         self.quick = show.quick_decoder(self.model)
 
     def run(self):
@@ -144,12 +144,12 @@ class Studio:
     def draw(self, request, send):
         """Draw a picture, and send each step."""
         job, model, begun = job_of(self.job, request), self.model, time.monotonic()
-        cli.check_picture_memory(model, job)
+        drawing.check_picture_memory(model, job)
         if prompts.TAG.search(job.prompt) and not job.plain_prompt:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
         film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)
         run.chunks = chunks_of(model, job)
-        walk, notes = cli.start_walk(model, job, film, cli.remarks(model, job, self.known))
+        walk, notes = drawing.start_walk(model, job, film, drawing.remarks(model, job, self.known))
         for note in notes:
             tell(note)
         send("begin", command=command_line(model, job), words=list(self.described_words(run)))
@@ -170,7 +170,7 @@ class Studio:
 
     def send_step(self, run, seconds, send):
         """Send the newest step, blurred, and how long the others will take."""
-        n, of, step = len(run.steps), cli.steps_of(run.job), run.steps[-1]
+        n, of, step = len(run.steps), drawing.steps_of(run.job), run.steps[-1]
         run.guesses.append(show.as_pixels(self.quick(step.x_0)[0]))
         send("step", n=n, of=of, t=step.t, sigma=show.sigma(step), left=seconds / n * (of - n),
              x=png(self.quick(step.x)[0]), x_0=png(run.guesses[-1]))
@@ -248,10 +248,10 @@ def job_of(base, request):
 
 def chunks_of(model, job):
     """Return the chunks in which the model reads the prompt, [] if they change on the way."""
-    if not job.plain_prompt and in_time.changes(cli.words_of(job), job.negative_prompt):
+    if not job.plain_prompt and in_time.changes(drawing.words_of(job), job.negative_prompt):
         tell("where the words of a prompt that changes were listened to is not shown")
         return []
-    return cli.chunks_of(model, job)
+    return drawing.chunks_of(model, job)
 
 
 def command_line(model, job):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny_sd
-from extras import cli, fast, formats, like_diffusers, narrow
+from extras import cli, drawing, fast, formats, like_diffusers, narrow
 
 
 def bfloat16(array):
@@ -71,7 +71,7 @@ def test_the_same_picture_from_weights_that_stay_in_their_file():
 def test_a_weight_is_kept_only_where_it_is_used_often(line, kept):
     model = formats.load("emoji")
     args = cli.make_job(["a cat", *line.split()])
-    narrow.keep_what_pays(model, cli.passes_of([cli.filled(model, args)]))
+    narrow.keep_what_pays(model, drawing.passes_of([drawing.filled(model, args)]))
     networks = model.unet, model.vae, model.encoders[0].weights
     for network, stays in zip(networks, kept):
         kinds = {type(leaf) for leaf in tiny_sd.flatten(network).values() if leaf.ndim > 1}

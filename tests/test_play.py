@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from extras import cli, formats, play, studio
+from extras import cli, drawing, formats, play, studio
 from helpers import all_signals_end_it, write_model
 
 pytestmark = pytest.mark.slow
@@ -256,8 +256,9 @@ def test_the_command_on_the_page(site):
              "--scheduler exponential --web-ui -W 18 -H 20 --plain-prompt --enlarge 2".split(),
              "--cfg-interval", "0.25:1.0", "--prediction", "v", "--prompt=-a 'b'"]
     model = formats.load(site.folder / "tiny")
-    job = cli.filled(model, cli.make_job(given))
-    again = cli.filled(model, cli.make_job(shlex.split(studio.command_line(model, job))[2:]))
+    job = drawing.filled(model, cli.make_job(given))
+    again = cli.make_job(shlex.split(studio.command_line(model, job))[2:])
+    again = drawing.filled(model, again)
     assert again == job
     options = {option.dest for option in cli.option_parser().options}
     assert studio.ELSEWHERE < options       # none of them is an old one

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import ROOT
-from extras import cli, formats, like_diffusers, prompts, shapes, show
+from extras import cli, explain, formats, like_diffusers, prompts, shapes, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -383,7 +383,7 @@ def test_merges_step_by_step(word):
     makes of the word.
     """
     clip = formats.clip_tokenizer()
-    steps = list(show.merging(clip, word))
+    steps = list(explain.merging(clip, word))
     assert len(steps[0]) == len(word.encode()) and steps[-1] == clip.merge(word)
     ranks = []
     for before, after in zip(steps, steps[1:]):
@@ -419,7 +419,7 @@ def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
     (width, height), model = size, formats.load(tiny, "torch")
     x = np.zeros((1, height // 2, width // 2, 4), np.float32)
     ours = {}
-    for name, row in show.sizes(formats.load(tiny, backend), "red apple", width, height).items():
+    for name, row in explain.sizes(formats.load(tiny, backend), "red apple", width, height).items():
         ours[name.split()[0]] = ours.get(name.split()[0], 0) + row.flops
     context = sd.embed_prompts(model, ["red apple"])[0]
     works = {"text_encoder": lambda: sd.embed_prompts(model, ["red apple"])[0],

@@ -1,0 +1,165 @@
+"""What a job of the command line asks for, as the library takes it.
+
+A job is the record of a command's options (cli.Job); once a model is loaded, it is filled in.
+"""
+
+import tiny_sd
+from extras import (
+    control,
+    facts,
+    files,
+    formats,
+    guidance,
+    in_time,
+    larger,
+    like_diffusers,
+    prompts,
+    samplers,
+    things,
+)
+from extras.checks import check_memory
+from tiny_sd import SAMPLERS, require
+
+
+def load_model(job):
+    """Return the model of a job, with its LoRAs, VAE and learnt words."""
+    vae = None if job.vae is None else formats.read_vae(job.vae)
+    model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
+                         vae)
+    if job.embedding:
+        model = prompts.with_embeddings(model, job.embedding)
+    if job.prediction:
+        kind = job.prediction + "_prediction" * (job.prediction == "v")
+        model.config.scheduler.prediction_type = kind
+    model.name = files.printable(model.name, control=False)
+    return model
+
+
+def filled(model, job):
+    """Return the job with the model's own size, sampler, steps and guidance where it has none."""
+    width, height = like_diffusers.picture_size(model, job.width, job.height)
+    sampler, steps, scale = like_diffusers.defaults(model)
+    return job._replace(
+        width=width, height=height, sampler=job.sampler or sampler, steps=job.steps or steps,
+        cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
+
+
+def passes_of(jobs):
+    """Return {part of the model: how many times its weights will be read}, for a list of jobs."""
+    return {"unet": sum(map(steps_of, jobs)), "vae": sum(job.batch_size for job in jobs),
+            "text": len(jobs)}
+
+
+def seeds_of(job):
+    """Return the seed of each picture."""
+    return [job.seed + k for k in range(job.batch_size)]
+
+
+def steps_of(job):
+    """Return how many steps a job takes: from a picture, a share of all."""
+    again = (job.hires[2] or job.steps) if job.hires else 0
+    return again + (int(round(job.steps * job.strength, 9)) if job.init_img else job.steps)
+
+
+def words_of(job):
+    """Return the prompt without <lora:...>."""
+    return job.prompt if job.plain_prompt else prompts.without_tags(job.prompt)
+
+
+def weighted(model, job):
+    """Are brackets in a job's prompts read as weights?"""
+    return prompts.reads_weights(model) and not job.plain_prompt
+
+
+def chunks_of(model, job):
+    """Return the chunks in which the model reads a job's prompt."""
+    return prompts.chunks_of(model.encoders[0].tokenizer, words_of(job), weighted(model, job))
+
+
+def remarks(model, job, known):
+    """Yield warnings about what was asked for and cannot be done.
+
+    known: see things.known_things.
+    """
+    if known and not (job.lora or job.embedding):       # which teach new words
+        words = words_of(job)
+        yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
+    own = like_diffusers.picture_size(model)
+    if known and larger.drawn_size(model, job) != own:
+        yield ("the model learnt pictures of {} x {}: of other sizes it draws poor ones "
+               "(--enlarge N makes its own larger)".format(*own))
+    for name in facts.other_files(job.facts, job, model):
+        yield f"--like {job.like}: the {name} is another file than the picture was made with"
+    yield from prompts.remarks(model, [words_of(job), job.negative_prompt or ""],
+                               job.plain_prompt)
+
+
+def check_picture_memory(model, job):
+    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit."""
+    width, height = larger.drawn_size(model, job)
+    if job.device == "cpu":
+        vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
+        bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
+        check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
+
+
+def embedder(model, job):
+    """Return the function that makes contexts of the prompts, as the job wants them read."""
+    embed = prompts.embed_prompts if weighted(model, job) else tiny_sd.embed_prompts
+    return prompts.skipping(embed, job.clip_skip) if job.clip_skip else embed
+
+
+def controls_of(model, job, notes):
+    """Return the control networks of --control with their pictures."""
+    n, controls = 1 + len(model.unet["down_blocks"][0]["resnets"]), []
+    for file, weight, path in job.control:
+        weights = control.read_control(file, n, job.backend, job.device, job.dtype)
+        control.check_control(file, weights, model)
+        picture = files.read_picture(path, job.width, job.height, notes)
+        controls.append(control.Control(model, weights, picture, weight, job.control_from,
+                                        job.control_until))
+    return controls
+
+
+def timeline_of(job, embed):
+    """Return the Timeline of prompts that change on the way, or None."""
+    texts = words_of(job), job.negative_prompt
+    if job.plain_prompt or not in_time.changes(*texts):
+        return None
+    require(not job.show, "--show takes a prompt that stays the same")
+    return in_time.Timeline(*texts, job.steps, embed)
+
+
+def start_walk(model, job, denoiser, notes):
+    """Return the generator of a job's latents, and the notes with those on its pictures."""
+    init, mask, notes = None, None, [*notes]
+    if job.init_img is not None:
+        init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
+    if job.mask is not None:
+        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
+    make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
+    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
+    combine, timeline = tiny_sd.guide, timeline_of(job, embed)
+    controls = controls_of(model, job, notes)
+    counts = [net.count for net in controls]
+    if controls:
+        make = control.controlled(make, controls)
+    if timeline:
+        embed, combine = timeline.embed, timeline.combine
+        counts.append(timeline.count)
+    if counts:
+        sampler = samplers.counting(sampler, *counts)
+    if job.cfg_rescale:
+        combine = guidance.rescaled(job.cfg_rescale, combine)
+    if combine is not tiny_sd.guide:
+        make = guidance.combining(make, combine)
+    if job.cfg_interval:
+        make = guidance.within(make, *job.cfg_interval)
+    if timeline:
+        make = timeline.denoiser(make)
+    generate = like_diffusers.generate
+    if job.hires:
+        generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])
+    return generate(
+        model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
+        sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes

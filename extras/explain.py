@@ -1,0 +1,151 @@
+"""How a prompt is read, and what each part of a model gives out, holds and costs: --explain."""
+
+import copy
+import itertools
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+import tiny_sd
+from extras import prompts
+from extras.files import printable
+from extras.show import counting, positions_of_words
+
+
+def merging(tokenizer, word):
+    """Yield the word's symbols at first and after each merge, in the order of the ranks."""
+    learner, known = copy.copy(tokenizer), [None]
+    learner.rank = {}
+    while known:
+        symbols = learner.merge(word)
+        yield symbols
+        known = [pair for pair in zip(symbols, symbols[1:]) if pair in tokenizer.rank]
+        if known:
+            pair = min(known, key=tokenizer.rank.get)
+            learner.rank[pair] = tokenizer.rank[pair]
+
+
+def tokens_text(tokenizer, prompt, weighted=False):
+    """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
+    words = prompt
+    if weighted:
+        words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
+                         if part != prompts.BREAK)
+    lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
+    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", words):
+        special = piece in (tokenizer.BOS, tokenizer.EOS)       # as Tokenizer.tokens has it
+        for word in [piece] if special else tokenizer.words(piece):
+            data = word.encode(errors="replace").hex(" ")
+            lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
+            steps = [[word]] if special else [*merging(tokenizer, word)]
+            lines += [f"    {'→' if i else ' '} {' '.join(step)}" for i, step in enumerate(steps)]
+            lines.append("      " + " ".join(str(tokenizer.vocab.get(symbol, unknown))
+                                             for symbol in steps[-1]))
+
+    places = chunks_lines if weighted else places_lines
+    return "\n".join(printable(line, control=False) for line in [
+        "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
+        "then the ids.", *lines, "", *places(tokenizer, prompt)])
+
+
+def places_lines(tokenizer, prompt):
+    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
+    ids, cut = tokenizer.encode(prompt)
+    filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
+    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
+            f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
+            f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
+
+
+def chunks_lines(tokenizer, prompt):
+    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
+    chunks = prompts.chunks_of(tokenizer, prompt)
+    lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
+             f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
+    for chunk in chunks:
+        words = positions_of_words(tokenizer, [chunk], tokenizer.length)[1:-1]
+        lines += ["  " + ", ".join(word for word, _ in words),
+                  "    " + " ".join(str(i) for i, _ in chunk)]
+    return lines
+
+
+# unet.down_blocks.0.resnets.1.conv1.weight is in "unet down_blocks.0.resnets"
+PART = re.compile(r"(vae\.(?:en|de)coder|\w+)\."
+                  r"((?:down|up)_blocks\.\d+\.\w+|mid_block\.\w+|encoder\.layers|\w+)")
+
+
+def weights_by_part(model):
+    """Return {id of a weight: its part}, and {part: record of shape, parameters, flops}."""
+    owner, table = {}, {}
+    texts = zip(("text_encoder", "text_encoder_2"), [encoder.weights for encoder in model.encoders])
+    weights = tiny_sd.flatten({**dict(texts), "unet": model.unet, "vae": model.vae})
+    for name, array in weights.items():
+        network, part = PART.match(name).groups()
+        owner[id(array)] = part = f"{network.replace('.', ' ')} {part}"
+        row = table.setdefault(part, SimpleNamespace(shape=(), parameters=0, flops=0))
+        row.parameters += math.prod(array.shape)
+    return owner, table
+
+
+def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
+    """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
+
+    What each part gives out, holds and computes in one pass of one picture through each network,
+    counted by watching that.
+    """
+    (owner, table), order = weights_by_part(model), []
+
+    def count(flops, y, weight):
+        order.append(order[-1] if weight is None else owner[id(weight)])
+        row = table[order[-1]]
+        row.flops, row.shape = row.flops + flops, tuple(y.shape)[1:]
+
+    h, w, channels = tiny_sd.latent_shape(model, width, height)
+    x = np.zeros((1, h, w, channels), np.float32)
+
+    def step():
+        context, pooled = tiny_sd.embed_prompts(model, [prompt])
+        tiny_sd.denoiser(model, context, 1, pooled)(x, 500, 0.5)
+
+    runs = [step, lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
+            lambda: tiny_sd.decode(model, x)]
+    with counting(count):
+        for work in tqdm(runs, desc="counting", unit="part", leave=False):
+            work()
+    names = [*(name for name in table if name not in order), *dict.fromkeys(order)]
+    return {name: table[name] for name in sorted(names, key=lambda name: name.split()[0])}
+
+
+def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False) -> str:
+    """Return how the prompt is read, and what each part of the model gives out, holds and costs.
+
+    weighted: whether that is by extras.prompts.
+    """
+    table = sizes(model, "" if weighted else prompt, width, height)
+    lines = [
+        tokens_text(model.encoders[0].tokenizer, prompt, weighted), "",
+        f"The parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
+        "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
+        "convolutions, attention). One step of sampling is the U-Net once, and\ntwice with "
+        "guidance; the others run once a picture, the VAE's encoder only to start from a "
+        "picture.", "",
+        f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}"]
+    for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
+        rows = list(rows)
+        total = SimpleNamespace(shape=(), parameters=sum(row.parameters for _, row in rows),
+                                flops=sum(row.flops for _, row in rows))
+        for name, row in [*rows, (f"{network}, all of it", total)]:
+            shape = " x ".join(map(str, row.shape))
+            lines.append(f"{name:40}{shape:>16}{row.parameters:>14,}{metric(row.flops):>10}")
+    return "\n".join(lines)
+
+
+def metric(n):
+    """Return 12 G for 12,000,000,000, nothing for 0."""
+    power = 0
+    while n >= 1000:
+        n, power = n / 1000, power + 1
+    return f"{n:.3g} {' kMGTP'[power]}" if n else ""
