@@ -3,12 +3,15 @@
 U-Nets, text encoders and whole pictures equal to diffusers', on both backends.
 """
 
+import copy
+import dataclasses
 import json
 import re
 import shutil
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -29,7 +32,7 @@ from conftest import (
     record,
     same,
 )
-from extras import formats, like_diffusers
+from extras import formats, like_diffusers, prompts
 
 pytestmark = pytest.mark.slow
 
@@ -78,8 +81,8 @@ def family(reference, tmp_path_factory):
     return make
 
 
-def drawn(model, **settings):
-    *_, x = like_diffusers.generate(model, "a photo of a cat", "a dog", (5,), **settings)
+def drawn(model, prompt="a photo of a cat", **settings):
+    *_, x = like_diffusers.generate(model, prompt, "a dog", (5,), **settings)
     return tiny_sd.decode(model, x)
 
 
@@ -143,32 +146,93 @@ FACTS = [       # a file of a folder, the scheduler's class, and what the file s
 @torch.no_grad()
 def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference, folder, tmp_path):
     """In seven steps; and without the fact, the picture would be another."""
-    copy = shutil.copytree(folder, tmp_path / "model")
+    place = shutil.copytree(folder, tmp_path / "model")
     settings = {"_class_name": f"{kind}Scheduler", "steps_offset": 1, "skip_prk_steps": True}
     settings = SILENT | settings
-    (copy / CONFIG).write_text(json.dumps(settings))
-    name_scheduler(copy, f"{kind}Scheduler")
-    tokenizer = json.loads((copy / "tokenizer/tokenizer_config.json").read_text())
-    (copy / "tokenizer/tokenizer_config.json").write_text(json.dumps(
+    (place / CONFIG).write_text(json.dumps(settings))
+    name_scheduler(place, f"{kind}Scheduler")
+    tokenizer = json.loads((place / "tokenizer/tokenizer_config.json").read_text())
+    (place / "tokenizer/tokenizer_config.json").write_text(json.dumps(
         {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))
-    without = drawn(formats.load(copy), steps=7, guidance=3, width=64, height=64).astype(int)
-    (copy / file).write_text(json.dumps((settings if file == CONFIG else {}) | fields))
-    scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(copy / "scheduler")
-    pipe = diffusers.StableDiffusionPipeline(**reference.components | {
-        "scheduler": scheduler, "tokenizer": transformers.CLIPTokenizer.from_pretrained(
-            copy / "tokenizer")}, requires_safety_checker=False)
+    without = drawn(formats.load(place), steps=7, guidance=3, width=64, height=64).astype(int)
+    (place / file).write_text(json.dumps((settings if file == CONFIG else {}) | fields))
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(place / "scheduler")
+    expected = theirs(reference, scheduler=scheduler,
+                      tokenizer=transformers.CLIPTokenizer.from_pretrained(place / "tokenizer"))
+    ours = drawn(formats.load(place), steps=7, guidance=3, width=64, height=64)
+    followed(f"{kind} {' '.join(f'{name} {value}' for name, value in fields.items())}", ours,
+             without, expected)
+
+
+def theirs(reference, prompt="a photo of a cat", **parts):
+    """Return the picture that diffusers draws with these parts in place of the reference's."""
+    pipe = diffusers.StableDiffusionPipeline(**reference.components | parts,
+                                             requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    picture, = pipe("a photo of a cat", negative_prompt="a dog", num_inference_steps=7,
-                    guidance_scale=3.0, generator=torch.Generator().manual_seed(5), width=64,
-                    height=64).images
-    expected = np.asarray(picture)[None]
-    ours = drawn(formats.load(copy), steps=7, guidance=3, width=64, height=64)
-    what = f"{kind} {' '.join(f'{name} {value}' for name, value in fields.items())}"
-    followed, passed_over = (np.abs(each.astype(int) - expected) for each in (ours, without))
-    for how, apart in ("followed", followed), ("passed over", passed_over):
-        record(f"{what}, {how}: largest", apart.max())
-        record(f"{what}, {how}: mean", apart.mean())
-    assert followed.max() <= 1 and passed_over.mean() > 0.05
+    return np.stack([np.asarray(picture) for picture in pipe(
+        prompt, negative_prompt="a dog", num_inference_steps=7, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5), width=64, height=64).images])
+
+
+def followed(what, ours, without, expected):
+    """Record how far two pictures are from diffusers'; the first must be it, and not the second."""
+    apart = {how: np.abs(picture.astype(int) - expected)
+             for how, picture in (("followed", ours), ("passed over", without))}
+    for how, error in apart.items():
+        record(f"{what}, {how}: largest", error.max())
+        record(f"{what}, {how}: mean", error.mean())
+    assert apart["followed"].max() <= 1 and apart["passed over"].mean() > 0.05
+
+
+@torch.no_grad()
+def test_a_fact_of_other_files_draws_as_in_diffusers(reference, folder, tmp_path):
+    """A learnt word of a tokenizer, peft's config, a single file's flag, ComfyUI's embedding."""
+    plain, settings = formats.load(folder), {"steps": 7, "guidance": 3, "width": 64, "height": 64}
+    encoder = copy.deepcopy(reference.text_encoder)
+    encoder.resize_token_embeddings(49409, mean_resizing=False)
+    vector = torch.randn(encoder.config.hidden_size)
+    encoder.get_input_embeddings().weight[49408] = vector
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<toy>"])
+    expected = theirs(reference, "a photo of a <toy>", text_encoder=encoder, tokenizer=tokenizer)
+
+    added = shutil.copytree(folder, tmp_path / "added")
+    encoder.save_pretrained(added / "text_encoder")
+    tokenizer.save_pretrained(added / "tokenizer")
+    ours = formats.load(added)
+    without = dataclasses.replace(ours, encoders=[
+        tiny_sd.Encoder(plain.encoders[0].tokenizer, *ours.encoders[0][1:])])
+    followed("a learnt word of the tokenizer", drawn(ours, "a photo of a <toy>", **settings),
+             drawn(without, "a photo of a <toy>", **settings), expected)
+    save_file({"emb_params": vector[None]}, tmp_path / "toy.safetensors")
+    ours = prompts.with_embeddings(plain, [tmp_path / "toy.safetensors"])
+    followed("ComfyUI's embedding:name", drawn(ours, "a photo of a embedding:toy", **settings),
+             drawn(ours, "a photo of a embedding, : toy", **settings), expected)
+
+    for fields in {"use_rslora": True}, {"alpha_pattern": {"attn2.to_q": 40}}, {"lora_alpha": 9}:
+        network = peft.get_peft_model(copy.deepcopy(reference.unet), peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 12, "target_modules": ["to_q", "to_v"]} | fields))
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape) / 6
+        network.save_pretrained(tmp_path / "lora")
+        lora = tmp_path / "lora/adapter_model.safetensors", 1.0
+        ours = formats.load(folder, loras=[lora])
+        config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+        (tmp_path / "lora/adapter_config.json").write_text(json.dumps(
+            {key: value for key, value in config.items() if key not in fields}))
+        followed(f"peft's {[*fields][0]}", drawn(ours, **settings),
+                 drawn(formats.load(folder, loras=[lora]), **settings),
+                 theirs(reference, unet=network.merge_and_unload()))
+
+    arrays = compvis(folder)
+    for name, more in ("flagged", {"v_pred": torch.zeros(0)}), ("plain", {}):
+        save_file(arrays | more, tmp_path / f"{name}.safetensors")
+    ours, without = (drawn(formats.load(tmp_path / f"{name}.safetensors"), **settings)
+                     for name in ("flagged", "plain"))
+    scheduler = diffusers.PNDMScheduler(**SILENT, skip_prk_steps=True,
+                                        prediction_type="v_prediction")
+    followed("v_pred in a single file", ours, without, theirs(reference, scheduler=scheduler))
 
 
 def open_clip(arrays):
