@@ -9,7 +9,9 @@ import itertools
 import os
 import re
 import secrets
+import select
 import shutil
+import stat
 import struct
 import time
 import warnings
@@ -162,11 +164,31 @@ def read_caption(file, picture, caption):
     return words
 
 
+def without_waiting(path, flags):
+    """Open a file, also a FIFO to which nobody writes yet."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def first_byte(file):
+    """Return the first byte of a FIFO on which one had to wait, b"" of anything else.
+
+    UserError if nobody opens it to write within two seconds.
+    """
+    first, is_pipe = b"", stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+    if not hasattr(os, "O_NONBLOCK"):
+        return first
+    if is_pipe and not select.select([file], [], [], 2)[0]:
+        first = file.read(1)        # None: there is somebody, who has written nothing yet
+        require(first != b"", f"{file.name} is a FIFO, and nobody writes to it")
+    os.set_blocking(file.fileno(), True)
+    return first or b""
+
+
 def read_text(file, limit=2 ** 24):
     """Return a file's text; UserError if it cannot be read, or has more bytes than the limit."""
     try:
-        with open(file, "rb") as stream:
-            content = stream.read(limit + 1)
+        with open(file, "rb", opener=without_waiting) as stream:
+            content = first_byte(stream.raw) + stream.read(limit + 1)
         require(len(content) <= limit, f"{file} is larger than a text of {limit:,} bytes")
         return content.decode("utf-8-sig")
     except UserError:

@@ -146,6 +146,17 @@ def test_a_list_without_end_is_refused(refuse):
         "tiny_sd: /dev/zero is larger than a text of 16,777,216 bytes")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_a_list_from_a_pipe(run):
+    """Its writer may take its time; where there is none, a line says so instead of waiting."""
+    os.mkfifo("list.txt")
+    assert run("--prompts", "list.txt") == (2, [], [
+        "tiny_sd: list.txt is a FIFO, and nobody writes to it"])
+    writer = subprocess.Popen(["sh", "-c", "exec > list.txt; sleep 3; echo red; echo apple"])
+    assert len(run("--prompts", "list.txt", "--steps", "1")[1]) == 2
+    assert writer.wait() == 0
+
+
 def test_lines_end_where_files_say(run):
     """Not at a form feed or U+2028; and a byte-order mark is none of the prompt's letters."""
     Path("p.txt").write_bytes("\ufeffred\fapple\u2028blue\r\ngreen".encode())
