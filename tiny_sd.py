@@ -951,7 +951,7 @@ def clip_loss(text, image, logit_scale):
 
 
 def diffusion_loss(predict, prediction_type, x_0, alpha_bar, eps):
-    """Noise each picture, let the model predict, and return the mean squared errors (batch,) (8.3).
+    """Noise each picture, let the model predict, and return the mean squared errors (batch,) (8.2).
 
     predict: a function of x_t. x_0, eps: (batch, h, w, 4); alpha_bar: (batch, 1, 1, 1).
     """
@@ -994,7 +994,7 @@ def uniform_times(n, T, rng):
 
 
 def train(model: Model, optimizer, batches, rng, times=uniform_times, weight=np.ones_like):
-    """Train the weights in optimizer, in place; yield the U-Net's loss of each step (8.3).
+    """Train the weights in optimizer, in place; yield the U-Net's loss of each step (8.2).
 
     model: loaded with backend="torch". optimizer: one of torch.optim's, over
     parameters(model.unet), as Stable Diffusion did it, or over the text encoder's weights too, as

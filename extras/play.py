@@ -127,7 +127,8 @@ class Worker:
         """Start the process, in place of one that runs."""
         self.end()
         source = LESSON.read_text(encoding="utf-8", errors="replace")
-        self.tell("loading", changed=changed_names(self.source, source), notes=[])
+        self.tell("loading", edited=source != self.source, notes=[],
+                  changed=changed_names(self.source, source))
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", STUDIO, *self.argv], stdin=subprocess.PIPE,

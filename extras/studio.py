@@ -129,7 +129,10 @@ class Studio:
         def send(event, **answer):
             self.send(id=request["id"], event=event, **answer)
 
-        notes = Notes(lambda line: send("note", text=line))
+        def note(line):     # without advice on options, of which the page has none
+            send("note", text=re.sub(r" \(--[^)]*\)|: --things .*", "", line))
+
+        notes = Notes(note)
         try:
             with contextlib.redirect_stderr(notes), contextlib.redirect_stdout(notes):
                 {"draw": self.draw, "look": self.look, "save": self.save}[request["ask"]](

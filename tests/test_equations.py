@@ -51,52 +51,6 @@ def test_clip_loss():
     assert loss.item() == pytest.approx(-total / 10)
 
 
-def joint_distribution():
-    """Some p(y, w) of three captions and four pictures, and (3.5), the best score of each pair."""
-    joint = np.random.default_rng(0).random((3, 4))
-    joint /= joint.sum()
-    return joint, np.log(joint / (joint.sum(0) * joint.sum(1)[:, None]))
-
-
-def test_the_best_score_is_how_much_more_often_than_by_chance():
-    """(3.5): its softmax is the probability by Bayes' rule.
-
-    Counted over all ways to draw three pictures of four.
-    """
-    joint, score = joint_distribution()
-    p_w, p_y = joint.sum(0), joint.sum(1)
-    for y in range(3):
-        for pictures in np.ndindex(4, 4, 4):
-            others = [math.prod(p_w[pictures[i]] for i in range(3) if i != j) for j in range(3)]
-            ways = [joint[y, pictures[j]] / p_y[y] * others[j] for j in range(3)]
-            found = sd.softmax(score[y, list(pictures)])
-            np.testing.assert_allclose(found, ways / np.sum(ways))
-
-
-def test_no_other_score_has_a_lower_loss():
-    """(3.5): there, the mean of clip_loss over all batches of two pairs is least."""
-    joint, best = joint_distribution()
-    pairs = list(np.ndindex(joint.shape))
-
-    def mean_loss(score):
-        total = 0
-        for first in pairs:
-            for second in pairs:
-                (y, v), (z, w) = first, second
-                pictures = torch.eye(4, dtype=torch.float64)[[v, w]]
-                loss = sd.clip_loss(score[[y, z]], pictures, torch.tensor(0.0))
-                total = total + joint[first] * joint[second] * loss
-        return total
-
-    score = torch.tensor(best, requires_grad=True)
-    least = mean_loss(score)
-    slope, = torch.autograd.grad(least, score)
-    assert abs(slope).max() < 1e-12
-    for seed in range(5):
-        change = np.random.default_rng(seed).standard_normal(best.shape)
-        assert mean_loss(torch.tensor(best + 0.1 * change)) > least + 1e-5
-
-
 def test_the_bound(monkeypatch):
     """(4.6): vae_loss is -log p(x) and the divergence from the true posterior.
 
@@ -161,7 +115,7 @@ def test_vae_loss_teaches_every_weight(vae):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_diffusion_loss(kind):
-    """(8.3), for each prediction type, by the scheduler of diffusers; each picture's t its own."""
+    """(8.2), for each prediction type, by the scheduler of diffusers; each picture's t its own."""
     scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     x_0, eps = (torch.tensor(RNG.standard_normal((4, 6, 5, 3))) for _ in range(2))
     t = torch.tensor([0, 17, 500, 999])
@@ -307,7 +261,7 @@ def test_two_forms_of_the_bound():
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_the_weights_of_the_small_models_loss(t):
-    """Around (8.4): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
+    """Around (8.3): by loss_weight, an error of v counts min(SNR + 1, 5) times that of x_0."""
     from extras.training.train import loss_weight
 
     a, snr = ALPHA_BAR[t], ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
@@ -416,16 +370,6 @@ def test_one_step_with_a_constant_guess_is_exact():
     small = euler_in_small_steps(lambda sigma: guess, x_t, lam, target)
     for sampler in (sd.dpm_pp_2m, sd.ddim):
         assert next(sampler(denoise, x_t, steps)) == pytest.approx(small, rel=1e-9)
-
-
-def test_what_noise_erases():
-    """(7.3), against the integral."""
-    a, one, other = 0.3, 0.9, -0.4
-    x = np.linspace(-12, 12, 100001)
-    variance = sd.add_noise(0.0, a, 1.0) ** 2
-    p, q = (log_normal(x, sd.add_noise(picture, a, 0.0), variance) for picture in (one, other))
-    divergence = (np.exp(p) * (p - q)).sum() * (x[1] - x[0])
-    assert divergence == pytest.approx(a * (one - other) ** 2 / (2 * (1 - a)))
 
 
 # ── Weights ─────────────────────────────────────────────────────────────────────────────────────

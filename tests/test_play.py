@@ -450,6 +450,36 @@ def test_a_control_draws_again(page):
     assert source(page) != first
 
 
+def test_an_empty_number_is_the_models_own(page):
+    """While the field is empty, nothing is drawn; when it is left, the model's number is in it."""
+    drawn(page)
+    command = page.locator("#command").inner_text()
+    page.locator("#cfg_scale").fill("")
+    page.wait_for_timeout(300)
+    assert page.locator("#stop").is_disabled()
+    page.keyboard.press("Tab")
+    assert wait_for(lambda: page.locator("#cfg_scale").input_value() == "7.5")
+    finished(page)
+    assert page.locator("#notes").inner_text() == ""
+    assert page.locator("#command").inner_text() == command
+
+
+def test_a_file_that_is_no_picture_is_named(page, tmp_path):
+    """And what was there to start from stays."""
+    drawn(page)
+    page.locator("#start summary").click()
+    page.locator("#take").click()
+    page.locator("#started").wait_for()
+    finished(page)
+    (tmp_path / "no.png").write_text("no picture")
+    page.locator("#file").set_input_files(tmp_path / "no.png")
+    page.locator("#notes", has_text="no.png is not a picture").wait_for()
+    page.locator("#seed").fill("3")
+    assert wait_for(lambda: " -s 3 " in page.locator("#command").inner_text())
+    assert " -i " in page.locator("#command").inner_text()
+    finished(page)
+
+
 def test_two_side_by_side(page):
     drawn(page)
     first = source(page)
@@ -518,6 +548,7 @@ def test_a_line_is_changed(page, site):
 
         lesson.write_text(text.replace("return x * sigmoid(x)", "return x * sigmoid(x"))
         page.locator("#code", has_text="SyntaxError").wait_for()
+        assert "tiny_sd.py does not run as it is now" in page.locator("#code").inner_text()
         assert source(page) == changed
         lesson.write_text(text.replace("uncond + scale *", "uncond + scales *"))
         page.locator("#notes", has_text="NameError").wait_for()

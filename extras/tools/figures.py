@@ -33,7 +33,7 @@ from extras.training.fitting import initial
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 FOX, STEPS = "a fox on a light blue background", 20
 CLIP_STEPS, UNET_STEPS, MOON_STEPS = 400, 480, 4000
-RED, BLUE, GREEN = "#b3262e", "#1f5fa8", "#2f7d32"
+RED, BLUE = "#b3262e", "#1f5fa8"
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 # ── Pages ───────────────────────────────────────────────────────────────────────────────────────
@@ -94,10 +94,6 @@ def encoded(model, pictures):
 
 # ── Sections 3 to 5 ─────────────────────────────────────────────────────────────────────────────
 
-SENTENCES = ["red apple", "green apple", "a red apple in the flat style", "cat", "dog", "a dog",
-             "cat on a blue background", "dog on a blue background", "rocket", "airplane"]
-
-
 def heat_table(axes, values, names):
     """Draw a table of numbers from 0 to 1 as colours, with names before the rows."""
     axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
@@ -107,19 +103,6 @@ def heat_table(axes, values, names):
     for (i, j), value in np.ndenumerate(values):
         axes.text(j, i, f"{max(0, value):.1f}", ha="center", va="center", size=7,
                   color="white" if value < 0.6 else "black")
-
-
-def text_picture(model):
-    """The cosines of the text encoder's rows at EOS, less what all sentences have in common."""
-    tokenizer = model.encoders[0].tokenizer
-    ends = [len(tokenizer.tokens(sentence)) + 1 for sentence in SENTENCES]
-    context, _ = tiny_sd.embed_prompts(model, SENTENCES)
-    rows = context[np.arange(len(SENTENCES)), ends]
-    rows = rows - rows.mean(0)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    figure, axes = plot(5.4, 3.4)
-    heat_table(axes, rows @ rows.T, SENTENCES)
-    return figure
 
 
 def latents_picture(model):
@@ -187,21 +170,6 @@ def noising_picture(model):
     row = [tiny_sd.decode(model, tiny_sd.add_noise(x, model.alpha_bars[t], noise))[0]
            for t in times]
     return grid([row], [f"t = {t}" for t in times], size=128)
-
-
-def alpha_bar_picture(model):
-    """The schedule: ᾱ, and the amplitudes of picture and noise, over t."""
-    alpha_bar = tiny_sd.scaled_linear_schedule()
-    figure, axes = plot(xlabel="t", xlim=(0, 1000), ylim=(0, 1))
-    for values, colour, x, y, name in (
-            (alpha_bar, RED, 90, 0.2, "ᾱ, the fraction of the\nvariance that is signal"),
-            (alpha_bar ** 0.5, BLUE, 560, 0.5, "√ᾱ, the amplitude of the picture"),
-            ((1 - alpha_bar) ** 0.5, GREEN, 560, 0.8, "√(1 - ᾱ), the amplitude of the noise")):
-        axes.plot(values, color=colour, linewidth=2)
-        axes.text(x, y, name, color=colour)
-    axes.axvline(354, color="gray", linewidth=0.8)
-    axes.text(360, 0.03, "t = 354", color="gray")
-    return figure
 
 
 def plane(axes, points, title):
