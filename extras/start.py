@@ -7,6 +7,9 @@ import signal
 import sys
 import time
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]        # those that end a program
+
 
 class Unfailing:
     """stderr that drops what it cannot write: a full disk there is no reason to lose a picture."""
@@ -51,9 +54,8 @@ def set_up_signals():
         if time.monotonic() - stopped[0] > 1:
             os._exit(128 + number)
 
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
 
 

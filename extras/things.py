@@ -68,10 +68,14 @@ def like(word, names):
     return next(iter(difflib.get_close_matches(word, alike, 1, 0.8)), None)
 
 
+def by_words(things):
+    """Return {words: name} of things, of which each is a list of names."""
+    return {tuple(split_words(name)): name for names in things for name in names}
+
+
 def remarks(known, prompt):
     """Yield a line if a prompt names none of the known things, or has words beside them."""
-    words = split_words(prompt)
-    names = {tuple(split_words(name)): name for names in known["things"] for name in names}
+    words, names = split_words(prompt), by_words(known["things"])
     lengths = {*map(len, names)}
     named = any(tuple(words[i:i + n]) in names for n in lengths for i in range(len(words)))
     new = unknown_words(known, prompt)
@@ -107,8 +111,7 @@ def describe_things(known, word=""):
                         "one that cannot be read")
     names = sorted(known["things"], key=lambda names: names[0].lower())
     if word:
-        all_names = {tuple(split_words(name)): name for one in names for name in one}
-        near = like(word.lower(), all_names)
+        near = like(word.lower(), by_words(names))
         names = [one for one in names if word.lower() in " ".join(one).lower()]
         if not names:
             return f"no thing has {word} in its name" + f"; the nearest is {near}" * bool(near)

@@ -109,8 +109,7 @@ def latents_picture(model):
     """A picture, its latent channels, and what the decoder makes of them."""
     picture = drawn(model)
     z = encoded(model, [picture]).numpy()
-    channels = [np.clip(channel / 6 + 0.5, 0, 1)[..., None].repeat(3, -1)
-                for channel in np.moveaxis(z[0], -1, 0)]
+    channels = [show.grey(channel, 3) for channel in np.moveaxis(z[0], -1, 0)]
     titles = ["picture", *(f"channel {i}" for i in range(4)), "decoded"]
     return grid([[picture, *channels, tiny_sd.decode(model, z)[0]]], titles, size=128)
 

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
 import tiny_sd
+from extras.start import SIGNALS
 from tiny_sd import UserError, flatten, nest, require, to_numpy
 
 # ── W + B A ─────────────────────────────────────────────────────────────────────────────────────
@@ -132,15 +133,13 @@ def recomputed(*names):
 @contextlib.contextmanager
 def signals_wait():
     """Let a signal that would end the program wait until this block is done."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]
     caught = []
-    before = [signal.signal(number, lambda number, _: caught.append(number))
-              for number in numbers]
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
         for number in caught[:1]:
             signal.raise_signal(number)
