@@ -243,8 +243,9 @@ def make_job(argv, prompt=None, **settings):
     parser, found, notes = option_parser(**settings), {}, []
     args = parse_known(parser, argv)
     given = [text for text in (args.words, args.prompt) if text is not None]
-    if len(given) > 1 or given and args.prompts and prompt is None or not (
-            given or args.prompts or args.like or args.play or args.things is not None):
+    both = given and args.prompts and prompt is None
+    enough = given or args.prompts or args.like or args.play or args.things is not None
+    if len(given) > 1 or both or not enough:
         parser.error("give one prompt, in quotes" + ", or a list: --prompts and a prompt exclude "
                      "each other" * bool(args.prompts))
     if args.like:
@@ -254,9 +255,9 @@ def make_job(argv, prompt=None, **settings):
         args = parse_known(parser, flags + argv)
 
     words = next((text for text in (prompt, args.words, args.prompt) if text is not None), "")
-    args.prompt, args.negative_prompt = (
-        text if text is None else files.printable("--" if text == [] else text)
-        for text in (words, args.negative_prompt))
+    texts = ["--" if text == [] else text       # [] is what argparse makes of --prompt=--
+             for text in (words, args.negative_prompt)]
+    args.prompt, args.negative_prompt = (text and files.printable(text) for text in texts)
     args.model = named.find_model(args.model)
     args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
     args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
@@ -497,8 +498,8 @@ def run(argv):
         title = queue_title(number, len(jobs), time.monotonic() - begun)
         x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
     if film:
-        film.chunks = drawing.chunks_of(model, first)
-        print(film.save(x, first.prompt, drawing.seeds_of(first)))
+        chunks = drawing.chunks_of(model, first)
+        print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
     if first.prompts and ranks > 1:

@@ -29,7 +29,7 @@ def load_model(job):
     if job.embedding:
         model = prompts.with_embeddings(model, job.embedding)
     if job.prediction:
-        kind = job.prediction + "_prediction" * (job.prediction == "v")
+        kind = {"v": "v_prediction"}.get(job.prediction, job.prediction)
         model.config.scheduler.prediction_type = kind
     model.name = files.printable(model.name, control=False)
     return model

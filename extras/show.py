@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import tiny_sd
-from extras import like_diffusers, prompts
+from extras import like_diffusers
 from extras.files import check_folder_of, free_names, unfinished_name
 from tiny_sd import require
 
@@ -105,7 +105,6 @@ class Film:
 
     def __init__(self, folder=None):
         self.folder, self.steps = folder and Path(os.path.abspath(folder)), []
-        self.chunks = None      # of extras.prompts, where the prompt is read with weights
         if folder:
             check_folder(folder, self.folder)
 
@@ -118,36 +117,37 @@ class Film:
         def watched(x, t, alpha_bar):
             heard, answers, n = Heard(), {}, len(x)
 
-            def see_output(y, model, x, t, contexts, *others):
+            def see_output(y, _model, _x, _t, contexts, *_):
                 maps = heard.take()
                 for i in range(0, len(y), n):       # torch answers for both contexts at once
-                    asked = np.array_equal(tiny_sd.to_numpy(contexts[i]), prompt)
-                    answers[asked] = y[i:i + n], [m[i:i + n] for m in maps]
+                    with_prompt = np.array_equal(tiny_sd.to_numpy(contexts[i]), prompt)
+                    _, eps = tiny_sd.split_prediction(kind, y[i:i + n], x, alpha_bar)
+                    answers[with_prompt] = eps, [m[i:i + n] for m in maps]
 
             with watching(predict=see_output, dot_product_attention=heard.see_attention):
                 x_0, eps = denoise(x, t, alpha_bar)
-            output, maps = answers[True]
+            cond, maps = answers[True]
             push = None
             if len(context) == 2:
                 uncond, _ = answers.get(False, answers[True])   # both ask the same, perhaps
-                _, push = tiny_sd.split_prediction(kind, output, x, alpha_bar)
-                push = push - tiny_sd.split_prediction(kind, uncond, x, alpha_bar)[1]
+                push = cond - uncond
             self.steps.append(SimpleNamespace(
                 t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
                 attention=attention_maps(maps, *x.shape[1:3])))
             return x_0, eps
         return watched
 
-    def save(self, x, prompt, seeds):
+    def save(self, x, prompt, chunks, seeds):
         """Write the folder, whole or not at all, and return the path of its page.
 
-        x: the last latents. An empty folder that is there already, perhaps a disk's own, is
-        filled. What others put there in the meantime stays, and the page goes beside it.
+        x: the last latents. chunks: those in which the prompt is read (prompts.chunks_of). An empty
+        folder that is there already, perhaps a disk's own, is filled. What others put there in the
+        meantime stays, and the page goes beside it.
         """
         fill = self.folder.is_dir()
         with unfinished_name(self.folder, inside=fill) as unfinished:
             unfinished.mkdir()
-            write_page(self, x, prompt, seeds, unfinished)
+            write_page(self, x, prompt, chunks, seeds, unfinished)
             if fill and list(self.folder.iterdir()) == [unfinished]:
                 for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".html"):
                     file.rename(self.folder / file.name)
@@ -422,7 +422,7 @@ class Page:
         (self.folder / "index.html").write_text(text, encoding="utf-8")
 
 
-def write_page(film, x, prompt, seeds, folder):
+def write_page(film, x, prompt, chunks, seeds, folder):
     """Write index.html and its pictures, a part for each seed."""
     page, final = Page(folder), tiny_sd.decode(film.model, x)
     decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
@@ -438,7 +438,7 @@ def write_page(film, x, prompt, seeds, folder):
         pairs = [[Image.fromarray(pictures[k]) for pictures in pair] for pair in decoded]
         film_section(page, film.steps, pairs, Image.fromarray(final[k]))
         if film.steps[0].attention:
-            words_section(page, film, k, final[k], prompt)
+            words_section(page, film, k, final[k], chunks)
         if any(step.push is not None for step in film.steps):
             guidance_section(page, film.steps, k)
         latents_section(page, film, k, x[k])
@@ -466,7 +466,7 @@ def film_section(page, steps, pairs, result):
     page.say("</div>")
 
 
-def words_section(page, film, k, picture, prompt):
+def words_section(page, film, k, picture, chunks):
     """Show the attention to each word: over all, at each resolution, in each third of the way."""
     sizes = list(film.steps[0].attention)
     thirds = [part for part in np.array_split(np.arange(len(film.steps)), 3) if len(part)]
@@ -480,7 +480,6 @@ def words_section(page, film, k, picture, prompt):
         *(f"<th>at {h} × {w}" for h, w in sizes),
         *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
     tokenizer, tokens = film.model.encoders[0].tokenizer, film.steps[0].attention[sizes[0]].shape[1]
-    chunks = film.chunks or prompts.chunks_of(tokenizer, prompt, weighted=False)
     for n, (word, positions) in enumerate(positions_of_words(tokenizer, chunks, tokens)):
         maps, mean = word_maps(film.steps, positions, k)
         cells = [(mean.mean(0), True), *((maps[size].mean(0), False) for size in sizes),
