@@ -86,13 +86,10 @@ def check_start(model, picture, mask):
 
 
 def with_guidance(make_denoiser, guidance, model, context, _, *others):
-    """Make a denoiser with this guidance, whatever generate() made of it."""
-    denoise = make_denoiser(model, context, guidance, *others)
-
-    def denoise_anywhere(x_t, t, alpha_bar):
-        return denoise(x_t, t, alpha_bar)
-    denoise_anywhere.alpha_bars = model.alpha_bars
-    return denoise_anywhere
+    """Make a denoiser with this guidance, whatever generate() made of it, and .alpha_bars."""
+    denoise = functools.partial(make_denoiser(model, context, guidance, *others))
+    denoise.alpha_bars = model.alpha_bars
+    return denoise
 
 
 def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None,

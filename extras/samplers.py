@@ -369,8 +369,7 @@ def as_web_ui(function):
     k-diffusion's are linspace(T - 1, 0, n), with the noise's standard deviation in x_T; the
     others' timesteps are "leading".
     """
-    def same(*args):
-        return function(*args)
+    same = functools.partial(function)
     vars(same).update(vars(function), spacing="leading")
     if hasattr(function, "range"):
         vars(same).update(spacing="linspace", drops_last=0, fractional=True, range="steps",

@@ -50,6 +50,11 @@ def test_the_lesson_is_short():
     assert {name for name, length in long.items() if length > 25} <= {"generate"}
 
 
+@pytest.mark.parametrize("name, limit", [("extras.cli", 640), ("extras.show", 540)])
+def test_the_largest_rooms_stay_small(name, limit):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= limit
+
+
 def test_every_definition_of_the_lesson_says_what_it_is():
     for node in TREE.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
