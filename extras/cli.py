@@ -160,6 +160,10 @@ def option_parser(**settings):
     add("-H", "--height", **NUMBER, help="rows of pixels (the model's own)")
     add("--hires", type=larger.hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
         "drawn so many times, and draw over it (strength 0.5, as many steps again)")
+    add("--seamless", **SWITCH,
+        help="let the picture go on at its other side, to be laid side by side with itself")
+    add("--tiles", **SWITCH, help="decode it piece by piece, exactly, in half of the memory; where "
+        "that is short, this is done by itself")
 
     group = parser.add_argument_group("from a picture")
     add("-i", "--init-img", **FILE, help="a picture to start from")
@@ -343,6 +347,7 @@ def check_job(job):
             "--show and --play do not go with --control")
     if job.hires:
         larger.check_hires(job)
+    require(not (job.tiles and job.seamless), "--tiles does not go with --seamless")
     require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
     require(not job.schedule or job.sampler in (None, *samplers.SCHEDULED),
@@ -443,7 +448,7 @@ def check_line(job, first):
     for file in filter(None, (job.init_img, job.mask, *(net[2] for net in job.control))):
         require(Path(file).exists(), f"{file} is not there")
     fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
-             "formulas", "low_memory")
+             "formulas", "low_memory", "seamless", "tiles")
     require(all(getattr(job, name) == getattr(first, name) for name in fixed),
             "the model and --preview are the same for all lines")
 

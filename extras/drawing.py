@@ -17,7 +17,7 @@ from extras import (
     samplers,
     things,
 )
-from extras.checks import check_memory
+from extras.checks import check_memory, free_memory
 from tiny_sd import SAMPLERS, require
 
 
@@ -31,6 +31,8 @@ def load_model(job):
     if job.prediction:
         kind = {"v": "v_prediction"}.get(job.prediction, job.prediction)
         model.config.scheduler.prediction_type = kind
+    if job.tiles or job.seamless:
+        larger.change_vae(model, larger.SEAMLESS if job.seamless else larger.IN_BANDS)
     model.name = files.printable(model.name, control=False)
     return model
 
@@ -100,7 +102,10 @@ def check_picture_memory(model, job):
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
         bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
-        check_memory(3 * bytes_per_pixel * width * height, f"--width {width} --height {height}")
+        need = 3 * bytes_per_pixel * width * height
+        check_memory(need, f"--width {width} --height {height}")
+        if 2 * need > free_memory() and not job.seamless:
+            larger.change_vae(model, larger.IN_BANDS)
 
 
 def embedder(model, job):
@@ -157,6 +162,8 @@ def start_walk(model, job, denoiser, notes):
         make = guidance.within(make, *job.cfg_interval)
     if timeline:
         make = timeline.denoiser(make)
+    if job.seamless:
+        make = larger.seamless(make)
     generate = like_diffusers.generate
     if job.hires:
         generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])

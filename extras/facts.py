@@ -85,6 +85,7 @@ FACTS = {       # in the order in which they are recorded
     "TI hashes": Fact(lambda job, model: model and hashes(job.embedding, file_hash)),
     "Prediction": Fact(lambda job, model: job.prediction or "", "prediction"),
     "Levels": Fact(lambda job, model: "web UI" if job.web_ui else ""),
+    "Tiling": Fact(lambda job, model: job.seamless or ""),
     "Enlarged": Fact(lambda job, model: job.enlarge if job.enlarge > 1 else "", "enlarge"),
     "RNG": Fact(lambda job, model: model and "CPU"),
     "Version": Fact(lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"),
@@ -268,6 +269,8 @@ def read_again(path, args):
     if negative or "Empty negative" in facts:       # else none was given
         options["negative-prompt"] = [negative]
     options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))
+    if facts.get("Tiling") == "True":
+        options["seamless"] = [None]
     if facts.get("Plain prompt"):
         options["plain-prompt"] = [None]
     if facts.get("Levels") or program in WEB_UI:

@@ -4,12 +4,18 @@ Each function takes and returns what those of tiny_sd.py and like_diffusers.py d
 into another that does.
 """
 
+import contextlib
+import functools
+import inspect
 import math
+import sys
 
 import numpy as np
 from PIL import Image
 
-from tiny_sd import decode, latent_shape, require
+import tiny_sd
+from extras.narrow import wide
+from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu, to_numpy
 
 # ── Drawn over ──────────────────────────────────────────────────────────────────────────────────
 
@@ -38,6 +44,9 @@ def drawn_size(model, job):
     width, height = (round(side * scale / model.factor) * model.factor
                      for side in (job.width, job.height))
     latent_shape(model, width, height)
+    smallest = model.factor * 2 ** (len(model.unet["down_blocks"]) - 1)
+    require(not job.seamless or not (width % smallest or height % smallest),
+            f"--seamless needs a width and a height that are multiples of {smallest}")
     return width, height
 
 
@@ -58,3 +67,154 @@ def drawn_over(generate, size, strength, steps):
         for drawn in zip(*paths):
             yield np.concatenate(drawn)
     return walk
+
+
+# ── Other forms of the primitives ───────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def computed_by(forms):
+    """Let primitives be computed by other forms meanwhile, of NumPy's arrays and of torch's.
+
+    forms: {name: a function of the form that stands aside, and of the primitive's arguments}.
+    """
+    if "torch" in sys.modules:      # else torch's forms, when they come, would take these places
+        TORCH.update(tiny_sd.torch_operations() | dict(TORCH))
+    before = [(table, name, dict.get(table, name)) for table in (FAST, TORCH) for name in forms]
+    try:
+        for name, form in forms.items():
+            FAST[name] = TORCH[name] = functools.partial(form, known_form(name))
+        yield
+    finally:
+        for table, name, form in before:
+            if form is None:
+                table.pop(name, None)
+            else:
+                table[name] = form
+
+
+def known_form(name):
+    """Return a function that computes a primitive as it is computed now."""
+    numpy, torch = FAST.get(name, getattr(tiny_sd, name).formula), dict.get(TORCH, name)
+
+    def compute(x, *args):
+        if isinstance(x, np.ndarray):
+            return numpy(x, *args)
+        return torch(x, *args)
+    return compute
+
+
+def with_forms(function, forms):
+    """Return a function that computes with these."""
+    @functools.wraps(function)
+    def computing(*args):
+        with computed_by(forms):
+            return function(*args)
+    return computing
+
+
+def change_vae(model, forms):
+    """Let the model's VAE compute with these forms."""
+    for name in ("vae_encode", "vae_decode"):
+        setattr(model, name, with_forms(inspect.unwrap(getattr(model, name)), forms))
+
+
+# ── In bands ────────────────────────────────────────────────────────────────────────────────────
+#
+# What fills the memory when a VAE draws a large picture is what lies between two convolutions: the
+# normalised image, the activated one, the padded one. Here none of them is ever whole. A GroupNorm
+# only gathers its statistics, of the whole image, and a convolution asks for a band of rows after
+# another, with one row more on either side: what it returns is exact, and has no seams.
+
+BAND = 2 ** 21      # numbers in a band
+
+
+class Rows:
+    """An image (batch, height, width, channels) whose rows are computed when they are asked for."""
+
+    def __init__(self, shape, compute):
+        self.shape, self.compute = shape, compute
+
+    def __getitem__(self, index):
+        """Return x[:, rows]."""
+        return self.compute(index[1])
+
+    def reshape(self, *shape):
+        """Return all of it, in another shape."""
+        return self[:, :].reshape(*shape)
+
+
+def bands(height, width, channels):
+    """Return slices that cover the rows of an image."""
+    size = max(1, BAND // (width * channels))
+    return [slice(i, min(i + size, height)) for i in range(0, height, size)]
+
+
+def norm_later(form, x, groups, delta, weight, bias):
+    """group_norm, of which only the statistics are computed now."""
+    B, H, W, C = x.shape
+    each, parts = FAST.get("each", map), bands(H, 8 * W, C)
+
+    def average(of):        # over the pixels and channels of a group, for each channel
+        sums = np.array(list(each(lambda s: to_numpy(of(x[:, s]).sum((1, 2))), parts)), np.float64)
+        means = sums.sum(0).reshape(B, groups, -1).mean(2) / (H * W)
+        return array_like(x, np.repeat(means, C // groups, 1))[:, None, None]
+    mean = average(lambda rows: rows)
+    scale = weight / (average(lambda rows: (rows - mean) ** 2) + delta) ** 0.5
+    return Rows(x.shape, lambda s: (x[:, s] - mean) * scale + bias)
+
+
+def silu_later(form, x):
+    """silu, of whole images at once and of others later."""
+    return Rows(x.shape, lambda s: silu(x[:, s])) if isinstance(x, Rows) else form(x)
+
+
+def upsample_later(form, x, height, width):
+    """upsample, of rows that are asked for."""
+    def rows(s):
+        first, last, _ = s.indices(height)
+        doubled = form(x[:, first // 2:last // 2 + 1], height, width)
+        return doubled[:, first % 2:][:, :last - first]
+    return Rows((x.shape[0], height, width, x.shape[3]), rows)
+
+
+def conv_in_bands(form, x, weight, bias=None, stride=1, padding=(1, 1)):
+    """conv2d, of a band of rows after another."""
+    weight, size = wide(weight), weight.shape[1] - sum(padding)
+    B, (H, W), C = x.shape[0], ((n - size) // stride + 1 for n in x.shape[1:3]), len(weight)
+    new = np.empty if isinstance(weight, np.ndarray) else weight.new_empty
+    out = new((B, H, W, C), dtype=weight.dtype)
+
+    def band(s):        # with a row more on either side, where there is one
+        first = max(0, s.start - 1)
+        y = form(x[:, stride * first:stride * (s.stop + 1)], weight, bias, stride, padding)
+        out[:, s] = y[:, s.start - first:][:, :s.stop - s.start]
+    list(FAST.get("each", map)(band, bands(H, W, max(C, x.shape[3]))))
+    return out
+
+
+IN_BANDS = {"group_norm": norm_later, "silu": silu_later, "upsample": upsample_later,
+            "conv2d": conv_in_bands}
+
+
+# ── Without an edge ─────────────────────────────────────────────────────────────────────────────
+
+
+def conv_around(form, x, weight, bias=None, stride=1, padding=(1, 1)):
+    """conv2d, of an image that goes on at its other side: there are no zeros around it."""
+    before, after = padding
+    rows, columns = (np.arange(-before, n + after) % n for n in x.shape[1:3])
+    x = x[:, rows[:, None], columns]
+    if stride == 1:     # with zeros around, for which there are quick forms, and then without them
+        return form(x, weight, bias)[:, 1:-1, 1:-1]
+    return form(x, weight, bias, stride, (0, 0))
+
+
+SEAMLESS = {"conv2d": conv_around}
+
+
+def seamless(make_denoiser):
+    """Return make_denoiser, so that pictures laid side by side have no seams."""
+    def make(*args):
+        return with_forms(make_denoiser(*args), SEAMLESS)
+    return make

@@ -9,6 +9,7 @@ down the answers, and while it does, the functions it watches are wrapped.
 import contextlib
 import functools
 import html
+import inspect
 import math
 import os
 import threading
@@ -250,7 +251,7 @@ def quick_decoder(model):
 
     The map is the linear one that fits 64 colours best.
     """
-    if model.vae_decode is not tiny_sd.vae_decode:
+    if inspect.unwrap(model.vae_decode) is not tiny_sd.vae_decode:
         return functools.partial(tiny_sd.decode, model)
     fit = colour_map(model)
     return lambda x: x @ fit[:-1] + fit[-1]

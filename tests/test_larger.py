@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 import tiny_sd
-from extras import files, formats, like_diffusers
+from conftest import same
+from extras import drawing, files, formats, larger, like_diffusers
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, parse, pixels
 
@@ -69,3 +70,82 @@ def test_the_mask_is_resized_as_its_picture(run):
 def test_edges_of_a_picture_of_one_column(draw, size):
     Image.new("RGB", size, "red").save("in.png")
     assert draw("apple", "-i", "in.png", "--resize", "fill").size == (16, 16)
+
+
+# ── In bands ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_in_bands_a_vae_computes_the_same(folder, backend, monkeypatch):
+    """To rounding: the narrowest bands that there can be, seen from a picture of odd rows."""
+    bands, form = [], larger.bands
+    monkeypatch.setattr(larger, "BAND", 1)
+    monkeypatch.setattr(larger, "bands", lambda *args: bands.append(1) or form(*args))
+    model, before = tiny_sd.load(folder, backend), dict(tiny_sd.FAST)
+    z = np.random.default_rng(0).standard_normal((1, 5, 6, 4), np.float32)
+    picture = np.random.default_rng(1).integers(256, size=(40, 48, 3), dtype=np.uint8)
+    whole = tiny_sd.vae_decode(z, model.vae, 32), tiny_sd.encode(model, picture, 0 * z)
+    larger.change_vae(model, larger.IN_BANDS)
+    banded = model.vae_decode(z, model.vae, 32), tiny_sd.encode(model, picture, 0 * z)
+    for ours, reference in zip(banded, whole):
+        same(f"VAE in bands, {backend}", tiny_sd.to_numpy(ours), tiny_sd.to_numpy(reference), 2e-5)
+    assert tiny_sd.FAST == before and len(bands) > 100
+
+
+def test_tiles_by_option_or_where_memory_is_short(run, draw, monkeypatch):
+    bands, form = [], larger.conv_in_bands
+    monkeypatch.setitem(larger.IN_BANDS, "conv2d", lambda *args, **weights: bands.append(1)
+                        or form(*args, **weights))
+    whole = pixels(draw("red", "-W", "32"))
+    assert not bands and abs(pixels(draw("red", "-W", "32", "--tiles")) - whole).max() <= 1
+    assert bands
+    bands.clear()
+    monkeypatch.setattr(drawing, "free_memory", lambda: 5 * 4 * 8 * 32 * 16)
+    assert abs(pixels(draw("red", "-W", "32")) - whole).max() <= 1 and bands
+
+
+# ── Without an edge ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_convolutions_that_wrap_are_those_of_diffusers(reference, folder, backend):
+    """With padding_mode circular in every convolution."""
+    import copy
+
+    import torch
+    model, (unet, vae) = tiny_sd.load(folder, backend), map(
+        copy.deepcopy, (reference.unet, reference.vae))
+    for layer in [*unet.modules(), *vae.modules()]:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.padding_mode = "circular"
+            layer._reversed_padding_repeated_twice = [n for n in layer.padding[::-1]
+                                                      for _ in range(2)]
+    larger.change_vae(model, larger.SEAMLESS)
+    x = np.random.default_rng(0).standard_normal((2, 8, 16, 4), np.float32)
+    context = np.random.default_rng(1).standard_normal((1, 77, 128), np.float32)
+    context = tiny_sd.to_torch(context, "cpu", "float32") if backend == "torch" else context
+    denoise = larger.seamless(tiny_sd.denoiser)(model, context)
+    first = torch.from_numpy(x).movedim(-1, 1)
+    with torch.no_grad():
+        eps = unet(first, 500, torch.as_tensor(context).repeat(2, 1, 1)).sample.movedim(1, -1)
+        decoded = vae.decode(first).sample.movedim(1, -1)
+    same("seamless U-Net", denoise(x, 500, 0.5)[1], eps, 2e-5)
+    same("seamless VAE", tiny_sd.to_numpy(model.vae_decode(x, model.vae, 32)), decoded, 2e-5)
+
+
+def test_a_seamless_picture_moves_with_its_noise(run, draw, monkeypatch):
+    """Rolled by whole latents of the smallest level, it is the same picture, rolled."""
+    noise, drawn = like_diffusers.torch_noise, []
+    for k in 0, 2:
+        monkeypatch.setattr(like_diffusers, "torch_noise", lambda *args, k=k: lambda: np.roll(
+            noise(*args)(), (k, -k), (1, 2)))
+        drawn.append(pixels(draw("red", "--seamless", "--sampler", "ddim")))
+    assert abs(np.roll(drawn[0], (4, -4), (0, 1)) - drawn[1]).max() <= 1
+    assert abs(drawn[0] - drawn[1]).max() > 50
+    again = Image.open("out.png")
+    assert parse(again)[2]["Tiling"] == "True"
+    assert abs(pixels(draw("--like", "out.png", "-s", "1")) - drawn[0]).max() > 0
+    assert parse(Image.open("out-2.png"))[2]["Tiling"] == "True"
+
+
+def test_a_size_that_does_not_wrap(refuse):
+    assert refuse("red", "--seamless", "-W", "18", "-H", "16").endswith("multiples of 4")
