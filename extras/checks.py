@@ -102,13 +102,16 @@ REPLACED = {    # fields of a scheduler, in the classes that have them, with the
         "variance_type": None},
     "Euler": {"interpolation_type": "linear", "final_sigmas_type": "zero"},
     "LCM": {"timestep_scaling": 10.0},
+    "UniPC": {
+        "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
+        "disable_corrector": [], "solver_p": None, "final_sigmas_type": "zero"},
     "DDPM": {"variance_type": "fixed_small"}}
 UNREAD = {      # fields that change no picture
     "vae": "force_upcast sample_size",
     "unet": "dropout upcast_attention use_linear_projection attention_head_dim num_attention_heads "
             "addition_embed_type_num_heads",
     "scheduler": "dynamic_thresholding_ratio sample_max_value clip_sample_range flow_shift rho "
-                 "time_shift_type solver_p predict_x0 disable_corrector shift_terminal "
+                 "time_shift_type shift_terminal "
                  + " ".join(name for fields in REPLACED.values() for name in fields)}
 OTHER_INPUTS = {    # what else the U-Net sees, by the number of its channels
     1: ", one of them depth,", 3: ", three of them a smaller picture,",

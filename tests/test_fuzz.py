@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import compvis_unet_name, compvis_vae_name, open_clip_names
 from extras import cli, facts, files, formats, things
+from extras.samplers import SCHEDULERS
 from helpers import (
     CONFIG,
     FILES,
@@ -165,9 +166,10 @@ def json_spoilt(path, rng):
 
 
 SCHEDULER = {  # what a scheduler's config may hold; a value of SPOILT for some of these
-    "_class_name": [
-        "PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "X",
-    ],
+    "_class_name": [*SCHEDULERS, "X"], "skip_prk_steps": [True, False, None],
+    "timestep_type": ["continuous", "discrete"], "variance_type": ["fixed_large", "fixed_small"],
+    "sigma_min": [0.03, 0.5, None], "sigma_max": [14.6, 3, 700.0], "use_beta_sigmas": [True],
+    "original_inference_steps": [50, 20, 1, 999], "use_exponential_sigmas": [True],
     "num_train_timesteps": [1000, 2, 50, 999], "beta_start": [0.00085, 1e-9, 0.5],
     "beta_end": [0.012, 0.02, 0.999], "beta_schedule": ["scaled_linear", "linear"],
     "prediction_type": ["epsilon", "v_prediction", "sample"], "steps_offset": [0, 1, 999],
@@ -204,8 +206,33 @@ def scheduler_spoilt(path, rng):
     config = {"prediction_type": "epsilon"}
     for key in rng.sample(list(SCHEDULER), rng.randrange(1, 6)):
         config[key] = rng.choice(SCHEDULER[key] if rng.random() < 0.8 else SPOILT)
+    if "_class_name" in config:
+        index = path.parent.parent / "model_index.json"
+        text = json.loads(index.read_text()) | {"scheduler": ["diffusers", config["_class_name"]]}
+        index.unlink()
+        index.write_text(json.dumps(text))
     path.unlink()
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+WORDS = ["<toy>", "red", "apple", "!", "", "a\nb", "🍎", "(", "[a|b]", "a" * 300, "<|endoftext|>"]
+
+
+def tokenizer_spoilt(folder, rng):
+    """What a tokenizer's files say besides its vocabulary: specials, padding, words added."""
+    words = rng.sample(WORDS, 2)
+    token = {"content": words[0], "single_word": rng.random() < 0.5, "special": rng.random() < 0.5}
+    special = rng.choice(["pad_token", "bos_token", "eos_token", "unk_token", "padding_side"])
+    said = rng.choice([words[1], {"content": words[1]}, *JSON])
+    name, content = rng.choice([
+        ("special_tokens_map.json", {special: said}), ("added_tokens.json", {words[0]: said}),
+        ("added_tokens.json", {word: 518 + i for i, word in enumerate(words)}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {rng.choice(["519", "520", "x"]): token},
+                                   "model_max_length": rng.choice([77, 5, 10 ** 30])}),
+        ("tokenizer.json", {"added_tokens": [token | {"id": rng.choice([520, 3, "x", 10 ** 9])}]}),
+        ("tokenizer_config.json", {special: said, "tokenizer_class": "CLIPTokenizerFast"})])
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def networks_spoilt(folder, rng):
@@ -263,7 +290,7 @@ def single_file_spoilt(path, rng):
 def lora_spoilt(path, rng):
     """A LoRA with another alpha, other shapes, other names or other settings in its metadata."""
     arrays, name = load_file(path), "lora_unet_mid_block_resnets_0_conv1"
-    kind, metadata = rng.randrange(5), None
+    kind, metadata = rng.randrange(7), None
     if kind == 0:
         arrays[f"{name}.alpha"] = rng.choice([np.float32(1), np.float32([1]), np.float32([[2]]),
                                               np.float32([1, 2]), np.float32([]), np.float16(0),
@@ -282,8 +309,22 @@ def lora_spoilt(path, rng):
         metadata = {"lora_adapter_metadata": rng.choice([json.dumps(
             {"unet.lora_alpha": rng.choice(SPOILT)}), "[]", "{", "[" * 100_000, "1", ""])}
         arrays.pop(f"{name}.alpha")
-    else:
+    elif kind == 4:
         arrays = {key: array for key, array in arrays.items() if rng.random() < 0.7}
+    elif kind == 5:     # layers by number: the text encoder's two have four each, of 12 x 12
+        arrays = {f"{rng.choice(['text_encoder'] * 99 + ['unet'])}:{i}:{side}":
+                  np.ones(rng.choice([shape] * 99 + [shape[1:], (0, 12)]), np.float32)
+                  for i in range(rng.choice([8, 8, 9])) for side, shape in (("up", (12, 1)),
+                                                                            ("down", (1, 12)))}
+        arrays |= rng.choice([{}, {"<toy>": np.ones(12, np.float32)}, {"<x": arrays.popitem()[1]}])
+    else:               # of other kinds, for a matrix of 12 x 12
+        shapes = [(12, 2), (2, 12), (12, 12), (12,), (1, 12), (3, 3), (4, 4), (2, 2), (1,), (0, 2)]
+        names = ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2",
+                 "lokr_w2_a", "lokr_w2_b", "dora_scale", "diff", "diff_b", "weight", "on_input",
+                 "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "oft_blocks"]
+        name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+        arrays = {f"{name}.{key}": np.ones(rng.choice(shapes), np.float32)
+                  for key in rng.sample(names, rng.randrange(1, 7))}
     path.unlink()
     save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, path, metadata)
 
@@ -410,7 +451,7 @@ def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
 def case(folder, rng):
     """Spoil one thing in a folder of models, pictures, LoRAs and prompts; return the arguments."""
     model = rng.choice(["model", "model", "xl"])
-    argv, kind = ["--model", model, "--steps", "2"], rng.randrange(20)
+    argv, kind = ["--model", model, "--steps", "2"], rng.randrange(21)
     model = folder / model
     weights = sorted(str(path.relative_to(model)) for path in model.glob("*/*.safetensors"))
     configs = sorted(str(path.relative_to(model)) for path in model.glob("*/*.json"))
@@ -470,6 +511,8 @@ def case(folder, rng):
         (model / "things.json").write_text(json.dumps({
             key: rng.choice([[["apple"], ["x", "\x1b[2J"]], ["a"], [[]], *JSON])
             for key in rng.sample([*things.KEYS, "more"], rng.randrange(2, 6))}))
+    elif kind == 20:
+        tokenizer_spoilt(model / "tokenizer", rng)
     elif kind == 19:
         rng.choice([bytes_spoilt, header_spoilt, arrays_spoilt, single_file_spoilt])(
             folder / "vae.safetensors", rng)
