@@ -311,11 +311,12 @@ class Tokenizer:
     def tokens(self, text):
         """Return the ids of a text of any length, without BOS and EOS around it.
 
-        Special tokens written out in the text become their ids, as in CLIP.
+        Special tokens written out in the text become their ids, as in CLIP; so does the padding
+        token, which is "!" in Stable Diffusion 2.
         """
-        symbols = []
-        for piece in re.split(f"({re.escape(self.BOS)}|{re.escape(self.EOS)})", text):
-            if piece in (self.BOS, self.EOS):
+        symbols, special = [], (self.BOS, self.EOS, self.symbol[self.pad])
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if piece in special:
                 symbols.append(piece)
             else:
                 symbols += [symbol for word in self.words(piece) for symbol in self.merge(word)]

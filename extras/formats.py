@@ -233,7 +233,10 @@ def read_weights(folder, whole):
 
 
 SPECIALS = {"bos_token": Tokenizer.BOS, "eos_token": Tokenizer.EOS, "unk_token": Tokenizer.EOS,
-            "padding_side": "right", "truncation_side": "right"}    # what others may not change
+            "padding_side": "right", "truncation_side": "right",    # what others may not change
+            "split_special_tokens": False}
+FURTHER = ("sep_token", "cls_token", "mask_token", "additional_special_tokens",
+           "extra_special_tokens")      # which become words, in this order
 
 
 def read_tokenizer(folder, first, whole):
@@ -267,7 +270,16 @@ def read_tokenizer(folder, first, whole):
     tokenizer = tiny_sd.read_tokenizer(facts, vocab, merges)
     added = [*whole_file.get("added_tokens", []), *({**token, "id": int(i)}
                                                     for i, token in added.items())]
-    words = {token["content"]: token for token in added if token["content"] not in {"", *vocab}}
+    special = {token["content"]: token for token in added}
+    for given in map(facts.get, FURTHER):
+        for said in given if isinstance(given, list) else [given] if given else []:
+            word = said["content"] if isinstance(said, dict) else said
+            if word in special:
+                continue
+            number = vocab.get(word, len({*vocab, *special}))
+            special[word] = {"content": word, "id": number, "special": True}
+    words = {word: token | {"id": vocab.get(word, token["id"])} for word, token in special.items()
+             if word not in ("", Tokenizer.BOS, Tokenizer.EOS)}
     require(sum(map(len, words)) <= LONGEST_WORDS, f"{folder} adds words of more than "
             f"{LONGEST_WORDS} letters together")
     return AddedTokenizer(tokenizer, words) if words else tokenizer

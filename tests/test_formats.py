@@ -59,9 +59,14 @@ TOKENIZERS = {      # name: {file: content}
     "a special word": {"tokenizer_config.json": {"added_tokens_decoder": DECODER | {
         "49408": WORD | {"special": True, "normalized": False}}}},
     "a word by itself": {"tokenizer_config.json": {"added_tokens_decoder": DECODER | {
-        "49408": WORD | {"content": "sks", "single_word": True, "special": False}}}}}
+        "49408": WORD | {"content": "sks", "single_word": True, "special": False}}}},
+    "special words": {"special_tokens_map.json": {
+        "mask_token": "photo", "cls_token": {"content": "SKS"},
+        "additional_special_tokens": ["<cat-toy>", "sks"]}},
+    "a word that pads": {"tokenizer_config.json": {"added_tokens_decoder": DECODER | {
+        "0": BANG | {"special": True}}, "pad_token": "!"}}}
 TEXTS = ["", "a <cat-toy>, on <Cat-Toy>s and sks", "SKSs x sks", "a photo <|endoftext|> of",
-         "<cat-toy><cat-toy>"]
+         "<cat-toy><cat-toy>", "Wow!! a!b !"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -88,7 +93,9 @@ def test_a_tokenizer_is_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("fields, named", [
-    ({"padding_side": "left"}, "padding_side 'left'"), ({"bos_token": "!"}, "bos_token '!'"),
+    ({"padding_side": "left"}, "padding_side 'left'"),
+    ({"split_special_tokens": True}, "split_special_tokens True"),
+    ({"bos_token": "!"}, "bos_token '!'"),
     ({"tokenizer_class": "T5Tokenizer"}, "T5Tokenizer"),
     ({"added_tokens_decoder": {"9000": {"content": "<new>"}}}, "vocabulary is not one of numbers"),
     ({"added_tokens_decoder": {"9000": {"content": "x" * 200_000}}}, "adds words of more than"),
