@@ -142,18 +142,15 @@ def start_walk(model, job, denoiser, notes):
         init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
     if job.mask is not None:
         mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
-    make, embed, sampler = denoiser, embedder(model, job), SAMPLERS[job.sampler]
-    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
-    combine, timeline = tiny_sd.guide, timeline_of(job, embed)
-    controls = controls_of(model, job, notes)
+
+    make, embed, combine = denoiser, embedder(model, job), tiny_sd.guide
+    controls, timeline = controls_of(model, job, notes), timeline_of(job, embed)
     counts = [net.count for net in controls]
     if controls:
         make = control.controlled(make, controls)
     if timeline:
         embed, combine = timeline.embed, timeline.combine
         counts.append(timeline.count)
-    if counts:
-        sampler = samplers.counting(sampler, *counts)
     if job.cfg_rescale:
         combine = guidance.rescaled(job.cfg_rescale, combine)
     if combine is not tiny_sd.guide:
@@ -164,6 +161,10 @@ def start_walk(model, job, denoiser, notes):
         make = timeline.denoiser(make)
     if job.seamless:
         make = larger.seamless(make)
+
+    sampler = SAMPLERS[job.sampler]
+    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
+    sampler = samplers.counting(sampler, *counts) if counts else sampler
     generate = like_diffusers.generate
     if job.hires:
         generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])

@@ -388,6 +388,8 @@ def counting(sampler, *counts):
         for i, x in enumerate(sampler(denoise, x, steps, noise), 1):        # noqa: B020
             count(i)
             yield x
+    if hasattr(sampler, "configured"):
+        counted.configured = lambda *config: counting(sampler.configured(*config), *counts)
     return counted
 
 

@@ -233,8 +233,9 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
 
 def recorder(frames: list, inside=like_diffusers.denoiser) -> Callable:
     """Return a denoiser that adds to frames what each guess x̂_0 looks like, decoded."""
-    return seeing(lambda model: lambda x_0: frames.append(
-        np.concatenate(tiny_sd.decode(model, x_0), axis=1)), inside)
+    def viewer(model):
+        return lambda x_0: frames.append(np.concatenate(tiny_sd.decode(model, x_0), axis=1))
+    return seeing(viewer, inside)
 
 
 def check_preview(path):
@@ -443,8 +444,9 @@ def write_page(film, x, prompt, chunks, seeds, folder):
         if any(step.push is not None for step in film.steps):
             guidance_section(page, film.steps, k)
         latents_section(page, film, k, x[k])
-    page.write(prompt or "tiny_sd",
-               *((128, "pixelated") if final.shape[2] < 256 else (192, "auto")))
+    small = final.shape[2] < 256
+    page.write(prompt or "tiny_sd", width=128 if small else 192,
+               rendering="pixelated" if small else "auto")
 
 
 def film_section(page, steps, pairs, result):

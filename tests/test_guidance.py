@@ -142,7 +142,7 @@ def test_deep_brackets_are_text():
         assert len({*in_time.texts_of(text, 4)}) == (2 if n < 50 else 1)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "restart"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "restart", "ddpm", "plms"])
 def test_a_prompt_that_changes_is_asked_for_in_time(loaded, sampler):
     """Heun asks twice a step: the change comes after whole steps all the same."""
     encoded, rows = [], []
