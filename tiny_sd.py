@@ -311,8 +311,7 @@ class Tokenizer:
     def tokens(self, text):
         """Return the ids of a text of any length, without BOS and EOS around it.
 
-        Special tokens written out in the text become their ids, as in CLIP; so does the padding
-        token, which is "!" in Stable Diffusion 2.
+        Special tokens in the text, the padding one among them, become their ids, as in CLIP.
         """
         symbols, special = [], (self.BOS, self.EOS, self.symbol[self.pad])
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
