@@ -39,18 +39,23 @@ def test_help_draws_and_writes_nothing(module):
 
 @pytest.mark.slow
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
-    """With fewer steps, which makes each look much like the one that NOTES.md shows."""
+    """With fewer steps, which makes each look much like the one that NOTES.md shows.
+
+    The film, whose frames are steps, takes all of them: that of "a fox" alone is less alike.
+    """
+    figures.main(["film"], tmp_path)
     steps = sd.evenly_spaced_steps
-    monkeypatch.setattr(sd, "evenly_spaced_steps", lambda n, levels: steps(min(n, 10), levels))
+    monkeypatch.setattr(sd, "evenly_spaced_steps", lambda n, levels: steps(min(n, 5), levels))
     for name in ("CLIP_STEPS", "MOON_STEPS", "UNET_STEPS"):
         monkeypatch.setattr(figures, name, 8)
-    figures.main([], tmp_path)
+    figures.main(figures.PICTURES.keys() - {"film"}, tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == figures.PICTURES.keys()
     for path in tmp_path.iterdir():
         pictures = [Image.open(found) for found in (path, figures.FOLDER / path.name)]
         assert pictures[0].height == pictures[1].height
         grey = [np.asarray(picture.convert("L").resize((64, 64))).ravel() for picture in pictures]
-        assert np.corrcoef(grey)[0, 1] > (0.35 if path.stem in ("film", "training") else 0.8)
+        limit = {"film": 0.95, "training": 0.35}.get(path.stem, 0.8)
+        assert np.corrcoef(grey)[0, 1] > limit, path.stem
 
 
 @pytest.mark.slow

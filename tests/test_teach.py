@@ -186,8 +186,11 @@ def diffusers_picture(pipe, size):
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "emoji"])
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
-    """By load_lora_weights, which must apply all of it; trained at a rate that shows."""
+def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path, monkeypatch):
+    """By load_lora_weights, which must apply all of it; trained at a rate that shows.
+
+    What it draws itself, before and on its sheet, in two steps each.
+    """
     pytest.importorskip("peft")
     from diffusers import DDIMScheduler, DiffusionPipeline
     if name == "emoji":
@@ -200,6 +203,8 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path):
         tokenizer.mkdir()
         make_pipeline(tokenizer).save_pretrained(folder)
     Path("keep.txt").write_text("a cat")        # rather than all hundred things of the model
+    own = like_diffusers.defaults
+    monkeypatch.setattr(like_diffusers, "defaults", lambda model: (own(model)[0], 2, 2.0))
     status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
                           "-W", 64, "-H", 64, "--keep", "keep.txt", model=folder)
     assert status == 0, said

@@ -26,7 +26,6 @@ from extras.training import train as train_py
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
 SHORT = ["--batch", "2", "--bank", "8", "--draw-steps", "1", "--threads", "1"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def arguments(stage, state, *options, out=True, data=DATA):
@@ -34,9 +33,11 @@ def arguments(stage, state, *options, out=True, data=DATA):
     return [*map(str, [stage, *where, *SHORT, *options])]
 
 
-def run(stage, state, *options, launcher=("-m", "extras.training.train"), **where):
-    """The finished process of a command in a process of its own."""
-    return subprocess.run([sys.executable, *launcher, *arguments(stage, state, *options, **where)],
+def launch(script, *argv, under=()):
+    """The finished process of some Python that has the program, and sheets of four prompts."""
+    begin = "import os, signal, sys\nfrom extras.training import fitting, measure, train\n" \
+            "measure.PROMPTS = {kind: some[:4] for kind, some in measure.PROMPTS.items()}\n"
+    return subprocess.run([sys.executable, *under, "-c", begin + script, *map(str, argv)],
                           capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
@@ -62,14 +63,20 @@ def things():
     return drawings.load_things(DATA, 64)
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory):
-    """What `all` leaves, trained from nothing for two steps a stage; of four prompts a sheet."""
-    path = tmp_path_factory.mktemp("train")
-    few = {kind: prompts[:4] for kind, prompts in measure.PROMPTS.items()}
+@pytest.fixture(scope="module", autouse=True)
+def few_prompts():
+    """Sheets of four prompts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PROMPTS", few)
-        train("all", path, "--steps", 2)
+        patch.setattr(measure, "PROMPTS", {kind: prompts[:4]
+                                           for kind, prompts in measure.PROMPTS.items()})
+        yield
+
+
+@pytest.fixture(scope="module")
+def state(few_prompts, tmp_path_factory):
+    """What `all` leaves, trained from nothing for two steps a stage."""
+    path = tmp_path_factory.mktemp("train")
+    train("all", path, "--steps", 2)
     return path
 
 
@@ -470,37 +477,50 @@ def copy_before(stage, state, path):
         os.link(state / name, path / name)
 
 
-def signalled(name):
-    """What starts train.py so that it gets this signal after its first step."""
-    return ["-c", f"""
-import os, signal, sys
-from extras.training import fitting, train
-
+SIGNALLED = """
 def advance(bar, optimizer, *others, before=fitting.advance):
     before(bar, optimizer, *others)
-    if optimizer.taken == {2 if name == "SIGKILL" else 1}:
+    if optimizer.taken == {after}:
         os.kill(os.getpid(), signal.{name})
-
 fitting.advance = advance
-sys.exit(train.main())
-"""]
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(state, tmp_path_factory):
+    """{stage: its state, whose process was killed outright after the second step}.
+
+    One launch for all: what it has imported it hands on to a process for each.
+    """
+    folders, commands = {}, []
+    for stage in train_py.STAGES:
+        path = folders[stage] = tmp_path_factory.mktemp(stage)
+        copy_before(stage, state, path)
+        commands.append(arguments(stage, path, "--steps", 2, "--keep-every", 0))
+    done = launch(SIGNALLED.format(after=2, name="SIGKILL") + f"""
+for command in {commands}:
+    child = os.fork()
+    if not child:
+        sys.exit(train.main(command))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 4, done.stderr
+    return folders
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", train_py.STAGES)
-def test_on_after_a_kill(stage, state, tmp_path):
+def test_on_after_a_kill(stage, state, killed):
     """Killed outright, a stage goes on from the last step kept, here the first.
 
     The VAE's and its decoder's end bit for bit where they would have ended undisturbed; the others,
     whose bank is filled again, go on with the optimizers' state of that step.
     """
-    copy_before(stage, state, tmp_path)
-    done = run(stage, tmp_path, "--steps", 2, "--keep-every", 0, launcher=signalled("SIGKILL"))
-    killed = saved(tmp_path, stage)
-    assert (done.returncode, killed["step"]) == (-signal.SIGKILL, 1)
-    train(stage, tmp_path, "--steps", 2)
-    ours, undisturbed = saved(tmp_path, stage), saved(state, stage)
-    assert ours["losses"][:1] == killed["losses"] == undisturbed["losses"][:1]
+    before = saved(killed[stage], stage)
+    assert before["step"] == 1
+    train(stage, killed[stage], "--steps", 2)
+    ours, undisturbed = saved(killed[stage], stage), saved(state, stage)
+    assert ours["losses"][:1] == before["losses"] == undisturbed["losses"][:1]
     for final in (ours, undisturbed):
         assert {int(s["step"]) for s in final["optimizers"][1]["state"].values()} == {2}
     assert len(ours["losses"]) == 2 and np.isfinite(ours["losses"]).all()
@@ -516,7 +536,8 @@ def test_ctrl_c(tmp_path):
 
     In the first minute too, when nothing is kept yet.
     """
-    done = run("vae", tmp_path, "--steps", 4, launcher=signalled("SIGINT"))
+    done = launch(SIGNALLED.format(after=1, name="SIGINT") + "sys.exit(train.main())",
+                  *arguments("vae", tmp_path, "--steps", 4))
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert f"train.py: vae: stopped at step 2, kept in {tmp_path / 'vae.pt'}; " in done.stderr
     assert saved(tmp_path, "vae")["step"] == 2
@@ -524,22 +545,11 @@ def test_ctrl_c(tmp_path):
     assert saved(tmp_path, "vae")["step"] == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", train_py.STAGES)
-def test_two_processes(stage, state, tmp_path):
-    """Each draws half of the pictures of a step; their state is one."""
-    copy_before(stage, state, tmp_path)
-    done = run(stage, tmp_path, "--steps", 2,
-               launcher=[*TORCHRUN, "-m", "extras.training.train"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    ours, theirs = saved(tmp_path, stage)["losses"], saved(state, stage)["losses"]
-    np.testing.assert_allclose(ours, theirs, rtol=0.3 if stage in ("vae", "decoder") else 1)
-
+# ── Two processes ───────────────────────────────────────────────────────────────────────────────
 
 AVERAGED = """
-import sys, torch
+import torch
 from extras.training import fitting
-fitting.join_processes("cpu")
 rank, ranks = fitting.process()
 p = {"w": torch.ones(3, 4), "b": torch.ones(3)}
 optimizer = fitting.Optimizer(p, fitting.Schedule(rate=0.1, steps=5))
@@ -549,31 +559,50 @@ for i in range(3):
     part = x + rank * i if ranks > 1 else x + i / 2      # whose mean over two processes that is
     ((p["w"] * part).sum() + (p["b"] * part[:, 0]).sum()).backward()
     optimizer.step()
-if rank == 0:
-    torch.save(p, sys.argv[1])
 """
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What `all` leaves in two processes, and in averaged.pt what AVERAGED does."""
+    path = tmp_path_factory.mktemp("two")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                "--no-python", sys.executable]
+    done = launch(f"""
+fitting.join_processes("cpu")
+{AVERAGED}
+if rank == 0:
+    torch.save(p, {str(path / "averaged.pt")!r})
+train.join_processes = lambda device: None      # they have met
+sys.exit(train.main())
+""", *arguments("all", path, "--steps", 2), under=torchrun)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return path
+
+
 @pytest.mark.slow
-def test_processes_take_the_mean_of_their_gradients(tmp_path):
-    script = tmp_path / "averaged.py"
-    script.write_text(AVERAGED)
-    found = []
-    for launcher in ([], TORCHRUN):
-        subprocess.run([sys.executable, *launcher, script, tmp_path / "p.pt"], check=True, cwd=ROOT,
-                       env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-        found.append(torch.load(tmp_path / "p.pt"))
-    for name, p in found[0].items():
-        torch.testing.assert_close(found[1][name], p)
+@pytest.mark.parametrize("stage", train_py.STAGES)
+def test_two_processes(stage, state, of_two):
+    """Each draws half of the pictures of a step; their state is one."""
+    ours, theirs = saved(of_two, stage)["losses"], saved(state, stage)["losses"]
+    np.testing.assert_allclose(ours, theirs, rtol=0.3 if stage in ("vae", "decoder") else 1)
+    assert ours != theirs
+
+
+@pytest.mark.slow
+def test_processes_take_the_mean_of_their_gradients(of_two):
+    alone = {}
+    exec(AVERAGED, alone)
+    together = torch.load(of_two / "averaged.pt")
+    for name, p in alone["p"].items():
+        torch.testing.assert_close(together[name], p.detach(), check_stride=False)
         assert (p != 1).all()
 
 
-@pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share(state, tmp_path):
-    copy_before("clip", state, tmp_path)
-    done = run("clip", tmp_path, "--steps", 1, "--batch", 7,
-               launcher=[*TORCHRUN, "-m", "extras.training.train"])
-    assert done.returncode and "give --batch a multiple of 2" in done.stderr
+def test_a_batch_that_two_processes_cannot_share(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fitting, "process", lambda: (0, 2))
+    said = refused(capsys, "vae", tmp_path, "--batch", 7)
+    assert "give --batch a multiple of 2" in said
 
 
 def test_a_bank_as_large_as_asked_for(state, things):
@@ -830,21 +859,20 @@ def test_errors_in_decibels_and_edges():
 
 @pytest.mark.slow
 def test_evaluate(state, capsys):
-    """A table of rates, on paper and in OUT.json; a second one does not replace the first."""
-    for name in ("emoji.json", "emoji-1.json"):
-        train("evaluate", state, "--limit", 2)
-        said, table = capsys.readouterr().out, json.loads((state / name).read_text())
-        assert table["of each kind"] == 2 and all(name in said for name in table)
-        rates = [table[f"{kind}: both"] for kind in
-                 ("colour", "medium", "surroundings", "number", "relation")]
-        assert all(0 <= rate <= 1 for rate in rates)
-        assert table["megabytes"] < 40
+    """A table of rates, on paper and in a file of a new name."""
+    (state / "emoji.json").write_text("mine")
+    train("evaluate", state, "--limit", 2)
+    said, table = capsys.readouterr().out, json.loads((state / "emoji-1.json").read_text())
+    assert table["of each kind"] == 2 and all(name in said for name in table)
+    rates = [table[f"{kind}: both"] for kind in
+             ("colour", "medium", "surroundings", "number", "relation")]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert table["megabytes"] < 40
+    assert (state / "emoji.json").read_text() == "mine"
 
 
 @pytest.mark.slow
-def test_a_sheet_does_not_replace_one(state, capsys, monkeypatch):
-    few = {kind: prompts[:1] for kind, prompts in measure.PROMPTS.items()}
-    monkeypatch.setattr(measure, "PROMPTS", few)
+def test_a_sheet_does_not_replace_one(state, capsys):
     before = (state / "emoji.png").read_bytes()
     train("sheet", state)
     assert str(state / "emoji-1.png") in capsys.readouterr().out
