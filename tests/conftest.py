@@ -12,11 +12,14 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"                      # a test never needs a network
-for name in [name for name in os.environ if name.startswith("TQDM_")]:
-    del os.environ[name]                                # the bar is as the program asks for it
-for library in ("OMP", "OPENBLAS", "MKL"):              # small arrays: threads would only wait
-    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# What the tests rely on, whatever the environment says of whoever runs them.
+UNSET = re.compile("(TQDM|HF|HUGGINGFACE)_.*|NO_COLOR|(FORCE|PYTHON)_COLORS?|PYTHONIOENCODING|"
+                   "PYTHONWARNINGS|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_(ADDR|PORT)|OMP_.*")
+for name in filter(UNSET.fullmatch, [*os.environ]):
+    del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "COLUMNS": "100", "NO_PROXY": "*",
+               **{f"{library}_NUM_THREADS": "1"         # in small arrays, threads only wait
+                  for library in ("OMP", "OPENBLAS", "MKL")}}
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -238,6 +241,27 @@ def backend(request):
     return request.param
 
 
+def with_torch_too(names, cases, few):
+    """Parametrize a test over all these cases with NumPy, and over a few of them with torch.
+
+    For what both backends share, such as a sampler, after the networks are compared on both.
+    """
+    pairs = [*((case, "numpy") for case in cases), *((case, "torch") for case in few)]
+    return pytest.mark.parametrize(f"{names}, backend", [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), backend,
+                     id=f"{name_of(case)}-{backend}") for case, backend in pairs],
+        indirect=["backend"])
+
+
+def name_of(case):
+    """Return a case as it stands in the name of its test."""
+    if isinstance(case, dict):
+        return " ".join(f"{key} {str(value)[:20]}" for key, value in case.items())
+    if isinstance(case, tuple):
+        return "-".join(map(name_of, case))
+    return getattr(case, "__name__", str(case))
+
+
 @pytest.fixture(scope="session")
 def model(folder, backend):
     """The small model as tiny_sd loads it from the folder."""
@@ -321,6 +345,20 @@ def pytest_testnodedown(node):
         record(part, difference)
 
 
+# ── The order ───────────────────────────────────────────────────────────────────────────────────
+
+LONGEST = ["train", "stopped", "play", "teach", "figures", "fuzz", "sdxl", "families", "parity",
+           "fast", "notebook", "diffusion", "hub"]
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the modules that take longest, so that all of pytest-xdist's processes have work
+    until near the end.
+    """
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 # ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -334,6 +372,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")
     if config.option.fuzz_seed is None:         # which pytest-xdist hands on to its processes
         config.option.fuzz_seed = random.randrange(10 ** 6)
+    config.option.loadscopereorder = False      # else pytest-xdist puts the most tests first
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import tiny_sd as sd
+from extras import like_diffusers
 from extras.tools import models
 from extras.tools.models import random_arrays, shapes_of  # noqa: F401  (for the tests)
 
@@ -44,6 +45,12 @@ def contents(folder="."):
 def own_lines(lines):
     """Return what the program said, of the lines on stderr: without its name, and the bar."""
     return [line.removeprefix("tiny_sd: ") for line in lines if line.startswith("tiny_sd: ")]
+
+
+def drawn(model, *args, **settings):
+    """Return the pictures (batch, height, width, 3) that like_diffusers.generate leads to."""
+    *_, x = like_diffusers.generate(model, *args, **settings)
+    return sd.decode(model, x)
 
 
 def scheduler(**settings):

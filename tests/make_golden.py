@@ -18,6 +18,7 @@ import test_parity  # noqa: E402
 
 import layers  # noqa: E402
 from conftest import SCHEDULER  # noqa: E402
+from helpers_diffusers import first  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden.npz")
 
@@ -37,7 +38,7 @@ def golden_arrays():
     for name in layers.SAMPLERS:
         options = test_parity.options(name, None)
         scheduler = test_parity.CLASSES[name].from_config(SCHEDULER, **options)
-        x = test_parity.first(layers.noisy_picture())
+        x = first(layers.noisy_picture())
         path = test_parity.reference_trajectory(scheduler, x, 5, 7)     # 5 steps, seed 7
         add(f"sampler/{name}", [x_t for _, x_t in path])
     shapes = {name: test_layers.layer_shapes(name) for name in layers.LAYERS}

@@ -11,20 +11,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_parity import first, last
 
 import tiny_sd as sd
 from conftest import randomise, same
 from extras import control, like_diffusers, samplers
-from helpers import TWO_ENCODERS, write_model
+from helpers import TWO_ENCODERS, drawn, write_model
+from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all tests)
+    PROMPT,
+    drawn_by,
+    first,
+    last,
+    no_gradients,
+    same_pictures,
+)
 
 SIZE = {"width": 72, "height": 104}
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def random_network(unet):
@@ -126,22 +127,19 @@ def test_pictures(network, written, reference, model, backend):
         **{**reference.components, "scheduler": diffusers.DDIMScheduler.from_config(
             reference.scheduler.config, timestep_spacing="leading", clip_sample=False)},
         controlnet=[network, network], requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
     hints = [edges(), edges()[::-1].copy()]
-    expected = np.asarray(pipe(
-        "a photo of a cat", [Image.fromarray(hint) for hint in hints], negative_prompt="a dog",
-        generator=[torch.Generator().manual_seed(5)], num_inference_steps=6, guidance_scale=7.5,
-        controlnet_conditioning_scale=[0.8, 0.5], control_guidance_start=[0.0, 0.3],
-        control_guidance_end=[1.0, 0.8], **SIZE).images[0])
+    expected = drawn_by(
+        pipe, [Image.fromarray(hint) for hint in hints], negative_prompt="a dog",
+        num_inference_steps=6, guidance_scale=7.5, controlnet_conditioning_scale=[0.8, 0.5],
+        control_guidance_start=[0.0, 0.3], control_guidance_end=[1.0, 0.8], **SIZE)
 
     weights = weights_at(written, model, backend)
     controls = [control.Control(model, weights, hints[0], 0.8),
                 control.Control(model, weights, hints[1], 0.5, 0.3, 0.8)]
     sampler = samplers.counting(sd.ddim, *(c.count for c in controls))
-    *_, x = like_diffusers.generate(
-        model, "a photo of a cat", "a dog", (5,), 6, 7.5, sampler, **SIZE,
-        make_denoiser=control.controlled(like_diffusers.denoiser, controls))
-    assert abs(sd.decode(model, x)[0].astype(int) - expected).max() <= 1
+    ours = drawn(model, PROMPT, "a dog", (5,), 6, 7.5, sampler, **SIZE,
+                 make_denoiser=control.controlled(like_diffusers.denoiser, controls))
+    same_pictures("pictures with ControlNet", ours, expected)
 
 
 def test_zeros_learn(reference, model):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_xl import make_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,6 +18,7 @@ import tiny_sd
 from conftest import same
 from extras import formats, named, prompts
 from helpers import own_lines
+from helpers_diffusers import make_pipeline
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow

@@ -5,6 +5,7 @@ U-Nets, text encoders and whole pictures equal to diffusers', on both backends.
 
 import copy
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -17,7 +18,6 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from test_parity import first, last, same_pictures, some_picture
 
 import tiny_sd
 from conftest import (
@@ -31,13 +31,24 @@ from conftest import (
     randomise,
     record,
     same,
+    with_torch_too,
 )
 from extras import formats, like_diffusers, prompts
+from helpers import drawn
+from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all tests)
+    PROMPT,
+    SECOND,
+    drawn_by,
+    first,
+    last,
+    no_gradients,
+    same_pictures,
+    some_mask,
+    some_picture,
+)
 
 pytestmark = pytest.mark.slow
 
-SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
-          "use_linear_projection": True}
 FAMILIES = {"pruned": ({"layers_per_block": 1, "mid_block_type": None}, diffusers.PNDMScheduler,
                        {"skip_prk_steps": True}),
             "three levels": ({"layers_per_block": 1, "mid_block_type": None,
@@ -73,7 +84,6 @@ def family(reference, tmp_path_factory):
                 parts["text_encoder"] = randomise(transformers.CLIPTextModel(
                     transformers.CLIPTextConfig(**{**TEXT, "hidden_act": "gelu"})), 4, weight=3)
             pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-            pipe.set_progress_bar_config(disable=True)
             folder = tmp_path_factory.mktemp("families") / "model"
             pipe.save_pretrained(folder)
             known[name] = pipe, folder
@@ -81,14 +91,12 @@ def family(reference, tmp_path_factory):
     return make
 
 
-def drawn(model, prompt="a photo of a cat", **settings):
-    *_, x = like_diffusers.generate(model, prompt, "a dog", (5,), **settings)
-    return tiny_sd.decode(model, x)
+def draw(model, prompt=PROMPT, **settings):
+    return drawn(model, prompt, "a dog", (5,), **settings)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("steps", [1, 4])
-@torch.no_grad()
+@with_torch_too("name, steps", itertools.product(FAMILIES, (1, 4)),
+                itertools.product([name for name in FAMILIES if FAMILIES[name][0]], (1, 4)))
 def test_a_folders_own_defaults(name, steps, family, backend):
     """The sampler, the spacing and what is predicted are those of the folder.
 
@@ -96,13 +104,11 @@ def test_a_folders_own_defaults(name, steps, family, backend):
     """
     pipe, folder = family(name)
     guidance = 1.0 if name == "Turbo" else 3.0
-    expected = pipe("a photo of a cat", negative_prompt="a dog", num_inference_steps=steps,
-                    guidance_scale=guidance, generator=torch.Generator().manual_seed(5), width=72,
-                    height=64).images
+    expected = drawn_by(pipe, negative_prompt="a dog", num_inference_steps=steps,
+                        guidance_scale=guidance, width=72, height=64)
     model = formats.load(folder, backend)
     same_pictures("pictures of other families",
-                  drawn(model, steps=steps, guidance=guidance, width=72, height=64),
-                  np.stack([np.asarray(picture) for picture in expected]))
+                  draw(model, steps=steps, guidance=guidance, width=72, height=64), expected)
 
 
 def test_defaults(family):
@@ -111,10 +117,9 @@ def test_defaults(family):
             for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
 
 
-@torch.no_grad()
 def test_guidance_reaches_a_consistency_model(family, backend):
     model = formats.load(family("consistency")[1], backend)
-    one, other = (drawn(model, steps=2, guidance=scale).astype(int) for scale in (2.0, 9.0))
+    one, other = (draw(model, steps=2, guidance=scale).astype(int) for scale in (2.0, 9.0))
     assert np.abs(one - other).mean() > 0.5
 
 
@@ -143,7 +148,6 @@ FACTS = [       # a file of a folder, the scheduler's class, and what the file s
 
 @pytest.mark.parametrize("file, kind, fields", FACTS, ids=lambda value: value if isinstance(
     value, str) else "-".join(map(str, value.values())))
-@torch.no_grad()
 def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference, folder, tmp_path):
     """In seven steps; and without the fact, the picture would be another."""
     place = shutil.copytree(folder, tmp_path / "model")
@@ -154,24 +158,22 @@ def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference,
     tokenizer = json.loads((place / "tokenizer/tokenizer_config.json").read_text())
     (place / "tokenizer/tokenizer_config.json").write_text(json.dumps(
         {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))
-    without = drawn(formats.load(place), steps=7, guidance=3, width=64, height=64).astype(int)
+    without = draw(formats.load(place), steps=7, guidance=3, width=64, height=64).astype(int)
     (place / file).write_text(json.dumps((settings if file == CONFIG else {}) | fields))
     scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(place / "scheduler")
     expected = theirs(reference, scheduler=scheduler,
                       tokenizer=transformers.CLIPTokenizer.from_pretrained(place / "tokenizer"))
-    ours = drawn(formats.load(place), steps=7, guidance=3, width=64, height=64)
+    ours = draw(formats.load(place), steps=7, guidance=3, width=64, height=64)
     followed(f"{kind} {' '.join(f'{name} {value}' for name, value in fields.items())}", ours,
              without, expected)
 
 
-def theirs(reference, prompt="a photo of a cat", **parts):
+def theirs(reference, prompt=PROMPT, **parts):
     """Return the picture that diffusers draws with these parts in place of the reference's."""
     pipe = diffusers.StableDiffusionPipeline(**reference.components | parts,
                                              requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return np.stack([np.asarray(picture) for picture in pipe(
-        prompt, negative_prompt="a dog", num_inference_steps=7, guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(5), width=64, height=64).images])
+    return drawn_by(pipe, prompt=prompt, negative_prompt="a dog", num_inference_steps=7,
+                    guidance_scale=3.0, width=64, height=64)
 
 
 def followed(what, ours, without, expected):
@@ -184,7 +186,6 @@ def followed(what, ours, without, expected):
     assert apart["followed"].max() <= 1 and apart["passed over"].mean() > 0.05
 
 
-@torch.no_grad()
 def test_a_fact_of_other_files_draws_as_in_diffusers(reference, folder, tmp_path):
     """A learnt word of a tokenizer, peft's config, a single file's flag, ComfyUI's embedding."""
     plain, settings = formats.load(folder), {"steps": 7, "guidance": 3, "width": 64, "height": 64}
@@ -202,12 +203,12 @@ def test_a_fact_of_other_files_draws_as_in_diffusers(reference, folder, tmp_path
     ours = formats.load(added)
     without = dataclasses.replace(ours, encoders=[
         tiny_sd.Encoder(plain.encoders[0].tokenizer, *ours.encoders[0][1:])])
-    followed("a learnt word of the tokenizer", drawn(ours, "a photo of a <toy>", **settings),
-             drawn(without, "a photo of a <toy>", **settings), expected)
+    followed("a learnt word of the tokenizer", draw(ours, "a photo of a <toy>", **settings),
+             draw(without, "a photo of a <toy>", **settings), expected)
     save_file({"emb_params": vector[None]}, tmp_path / "toy.safetensors")
     ours = prompts.with_embeddings(plain, [tmp_path / "toy.safetensors"])
-    followed("ComfyUI's embedding:name", drawn(ours, "a photo of a embedding:toy", **settings),
-             drawn(ours, "a photo of a embedding, : toy", **settings), expected)
+    followed("ComfyUI's embedding:name", draw(ours, "a photo of a embedding:toy", **settings),
+             draw(ours, "a photo of a embedding, : toy", **settings), expected)
 
     for fields in {"use_rslora": True}, {"alpha_pattern": {"attn2.to_q": 40}}, {"lora_alpha": 9}:
         network = peft.get_peft_model(copy.deepcopy(reference.unet), peft.LoraConfig(
@@ -221,14 +222,14 @@ def test_a_fact_of_other_files_draws_as_in_diffusers(reference, folder, tmp_path
         config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
         (tmp_path / "lora/adapter_config.json").write_text(json.dumps(
             {key: value for key, value in config.items() if key not in fields}))
-        followed(f"peft's {[*fields][0]}", drawn(ours, **settings),
-                 drawn(formats.load(folder, loras=[lora]), **settings),
+        followed(f"peft's {[*fields][0]}", draw(ours, **settings),
+                 draw(formats.load(folder, loras=[lora]), **settings),
                  theirs(reference, unet=network.merge_and_unload()))
 
     arrays = compvis(folder)
     for name, more in ("flagged", {"v_pred": torch.zeros(0)}), ("plain", {}):
         save_file(arrays | more, tmp_path / f"{name}.safetensors")
-    ours, without = (drawn(formats.load(tmp_path / f"{name}.safetensors"), **settings)
+    ours, without = (draw(formats.load(tmp_path / f"{name}.safetensors"), **settings)
                      for name in ("flagged", "plain"))
     scheduler = diffusers.PNDMScheduler(**SILENT, skip_prk_steps=True,
                                         prediction_type="v_prediction")
@@ -247,7 +248,6 @@ def open_clip(arrays):
                                       "logit_scale": torch.tensor(1.0)}
 
 
-@torch.no_grad()
 def test_single_file_of_the_second(family, backend, tmp_path):
     pipe, folder = family("Stable Diffusion 2")
     arrays, text = {}, {}
@@ -280,12 +280,12 @@ def test_single_file_of_the_second(family, backend, tmp_path):
 
 # ── Inpainting ────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("channels", [4, 9])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("scheduler",
-                         [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler,
-                          diffusers.EulerAncestralDiscreteScheduler], ids=lambda cls: cls.__name__)
-@torch.no_grad()
+INPAINTED = [*itertools.product([4, 9], [1.0, 0.6], [
+    diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerAncestralDiscreteScheduler])]
+
+
+@with_torch_too("channels, strength, scheduler", INPAINTED, [INPAINTED[0], INPAINTED[-1]])
 def test_inpainting(channels, strength, scheduler, reference, folder_with, backend):
     """With a model for it, and with any other.
 
@@ -297,19 +297,15 @@ def test_inpainting(channels, strength, scheduler, reference, folder_with, backe
     pipe = diffusers.StableDiffusionInpaintPipeline(**{**reference.components, "unet": network,
                                                        "scheduler": schedule},
                                                     requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    picture, mask = some_picture(1, 72, 64), np.zeros((64, 72), bool)
-    mask[16:48, 24:] = True
-    expected = pipe("a photo of a cat", Image.fromarray(picture),
-                    Image.fromarray((mask * 255).astype(np.uint8)), negative_prompt="a dog",
-                    width=72, height=64, strength=strength, num_inference_steps=5,
-                    guidance_scale=3.0, generator=torch.Generator().manual_seed(5)).images[0]
+    picture, (mask, white) = some_picture(1, 72, 64), some_mask()
+    expected = drawn_by(pipe, Image.fromarray(picture), white, negative_prompt="a dog", width=72,
+                        height=64, strength=strength, num_inference_steps=5, guidance_scale=3.0)
     model = formats.load(folder_with(unet=network, scheduler=schedule), backend)
-    ours = drawn(model, steps=5, guidance=3.0, init=picture, strength=strength, mask=mask)
-    same_pictures("pictures inpainted", ours, np.asarray(expected)[None])
+    ours = draw(model, steps=5, guidance=3.0, init=picture, strength=strength, mask=mask)
+    same_pictures("pictures inpainted", ours, expected)
 
 
 def test_a_model_for_inpainting_needs_a_mask(folder_with):
     model = formats.load(folder_with(unet=make_unet(in_channels=9)))
     with pytest.raises(tiny_sd.UserError, match="needs a picture and a mask"):
-        drawn(model, steps=2)
+        draw(model, steps=2)

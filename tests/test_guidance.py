@@ -48,7 +48,7 @@ def counting(asked):
         denoise = like_diffusers.denoiser(model, context, *args)
 
         def counted(x, t, alpha_bar):
-            asked.append((t, len(context), args[0]))
+            asked.append((t, context, args[0]))
             return denoise(x, t, alpha_bar)
         return counted
     return make
@@ -59,10 +59,12 @@ def test_outside_of_the_interval_the_prompt_alone_is_asked_for(loaded):
     make = guidance.within(counting(asked), 0.2, 0.8)
     *_, x = like_diffusers.generate(loaded, "red", steps=10, sampler="euler", make_denoiser=make)
     assert len(asked) == 10
+    prompt = sd.embed_prompts(loaded, ["red"])[0][0]
     for t, contexts, scale in asked:
         inside = 0.2 <= t / 1000 <= 0.8
-        assert (contexts, scale) == ((2, 7.5) if inside else (1, 1.0))
-    assert {contexts for _, contexts, _ in asked} == {1, 2}
+        assert (len(contexts), scale) == ((2, 7.5) if inside else (1, 1.0))
+        np.testing.assert_allclose(contexts[-1], prompt, atol=1e-6)
+    assert {len(contexts) for _, contexts, _ in asked} == {1, 2}
 
     *_, whole = like_diffusers.generate(loaded, "red", steps=10, sampler="euler")
     *_, same = like_diffusers.generate(loaded, "red", steps=10, sampler="euler",

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
-from conftest import record
-from extras import cli, formats, like_diffusers
+from conftest import with_torch_too
+from extras import cli, formats
+from helpers import drawn
+from helpers_diffusers import PROMPT, drawn_by, same_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +118,7 @@ def largest_error(model, plain, pairs, names, scale):
     return np.max(errors)       # max() would pass over NaN
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@with_torch_too("naming", NAMINGS, ["kohya"])
 def test_namings(naming, folder, plain, pairs, backend, tmp_path):
     name, names = NAMINGS[naming]
     path = write(tmp_path / "lora.safetensors", pairs, name, names)
@@ -163,7 +165,7 @@ def test_single_file(single_file, pairs, tmp_path):
     assert largest_error(model, plain, pairs, UNET + TEXT, 1) < 1e-5
 
 
-@pytest.mark.parametrize("naming", ["kohya", "peft"])
+@with_torch_too("naming", ["kohya", "peft"], ["peft"])
 def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
     """load_lora_weights and fuse_lora, which need peft."""
     pytest.importorskip("peft")
@@ -178,23 +180,13 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
                  **({"alpha": 2} if naming == "kohya"
                     else {"metadata": {"lora_adapter_metadata": json.dumps(settings)}}))
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw():
-        return np.asarray(pipe("a photo of a cat", num_inference_steps=3, guidance_scale=5,
-                               width=64, height=64,
-                               generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
-
-    before = draw()
+    how = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 5, "width": 64, "height": 64}
+    before = drawn_by(pipe, **how)
     pipe.load_lora_weights(str(path))
     pipe.fuse_lora(lora_scale=0.8)
-    model = formats.load(folder, backend, loras=[(path, 0.8)])
-    *_, x = like_diffusers.generate(model, "a photo of a cat", seeds=(3,), steps=3, guidance=5,
-                                    sampler="ddim", width=64, height=64)
-    ours, reference = tiny_sd.decode(model, x)[0].astype(int), draw()
-    assert abs(reference - before).max() > 20
-    record(f"picture with a LoRA, {naming}, in 1/255", abs(ours - reference).max())
-    assert abs(ours - reference).max() <= 1
+    ours = drawn(formats.load(folder, backend, loras=[(path, 0.8)]), PROMPT, seeds=(3,), steps=3,
+                 guidance=5, sampler="ddim", width=64, height=64)
+    same_pictures(f"picture with a LoRA, {naming}", ours, drawn_by(pipe, **how), before)
 
 
 # ── Refused ───────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_xl import make_pipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ import tiny_sd
 from conftest import TEXT, randomise, same
 from extras import cli, formats, in_time, like_diffusers, named, prompts, show
 from helpers import own_lines
+from helpers_diffusers import make_pipeline
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow

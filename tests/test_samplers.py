@@ -290,6 +290,9 @@ def test_quantiles_of_the_beta_distribution():
     np.testing.assert_allclose(reached, p, atol=1e-8)
     np.testing.assert_allclose(schedules.beta_quantile(1 - p), 1 - u, atol=1e-12)
     assert schedules.beta_quantile(np.array([0.0, 1.0])).tolist() == [0, 1]
+    sigma = schedules.SCHEDULES["beta"](9, SIGMAS)
+    np.testing.assert_allclose(sigma[[0, -1]], SIGMAS[[-1, 0]])
+    np.testing.assert_allclose(sigma + sigma[::-1], SIGMAS[0] + SIGMAS[-1])     # symmetric
 
 
 def test_sdxl_has_times_of_its_own():

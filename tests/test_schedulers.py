@@ -86,6 +86,13 @@ def test_a_walk_is_the_schedulers(kind, fields, n):
     assert error < (2e-3 if levels[-1] < 1e-6 else 1e-4)       # float32 at σ = 4096 has no more
 
 
+@pytest.mark.parametrize("kind, last", [("epsilon", 2 ** -24), ("v_prediction", 0)])
+def test_noise_says_nothing_of_a_picture_that_is_all_noise(kind, last):
+    """So a model that predicts noise is never asked there, whatever its config says."""
+    config = tiny_sd.read_config("scheduler", PLAIN | ZERO | {"prediction_type": kind})
+    assert like_diffusers.noise_levels(config)[-1] == last
+
+
 IDLE = {"self", "args", "kwargs", "clip_sample_range",  # without what is refused or named
         "dynamic_thresholding_ratio", "sample_max_value",
         *("flow_shift", "time_shift_type", "shift_terminal", "use_dynamic_shifting")}

@@ -6,9 +6,11 @@ half done behind, and harms nothing that was there.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -19,23 +21,27 @@ from PIL import Image
 from conftest import ROOT
 from extras import cli, formats
 from extras.tools import models
-from helpers import FILES, all_signals_end_it, finish, launch, sd, write_model
+from helpers import FILES, PROGRAM, all_signals_end_it, finish, launch, sd, write_model
 
 pytestmark = pytest.mark.slow
 
-# Python runs a file sitecustomize.py, found on its path, before the program. As soon as function
-# FUNCTION of a file FILE is called for the COUNTth time, the process gets what Ctrl-C sends.
-INTERRUPT = """
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals, rights and shells")
+SMALL = "-W 32 -H 32 --steps 2".split()
+
+
+def interrupt(where, name="SIGINT"):
+    """Python that sends its process a signal when FUNCTION of FILE is called the COUNTth time."""
+    file, function, count = where.split(":")
+    return f"""
 import os, signal, sys
-file, function, count = os.environ["INTERRUPT"].split(":")
-left = iter(range(int(count) - 1))
+left = iter(range({int(count) - 1}))
 
 def watch(frame, event, arg):
     code = frame.f_code
-    here = event == "call" and code.co_name == function and code.co_filename.endswith(file)
+    here = event == "call" and code.co_name == {function!r} and code.co_filename.endswith({file!r})
     if here and next(left, None) is None:
         sys.setprofile(None)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.{name})
 sys.setprofile(watch)
 """
 
@@ -49,20 +55,25 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def program(*argv, under=(), **environment):
+def program(*argv, under=(), first=""):
     """(status, stdout, stderr) of the program in a process of its own.
 
-    Without the progress bar, and what is said of pictures that are small, to be quick.
+    first: what Python runs before it. Without the progress bar, and what is said of pictures that
+    are small, to be quick.
     """
-    status, out, err = finish(launch(*argv, under=under, **environment))
+    lib = Path(tempfile.mkdtemp())      # on whose path Python finds and runs sitecustomize.py
+    (lib / "sitecustomize.py").write_text(first)
+    status, out, err = finish(launch(*argv, under=under, PYTHONPATH=str(lib),
+                                     PYTHONDONTWRITEBYTECODE="1"))
+    shutil.rmtree(lib)
     lines = [line for line in re.split("[\r\n]+", err)
              if line and not re.search(r"\d+/\d+ \[|the model learnt pictures of", line)]
     return status, out, lines
 
 
 def contents():
-    files = {path for path in Path().rglob("*") if path.is_file() and "large" not in path.parts}
-    return {str(path): path.read_bytes() if path in files else None for path in Path().rglob("*")}
+    return {str(path): path.read_bytes() if path.is_file() and "large" not in path.parts else None
+            for path in Path().rglob("*")}
 
 
 # ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────
@@ -85,19 +96,15 @@ PHASES = {  # the arguments, where it is interrupted, and what is there already 
 }
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@posix
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c(here, phase):
     flags, where, there = PHASES[phase]
-    argv = [*flags.split(), *([] if "--prompts" in flags else ["red apple"]),
-            *"-W 32 -H 32 --steps 2".split()]
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(INTERRUPT)
+    argv = [*flags.split(), *([] if "--prompts" in flags else ["red apple"]), *SMALL]
     Path("prompts.txt").write_text("red apple\ngreen apple\nblue apple\n")
     Image.new("RGB", (32, 32), "red").save("in.png")
     before = contents()
-    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-                               INTERRUPT=where)
+    status, out, err = program(*argv, first=interrupt(where))
     after = contents()
     assert (status, err, out.split()) == (130, ["tiny_sd: interrupted"],
                                           [name for name in there if name != "preview.png"])
@@ -109,76 +116,64 @@ def test_ctrl_c(here, phase):
                 and contents().items() >= after.items())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@posix
 @pytest.mark.parametrize("where", [f"{file}.py:<module>:1"
                                    for file in ("numpy/__init__", "PIL/Image", "tqdm/std")])
 def test_ctrl_c_while_libraries_are_imported(here, where):
     """Before main() is there to say so, Python ends itself by the same signal."""
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(INTERRUPT)
     before = contents()
-    argv = "apple -W 32 -H 32 --steps 1".split()
-    status, out, err = program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-                               INTERRUPT=where)
+    status, out, err = program("apple", *SMALL, first=interrupt(where))
     assert ((status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])]
             and contents() == before)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@posix
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("phase", ["sampling", "writing the picture", "writing the page"])
 def test_other_signals_leave_nothing_unfinished(here, name, phase):
     flags, where, there = PHASES[phase]
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(INTERRUPT.replace("signal.SIGINT", f"signal.{name}"))
     before = contents()
-    status, out, err = program(*flags.split(), *"apple -W 32 -H 32 --steps 2".split(),
-                               INTERRUPT=where, PYTHONPATH=str(here / "lib"),
-                               PYTHONDONTWRITEBYTECODE="1")
+    status, out, err = program(*flags.split(), "apple", *SMALL, first=interrupt(where, name))
     after = contents()
     assert (status, err, out.split()) == (128 + getattr(signal, name), [], there)
     assert after.items() >= before.items() and sorted(after.keys() - before.keys()) == there
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@posix
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_the_first_process_of_a_container_can_be_stopped(here, name, status):
     """There the system ignores each signal that the program does not catch."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(INTERRUPT.replace("signal.SIGINT", f"signal.{name}")
-                                            + "print(os.getpid(), file=sys.stderr)")
     before = contents()
-    stopped, out, err = program(*"apple -W 32 -H 32 --steps 2".split(), under=possible(container),
-                                PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1",
-                                INTERRUPT="PngImagePlugin.py:putchunk:2")
+    first = interrupt("PngImagePlugin.py:putchunk:2", name) + "print(os.getpid(), file=sys.stderr)"
+    stopped, out, err = program("apple", *SMALL, under=possible(container), first=first)
     said = ["tiny_sd: interrupted"] * (name == "SIGINT")
     assert (stopped, out, err) == (status, "", ["1", *said]) and contents() == before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@posix
 def test_ctrl_c_again_while_it_tidies_up(here):
     """As of people who press it twice: nothing unfinished is left."""
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(
-        "import os, signal, sys\nfunctions = ['latents_section', 'rmtree', 'tell']\n"
-        "def watch(frame, event, arg):\n"
-        "    if event == 'call' and functions and frame.f_code.co_name == functions[0]:\n"
-        "        functions.pop(0)\n        os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.setprofile(watch)\n")
     before = contents()
-    status, out, err = program(*"apple -W 32 -H 32 --steps 2 --show new".split(),
-                               PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")
+    status, out, err = program("apple", *SMALL, "--show", "new", first="""
+import os, signal, sys
+functions = ["latents_section", "rmtree", "tell"]
+
+def watch(frame, event, arg):
+    if event == "call" and functions and frame.f_code.co_name == functions[0]:
+        functions.pop(0)
+        os.kill(os.getpid(), signal.SIGINT)
+sys.setprofile(watch)
+""")
     assert (status, out, err) == (130, "out-1.png\n", ["tiny_sd: interrupted"])
     assert contents().keys() - before.keys() == {"out-1.png"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@posix
 def test_a_signal_that_is_not_heeded_is_heeded_when_it_comes_again(here):
     """Such as one that came while Python took an object away, where it drops all exceptions."""
     stuck = """
-import signal, sys, time
-sys.path.insert(0, sys.argv[1].removesuffix("tiny_sd.py"))
+import signal, time
 from extras import start
 start.set_up_signals()
 for pause, number in (0, signal.SIGINT), (0, signal.SIGTERM), (1.1, signal.SIGTERM):
@@ -189,8 +184,8 @@ for pause, number in (0, signal.SIGINT), (0, signal.SIGTERM), (1.1, signal.SIGTE
     except KeyboardInterrupt:
         print("stopped", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", stuck, ROOT / "tiny_sd.py"], capture_output=True,
-                          text=True, preexec_fn=all_signals_end_it)
+    done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=all_signals_end_it)
     assert (done.returncode, done.stdout) == (143, "stopped\non\n"), done.stderr
 
 
@@ -205,29 +200,26 @@ def possible(command):
     return command
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@posix
 def test_nohup_is_heeded(here):
     """What is ignored already stays ignored."""
-    done = subprocess.run([sys.executable, "-c", NOHUP, ROOT / "tiny_sd.py"], capture_output=True,
-                          text=True)
-    assert done.stdout == "True\n", done.stderr
-
-
-NOHUP = """
-import signal, sys
-sys.path.insert(0, sys.argv[1].removesuffix("tiny_sd.py"))
+    code = """
+import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from extras import start
 start.set_up_signals()
 print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
 """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "True\n", done.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@posix
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams(here, closed):
     """The picture is drawn all the same, and no word of a library gets into it."""
-    command = f"exec {sys.executable} {ROOT / 'tiny_sd.py'} apple -W 32 -H 32 --steps 2 {closed}"
+    command = f"exec {sys.executable} {PROGRAM} apple {' '.join(SMALL)} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "out-1.png\n")
@@ -235,13 +227,11 @@ def test_closed_streams(here, closed):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("prompt, status",
-                         [("apple", 0), ("apple " * 200, 0), ("apple --steps 0", 2)])
-def test_a_full_stderr(prompt, status):
+@pytest.mark.parametrize("prompt, flags, status", [
+    ("apple", [], 0), ("apple " * 200, [], 0), ("apple", ["--steps=0"], 2)])
+def test_a_full_stderr(prompt, flags, status):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "tiny_sd.py",
-                               *"-W 32 -H 32 --steps 2".split(), *prompt.split(" --")[:1],
-                               *["--" + f.split()[0] + "=0" for f in prompt.split(" --")[1:]]],
+        done = subprocess.run([sys.executable, PROGRAM, *SMALL, prompt, *flags],
                               stdout=subprocess.PIPE, stderr=full, text=True)
     assert done.returncode == status
     assert (done.stdout == ("" if status else "out-1.png\n")
@@ -394,12 +384,10 @@ def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
     if "medium" in argv:
         models.write_model(here / "medium", models.sd15(64),
                            save=partial(models.save_random, dtype=np.float16))
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(
-        "import atexit, shutil; atexit.register(shutil.copyfile, '/proc/self/status', 'status')")
     argv, needs = ["red apple", "--steps", "1", *argv.split()], {}
-    assert program(*argv, PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")[0] == 0
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("status").read_text())[1])
+    measure = "import atexit, shutil; atexit.register(shutil.copyfile, '/proc/self/status', 'peak')"
+    assert program(*argv, first=measure)[0] == 0
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("peak").read_text())[1])
 
     def check_memory(need, what, *advice):
         needs[what] = need
@@ -420,7 +408,7 @@ AS_ANOTHER_USER = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-g
                    "--inh-caps", "+dac_override", "--ambient-caps", "+dac_override"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+@posix
 @pytest.mark.parametrize("name", [
     "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/vocab.json", "vae"])
 def test_what_cannot_be_read_is_not_said_to_be_missing(here, name):
@@ -433,7 +421,7 @@ def test_what_cannot_be_read_is_not_said_to_be_missing(here, name):
     assert name in err[0] and "Permission denied" in err[0]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+@posix
 @pytest.mark.parametrize("flags", [
     "-o kept/out.png", "--preview kept/p.png", "--show kept", "--show kept/new"])
 def test_a_folder_that_may_only_be_read_is_not_said_to_be_missing(here, flags):
@@ -449,13 +437,14 @@ def test_a_folder_that_may_only_be_read_is_not_said_to_be_missing(here, flags):
 def test_no_thread_can_be_started(here):
     """The program goes on with the one that it has."""
     under = [*(AS_ANOTHER_USER if ROOT_USER else []), "prlimit", "--nproc=1"]
-    Path("lib").mkdir()
-    Path("lib/sitecustomize.py").write_text(
-        "import os, sys, threading\nos.sched_getaffinity = lambda process: {0, 1}\n"
-        "try:\n    threading.Thread(target=print).start()\n"
-        "except RuntimeError as error:\n    print(error, file=sys.stderr)\n")
     here.chmod(0o777)
-    status, out, err = program("red apple", "--steps", "2", under=possible(under),
-                               PYTHONPATH=str(here / "lib"), PYTHONDONTWRITEBYTECODE="1")
+    status, out, err = program("red apple", "--steps", "2", under=possible(under), first="""
+import os, sys, threading
+os.sched_getaffinity = lambda process: {0, 1}
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    print(error, file=sys.stderr)
+""")
     assert (status, out, err) == (0, "out-1.png\n", ["can't start new thread"])
     Image.open("out-1.png").load()

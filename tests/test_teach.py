@@ -19,24 +19,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers_xl import make_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
-from conftest import ROOT, SCHEDULER, make_unet, record, same
+from conftest import ROOT, SCHEDULER, make_unet, same
 from extras import cli, files, formats, like_diffusers, show
 from extras.training import lora, teach
-from helpers import CONFIG, contents, write_model
+from helpers import CONFIG, contents, drawn, write_model
+from helpers_diffusers import PROMPT, SECOND, drawn_by, make_pipeline, same_pictures
 
 pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-m", "extras.training.teach"]
 FROM_ANYWHERE = os.environ | {"PYTHONPATH": str(ROOT)}
-
-SECOND = {"attention_head_dim": (1, 2, 2, 2), "block_out_channels": (64, 128, 128, 128),
-          "use_linear_projection": True}
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -179,11 +175,6 @@ def test_gradients_are_the_same_where_layers_are_recomputed(folder):
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def diffusers_picture(pipe, size):
-    return np.asarray(pipe("a photo of a cat", num_inference_steps=3, guidance_scale=5, width=size,
-                           height=size, generator=torch.Generator().manual_seed(3)).images[0])
-
-
 @pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "emoji"])
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path, monkeypatch):
@@ -214,18 +205,12 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path, monk
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    before = diffusers_picture(pipe, 64).astype(int)
+    how = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 5, "width": 64, "height": 64}
+    before = drawn_by(pipe, **how)
     pipe.load_lora_weights("mine.safetensors")
-    expected = diffusers_picture(pipe, 64).astype(int)
-
     model = formats.load(folder, loras=[("mine.safetensors", 1)])
-    *_, x = like_diffusers.generate(model, "a photo of a cat", None, (3,), 3, 5, "ddim", width=64,
-                             height=64)
-    ours = tiny_sd.decode(model, x)[0].astype(int)
-    assert abs(expected - before).max() > 20
-    record(f"picture of a taught model, {name}, in 1/255", abs(ours - expected).max())
-    assert abs(ours - expected).max() <= 1
+    ours = drawn(model, PROMPT, None, (3,), 3, 5, "ddim", width=64, height=64)
+    same_pictures(f"picture of a taught model, {name}", ours, drawn_by(pipe, **how), before)
 
 
 def test_the_names_are_kohyas(run):
@@ -333,8 +318,7 @@ def test_the_sheet_shows_it_without_and_with(run, tiny):
     rows = []
     for loras in [], [("mine.safetensors", 1)]:
         model = formats.load(tiny, loras=loras)
-        paths = [list(like_diffusers.generate(model, f"apple {i}", None, [i])) for i in range(3)]
-        rows.append([Image.fromarray(tiny_sd.decode(model, path[-1])[0]) for path in paths])
+        rows.append([Image.fromarray(drawn(model, f"apple {i}", None, [i])[0]) for i in range(3)])
     ours, expected = (np.asarray(sheet).astype(int) for sheet in (
         Image.open("mine.png").convert("RGB"), show.sheet(rows, down=["before", "after"])))
     assert ours.shape == expected.shape and np.abs(ours - expected).max() <= 2

@@ -19,7 +19,9 @@ import tiny_sd
 from conftest import VAE, compvis_vae_name, randomise, same
 from extras import cli, formats, like_diffusers, shapes, tiny_vae
 from extras.formats import read_vae
+from helpers import drawn
 from helpers_cli import write_facts
+from helpers_diffusers import PROMPT, drawn_by, first, last, same_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -83,14 +85,6 @@ def load(folder, vae, backend="numpy"):
     return formats.load(folder, backend, vae=read_vae(str(vae)))
 
 
-def first(x):
-    return torch.as_tensor(np.ascontiguousarray(x, np.float32)).permute(0, 3, 1, 2)
-
-
-def last(x):
-    return x.permute(0, 2, 3, 1).numpy()
-
-
 def pixels_of(sample):
     """A reference's picture in [-1, 1] as one of 0 to 255."""
     return ((last(sample) / 2 + 0.5).clip(0, 1) * 255).round()
@@ -123,11 +117,9 @@ def test_pictures_equal_diffusers(folder, tiny, taesd, reference, backend):
     model = load(folder, tiny, backend)
     pipe = diffusers.StableDiffusionPipeline(**reference.components | {"vae": taesd},
                                              requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe("a cat", height=64, width=64, num_inference_steps=3, guidance_scale=4,
-                  output_type="np", generator=torch.Generator().manual_seed(7)).images
-    *_, x = like_diffusers.generate(model, "a cat", "", [7], 3, 4, "ddim")
-    assert abs(tiny_sd.decode(model, x) - theirs * 255.0).max() <= 1.01 and np.ptp(theirs) > 0.5
+    theirs = drawn_by(pipe, seed=7, height=64, width=64, num_inference_steps=3, guidance_scale=4)
+    ours = drawn(model, PROMPT, "", [7], 3, 4, "ddim")
+    same_pictures("pictures with TAESD", ours, theirs)
 
 
 def test_image_to_image_starts_from_its_latents(folder, tiny, taesd, backend):
@@ -223,8 +215,7 @@ def test_half_precision_and_pickles(dtype, suffix, taesd, tmp_path, folder, back
 
 def test_a_decoder_alone_draws_but_reads_no_picture(halves, tmp_path, folder):
     model = load(folder, shutil.copy(halves / "taesd_decoder.safetensors", tmp_path))
-    *_, x = like_diffusers.generate(model, "a cat", steps=1)
-    assert tiny_sd.decode(model, x).shape == (1, 64, 64, 3)
+    assert drawn(model, "a cat", steps=1).shape == (1, 64, 64, 3)
     with pytest.raises(tiny_sd.UserError, match="encoder's file beside"):
         like_diffusers.generate(model, "a cat", steps=2, init=PICTURE)
     alone = tmp_path / "alone"
@@ -302,11 +293,9 @@ def test_a_single_file_that_comes_without_a_vae(single_file, folder, tmp_path):
     save_file(bare, tmp_path / "bare.safetensors")
     with pytest.raises(tiny_sd.UserError, match="has no VAE: give one with --vae"):
         formats.load(tmp_path / "bare.safetensors")
-    pictures = []
-    for model in (formats.load(single_file("F32")), load(tmp_path / "bare.safetensors", folder)):
-        *_, x = like_diffusers.generate(model, "a cat", steps=2, width=64, height=64)
-        pictures.append(tiny_sd.decode(model, x))
-    assert (pictures[0] == pictures[1]).all()
+    models = formats.load(single_file("F32")), load(tmp_path / "bare.safetensors", folder)
+    one, other = (drawn(model, "a cat", steps=2, width=64, height=64) for model in models)
+    assert (one == other).all()
 
 
 @pytest.mark.parametrize("inside", [False, True])

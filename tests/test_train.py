@@ -20,9 +20,10 @@ from PIL import Image
 
 import tiny_sd
 from conftest import ROOT
-from extras import like_diffusers
 from extras.training import drawings, fitting, folder, measure, painting, scenes
 from extras.training import train as train_py
+from helpers import drawn
+from helpers_diffusers import drawn_by
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
 SHORT = ["--batch", "2", "--bank", "8", "--draw-steps", "1", "--threads", "1"]
@@ -431,12 +432,10 @@ def test_the_folder_says_what_it_knows(state, things):
 def test_the_folder_is_diffusers(state, exported):
     """The reference loads it and draws the same picture."""
     pipe = StableDiffusionPipeline.from_pretrained(state / "emoji")
-    pipe.set_progress_bar_config(disable=True)
-    prompt, seed = "a cat on a red background", torch.Generator().manual_seed(3)
-    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=4.0, generator=seed).images[0]
-    *_, x = like_diffusers.generate(exported, prompt, seeds=(3,), steps=4, guidance=4.0)
-    ours = tiny_sd.decode(exported, x)[0].astype(int)
-    assert np.abs(ours - np.asarray(theirs)).max() <= 1
+    prompt = "a cat on a red background"
+    theirs = drawn_by(pipe, seed=3, prompt=prompt, num_inference_steps=4, guidance_scale=4.0)
+    ours = drawn(exported, prompt, seeds=(3,), steps=4, guidance=4.0)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
 def test_the_decoder_alone(state, exported):
@@ -809,10 +808,9 @@ def test_many_pictures_at_once(exported, state):
     for guidance in (1, 4.0):
         pictures = measure.draw(model, prompts, seeds, negatives, steps=3, guidance=guidance)
         for i in range(3):
-            *_, x = like_diffusers.generate(exported, prompts[i], negatives[i], (seeds[i],),
-                                            steps=3, guidance=guidance)
-            alone = tiny_sd.decode(exported, x)[0].astype(int)
-            assert np.abs(pictures[i] - alone).max() <= 1
+            alone, = drawn(exported, prompts[i], negatives[i], seeds[i:i + 1], steps=3,
+                           guidance=guidance)
+            assert np.abs(pictures[i] - alone.astype(int)).max() <= 1
 
 
 def test_the_judge_knows_true_pictures(things):

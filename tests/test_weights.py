@@ -18,7 +18,7 @@ from conftest import compvis_name
 from extras import formats, like_diffusers, singlefile
 from extras.narrow import wide
 from extras.tools import models
-from helpers import write_model
+from helpers import drawn, write_model
 
 PARTS = ("text_encoder", "vae", "unet")
 
@@ -83,13 +83,10 @@ def test_single_file_equals_folder(kind, dtype, single_file, plain):
 
 @pytest.mark.slow
 def test_single_file_draws_the_folders_picture(single_file, folder, backend):
-    pictures = []
-    for path in (folder, single_file("F32")):
-        model = formats.load(path, backend)
-        *_, x = like_diffusers.generate(model, "a photo of a cat", "a dog", seeds=(3,), steps=3,
-                                        sampler="ddim", width=72, height=64)
-        pictures.append(tiny_sd.decode(model, x))
-    assert np.array_equal(*pictures) and pictures[0].std() > 20
+    one, other = (drawn(formats.load(path, backend), "a photo of a cat", "a dog", (3,), 3,
+                        sampler="ddim", width=72, height=64)
+                  for path in (folder, single_file("F32")))
+    assert np.array_equal(one, other) and one.std() > 20
 
 
 @pytest.mark.slow
