@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from helpers import contents, launch, write_model
+from helpers import contents, launch, own_lines, write_model
 
 __all__ = ["model", "here", "run", "draw", "refuse"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -113,12 +113,8 @@ def write_facts(name, text):
 
 def cli_lines(run, *argv, model=True):
     """run(), and only this program's own lines on stderr."""
-    if model:
-        status, out, err = run(*argv)
-    else:
-        status, out, err = run.bare(*argv)
-    return status, out, [line.removeprefix("tiny_sd: ") for line in err
-                         if line.startswith("tiny_sd: ")]
+    status, out, err = run(*argv) if model else run.bare(*argv)
+    return status, out, own_lines(err)
 
 
 def write_lora(path):

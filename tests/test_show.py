@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import ROOT
-from extras import cli, explain, formats, like_diffusers, prompts, shapes, show
+from extras import explain, formats, like_diffusers, prompts, shapes, show
 from helpers import CONFIG, TOKENIZER, finish, launch, random_arrays, sd, shapes_of, write_model
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -170,15 +170,13 @@ class Parsed(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def run(tiny, tmp_path, monkeypatch, capsys):
+def run(tiny, tmp_path, monkeypatch, command):
+    """run(argument, ...) -> (status, lines on stdout, this program's lines on stderr)"""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv):
-        capsys.readouterr()
-        status = cli.main(["--model", str(tiny), "--steps", "2", "--sampler", "ddim", *argv])
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.startswith("tiny_sd: ")]
-        return status, out.splitlines(), lines
+        status, out, err = command("-m", tiny, "--steps", "2", "--sampler", "ddim", *argv)
+        return status, out, [line for line in err if line.startswith("tiny_sd: ")]
     return run
 
 

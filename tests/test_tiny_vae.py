@@ -3,6 +3,7 @@ kinds.
 """
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -346,17 +347,11 @@ def test_names_on_the_hub(name, repository, tiny, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
+def run(folder, tmp_path, monkeypatch, command):
     """run(argument, ...) -> (status, lines on stdout, lines on stderr), in an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def run(*argv):
-        capsys.readouterr()
-        status = cli.main(["a cat", "-m", str(folder), "--steps", "2", *argv])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-    return run
+    return functools.partial(command, "a cat", "-m", folder, "--steps", "2")
 
 
 def test_it_draws_with_another_vae_and_repeats_it(run, folder, halves, other_folder):
