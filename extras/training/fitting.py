@@ -236,6 +236,8 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None):
                 save_sample(stage, state, show)
 
     keep()
+    if dist.is_initialized():       # the next stage reads what the first process kept
+        dist.barrier()
     if stop:
         raise Stopped(f"{stage}: stopped at step {optimizer.taken}, kept in {state.path(stage)}; "
                       "the same command resumes from there")
