@@ -181,7 +181,8 @@ class Net(torch.nn.Module):
 
 FACTS = {
     "plain": {"r": 3, "lora_alpha": 5}, "rsLoRA": {"r": 3, "lora_alpha": 5, "use_rslora": True},
-    "patterns": {"r": 2, "lora_alpha": 5, "alpha_pattern": {"attn1.to_q": 7},
+    "patterns": {"r": 2, "lora_alpha": 5,       # ^ is where a name begins
+                 "alpha_pattern": {"^attn1.to_q": 9, "attn1.to_q": 7},
                  "rank_pattern": {"^" + CONV.replace(".", r"\."): 4}},
     "DoRA": {"r": 3, "lora_alpha": 5, "use_dora": True},
     "with biases": {"r": 3, "lora_alpha": 5, "lora_bias": True, "target_modules": ["conv1"]},

@@ -98,6 +98,17 @@ def test_attention_is_the_prompts(model):
     assert abs(guided[8, 8][0] - other[8, 8][0]).max() > 1e-3
 
 
+def test_layers_of_one_resolution_are_averaged():
+    """Of pictures of 5 x 3, and half of that, rounded up; each pixel's place is kept."""
+    rng = np.random.default_rng(0)
+    one, other, half = (rng.random((2, n, 4)) for n in (15, 15, 6))
+    found = show.attention_maps([one, half, other], 5, 3)
+    assert {size: m.shape for size, m in found.items()} == {
+        (5, 3): (2, 4, 5, 3), (3, 2): (2, 4, 3, 2)}
+    np.testing.assert_allclose(found[5, 3][1, 2, 4, 0], (one[1, 12, 2] + other[1, 12, 2]) / 2)
+    np.testing.assert_allclose(found[3, 2][0, 3, 1, 1], half[0, 3, 3])
+
+
 def test_probabilities():
     """Times the values they are attention, by torch."""
     import torch
