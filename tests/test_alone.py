@@ -25,6 +25,8 @@ def alone(tmp_path_factory):
     words = write_model(folder / "wordless") / "tokenizer"
     (words / "merges.txt").unlink()
     (words / "tokenizer.json").write_text("{}")
+    config = write_model(folder / "noiseless") / "scheduler/scheduler_config.json"
+    config.write_text('{"beta_start": 0, "beta_end": 0, "beta_schedule": "scaled_linear"}')
     Image.effect_noise((16, 16), 80).convert("RGB").save(folder / "in.png")
     return folder
 
@@ -110,7 +112,8 @@ REFUSED = {
     "red --dtype float16 --backend numpy": "float16", "red --backend jax": "jax",
     "red -o in.png": "in.png is there already", "red -o none/out.png": "there is no folder none to",
     "red -s x": "'x'", "red -m none": "none", "red -m in.png": "in.png",
-    "red -m tiny/unet": "tiny/unet", "red -m wordless": "tokenizer/tokenizer.json: 'model'"}
+    "red -m tiny/unet": "tiny/unet", "red -m wordless": "tokenizer/tokenizer.json: 'model'",
+    "red -m noiseless": "noise levels do not fall"}
 
 
 @pytest.mark.parametrize("command", REFUSED)
