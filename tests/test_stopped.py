@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from extras import cli, formats
+from extras import cli, drawing, formats
 from extras.tools import models
 from helpers import FILES, PROGRAM, all_signals_end_it, finish, launch, sd, write_model
 
@@ -391,7 +391,7 @@ def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
 
     def check_memory(need, what, *advice):
         needs[what] = need
-    for module in (cli, formats):
+    for module in (drawing, formats):
         monkeypatch.setattr(module, "check_memory", check_memory)
     monkeypatch.setattr(sd, "generate", None)
     with pytest.raises(TypeError):
