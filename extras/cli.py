@@ -239,77 +239,39 @@ def parse_known(parser, argv):
 Job = namedtuple("Job", [*vars(option_parser().parse_args([])), "any_seed", "facts", "notes"])
 
 
-def make_job(argv, prompt=None, **settings):
-    """Return the Job of a command line, checked and filled in as far as no model is needed for it.
-
-    prompt: that of a line of --prompts. settings: of the parser.
-    """
-    parser, found, notes = option_parser(**settings), {}, []
-    args = parse_known(parser, argv)
-    given = [text for text in (args.words, args.prompt) if text is not None]
-    both = given and args.prompts and prompt is None
-    enough = given or args.prompts or args.like or args.play or args.things is not None
-    if len(given) > 1 or both or not enough:
-        parser.error("give one prompt, in quotes" + ", or a list: --prompts and a prompt exclude "
-                     "each other" * bool(args.prompts))
-    if args.like:
-        options, found, notes = facts.read_again(args.like, args)
-        flags = [f"--{option}" if value is None else f"--{option}={value}"
-                 for option, values in options.items() for value in values]
-        args = parse_known(parser, flags + argv)
-
-    words = next((text for text in (prompt, args.words, args.prompt) if text is not None), "")
-    texts = ["--" if text == [] else text       # [] is what argparse makes of --prompt=--
-             for text in (words, args.negative_prompt)]
-    args.prompt, args.negative_prompt = (text and files.printable(text) for text in texts)
-    args.model = named.find_model(args.model)
-    args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
-    args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
-    args.vae = args.vae and named.find("vae", args.vae, args.model)
-    if not args.plain_prompt:
-        args.lora += tagged_loras(args, notes)
-
-    args.control = [(*lora(file), picture) for file, picture in args.control]
-    args.sampler, own = args.sampler or (None, None)
-    args.schedule = (own if args.schedule is None else args.schedule) or None
-    any_seed = args.seed == -1
-    if any_seed:
-        args.seed = secrets.randbelow(2 ** 32)
-        notes += [f"the seed is {args.seed}"] * (not args.prompts)
-    if args.strength is not None and not args.init_img and not args.like:
-        notes.append("--strength does nothing without --init-img")
-    if args.strength is None:
-        args.strength = 0.75 if args.mask is None else 1.0
-    args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
-    for name in re.findall(r"\{\w*\}|\[\w+\]", args.output.stem):
-        if name not in ("{seed}", "{prompt}"):
-            notes.append(f"--output: {name} stays as it is; {{seed}} and {{prompt}} are filled in")
-    job = Job(**vars(args), any_seed=any_seed, facts=found, notes=notes)
-    check_job(job)
-    return job
+def output_names(job):
+    """Return the name of each picture, numbered unless it has its seed in it."""
+    path, seeds = job.output, drawing.seeds_of(job)
+    words = re.sub(r"[^\w-]+", "-", job.prompt).strip("-").encode()[:100].decode(errors="ignore")
+    stem = path.stem.replace("{prompt}", words or "picture")
+    if "{seed}" in stem:
+        return [path.with_stem(stem.replace("{seed}", str(seed))) for seed in seeds]
+    if len(seeds) == 1:
+        return [path.with_stem(stem)]
+    return [path.with_stem(f"{stem}-{k:03d}") for k in range(len(seeds))]
 
 
-def tagged_loras(args, notes):
-    """Return [(file, weight), ...] of the LoRAs that the prompt names as <lora:name:weight>.
-
-    UserError for what cannot be found, or, with --like, a note. What --lora names is not looked
-    for.
-    """
-    found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
-    for tag, name, weight in prompts.tags(args.prompt):
-        file = name and name not in given and named.find_file("lora", name, args.model)
-        if file:
-            found.append((file, weight))
-        elif name not in given:
-            reason = weight if name is None else (
-                "there is no such LoRA beside the model, in loras/ or here: --lora FILE names one "
-                "elsewhere")
-            wrong.setdefault(reason, []).append(tiny_sd.shorten(tag, 60))
-    for reason, tags in wrong.items():
-        require(args.like, f"{tags[0]} in the prompt: {reason}")
-        notes.append(f"--like {args.like}: {', '.join(tags)} {'are' if len(tags) > 1 else 'is'} "
-                     f"not taken up: {reason}")
-    return found
+def check_outputs(job):
+    """UserError where a file could not be written at the end."""
+    require(not job.output.is_dir() or job.output == Path(),
+            f"--output {job.output} is a folder: {job.output}/ writes into it")
+    suffix = job.output.suffix.lower()
+    require(suffix in files.SUFFIXES, f"--output {job.output} does not end in .png (nor in .jpg "
+                                      "or .webp)")
+    require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
+    require(job.preview is None or job.preview.suffix.lower() == ".png",
+            f"--preview {job.preview} does not end in .png")
+    require(job.film is None or job.film.suffix.lower() in (".gif", ".png"),
+            f"--film {job.film} does not end in .gif or .png")
+    require(job.preview != job.output, f"--preview and --output are both {job.output}")
+    for path in filter(None, (*output_names(job), job.preview, job.film)):
+        files.check_folder_of(path)
+        free = next(name for name in files.free_names(path) if not os.path.lexists(name))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            free.lstat()        # fails where a name is too long
+        page, place = (other and Path(os.path.realpath(other)) for other in (job.show, path))
+        require(page not in (place, *place.parents),        # Path.resolve fails on a link to itself
+                f"--show {job.show} needs a folder of its own, without {path}")
 
 
 RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000),
@@ -360,68 +322,80 @@ def check_job(job):
     check_outputs(job)
 
 
-def check_outputs(job):
-    """UserError where a file could not be written at the end."""
-    require(not job.output.is_dir() or job.output == Path(),
-            f"--output {job.output} is a folder: {job.output}/ writes into it")
-    suffix = job.output.suffix.lower()
-    require(suffix in files.SUFFIXES, f"--output {job.output} does not end in .png (nor in .jpg "
-                                      "or .webp)")
-    require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
-    require(job.preview is None or job.preview.suffix.lower() == ".png",
-            f"--preview {job.preview} does not end in .png")
-    require(job.film is None or job.film.suffix.lower() in (".gif", ".png"),
-            f"--film {job.film} does not end in .gif or .png")
-    require(job.preview != job.output, f"--preview and --output are both {job.output}")
-    for path in filter(None, (*output_names(job), job.preview, job.film)):
-        files.check_folder_of(path)
-        free = next(name for name in files.free_names(path) if not os.path.lexists(name))
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            free.lstat()        # fails where a name is too long
-        page, place = (other and Path(os.path.realpath(other)) for other in (job.show, path))
-        require(page not in (place, *place.parents),        # Path.resolve fails on a link to itself
-                f"--show {job.show} needs a folder of its own, without {path}")
+def tagged_loras(args, notes):
+    """Return [(file, weight), ...] of the LoRAs that the prompt names as <lora:name:weight>.
+
+    UserError for what cannot be found, or, with --like, a note. What --lora names is not looked
+    for.
+    """
+    found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
+    for tag, name, weight in prompts.tags(args.prompt):
+        file = name and name not in given and named.find_file("lora", name, args.model)
+        if file:
+            found.append((file, weight))
+        elif name not in given:
+            reason = weight if name is None else (
+                "there is no such LoRA beside the model, in loras/ or here: --lora FILE names one "
+                "elsewhere")
+            wrong.setdefault(reason, []).append(tiny_sd.shorten(tag, 60))
+    for reason, tags in wrong.items():
+        require(args.like, f"{tags[0]} in the prompt: {reason}")
+        notes.append(f"--like {args.like}: {', '.join(tags)} {'are' if len(tags) > 1 else 'is'} "
+                     f"not taken up: {reason}")
+    return found
 
 
-def output_names(job):
-    """Return the name of each picture, numbered unless it has its seed in it."""
-    path, seeds = job.output, drawing.seeds_of(job)
-    words = re.sub(r"[^\w-]+", "-", job.prompt).strip("-").encode()[:100].decode(errors="ignore")
-    stem = path.stem.replace("{prompt}", words or "picture")
-    if "{seed}" in stem:
-        return [path.with_stem(stem.replace("{seed}", str(seed))) for seed in seeds]
-    if len(seeds) == 1:
-        return [path.with_stem(stem)]
-    return [path.with_stem(f"{stem}-{k:03d}") for k in range(len(seeds))]
+def make_job(argv, prompt=None, **settings):
+    """Return the Job of a command line, checked and filled in as far as no model is needed for it.
+
+    prompt: that of a line of --prompts. settings: of the parser.
+    """
+    parser, found, notes = option_parser(**settings), {}, []
+    args = parse_known(parser, argv)
+    given = [text for text in (args.words, args.prompt) if text is not None]
+    both = given and args.prompts and prompt is None
+    enough = given or args.prompts or args.like or args.play or args.things is not None
+    if len(given) > 1 or both or not enough:
+        parser.error("give one prompt, in quotes" + ", or a list: --prompts and a prompt exclude "
+                     "each other" * bool(args.prompts))
+    if args.like:
+        options, found, notes = facts.read_again(args.like, args)
+        flags = [f"--{option}" if value is None else f"--{option}={value}"
+                 for option, values in options.items() for value in values]
+        args = parse_known(parser, flags + argv)
+
+    words = next((text for text in (prompt, args.words, args.prompt) if text is not None), "")
+    texts = ["--" if text == [] else text       # [] is what argparse makes of --prompt=--
+             for text in (words, args.negative_prompt)]
+    args.prompt, args.negative_prompt = (text and files.printable(text) for text in texts)
+    args.model = named.find_model(args.model)
+    args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
+    args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
+    args.vae = args.vae and named.find("vae", args.vae, args.model)
+    if not args.plain_prompt:
+        args.lora += tagged_loras(args, notes)
+
+    args.control = [(*lora(file), picture) for file, picture in args.control]
+    args.sampler, own = args.sampler or (None, None)
+    args.schedule = (own if args.schedule is None else args.schedule) or None
+    any_seed = args.seed == -1
+    if any_seed:
+        args.seed = secrets.randbelow(2 ** 32)
+        notes += [f"the seed is {args.seed}"] * (not args.prompts)
+    if args.strength is not None and not args.init_img and not args.like:
+        notes.append("--strength does nothing without --init-img")
+    if args.strength is None:
+        args.strength = 0.75 if args.mask is None else 1.0
+    args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
+    for name in re.findall(r"\{\w*\}|\[\w+\]", args.output.stem):
+        if name not in ("{seed}", "{prompt}"):
+            notes.append(f"--output: {name} stays as it is; {{seed}} and {{prompt}} are filled in")
+    job = Job(**vars(args), any_seed=any_seed, facts=found, notes=notes)
+    check_job(job)
+    return job
 
 
 # ── Lists of prompts ────────────────────────────────────────────────────────────────────────────
-
-
-def read_prompts(first, argv):
-    """Return the Job of each line of --prompts that holds a prompt; first: the command's own."""
-    jobs, text = [], files.read_text(Path(first.prompts))
-    for number, line in enumerate(text.split("\n"), 1):
-        words = " ".join(line.split())
-        kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
-        if not kept.strip():
-            continue
-        target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
-        try:
-            prompt, flags = split_line(kept.strip())
-            job = make_job([*argv, f"--prompts={first.prompts}", *flags, f"--output={target}"],
-                           prompt, add_help=False)
-            check_line(job, first)
-            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
-                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
-        except ValueError as error:
-            raise UserError(f"{first.prompts}, line {number}: {error}") from None
-        if mark and comment[:1].strip():
-            said = f"{first.prompts}, line {number}: from #{comment} on, this is a comment"
-            job = job._replace(notes=[*job.notes, said])
-        jobs.append(job)
-    require(jobs, f"--prompts {first.prompts} has no prompt in it")
-    return jobs
 
 
 def split_line(line):
@@ -453,6 +427,32 @@ def check_line(job, first):
             "the model and --preview are the same for all lines")
 
 
+def read_prompts(first, argv):
+    """Return the Job of each line of --prompts that holds a prompt; first: the command's own."""
+    jobs, text = [], files.read_text(Path(first.prompts))
+    for number, line in enumerate(text.split("\n"), 1):
+        words = " ".join(line.split())
+        kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
+        if not kept.strip():
+            continue
+        target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
+        try:
+            prompt, flags = split_line(kept.strip())
+            job = make_job([*argv, f"--prompts={first.prompts}", *flags, f"--output={target}"],
+                           prompt, add_help=False)
+            check_line(job, first)
+            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
+                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
+        except ValueError as error:
+            raise UserError(f"{first.prompts}, line {number}: {error}") from None
+        if mark and comment[:1].strip():
+            said = f"{first.prompts}, line {number}: from #{comment} on, this is a comment"
+            job = job._replace(notes=[*job.notes, said])
+        jobs.append(job)
+    require(jobs, f"--prompts {first.prompts} has no prompt in it")
+    return jobs
+
+
 def is_drawn(job):
     """Is each picture of a line there already, with its prompts and options recorded in it?"""
     for seed, path in zip(drawing.seeds_of(job), output_names(job)):
@@ -464,52 +464,6 @@ def is_drawn(job):
 
 
 # ── What is done for them ───────────────────────────────────────────────────────────────────────
-
-
-def run(argv):
-    """Do what the command line asks for."""
-    first = make_job(argv)
-    known = known_things(first.model)
-    if first.things is not None:
-        return say(describe_things(known, first.things))
-    if first.play:
-        from extras.play import play
-        return play(argv, first.port, not first.no_browser)
-    if first.formulas:
-        tiny_sd.FAST.clear()
-    rank, ranks = torchrun_rank()
-    jobs = [first]
-    if first.prompts:   # shared out first: what is drawn already changes while others start
-        jobs = [job for job in read_prompts(first, argv)[rank::ranks] if not is_drawn(job)]
-    if not jobs and ranks == 1:
-        return tell(f"{first.prompts}: every picture is there already")
-
-    film, frames, denoiser = watchers(first)
-    model = drawing.load_model(jobs[0] if jobs else first)
-    jobs = [drawing.filled(model, job) for job in jobs]
-    if first.backend == "numpy" and not first.low_memory:
-        narrow.keep_what_pays(model, drawing.passes_of(jobs))
-    if first.explain:
-        from extras.explain import explain
-        job, = jobs
-        return say(explain(model, drawing.words_of(job), job.width, job.height,
-                           drawing.weighted(model, job)))
-
-    begun, told = time.monotonic(), set()
-    for number, job in enumerate(jobs):
-        notes = [*job.notes, *drawing.remarks(model, job, known)]
-        notes = [note for note in notes if note not in told]
-        told |= {*notes}
-        title = queue_title(number, len(jobs), time.monotonic() - begun)
-        x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
-    if film:
-        chunks = drawing.chunks_of(model, first)
-        print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
-    if frames:
-        print(files.save_film(frames, first.film))
-    if first.prompts and ranks > 1:
-        wait_for_other_ranks()
-    return None
 
 
 def say(text):
@@ -567,6 +521,20 @@ def wait_for_other_ranks():
         raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
+def save_pictures(model, job, x, texts):
+    """Decode, save and name the pictures, one after the other, so that none waits for the last."""
+    unheard = None
+    for latents, path, text in zip(x, output_names(job), texts):
+        pixels, = tiny_sd.decode(model, latents[None])
+        name = files.save_picture(pixels, path, text, job.enlarge)
+        try:
+            print(name, flush=True)
+        except OSError as error:        # stdout is full or closed, which is no picture's fault
+            unheard = error
+    if unheard:
+        raise unheard
+
+
 def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, title=None):
     """Draw and save the pictures of a filled job; return their latents.
 
@@ -592,18 +560,50 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
     return x
 
 
-def save_pictures(model, job, x, texts):
-    """Decode, save and name the pictures, one after the other, so that none waits for the last."""
-    unheard = None
-    for latents, path, text in zip(x, output_names(job), texts):
-        pixels, = tiny_sd.decode(model, latents[None])
-        name = files.save_picture(pixels, path, text, job.enlarge)
-        try:
-            print(name, flush=True)
-        except OSError as error:        # stdout is full or closed, which is no picture's fault
-            unheard = error
-    if unheard:
-        raise unheard
+def run(argv):
+    """Do what the command line asks for."""
+    first = make_job(argv)
+    known = known_things(first.model)
+    if first.things is not None:
+        return say(describe_things(known, first.things))
+    if first.play:
+        from extras.play import play
+        return play(argv, first.port, not first.no_browser)
+    if first.formulas:
+        tiny_sd.FAST.clear()
+    rank, ranks = torchrun_rank()
+    jobs = [first]
+    if first.prompts:   # shared out first: what is drawn already changes while others start
+        jobs = [job for job in read_prompts(first, argv)[rank::ranks] if not is_drawn(job)]
+    if not jobs and ranks == 1:
+        return tell(f"{first.prompts}: every picture is there already")
+
+    film, frames, denoiser = watchers(first)
+    model = drawing.load_model(jobs[0] if jobs else first)
+    jobs = [drawing.filled(model, job) for job in jobs]
+    if first.backend == "numpy" and not first.low_memory:
+        narrow.keep_what_pays(model, drawing.passes_of(jobs))
+    if first.explain:
+        from extras.explain import explain
+        job, = jobs
+        return say(explain(model, drawing.words_of(job), job.width, job.height,
+                           drawing.weighted(model, job)))
+
+    begun, told = time.monotonic(), set()
+    for number, job in enumerate(jobs):
+        notes = [*job.notes, *drawing.remarks(model, job, known)]
+        notes = [note for note in notes if note not in told]
+        told |= {*notes}
+        title = queue_title(number, len(jobs), time.monotonic() - begun)
+        x = draw(model, job, notes, denoiser, last=job is jobs[-1], title=title)
+    if film:
+        chunks = drawing.chunks_of(model, first)
+        print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
+    if frames:
+        print(files.save_film(frames, first.film))
+    if first.prompts and ranks > 1:
+        wait_for_other_ranks()
+    return None
 
 
 FLAGS = {       # what the library says of its parameters, as options

@@ -28,6 +28,27 @@ def merging(tokenizer, word):
             learner.rank[pair] = tokenizer.rank[pair]
 
 
+def places_lines(tokenizer, prompt):
+    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
+    ids, cut = tokenizer.encode(prompt)
+    filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
+    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
+            f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
+            f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
+
+
+def chunks_lines(tokenizer, prompt):
+    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
+    chunks = prompts.chunks_of(tokenizer, prompt)
+    lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
+             f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
+    for chunk in chunks:
+        words = positions_of_words(tokenizer, [chunk], tokenizer.length)[1:-1]
+        lines += ["  " + ", ".join(word for word, _ in words),
+                  "    " + " ".join(str(i) for i, _ in chunk)]
+    return lines
+
+
 def tokens_text(tokenizer, prompt, weighted=False):
     """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
     words = prompt
@@ -49,27 +70,6 @@ def tokens_text(tokenizer, prompt, weighted=False):
     return "\n".join(printable(line, control=False) for line in [
         "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
         "then the ids.", *lines, "", *places(tokenizer, prompt)])
-
-
-def places_lines(tokenizer, prompt):
-    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
-    ids, cut = tokenizer.encode(prompt)
-    filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
-    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
-            f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
-            f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
-
-
-def chunks_lines(tokenizer, prompt):
-    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
-    chunks = prompts.chunks_of(tokenizer, prompt)
-    lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
-             f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
-    for chunk in chunks:
-        words = positions_of_words(tokenizer, [chunk], tokenizer.length)[1:-1]
-        lines += ["  " + ", ".join(word for word, _ in words),
-                  "    " + " ".join(str(i) for i, _ in chunk)]
-    return lines
 
 
 # unet.down_blocks.0.resnets.1.conv1.weight is in "unet down_blocks.0.resnets"
@@ -119,6 +119,14 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     return {name: table[name] for name in sorted(names, key=lambda name: name.split()[0])}
 
 
+def metric(n):
+    """Return 12 G for 12,000,000,000, nothing for 0."""
+    power = 0
+    while n >= 1000:
+        n, power = n / 1000, power + 1
+    return f"{n:.3g} {' kMGTP'[power]}" if n else ""
+
+
 def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False) -> str:
     """Return how the prompt is read, and what each part of the model gives out, holds and costs.
 
@@ -141,11 +149,3 @@ def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted
             shape = " x ".join(map(str, row.shape))
             lines.append(f"{name:40}{shape:>16}{row.parameters:>14,}{metric(row.flops):>10}")
     return "\n".join(lines)
-
-
-def metric(n):
-    """Return 12 G for 12,000,000,000, nothing for 0."""
-    power = 0
-    while n >= 1000:
-        n, power = n / 1000, power + 1
-    return f"{n:.3g} {' kMGTP'[power]}" if n else ""

@@ -95,6 +95,43 @@ class Heard(threading.local):
         return maps
 
 
+def attention_maps(maps, height, width):
+    """Return {(h', w'): (batch, tokens, h', w')}: the attention that each pixel gives each token.
+
+    maps: of each layer, (batch, pixels, tokens), of a height x width image; those of one
+    resolution are averaged.
+    """
+    attention = {}
+    for i in range(8):
+        h, w = -(-height // 2 ** i), -(-width // 2 ** i)
+        layers = [m for m in maps if m.shape[1] == h * w]
+        if layers and (h, w) not in attention:
+            mean = np.mean(layers, axis=0).swapaxes(1, 2)
+            attention[h, w] = mean.reshape(*mean.shape[:2], h, w)
+    return attention
+
+
+def check_folder(folder, path):
+    """UserError unless --show can make a page in this folder, as given and as a whole path."""
+    if path.exists():
+        empty = path.is_dir() and not any(path.iterdir())
+        require(empty, f"--show {folder} is there already: name a new folder, or an empty one")
+        require(os.access(path, os.W_OK), f"--show {folder} cannot be written to")
+    else:
+        check_folder_of(path, f"--show {folder} cannot be made: ")
+
+
+def put_folder(folder, path):
+    """Rename a folder to the first free name of path, path-1, path-2, ...; return that."""
+    for target in free_names(path):
+        try:
+            if not os.path.lexists(target):
+                return folder.rename(target)
+        except OSError:     # unless the name was taken just now
+            if not os.path.lexists(target):
+                raise
+
+
 class Film:
     """What a run computes at each step: generate() takes it as make_denoiser, then save().
 
@@ -157,43 +194,6 @@ class Film:
         return target / "index.html"
 
 
-def put_folder(folder, path):
-    """Rename a folder to the first free name of path, path-1, path-2, ...; return that."""
-    for target in free_names(path):
-        try:
-            if not os.path.lexists(target):
-                return folder.rename(target)
-        except OSError:     # unless the name was taken just now
-            if not os.path.lexists(target):
-                raise
-
-
-def check_folder(folder, path):
-    """UserError unless --show can make a page in this folder, as given and as a whole path."""
-    if path.exists():
-        empty = path.is_dir() and not any(path.iterdir())
-        require(empty, f"--show {folder} is there already: name a new folder, or an empty one")
-        require(os.access(path, os.W_OK), f"--show {folder} cannot be written to")
-    else:
-        check_folder_of(path, f"--show {folder} cannot be made: ")
-
-
-def attention_maps(maps, height, width):
-    """Return {(h', w'): (batch, tokens, h', w')}: the attention that each pixel gives each token.
-
-    maps: of each layer, (batch, pixels, tokens), of a height x width image; those of one
-    resolution are averaged.
-    """
-    attention = {}
-    for i in range(8):
-        h, w = -(-height // 2 ** i), -(-width // 2 ** i)
-        layers = [m for m in maps if m.shape[1] == h * w]
-        if layers and (h, w) not in attention:
-            mean = np.mean(layers, axis=0).swapaxes(1, 2)
-            attention[h, w] = mean.reshape(*mean.shape[:2], h, w)
-    return attention
-
-
 def seeing(viewer_of, inside=like_diffusers.denoiser) -> Callable:
     """Return a denoiser that shows each guess x̂_0 to viewer_of(model)."""
     def make(model, *args, **settings):
@@ -205,6 +205,40 @@ def seeing(viewer_of, inside=like_diffusers.denoiser) -> Callable:
             return x_0, eps
         return watched
     return make
+
+
+def as_pixels(picture):
+    """Return a picture of floats from 0 to 255, or what is near, as one of uint8."""
+    return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
+
+
+def colour_map(model):
+    """Return the matrix (channels + 1, 3) that takes latents, and a 1, nearest to their colours."""
+    colours, size = np.random.default_rng(0).integers(0, 256, (8, 8, 3)), 2 * model.factor
+    latents = tiny_sd.encode(model, np.kron(colours, np.ones((size, size, 1))), np.float32(0))
+    latents = latents.reshape(8, 2, 8, 2, -1).mean((1, 3)).reshape(64, -1)
+    fit, *_ = np.linalg.lstsq(np.c_[latents, np.ones(64)], colours.reshape(64, 3), rcond=None)
+    return fit
+
+
+def quick_decoder(model):
+    """Return a function from latents to pixels: that of a tiny VAE, or a map of single latents.
+
+    The map is the linear one that fits 64 colours best.
+    """
+    if inspect.unwrap(model.vae_decode) is not tiny_sd.vae_decode:
+        return functools.partial(tiny_sd.decode, model)
+    fit = colour_map(model)
+    return lambda x: x @ fit[:-1] + fit[-1]
+
+
+def check_preview(path):
+    """UserError if there is a file that --preview must not replace: one that it did not write."""
+    ours = not os.path.lexists(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            ours = b"tiny_sd preview" in file.read(99)
+    require(ours, f"--preview {path} is there already, and no preview: name another file")
 
 
 def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
@@ -236,40 +270,6 @@ def recorder(frames: list, inside=like_diffusers.denoiser) -> Callable:
     def viewer(model):
         return lambda x_0: frames.append(np.concatenate(tiny_sd.decode(model, x_0), axis=1))
     return seeing(viewer, inside)
-
-
-def check_preview(path):
-    """UserError if there is a file that --preview must not replace: one that it did not write."""
-    ours = not os.path.lexists(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            ours = b"tiny_sd preview" in file.read(99)
-    require(ours, f"--preview {path} is there already, and no preview: name another file")
-
-
-def quick_decoder(model):
-    """Return a function from latents to pixels: that of a tiny VAE, or a map of single latents.
-
-    The map is the linear one that fits 64 colours best.
-    """
-    if inspect.unwrap(model.vae_decode) is not tiny_sd.vae_decode:
-        return functools.partial(tiny_sd.decode, model)
-    fit = colour_map(model)
-    return lambda x: x @ fit[:-1] + fit[-1]
-
-
-def as_pixels(picture):
-    """Return a picture of floats from 0 to 255, or what is near, as one of uint8."""
-    return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
-
-
-def colour_map(model):
-    """Return the matrix (channels + 1, 3) that takes latents, and a 1, nearest to their colours."""
-    colours, size = np.random.default_rng(0).integers(0, 256, (8, 8, 3)), 2 * model.factor
-    latents = tiny_sd.encode(model, np.kron(colours, np.ones((size, size, 1))), np.float32(0))
-    latents = latents.reshape(8, 2, 8, 2, -1).mean((1, 3)).reshape(64, -1)
-    fit, *_ = np.linalg.lstsq(np.c_[latents, np.ones(64)], colours.reshape(64, 3), rcond=None)
-    return fit
 
 
 # ── Drawing, with Pillow alone ──────────────────────────────────────────────────────────────────
@@ -354,6 +354,12 @@ def positions_of_words(tokenizer, chunks, n):
             for word, positions in found]
 
 
+def enlarge(values, size):
+    """Return an array (h, w) at another size (height, width), its mean kept."""
+    picture = Image.fromarray(values.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
+
+
 def word_maps(steps, positions, k):
     """Return {resolution: (steps, h, w)}, the attention to a word in picture k, and their mean.
 
@@ -363,12 +369,6 @@ def word_maps(steps, positions, k):
     maps = {size: np.array([step.attention[size][k, positions].sum(0) for step in steps])
             for size in sizes}
     return maps, np.mean([[enlarge(m, sizes[0]) for m in maps[size]] for size in sizes], axis=0)
-
-
-def enlarge(values, size):
-    """Return an array (h, w) at another size (height, width), its mean kept."""
-    picture = Image.fromarray(values.astype(np.float32))
-    return np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def push_maps(steps, k):
@@ -391,6 +391,7 @@ def sigma(step):
 
 
 # ── The page of one run ─────────────────────────────────────────────────────────────────────────
+
 
 class Page:
     """An HTML page and the pictures beside it, written to a folder."""
@@ -422,31 +423,6 @@ class Page:
         text = page.substitute(title=html.escape(title), width=width, rendering=rendering,
                                body="\n".join(self.body))
         (self.folder / "index.html").write_text(text, encoding="utf-8")
-
-
-def write_page(film, x, prompt, chunks, seeds, folder):
-    """Write index.html and its pictures, a part for each seed."""
-    page, final = Page(folder), tiny_sd.decode(film.model, x)
-    decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
-               for s in tqdm(film.steps, desc="pictures", unit="step")]
-    page.say(f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
-             f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd "
-             f"{tiny_sd.__version__} with the model {html.escape(film.model.name)}. NOTES.md has "
-             "the mathematics.</p>")
-    for k, seed in enumerate(seeds):
-        page.prefix = f"{seed}-" if len(seeds) > 1 else ""
-        page.say(f"<h2>Seed {seed}</h2>",
-                 page.image(Image.fromarray(final[k]), "picture", prompt))
-        pairs = [[Image.fromarray(pictures[k]) for pictures in pair] for pair in decoded]
-        film_section(page, film.steps, pairs, Image.fromarray(final[k]))
-        if film.steps[0].attention:
-            words_section(page, film, k, final[k], chunks)
-        if any(step.push is not None for step in film.steps):
-            guidance_section(page, film.steps, k)
-        latents_section(page, film, k, x[k])
-    small = final.shape[2] < 256
-    page.write(prompt or "tiny_sd", width=128 if small else 192,
-               rendering="pixelated" if small else "auto")
 
 
 def film_section(page, steps, pairs, result):
@@ -496,20 +472,6 @@ def words_section(page, film, k, picture, chunks):
     page.say("</table></div>")
 
 
-def guidance_section(page, steps, k):
-    """Show where the prompt has something to say at each step, and how much over all."""
-    pushes = push_maps(steps, k)
-    lengths = push_lengths(steps, k)
-    page.say(
-        "<h3>What the prompt changes</h3><p>The network answers twice, with the prompt "
-        "(ε<sub>c</sub>) and with the negative one (ε<sub>∅</sub>). Guidance exaggerates the "
-        "difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the channels, shows where "
-        "the prompt has something to say at each step; all maps have one scale. The curve is the "
-        "length over the whole picture.</p>", curve(lengths, [f"t = {s.t:.0f}" for s in steps]))
-    page.figures((heat(push, pushes.max()), f"guidance-{i:03d}", f"step {i}: {length:.3g}")
-                 for i, (push, length) in enumerate(zip(pushes, lengths), 1))
-
-
 def curve(values, names):
     """Return an SVG of a line through values, from 0 up, with names under some of its points."""
     top, every = max(values) or 1, -(-len(values) // 10)
@@ -525,6 +487,20 @@ def curve(values, names):
                 for x, y, anchor, word in text) + "</svg>")
 
 
+def guidance_section(page, steps, k):
+    """Show where the prompt has something to say at each step, and how much over all."""
+    pushes = push_maps(steps, k)
+    lengths = push_lengths(steps, k)
+    page.say(
+        "<h3>What the prompt changes</h3><p>The network answers twice, with the prompt "
+        "(ε<sub>c</sub>) and with the negative one (ε<sub>∅</sub>). Guidance exaggerates the "
+        "difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the channels, shows where "
+        "the prompt has something to say at each step; all maps have one scale. The curve is the "
+        "length over the whole picture.</p>", curve(lengths, [f"t = {s.t:.0f}" for s in steps]))
+    page.figures((heat(push, pushes.max()), f"guidance-{i:03d}", f"step {i}: {length:.3g}")
+                 for i, (push, length) in enumerate(zip(pushes, lengths), 1))
+
+
 def latents_section(page, film, k, latents):
     """Show the channels of the latents."""
     h, w, n = latents.shape
@@ -536,3 +512,28 @@ def latents_section(page, film, k, latents):
     page.figures((grey(channel, 3), f"latent-{i}",
                   f"channel {i}: mean {channel.mean():.2f}, spread {channel.std():.2f}")
                  for i, channel in enumerate(channels))
+
+
+def write_page(film, x, prompt, chunks, seeds, folder):
+    """Write index.html and its pictures, a part for each seed."""
+    page, final = Page(folder), tiny_sd.decode(film.model, x)
+    decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
+               for s in tqdm(film.steps, desc="pictures", unit="step")]
+    page.say(f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
+             f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd "
+             f"{tiny_sd.__version__} with the model {html.escape(film.model.name)}. NOTES.md has "
+             "the mathematics.</p>")
+    for k, seed in enumerate(seeds):
+        page.prefix = f"{seed}-" if len(seeds) > 1 else ""
+        page.say(f"<h2>Seed {seed}</h2>",
+                 page.image(Image.fromarray(final[k]), "picture", prompt))
+        pairs = [[Image.fromarray(pictures[k]) for pictures in pair] for pair in decoded]
+        film_section(page, film.steps, pairs, Image.fromarray(final[k]))
+        if film.steps[0].attention:
+            words_section(page, film, k, final[k], chunks)
+        if any(step.push is not None for step in film.steps):
+            guidance_section(page, film.steps, k)
+        latents_section(page, film, k, x[k])
+    small = final.shape[2] < 256
+    page.write(prompt or "tiny_sd", width=128 if small else 192,
+               rendering="pixelated" if small else "auto")
