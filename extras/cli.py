@@ -171,6 +171,9 @@ def option_parser(**settings):
         "another shape: cut it, stretch it, or repeat its edges (%(default)s)")
     add("--strength", **AMOUNT, help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
     add("--mask", **FILE, help="a picture, white where the first is to be replaced")
+    add("--only-masked", nargs="?", const=32, type=int, metavar="PIXELS",
+        help="draw only what is masked and so many pixels around it (32), as large as a picture, "
+        "and paste it back")
     add("--control", nargs=2, metavar=("FILE[:WEIGHT]", "PICTURE"), **FILES,
         help="a ControlNet, and the picture that it follows, such as outlines; repeatable")
     add("--control-from", default=0.0, **AMOUNT,
@@ -275,7 +278,8 @@ def check_outputs(job):
 
 
 RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000),
-          "clip_skip": (1, 100), "enlarge": (1, 16)}
+          "clip_skip": (1, 100), "enlarge": (1, 16),
+          "only_masked": (0, 4096)}
 
 
 def check_ranges(values, ranges):
@@ -312,6 +316,10 @@ def check_job(job):
     require(not (job.tiles and job.seamless), "--tiles does not go with --seamless")
     require(job.mask is None or job.init_img is not None,
             "--mask needs --init-img, the picture that it belongs to")
+    if job.only_masked is not None:
+        require(job.mask is not None, "--only-masked needs --mask")
+        require(not (job.control or job.play),
+                "--only-masked does not go with --control, nor with --play")
     require(not job.schedule or job.sampler in (None, *samplers.SCHEDULED),
             f"--scheduler {job.schedule} does not go with --sampler {job.sampler}")
     require(not job.show or not job.explain, "--explain draws nothing that --show could show")
@@ -526,6 +534,8 @@ def save_pictures(model, job, x, texts):
     unheard = None
     for latents, path, text in zip(x, output_names(job), texts):
         pixels, = tiny_sd.decode(model, latents[None])
+        if job.only_masked is not None:
+            pixels = larger.pasted(job, pixels)
         name = files.save_picture(pixels, path, text, job.enlarge)
         try:
             print(name, flush=True)

@@ -142,6 +142,8 @@ def start_walk(model, job, denoiser, notes):
         init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
     if job.mask is not None:
         mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
+    if job.only_masked is not None:
+        init, mask = larger.part_of(*larger.whole(job), job)
 
     make, embed, combine = denoiser, embedder(model, job), tiny_sd.guide
     controls, timeline = controls_of(model, job, notes), timeline_of(job, embed)

@@ -70,6 +70,8 @@ FACTS = {       # in the order in which they are recorded
     "Hires upscaler": Fact(lambda job, model: "Lanczos" if job.hires else ""),
     "Resize": Fact(lambda job, model: "" if job.resize == "crop" else job.resize, "resize"),
     "Mask": Fact(lambda job, model: plain(Path(job.mask or "").name)),
+    "Masked area padding": Fact(lambda job, model: "" if job.only_masked is None
+                                else job.only_masked, "only-masked"),
     "ControlNet": Fact(lambda job, model: plain(" ".join(
         f"{stem(file)} {weight} {Path(picture).name}"
         for file, weight, picture in job.control))),
@@ -269,6 +271,8 @@ def read_again(path, args):
     if negative or "Empty negative" in facts:       # else none was given
         options["negative-prompt"] = [negative]
     options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))
+    if not args.mask:
+        options.pop("only-masked", None)
     if facts.get("Tiling") == "True":
         options["seamless"] = [None]
     if facts.get("Plain prompt"):

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
+from extras import files
 from extras.narrow import wide
 from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu, to_numpy
 
@@ -67,6 +68,48 @@ def drawn_over(generate, size, strength, steps):
         for drawn in zip(*paths):
             yield np.concatenate(drawn)
     return walk
+
+
+# ── Only what is masked ─────────────────────────────────────────────────────────────────────────
+
+
+def whole(job):
+    """Return the picture and the mask of a job at their own size, (h, w, 3) and (h, w) of bool."""
+    size = files.upright(job.init_img).size
+    return files.read_picture(job.init_img, *size), files.read_mask(job.mask, job.init_img, *size,
+                                                                    [])
+
+
+def box_around(mask, margin, height, width):
+    """Return (left, top, right, bottom) around what is true in a mask, of the shape to draw.
+
+    margin: pixels around it. Where the picture ends, the box does.
+    """
+    ends = [(min(at) - margin, max(at) + 1 + margin) if len(at) else (0, n)
+            for at, n in zip(np.nonzero(mask), mask.shape)]
+    scale = max((end - start) / n for (start, end), n in zip(ends, (height, width)))
+    sides = [min(n, round(scale * side)) for n, side in zip(mask.shape, (height, width))]
+    (top, left) = (max(0, min(n - side, (start + end - side) // 2))
+                   for (start, end), side, n in zip(ends, sides, mask.shape))
+    return left, top, left + sides[1], top + sides[0]
+
+
+def part_of(picture, mask, job):
+    """Return the part of a picture and of its mask that a job draws, at the size to draw."""
+    box, size = box_around(mask, job.only_masked, job.height, job.width), (job.width, job.height)
+    picture, hole = (np.asarray(Image.fromarray(array).crop(box).resize(
+        size, Image.Resampling.LANCZOS)) for array in (picture, mask.astype(np.uint8) * 255))
+    return picture, hole > 127
+
+
+def pasted(job, pixels):
+    """Return the job's picture with what was drawn, (height, width, 3), where the mask is true."""
+    picture, mask = whole(job)
+    box = left, top, right, bottom = box_around(mask, job.only_masked, job.height, job.width)
+    drawn = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    picture = Image.fromarray(picture)
+    picture.paste(drawn, (left, top), Image.fromarray(mask).crop(box))
+    return np.asarray(picture)
 
 
 # ── Other forms of the primitives ───────────────────────────────────────────────────────────────

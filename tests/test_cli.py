@@ -161,6 +161,8 @@ ARGUMENTS = {  # the arguments, and what the line must name
     "a -H 4098": "--height 4098", "a -W 1e3": "1e3", "a -b 0": "--batch-size 0", "a -b -1": "-1",
     "a --hires 1": "--hires 1:0.5:0", "a --hires 2:nan": "2:nan:0", "a --hires 2:1:x": "'2:1:x'",
     "a --hires 2:0.01:20": "999 steps times", "a --hires 2 -i in.png": "go with --init-img",
+    "a --only-masked": "needs --mask", "a --only-masked x": "'x'",
+    "a -i in.png --mask in.png --only-masked -1": "--only-masked -1 is not from 0",
     "a --tiles --seamless": "--tiles does not go with --seamless", "a --hires 2 -W 4096": "8192",
     "a -i in.png --resize x": "'x'",
     "a -b 1001": "1001", "a -o no/such.png": "no", "a -o out.gif": "out.gif", "a -o out": "out",

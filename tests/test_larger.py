@@ -149,3 +149,41 @@ def test_a_seamless_picture_moves_with_its_noise(run, draw, monkeypatch):
 
 def test_a_size_that_does_not_wrap(refuse):
     assert refuse("red", "--seamless", "-W", "18", "-H", "16").endswith("multiples of 4")
+
+
+# ── Only what is masked ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("hole, margin, box", [
+    ((10, 20, 30, 50), 0, (30, 5, 50, 25)),         # rows 10 to 19, columns 30 to 49: a square,
+    ((10, 20, 30, 50), 5, (25, 0, 55, 30)),         # and with a margin that meets the top
+    ((0, 1, 0, 1), 2, (0, 0, 5, 5)), ((59, 60, 99, 100), 0, (99, 59, 100, 60)),
+    ((0, 60, 0, 100), 9, (0, 0, 100, 60)), ((0, 0, 0, 0), 9, (0, 0, 100, 60))])
+def test_the_box_around_a_mask(hole, margin, box):
+    mask = np.zeros((60, 100), bool)
+    mask[hole[0]:hole[1], hole[2]:hole[3]] = True
+    assert larger.box_around(mask, margin, 16, 16) == box
+
+
+def test_only_what_is_masked_is_drawn_and_large(run, draw):
+    """What the whole program draws from the part, resized, where the mask is white."""
+    rng = np.random.default_rng(0)
+    init = Image.fromarray(rng.integers(256, size=(60, 100, 3), dtype=np.uint8))
+    mask = np.zeros((60, 100), bool)
+    mask[20:26, 70:78] = True
+    init.save("in.png")
+    Image.fromarray(mask).save("mask.png")
+    flags = ["red", "-i", "in.png", "--mask", "mask.png"]
+    ours = draw(*flags, "--only-masked", "4")
+    box = larger.box_around(mask, 4, 16, 16)
+    assert box == (66, 15, 82, 31)
+    init.crop(box).save("part.png")
+    Image.fromarray(mask).crop(box).save("hole.png")
+    part = draw("red", "-i", "part.png", "--mask", "hole.png")
+    expected = init.copy()
+    expected.paste(part, box[:2], Image.fromarray(mask).crop(box))
+    assert ours.size == (100, 60) and abs(pixels(ours) - pixels(expected)).max() <= 1
+    assert (pixels(ours) == pixels(init))[~mask].all()
+    assert parse(ours)[2]["Masked area padding"] == "4"
+    again = draw("--like", "out.png", *flags[1:])
+    assert again.size == ours.size and np.array_equal(pixels(again), pixels(ours))
