@@ -175,7 +175,8 @@ def sort_out(path, tensors, known, n, words):
 FIXED = {       # fields of peft's configs that change what is computed, and the value for which not
     "fan_in_fan_out": False, "layer_replication": None, "use_qalora": False, "use_bdlora": None,
     "alora_invocation_tokens": None, "trainable_token_indices": None, "arrow_config": None,
-    "modules_to_save": None, "corda_config": None, "velora_config": None, "monteclora_config": None}
+    "modules_to_save": None, "corda_config": None, "velora_config": None, "monteclora_config": None,
+    "kasa_config": None}
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "pissa")
 
 

@@ -224,7 +224,7 @@ def named_weights(text):
 HINTS = {   # how the names of facts begin: what they say of the picture; the weightiest first
     "the model is": "the bundled one draws, unless --model names another",
     "Lora": "give it with --lora",
-    "Embedding": "give it with --embedding", "VAE": "give it with --vae",
+    "Embedding": "give it with --embedding", "VAE|Module": "give it with --vae",
     "Denoising strength": "give the picture it began from with --init-img",
     "Mask$": "give it with --mask",
     "Mask|Inpaint|Soft inp": "a part of it was drawn anew: give both with --init-img and --mask",
@@ -249,7 +249,7 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
 }
 NO_MATTER = re.compile(     # facts that change nothing in the picture, or are looked at elsewhere
     "Version|App$|User$|Hashes|Batch|Created Date|Civitai|.*Template|Wildcard|Init image hash|"
-    "Mask blur|Image CFG|Module|Postprocess|Source|Schedule type|Fooocus")
+    "Mask blur|Image CFG|Source|Schedule type")
 
 
 def read_again(path, args):

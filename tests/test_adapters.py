@@ -245,6 +245,24 @@ def test_facts_of_peft_that_are_not_known_are_refused(facts, named, folder, tmp_
         adapted(folder, path)
 
 
+def test_every_field_of_pefts_config_is_known():
+    """Followed, refused, or without a part in what the adapter comes to.
+
+    Biases, and parameters that are no layer's weight, are in the file, and refused by their names.
+    """
+    import dataclasses
+
+    import peft
+    known = {*adapters.FIXED, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
+             "init_lora_weights"}
+    idle = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+            "revision", "inference_mode", "target_modules", "exclude_modules", "target_parameters",
+            "layers_to_transform", "layers_pattern", "lora_dropout", "bias", "lora_bias",
+            "use_dora", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+            "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known | idle
+
+
 # ── Names ───────────────────────────────────────────────────────────────────────────────────────
 
 
