@@ -364,8 +364,8 @@ def make_job(argv, prompt=None, **settings):
     both = given and args.prompts and prompt is None
     enough = given or args.prompts or args.like or args.play or args.things is not None
     if len(given) > 1 or both or not enough:
-        parser.error("give one prompt, in quotes" + ", or a list: --prompts and a prompt exclude "
-                     "each other" * bool(args.prompts))
+        other = ", or a list: --prompts and a prompt exclude each other" if args.prompts else ""
+        parser.error(f"give one prompt, in quotes{other}")
     if args.like:
         options, found, notes = facts.read_again(args.like, args)
         flags = [f"--{option}" if value is None else f"--{option}={value}"
@@ -389,7 +389,8 @@ def make_job(argv, prompt=None, **settings):
     any_seed = args.seed == -1
     if any_seed:
         args.seed = secrets.randbelow(2 ** 32)
-        notes += [f"the seed is {args.seed}"] * (not args.prompts)
+        if not args.prompts:
+            notes.append(f"the seed is {args.seed}")
     if args.strength is not None and not args.init_img and not args.like:
         notes.append("--strength does nothing without --init-img")
     if args.strength is None:
