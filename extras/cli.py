@@ -30,6 +30,7 @@ from extras import (
     facts,
     files,
     formats,
+    grid,
     larger,
     like_diffusers,
     named,
@@ -69,6 +70,13 @@ def interval(text):
     """Return LOW:HIGH as two numbers."""
     low, high = map(float, re.split("[:-]", text))
     return low, high
+
+
+def hires(text):
+    """Return SCALE, SCALE:STRENGTH or SCALE:STRENGTH:STEPS as numbers; 0 steps: as many again."""
+    parts = text.split(":")
+    scale, strength, steps = *parts, *("", "0.5", "0")[len(parts):]
+    return float(scale), float(strength), int(steps)
 
 
 def output(text):
@@ -118,6 +126,8 @@ def option_parser(**settings):
         "out-000.png and so on, of the seeds seed, seed + 1, ... (%(default)s)")
     add("--prompts", **FILE,
         help="a picture for each line, which may end in flags of its own; # begins a comment")
+    add("--grid", nargs="+", type=grid.axis, default=[], metavar="NAME=A,B,...", help="a sheet of "
+        "pictures for each of some values of one option, or two: steps=10,20 cfg=2,5,8")
     add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
     add("--plain-prompt", **SWITCH, help="take brackets, BREAK and <lora:...> in prompts for words")
 
@@ -158,7 +168,7 @@ def option_parser(**settings):
     group = parser.add_argument_group("size")
     add("-W", "--width", **NUMBER, help="columns of pixels (the model's own)")
     add("-H", "--height", **NUMBER, help="rows of pixels (the model's own)")
-    add("--hires", type=larger.hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
+    add("--hires", type=hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
         "drawn so many times, and draw over it (strength 0.5, as many steps again)")
     add("--seamless", **SWITCH,
         help="let the picture go on at its other side, to be laid side by side with itself")
@@ -325,6 +335,8 @@ def check_job(job):
     require(not job.show or not job.explain, "--explain draws nothing that --show could show")
     require(not job.prompts or not (job.show or job.explain or job.play or job.film),
             "--show, --explain, --film and --play take one prompt, not --prompts")
+    if job.grid:
+        grid.check_grid(job)
     for text in filter(None, (job.prompt, job.negative_prompt)):
         prompts.check_length(text)
     check_outputs(job)
@@ -426,14 +438,20 @@ def split_line(line):
     return prompt[1:-1] if quoted else prompt, shlex.split("".join(flags))
 
 
-def check_line(job, first):
-    """UserError where a line cannot share the model of the command, or a picture is not there."""
+def job_of_line(first, argv, number, prompt=None):
+    """Return the Job of a line, or of a cell of a grid; UserError where it needs another model.
+
+    Or where a picture that it begins with is not there. first: the command's own.
+    """
+    target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
+    job = make_job([*argv, f"--output={target}"], prompt, add_help=False)
     for file in filter(None, (job.init_img, job.mask, *(net[2] for net in job.control))):
         require(Path(file).exists(), f"{file} is not there")
     fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
              "formulas", "low_memory", "seamless", "tiles")
     require(all(getattr(job, name) == getattr(first, name) for name in fixed),
             "the model and --preview are the same for all lines")
+    return job
 
 
 def read_prompts(first, argv):
@@ -444,12 +462,9 @@ def read_prompts(first, argv):
         kept, mark, comment = re.match(r"(.*?)(?:(?<!\S)(#)(.*))?$", words, re.DOTALL).groups()
         if not kept.strip():
             continue
-        target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
         try:
             prompt, flags = split_line(kept.strip())
-            job = make_job([*argv, f"--prompts={first.prompts}", *flags, f"--output={target}"],
-                           prompt, add_help=False)
-            check_line(job, first)
+            job = job_of_line(first, [*argv, f"--prompts={first.prompts}", *flags], number, prompt)
             require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
                     f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
         except ValueError as error:
@@ -462,14 +477,12 @@ def read_prompts(first, argv):
     return jobs
 
 
-def is_drawn(job):
-    """Is each picture of a line there already, with its prompts and options recorded in it?"""
+def drawn_names(job):
+    """Yield the name of each picture of a line that is there, its options in it, or else None."""
     for seed, path in zip(drawing.seeds_of(job), output_names(job)):
         wanted = job._replace(seed=None if job.any_seed else seed)
         taken = itertools.takewhile(os.path.lexists, files.free_names(path))
-        if not any(facts.records(name, wanted) for name in taken):
-            return False
-    return True
+        yield next((name for name in taken if facts.records(name, wanted)), None)
 
 
 # ── What is done for them ───────────────────────────────────────────────────────────────────────
@@ -583,11 +596,14 @@ def run(argv):
     if first.formulas:
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
-    jobs = [first]
-    if first.prompts:   # shared out first: what is drawn already changes while others start
-        jobs = [job for job in read_prompts(first, argv)[rank::ranks] if not is_drawn(job)]
+    jobs = queue = [first]
+    if first.prompts or first.grid:     # shared out first: what is drawn changes while others start
+        make = functools.partial(job_of_line, first)
+        queue = read_prompts(first, argv) if first.prompts else grid.jobs_of(first, argv, make)
+        jobs = [job for job in queue[rank::ranks] if not all(drawn_names(job))]
     if not jobs and ranks == 1:
-        return tell(f"{first.prompts}: every picture is there already")
+        tell(f"{first.prompts or '--grid'}: every picture is there already")
+        return grid.save(first, map(drawn_names, queue)) if first.grid else None
 
     film, frames, denoiser = watchers(first)
     model = drawing.load_model(jobs[0] if jobs else first)
@@ -612,8 +628,10 @@ def run(argv):
         print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
-    if first.prompts and ranks > 1:
+    if (first.prompts or first.grid) and ranks > 1:
         wait_for_other_ranks()
+    if first.grid and rank == 0:
+        grid.save(first, map(drawn_names, queue))
     return None
 
 

@@ -4,11 +4,11 @@ Each function takes and returns what those of tiny_sd.py and like_diffusers.py d
 into another that does.
 """
 
-import contextlib
 import functools
 import inspect
 import math
 import sys
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -19,13 +19,6 @@ from extras.narrow import wide
 from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu, to_numpy
 
 # ── Drawn over ──────────────────────────────────────────────────────────────────────────────────
-
-
-def hires(text):
-    """Return SCALE, SCALE:STRENGTH or SCALE:STRENGTH:STEPS as numbers; 0 steps: as many again."""
-    parts = text.split(":")
-    scale, strength, steps = *parts, *("", "0.5", "0")[len(parts):]
-    return float(scale), float(strength), int(steps)
 
 
 def check_hires(job):
@@ -115,45 +108,25 @@ def pasted(job, pixels):
 # ── Other forms of the primitives ───────────────────────────────────────────────────────────────
 
 
-@contextlib.contextmanager
-def computed_by(forms):
-    """Let primitives be computed by other forms meanwhile, of NumPy's arrays and of torch's.
+def with_forms(function, forms):
+    """Return a function that computes with other forms of primitives, for either library.
 
     forms: {name: a function of the form that stands aside, and of the primitive's arguments}.
     """
-    if "torch" in sys.modules:      # else torch's forms, when they come, would take these places
-        TORCH.update(tiny_sd.torch_operations() | dict(TORCH))
-    before = [(table, name, dict.get(table, name)) for table in (FAST, TORCH) for name in forms]
-    try:
-        for name, form in forms.items():
-            FAST[name] = TORCH[name] = functools.partial(form, known_form(name))
-        yield
-    finally:
-        for table, name, form in before:
-            if form is None:
-                table.pop(name, None)
-            else:
-                table[name] = form
+    @functools.wraps(function)
+    def computing(*args):
+        if "torch" in sys.modules:      # else torch's forms, when they come, would take the places
+            TORCH.update(tiny_sd.torch_operations() | dict(TORCH))
+        ours = {name: functools.partial(form, known_form(name)) for name, form in forms.items()}
+        with mock.patch.dict(FAST, ours), mock.patch.dict(TORCH, ours):
+            return function(*args)
+    return computing
 
 
 def known_form(name):
     """Return a function that computes a primitive as it is computed now."""
     numpy, torch = FAST.get(name, getattr(tiny_sd, name).formula), dict.get(TORCH, name)
-
-    def compute(x, *args):
-        if isinstance(x, np.ndarray):
-            return numpy(x, *args)
-        return torch(x, *args)
-    return compute
-
-
-def with_forms(function, forms):
-    """Return a function that computes with these."""
-    @functools.wraps(function)
-    def computing(*args):
-        with computed_by(forms):
-            return function(*args)
-    return computing
+    return lambda x, *args: (numpy if isinstance(x, np.ndarray) else torch)(x, *args)
 
 
 def change_vae(model, forms):
@@ -164,10 +137,9 @@ def change_vae(model, forms):
 
 # ── In bands ────────────────────────────────────────────────────────────────────────────────────
 #
-# What fills the memory when a VAE draws a large picture is what lies between two convolutions: the
-# normalised image, the activated one, the padded one. Here none of them is ever whole. A GroupNorm
-# only gathers its statistics, of the whole image, and a convolution asks for a band of rows after
-# another, with one row more on either side: what it returns is exact, and has no seams.
+# Much of what fills the memory lies between two convolutions: the normalised image, the activated
+# one. Here a GroupNorm only gathers the statistics of its whole image, and a convolution asks for
+# a band of rows after another, with a row more on either side: it is exact, and has no seams.
 
 BAND = 2 ** 21      # numbers in a band
 
@@ -179,11 +151,9 @@ class Rows:
         self.shape, self.compute = shape, compute
 
     def __getitem__(self, index):
-        """Return x[:, rows]."""
-        return self.compute(index[1])
+        return self.compute(index[1])       # of x[:, rows]
 
     def reshape(self, *shape):
-        """Return all of it, in another shape."""
         return self[:, :].reshape(*shape)
 
 
@@ -212,15 +182,6 @@ def silu_later(form, x):
     return Rows(x.shape, lambda s: silu(x[:, s])) if isinstance(x, Rows) else form(x)
 
 
-def upsample_later(form, x, height, width):
-    """upsample, of rows that are asked for."""
-    def rows(s):
-        first, last, _ = s.indices(height)
-        doubled = form(x[:, first // 2:last // 2 + 1], height, width)
-        return doubled[:, first % 2:][:, :last - first]
-    return Rows((x.shape[0], height, width, x.shape[3]), rows)
-
-
 def conv_in_bands(form, x, weight, bias=None, stride=1, padding=(1, 1)):
     """conv2d, of a band of rows after another."""
     weight, size = wide(weight), weight.shape[1] - sum(padding)
@@ -236,8 +197,7 @@ def conv_in_bands(form, x, weight, bias=None, stride=1, padding=(1, 1)):
     return out
 
 
-IN_BANDS = {"group_norm": norm_later, "silu": silu_later, "upsample": upsample_later,
-            "conv2d": conv_in_bands}
+IN_BANDS = {"group_norm": norm_later, "silu": silu_later, "conv2d": conv_in_bands}
 
 
 # ── Without an edge ─────────────────────────────────────────────────────────────────────────────
@@ -258,6 +218,4 @@ SEAMLESS = {"conv2d": conv_around}
 
 def seamless(make_denoiser):
     """Return make_denoiser, so that pictures laid side by side have no seams."""
-    def make(*args):
-        return with_forms(make_denoiser(*args), SEAMLESS)
-    return make
+    return lambda *args: with_forms(make_denoiser(*args), SEAMLESS)

@@ -66,6 +66,7 @@ FLAGS = {
     "--web-ui": [None], "--enlarge": ["0", "1", "3", "17", "x"], "--things": [None, "apple", ""],
     "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--hires": ["2", "1.3:1:1", "2:0.5:0", "0", "2:nan", "1e9:1", ":", "2:1:x"],
+    "--grid": ["steps=1,2", "seed=1", "x=1", "steps=", "steps", "cfg=1,x", "steps=1,2,3000"],
     "--only-masked": ["0", "3", "-1", "x", "5000"], "--tiles": [None], "--seamless": [None],
     "--resize": ["crop", "fit", "fill", "x"],
     "--frobnicate": [None], "--like": ["like.png", "in.png", "none.png", ""],
