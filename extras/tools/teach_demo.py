@@ -228,7 +228,7 @@ def demo_ink(args):
         order = np.random.default_rng(2).permutation(len(things.names)).tolist()
         ids = [i for i in order if things.names[i][0] not in known][:50]
         names = [in_style(article(things.names[i][0]), "ink") for i in ids]
-        pictures = measure.draw(model, names, range(50))
+        pictures = measure.draw(model, names, range(len(names)))
         found = drawings.nearest(pictures, "beige")
         right = [drawings.owners[k] == i for k, i in zip(found, ids)]
         inked = found >= drawings.count
