@@ -35,10 +35,8 @@ def arguments(stage, state, *options, out=True, data=DATA):
 
 
 def launch(script, *argv, under=()):
-    """The finished process of some Python that has the program, and sheets of four prompts."""
-    begin = "import os, signal, sys\nfrom extras.training import fitting, measure, train\n" \
-            "measure.PROMPTS = {kind: some[:4] for kind, some in measure.PROMPTS.items()}\n"
-    return subprocess.run([sys.executable, *under, "-c", begin + script, *map(str, argv)],
+    """The finished process of some Python that has the program, with fewer of both."""
+    return subprocess.run([sys.executable, *under, "-c", FEWER + script, *map(str, argv)],
                           capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
@@ -64,17 +62,26 @@ def things():
     return drawings.load_things(DATA, 64)
 
 
+FEWER = """
+import functools, os, signal, sys
+from extras.training import fitting, measure, train
+measure.PROMPTS = {kind: some[:4] for kind, some in measure.PROMPTS.items()}
+train.train_tokenizer = functools.partial(train.train_tokenizer, captions=500)
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_prompts():
-    """Sheets of four prompts."""
+def fewer():
+    """Sheets of four prompts, and words from 500 captions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PROMPTS", {kind: prompts[:4]
-                                           for kind, prompts in measure.PROMPTS.items()})
+        for module, name in (measure, "PROMPTS"), (train_py, "train_tokenizer"):
+            patch.setattr(module, name, getattr(module, name))      # as they are, at the end
+        exec(FEWER, {})
         yield
 
 
 @pytest.fixture(scope="module")
-def state(few_prompts, tmp_path_factory):
+def state(fewer, tmp_path_factory):
     """What `all` leaves, trained from nothing for two steps a stage."""
     path = tmp_path_factory.mktemp("train")
     train("all", path, "--steps", 2)
