@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import (
+    choices,
     drawing,
     facts,
     files,
@@ -129,6 +130,10 @@ def option_parser(**settings):
     add("--grid", nargs="+", type=grid.axis, default=[], metavar="NAME=A,B,...", help="a sheet of "
         "pictures for each of some values of one option, or two: steps=10,20 cfg=2,5,8")
     add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+    add("--wildcards", metavar="DIR", help="let the seed choose one of {a|b|c}, and for __name__ a "
+        "line of name.txt in this folder")
+    add("--styles", nargs=2, metavar=("FILE.csv", "NAME"), **FILES,
+        help="add the prompts of a style, a row of a table; repeatable")
     add("--plain-prompt", **SWITCH, help="take brackets, BREAK and <lora:...> in prompts for words")
 
     group = parser.add_argument_group("model")
@@ -387,7 +392,11 @@ def make_job(argv, prompt=None, **settings):
     words = next((text for text in (prompt, args.words, args.prompt) if text is not None), "")
     texts = ["--" if text == [] else text       # [] is what argparse makes of --prompt=--
              for text in (words, args.negative_prompt)]
-    args.prompt, args.negative_prompt = (text and files.printable(text) for text in texts)
+    any_seed = args.seed == -1
+    if any_seed:
+        args.seed = secrets.randbelow(2 ** 32)
+    args.prompt, args.negative_prompt = (
+        text and files.printable(text) for text in choices.made(texts, args))
     args.model = named.find_model(args.model)
     args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
     args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
@@ -398,11 +407,8 @@ def make_job(argv, prompt=None, **settings):
     args.control = [(*lora(file), picture) for file, picture in args.control]
     args.sampler, own = args.sampler or (None, None)
     args.schedule = (own if args.schedule is None else args.schedule) or None
-    any_seed = args.seed == -1
-    if any_seed:
-        args.seed = secrets.randbelow(2 ** 32)
-        if not args.prompts:
-            notes.append(f"the seed is {args.seed}")
+    if any_seed and not args.prompts:
+        notes.append(f"the seed is {args.seed}")
     if args.strength is not None and not args.init_img and not args.like:
         notes.append("--strength does nothing without --init-img")
     if args.strength is None:

@@ -235,8 +235,8 @@ def remarks(model, texts, plain=False):
     for text in texts:
         check_length(text)
         if weighted and (found := LISTS.search(text)):
-            yield (f"{shorten(found[0], 60)} in the prompt is read as words: nothing is drawn from "
-                   "lists here")
+            yield (f"{shorten(found[0], 60)} in the prompt is read as words: --wildcards DIR draws "
+                   "from lists")
         if mark := not weighted and not plain and re.search(r"\([^()]*:[\d.]+\)", text):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer

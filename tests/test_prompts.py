@@ -326,10 +326,10 @@ def test_clip_skip_on_the_command_line(run):
 
 
 @pytest.mark.parametrize("prompt, said", [
-    ("a {red|blue} cat", ["{red|blue} in the prompt is read as words: nothing is drawn from lists "
-                          "here"]),
-    ("a __animal__", ["__animal__ in the prompt is read as words: nothing is drawn from lists "
-                      "here"]),
+    ("a {red|blue} cat", ["{red|blue} in the prompt is read as words: --wildcards DIR draws from "
+                          "lists"]),
+    ("a __animal__", ["__animal__ in the prompt is read as words: --wildcards DIR draws from "
+                      "lists"]),
     (r"a \[red|blue\] box", []), ("a | b: 3 {c} _ d", []),
     ("a [cat] (dog:0.5) and SAND", [])])
 def test_what_is_drawn_from_lists_elsewhere_gets_a_line(run, prompt, said):

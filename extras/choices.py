@@ -1,0 +1,73 @@
+"""Prompts from lists and tables, as extensions of AUTOMATIC1111's web UI have them.
+
+    {red|green|blue}    one of these; the seed decides which
+    __colour__          a line of colour.txt in a folder; __animals/*__ of any list in there
+"""
+
+import csv
+import fnmatch
+import io
+import random
+from pathlib import Path
+
+from extras.checks import nearest
+from extras.files import read_text
+from extras.prompts import LISTS, check_length
+from tiny_sd import UserError, require
+
+
+def made(texts, args):
+    """Return prompts with the styles and choices that args ask for, and let them ask no more."""
+    for file, name in args.styles:
+        texts = with_style(*texts, file, name)
+    if args.wildcards is not None:
+        texts = [text and choose(text, args.seed, args.wildcards) for text in texts]
+    args.styles, args.wildcards = [], None
+    return texts
+
+
+def choose(text, seed, folder):
+    """Return a prompt with one of the choices wherever it has some, those inside others first."""
+    rng, names = random.Random(seed), {}
+    require(Path(folder).is_dir(), f"--wildcards {folder} is not a folder")
+    for path in sorted(Path(folder).rglob("*.txt")):
+        names[path.relative_to(folder).with_suffix("").as_posix()] = path
+    for _ in range(1000):
+        check_length(text)
+        mark = LISTS.search(text)
+        if not mark:
+            return text
+        options = mark[0][1:-1].split("|") if mark[0][0] == "{" else lines_of(mark[0], names)
+        text = text[:mark.start()] + rng.choice(options).strip() + text[mark.end():]
+    raise UserError("the prompt has more than a thousand choices: a list may name itself")
+
+
+def lines_of(mark, names):
+    """Return the lines of the lists that __name__ means. names: {name: its file}."""
+    found = fnmatch.filter(names, mark[2:-2])
+    require(found, f"{mark} in the prompt: there is no such list{nearest(mark[2:-2], names)}")
+    lines = [line.strip() for name in found for line in read_text(names[name]).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    require(lines, f"{mark} in the prompt: the list is empty")
+    return lines
+
+
+def with_style(prompt, negative, file, name):
+    """Return both prompts with those of a style: a row of a table with its name and two texts.
+
+    What is written goes where a style says {prompt}, else before it.
+    """
+    try:
+        rows = [*csv.DictReader(io.StringIO(read_text(file)))]
+    except csv.Error as error:
+        raise UserError(f"--styles {file} is not a table: {error}") from None
+    styles = {row["name"]: row for row in rows if row.get("name")}
+    require(name in styles, f"--styles {file} has no style {name}{nearest(name, styles)}")
+
+    def joined(text, style):
+        style = (style or "").strip()
+        if "{prompt}" in style:
+            return style.replace("{prompt}", text or "")
+        return ", ".join(filter(None, (text, style))) if style else text
+    row = styles[name]
+    return joined(prompt, row.get("prompt")), joined(negative, row.get("negative_prompt"))

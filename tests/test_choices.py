@@ -1,0 +1,71 @@
+"""Prompts from lists and tables (extras/choices.py)."""
+
+from pathlib import Path
+
+import pytest
+
+from extras import choices, cli
+from helpers_cli import *  # noqa: F403
+
+
+@pytest.fixture(autouse=True)
+def lists(here):
+    Path("lists/animals").mkdir(parents=True)
+    Path("lists/colour.txt").write_text("# of paint\nred\n\n blue \n__shade__ green\n")
+    Path("lists/shade.txt").write_text("dark\nlight\n")
+    Path("lists/empty.txt").write_text("# none\n")
+    Path("lists/self.txt").write_text("a __self__\n")
+    Path("lists/animals/cats.txt").write_text("tiger\n")
+    Path("lists/animals/dogs.txt").write_text("wolf\n")
+    Path("styles.csv").write_bytes(
+        "\ufeffname,prompt,negative_prompt\nfilm,\"a {prompt}, {prompt} on film\",digital\n"
+        "ink,\"ink, black\",\nplain,,\n".encode())
+    Path("broken.csv").write_bytes(b'name\n"\0')
+
+
+def all_choices(text):
+    return {choices.choose(text, seed, "lists") for seed in range(60)}
+
+
+@pytest.mark.parametrize("text, chosen", [
+    ("a {x|y z|} b", {"a x b", "a y z b", "a  b"}), ("{a|{b|c}}", {"a", "b", "c"}),
+    ("__colour__ cat", {"red cat", "blue cat", "dark green cat", "light green cat"}),
+    ("__animals/*__", {"tiger", "wolf"}), ("{__shade__|x}", {"dark", "light", "x"}),
+    ("a {b} _c_ [d|e]", {"a {b} _c_ [d|e]"})])
+def test_all_choices_come_and_no_others(text, chosen):
+    assert all_choices(text) == chosen
+    assert choices.choose(text, 7, "lists") == choices.choose(text, 7, "lists")
+
+
+@pytest.mark.parametrize("text, prompt, negative", [
+    ("film", "a cat, cat on film", "bad, digital"), ("ink", "cat, ink, black", "bad"),
+    ("plain", "cat", "bad")])
+def test_styles(text, prompt, negative):
+    assert choices.with_style("cat", "bad", "styles.csv", text) == (prompt, negative)
+    assert choices.with_style("cat", None, "styles.csv", "ink")[1] is None
+
+
+def test_what_was_chosen_is_recorded(run):
+    from PIL import Image
+
+    from helpers_cli import parse
+    job = cli.make_job(["{red|apple} {1|2|3}", "-s", "5", "--wildcards", "lists"])
+    flags = ["--wildcards", "lists", "--styles", "styles.csv", "film", "-s", "5"]
+    _, out, err = run("{red|apple} {1|2|3}", *flags)
+    assert parse(Image.open(out[0]))[:2] == (f"a {job.prompt}, {job.prompt} on film", "digital")
+    assert not any("read as words" in line for line in err) and "{" not in job.prompt
+    assert run("x {1|2|3|4}", "--wildcards", "lists", "--grid", "seed=1,2,3")[0] == 0
+    assert len({parse(Image.open(f"out-000{i}.png"))[0] for i in (1, 2, 3)}) > 1
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["__color__", "--wildcards", "lists"], "did you mean colour?"),
+    (["__empty__", "--wildcards", "lists"], "the list is empty"),
+    (["__self__", "--wildcards", "lists"], "a list may name itself"),
+    (["__../styles__", "--wildcards", "lists"], "no such list"),
+    (["a", "--wildcards", "none"], "--wildcards none is not a folder"),
+    (["a", "--styles", "styles.csv", "fim"], "did you mean film?"),
+    (["a", "--styles", "none.csv", "film"], "none.csv cannot be read"),
+    (["a", "--styles", "broken.csv", "film"], "broken.csv")])
+def test_lists_that_are_not_there(refuse, argv, said):
+    assert said in refuse(*argv)
