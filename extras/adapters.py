@@ -101,7 +101,7 @@ def with_names(path, tensors, arrays):
     """
     numbered, named = {}, {}
     for name, array in tensors.items():
-        if match := re.fullmatch(r"(unet|text_encoder):(\d{1,4}):(up|down)", name):
+        if match := re.fullmatch(r"(unet|text_encoder):(0|[1-9]\d{,3}):(up|down)", name):
             numbered.setdefault(match[1], {})[int(match[2]), match[3]] = array
         else:
             named[name] = array
@@ -116,8 +116,8 @@ def with_names(path, tensors, arrays):
                      if array.ndim > 1}
             return given == wanted
         order = next(filter(fits, orders(part, arrays[part])), None)
-        require(order, f"{path} does not fit the model: it numbers {len(found) // 2} layers of the "
-                f"{part}, and these do not have the shapes of the model's attention")
+        require(order, f"{path} does not fit the model: it numbers {len({i for i, _ in found})} "
+                f"layers of the {part}, and these do not have the shapes of the model's attention")
         named |= {f"{part}.{order[i]}.lora_{side}.weight": array
                   for (i, side), array in found.items()}
     return named

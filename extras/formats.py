@@ -271,13 +271,14 @@ def read_tokenizer(folder, first, whole):
     added = [*whole_file.get("added_tokens", []), *({**token, "id": int(i)}
                                                     for i, token in added.items())]
     special = {token["content"]: token for token in added}
+    free = len({*vocab, *special})
     for given in map(facts.get, FURTHER):
         for said in given if isinstance(given, list) else [given] if given else []:
             word = said["content"] if isinstance(said, dict) else said
             if word in special:
                 continue
-            number = vocab.get(word, len({*vocab, *special}))
-            special[word] = {"content": word, "id": number, "special": True}
+            special[word] = {"content": word, "id": vocab.get(word, free), "special": True}
+            free += word not in vocab
     words = {word: token | {"id": vocab.get(word, token["id"])} for word, token in special.items()
              if word not in ("", Tokenizer.BOS, Tokenizer.EOS)}
     require(sum(map(len, words)) <= LONGEST_WORDS, f"{folder} adds words of more than "

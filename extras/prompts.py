@@ -21,6 +21,7 @@ import numpy as np
 
 import tiny_sd
 from extras import tensors
+from extras.checks import first_five
 from extras.narrow import wide
 from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, widen
 
@@ -240,10 +241,11 @@ def remarks(model, texts, plain=False):
         if mark := not weighted and not plain and re.search(r"\([^()]*:[\d.]+\)", text):
             yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer
-    for first, names in getattr(tokenizer, "names", {}).items():
-        if not any(first == i for text in texts
-                   for chunk in chunks_of(tokenizer, text, weighted) for i, _ in chunk):
-            yield f"no prompt says {' or '.join(names)}, which --embedding is for"
+    if learnt := getattr(tokenizer, "names", {}):
+        said = {i for text in texts for chunk in chunks_of(tokenizer, text, weighted)
+                for i, _ in chunk}
+        if silent := [" or ".join(names) for first, names in learnt.items() if first not in said]:
+            yield f"no prompt says {first_five(silent)}, which --embedding is for"
 
 
 # ── Learnt words ────────────────────────────────────────────────────────────────────────────────
@@ -307,13 +309,17 @@ def with_embeddings(model, files):
     tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
               for encoder in model.encoders]
     words, room = {}, model.encoders[0].tokenizer.length - 2
+    first, added = len(tables[0]), [[] for _ in tables]
     for file in files:
         names, vectors = read_embedding(file, [table.shape[1] for table in tables])
-        first, n = len(tables[0]), len(vectors[0])
-        require(n <= room, f"{file} is a word of {n} vectors, too many for a prompt")
+        n = len(vectors[0])
+        require(n <= room, f"{called(file)} is a word of {n} vectors, too many for a prompt")
         words |= dict.fromkeys(names, [*range(first, first + n)])
-        tables = [concat(table.T, array_like(table, rows).T).T
-                  for table, rows in zip(tables, vectors)]
+        first += n
+        for rows, more in zip(added, vectors):
+            rows.append(more)
+    tables = [concat(table.T, *(array_like(table, more).T for more in rows)).T
+              for table, rows in zip(tables, added)]
 
     encoders = []
     for (tokenizer, config, weights), table in zip(model.encoders, tables):
@@ -323,12 +329,18 @@ def with_embeddings(model, files):
     return dataclasses.replace(model, encoders=encoders)
 
 
+def called(file):
+    """Return what to call an embedding: its file, or the name that stands for one."""
+    return file[0] if isinstance(file, tuple) else file
+
+
 def read_embedding(file, widths):
     """Return the names of a learnt word, and its vectors (n, width) for each text encoder.
 
     widths: of the model's text encoders.
     """
     names, arrays = embedding_arrays(file)
+    file = called(file)
     vectors = [array.reshape(-1, array.shape[-1]).astype(np.float32)
                if array.ndim in (1, 2) and array.size else np.zeros((0, 0)) for array in arrays]
     given, wanted = (" and ".join(map(str, sizes)) for sizes in
@@ -362,8 +374,8 @@ def embedding_arrays(file):
     else:
         kind = tensors.kind_of(arrays)
         require(len(arrays) == 1 and (kind is None or "embedding" in kind),
-                f"{file} is not an embedding: it holds {len(arrays)} tensors instead of one, or of "
-                f"clip_l and clip_g{tensors.not_but(kind)}")
+                f"{called(file)} is not an embedding: it holds {len(arrays)} tensors instead of "
+                f"one, or of clip_l and clip_g{tensors.not_but(kind)}")
         names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
     return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
 

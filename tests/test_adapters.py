@@ -366,6 +366,10 @@ def test_the_words_among_numbered_layers(folder, tmp_path):
     path = saved(tmp_path / "a.safetensors", tensors | {"<s1>": torch.randn(12)},
                  {"<s1>": "<embed>"})
     assert adapted(folder, path)[1].keys() == {"<s1>"}
+    saved(path, tensors | {"<s1>": torch.randn(9), "<s2>": torch.randn(9)})
+    with pytest.raises(tiny_sd.UserError, match="^<s1> is for another model: .* have 9 numbers"):
+        prompts.with_embeddings(formats.load(write_model(tmp_path / "m")),
+                                adapted(folder, path)[1].items())
 
 
 # ── What is none ────────────────────────────────────────────────────────────────────────────────
@@ -388,6 +392,7 @@ PREFIX = f"lora_unet_{LINEAR.replace('.', '_')}"
     ({"unet:0:up": torch.zeros(8, 4), "unet:0:down": torch.zeros(4, 8)},
      "numbers 1 layers of the unet, and these do not have the shapes"),
     ({"unet:0:up": torch.zeros(8)}, "do not have the shapes"),
+    ({"unet:00:up": torch.zeros(8, 4)}, "nothing for unet:00:up"),
     ({f"unet:{i}:down": torch.zeros(4, 8) for i in range(16)}, "do not have the shapes"),
     ({"lora_unet_no_such.lora_up.weight": torch.zeros(2, 4)}, "does not fit the model"),
     ({"emb_params": torch.zeros(2, 12)}, "is an embedding: --embedding, and not a LoRA"),

@@ -222,6 +222,9 @@ def test_a_word_that_no_prompt_says_gets_a_line(run):
     assert run("a cat", *argv)[2] == ["no prompt says thing or <inside>, which --embedding is for"]
     for prompt in ["a (thing:1.2)"], ["a", "-n", "(<inside>)"], ["a thing", "--plain-prompt"]:
         assert run(*prompt, *argv)[::2] == (0, [])
+    save({"emb_params": vectors(1)}, Path("other.safetensors"))
+    assert run("a cat", *argv, "--embedding", "other.safetensors")[2] == [
+        "no prompt says other; thing or <inside>, which --embedding is for"]
 
 
 @pytest.mark.parametrize("argv, said", [

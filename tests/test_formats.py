@@ -95,6 +95,7 @@ def test_a_tokenizer_is_transformers(name, tmp_path):
 @pytest.mark.parametrize("fields, named", [
     ({"padding_side": "left"}, "padding_side 'left'"),
     ({"split_special_tokens": True}, "split_special_tokens True"),
+    ({"additional_special_tokens": [*map(str, range(10 ** 5))]}, "adds words of more than"),
     ({"bos_token": "!"}, "bos_token '!'"),
     ({"tokenizer_class": "T5Tokenizer"}, "T5Tokenizer"),
     ({"added_tokens_decoder": {"9000": {"content": "<new>"}}}, "vocabulary is not one of numbers"),
