@@ -28,7 +28,7 @@ def made(texts, args):
 
 def choose(text, seed, folder):
     """Return a prompt with one of the choices wherever it has some, those inside others first."""
-    rng, names = random.Random(seed), {}
+    rng, names = random.Random(str(seed)), {}       # hashed: small numbers begin alike
     require(Path(folder).is_dir(), f"--wildcards {folder} is not a folder")
     for path in sorted(Path(folder).rglob("*.txt")):
         names[path.relative_to(folder).with_suffix("").as_posix()] = path

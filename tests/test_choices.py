@@ -27,6 +27,10 @@ def all_choices(text):
     return {choices.choose(text, seed, "lists") for seed in range(60)}
 
 
+def test_small_seeds_do_not_choose_alike():
+    assert len({choices.choose("{a|b|c}", seed, "lists") for seed in range(1, 9)}) == 3
+
+
 @pytest.mark.parametrize("text, chosen", [
     ("a {x|y z|} b", {"a x b", "a y z b", "a  b"}), ("{a|{b|c}}", {"a", "b", "c"}),
     ("__colour__ cat", {"red cat", "blue cat", "dark green cat", "light green cat"}),
@@ -50,9 +54,9 @@ def test_what_was_chosen_is_recorded(run):
 
     from helpers_cli import parse
     job = cli.make_job(["{red|apple} {1|2|3}", "-s", "5", "--wildcards", "lists"])
-    flags = ["--wildcards", "lists", "--styles", "styles.csv", "film", "-s", "5"]
+    flags = ["--wildcards", "lists", "--styles", "styles.csv", "ink", "-s", "5"]
     _, out, err = run("{red|apple} {1|2|3}", *flags)
-    assert parse(Image.open(out[0]))[:2] == (f"a {job.prompt}, {job.prompt} on film", "digital")
+    assert parse(Image.open(out[0]))[:2] == (f"{job.prompt}, ink, black", "")
     assert not any("read as words" in line for line in err) and "{" not in job.prompt
     assert run("x {1|2|3|4}", "--wildcards", "lists", "--grid", "seed=1,2,3")[0] == 0
     assert len({parse(Image.open(f"out-000{i}.png"))[0] for i in (1, 2, 3)}) > 1
