@@ -45,7 +45,7 @@ def at(tree, step, n):
         else:
             before, after, when = node
             share = float(when) * n if "." in when else float(when)
-            yield from at(before if step <= min(n, int(share)) else after, step, n)
+            yield from at(before if step <= int(min(n, share)) else after, step, n)
 
 
 def parsed(text, depth=0):
@@ -143,6 +143,8 @@ class Timeline:
             require(text.count("[") + len(parts) <= 1000, "the prompt changes in more than a "
                     f"thousand places: {shorten(text, 30)}")
         weights = [weight for _, weight in parts]
+        require(max(map(abs, weights)) <= 1e6, "a weight behind AND is beyond a million: "
+                                               f"{shorten(prompt, 30)}")
         self.combine = composed(weights) if len(weights) > 1 else guide
         texts = [[negative] * n if negative is None else texts_of(negative, n),
                  *(texts_of(text, n) for text, _ in parts)]

@@ -88,7 +88,7 @@ LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'b
          "well-known", "--", "-", "-x", "--no-such", "\\", "\u2028", "\x85", "\f", "🍎 -s 1",
          '--prompt "red" --cfg_scale 3', "--seed 3 --prompt", '--prompt "', '"red" -s 1', '"',
          "{red|blue} __a__ [a|b]", "--negative_prompt x", "[red:apple:1]", "[[red|]:0.5] AND re :2",
-         "a AND", "AND", "[:1]", "[a:b:99999999999]", "[|]" * 400, "[" * 300 + "a:1" + "]" * 300,
+         "a AND", "AND", "[:1]", f"[a:b:{'9' * 400}]", "[|]" * 400, "[" * 300 + "a:1" + "]" * 300,
          "--control lora.safetensors in.png", "--control x"]
 
 
