@@ -141,6 +141,8 @@ def option_parser(**settings):
         f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)")
     add("--things", nargs="?", const="", metavar="WORD",
         help="draw nothing: list what the model can draw, or what of it has WORD in its name")
+    add("--models-dir", metavar="DIR",
+        help="where to look for files by their names, too: a web UI's folder of models")
     add("--lora", type=lora, metavar="FILE[:WEIGHT]", **FILES,
         help="a LoRA to add, by its file or, in loras/, its name; repeatable")
     add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
@@ -355,7 +357,8 @@ def tagged_loras(args, notes):
     """
     found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
     for tag, name, weight in prompts.tags(args.prompt):
-        file = name and name not in given and named.find_file("lora", name, args.model)
+        file = name and name not in given and named.find_file(
+            "lora", name, args.model, args.models_dir)
         if file:
             found.append((file, weight))
         elif name not in given:
@@ -397,14 +400,18 @@ def make_job(argv, prompt=None, **settings):
         args.seed = secrets.randbelow(2 ** 32)
     args.prompt, args.negative_prompt = (
         text and files.printable(text) for text in choices.made(texts, args))
-    args.model = named.find_model(args.model)
-    args.lora = [(named.find("lora", file, args.model), weight) for file, weight in args.lora]
-    args.embedding = [named.find("embedding", file, args.model) for file in args.embedding]
-    args.vae = args.vae and named.find("vae", args.vae, args.model)
+    require(args.models_dir is None or Path(args.models_dir).is_dir(),
+            f"--models-dir {args.models_dir} is not a folder")
+    args.model = named.find_model(args.model, args.models_dir)
+    find = functools.partial(named.find, model=args.model, models_dir=args.models_dir)
+    args.lora = [(find("lora", file), weight) for file, weight in args.lora]
+    args.embedding = [find("embedding", file) for file in args.embedding]
+    args.vae = args.vae and find("vae", args.vae)
     if not args.plain_prompt:
         args.lora += tagged_loras(args, notes)
 
-    args.control = [(*lora(file), picture) for file, picture in args.control]
+    args.control = [(find("control", file), weight, picture) for (file, weight), picture in
+                    ((lora(text), picture) for text, picture in args.control)]
     args.sampler, own = args.sampler or (None, None)
     args.schedule = (own if args.schedule is None else args.schedule) or None
     if any_seed and not args.prompts:

@@ -337,7 +337,7 @@ def sampler_again(path, facts, args, left, program):
 
 def files_again(path, facts, args, left):
     """Return the options for the files that a picture names; add those that are missing to left."""
-    model = args.model or known_model(facts.get("Model", ""))
+    model = args.model or known_model(facts.get("Model", ""), args.models_dir)
     name = facts.get("Model") or facts.get("Model hash")
     require(model or not name, f"{path} was drawn by the model {shorten(str(name), 60)}, which is "
                                "not in weights/ nor here: give it, or another one, with --model")
@@ -351,7 +351,8 @@ def files_again(path, facts, args, left):
 
     options = {"model": [model]} if model else {}
     for option, fact, name, weight in wanted:
-        file = name if option == "vae" and name in VAES else find_file(option, name, model)
+        file = name if option == "vae" and name in VAES else find_file(
+            option, name, model, args.models_dir)
         if not file:
             left[fact] = " ".join(filter(None, (left.get(fact), name, weight)))
         elif stem(file) not in given:

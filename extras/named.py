@@ -12,13 +12,14 @@ from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, read_contents
 from tiny_sd import UserError
 
 FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
-           "lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE")}
+           "lora": ("loras", "Lora", "lora"), "embedding": ("embeddings",), "vae": ("vae", "VAE"),
+           "control": ("controlnet", "ControlNet")}
 
 
-def find_model(name):
+def find_model(name, models_dir=None):
     """Return what formats.load takes for a model that people call by this name; None: bundled.
 
-    UserError for a folder of models, which lists them.
+    models_dir: see places. UserError for a folder of models, which lists them.
     """
     if name is None:
         return str(tiny_sd.HERE / "weights" / "emoji")
@@ -31,7 +32,7 @@ def find_model(name):
                             f"{', '.join(inside[:10])}{more}")
     if path.exists() or (tiny_sd.HERE / "weights" / name).exists() or name in formats.HUB:
         return name
-    return known_model(name) or name
+    return known_model(name, models_dir) or name
 
 
 def may_be_model(path):
@@ -42,7 +43,7 @@ def may_be_model(path):
         return True
 
 
-def known_model(name):
+def known_model(name, models_dir=None):
     """Return the path of a model of this name in weights/ or here, or None.
 
     It is never a path that a picture names.
@@ -50,7 +51,8 @@ def known_model(name):
     if not is_name(name):
         return None
     folder = tiny_sd.HERE / "weights" / name
-    return str(folder) if folder.is_dir() else find_file("model", name)
+    return str(folder) if folder.is_dir() else find_file(
+        "model", name, None, models_dir)
 
 
 def is_name(name):
@@ -59,14 +61,14 @@ def is_name(name):
     return name.strip(".") != "" and len(letters) <= 200 and not {*b"/\\\0"} & {*letters}
 
 
-def find_file(kind, name, model=None):
+def find_file(kind, name, model=None, models_dir=None):
     """Return the path of a file of a kind in FOLDERS, by its name or its name's stem, or None.
 
     It is looked for beside the model, here, and in folders like loras/ beside, above or here.
     """
     if not is_name(name):
         return None
-    for folder in places(kind, model):
+    for folder in places(kind, model, models_dir):
         for file in name, *(f"{name}{suffix}" for suffix in SUFFIXES):
             path = folder / file
             if path.suffix in SUFFIXES and path.is_file():
@@ -74,19 +76,24 @@ def find_file(kind, name, model=None):
     return None
 
 
-def find(kind, name, model):
+def find(kind, name, model, models_dir=None):
     """Return the path of a file that an option names: a path, or a name to look for."""
-    return name if Path(name).exists() else find_file(kind, name, model) or name
+    return name if Path(name).exists() else find_file(kind, name, model, models_dir) or name
 
 
-def places(kind, model=None):
-    """Return the folders in which to look for files of a kind that goes with a model."""
+def places(kind, model=None, models_dir=None):
+    """Return the folders in which to look for files of a kind that goes with a model.
+
+    models_dir: another, with the folders of AUTOMATIC1111's web UI or of ComfyUI in it.
+    """
     paths = [tiny_sd.HERE / "weights" / "x"]
     if model:
         paths = [path for path in (Path(model), tiny_sd.HERE / "weights" / model) if path.exists()]
     beside = [path if path.is_dir() else path.parent for path in map(Path.resolve, paths[:1])]
     above = [folder for path in beside for folder in (path, *path.parents[:2])]
     inside = [folder / name for folder in (*above, Path()) for name in FOLDERS[kind]]
+    if models_dir is not None:
+        inside += [Path(models_dir, name) for name in ("", "Stable-diffusion", *FOLDERS[kind])]
     return [*beside, Path(), *inside]
 
 

@@ -73,3 +73,18 @@ def test_what_was_chosen_is_recorded(run):
     (["a", "--styles", "broken.csv", "film"], "broken.csv")])
 def test_lists_that_are_not_there(refuse, argv, said):
     assert said in refuse(*argv)
+
+
+def test_files_by_name_in_a_folder_of_models(refuse, here):
+    names = {"Stable-diffusion/m.safetensors", "Lora/l.safetensors", "loras/k.pt", "vae/v.pt",
+             "embeddings/e.pt", "ControlNet/c.safetensors"}
+    for name in names:
+        path = here / "elsewhere" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    job = cli.make_job(["a <lora:l:0.5>", "-m", "m", "--lora", "k:2", "--vae", "v", "--embedding",
+                        "e", "--control", "c:0.7", "x.png", "--models-dir", "elsewhere"])
+    found = {job.model, job.vae, *job.embedding, *(file for file, _ in job.lora), job.control[0][0]}
+    assert {str((here / file).relative_to(here / "elsewhere")) for file in found} == names
+    assert job.control[0][1:] == (0.7, "x.png") and [weight for _, weight in job.lora] == [2, 0.5]
+    assert refuse("a", "--models-dir", "none") == "tiny_sd: --models-dir none is not a folder"
