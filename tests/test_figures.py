@@ -45,7 +45,7 @@ def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     """
     figures.main(["film"], tmp_path)
     steps = sd.evenly_spaced_steps
-    monkeypatch.setattr(sd, "evenly_spaced_steps", lambda n, levels: steps(min(n, 5), levels))
+    monkeypatch.setattr(sd, "evenly_spaced_steps", lambda n, levels: steps(min(n, 10), levels))
     for name in ("CLIP_STEPS", "MOON_STEPS", "UNET_STEPS"):
         monkeypatch.setattr(figures, name, 8)
     figures.main(figures.PICTURES.keys() - {"film"}, tmp_path)
