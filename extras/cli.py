@@ -229,7 +229,7 @@ def option_parser(**settings):
 
 
 def their_option(flag):
-    """Return what to say of an option that other programs have, or "" if none is known to."""
+    """Return what to say of an option that another program is known to have, or ""."""
     flag = flag.replace("_", "-").lower() if flag.startswith("--") else flag
     theirs = json.loads(Path(__file__).with_name("theirs.json").read_text(encoding="utf-8"))
     for flags, ours in theirs.items():
@@ -328,6 +328,8 @@ def check_job(job):
             "not two rising numbers from 0 to 1")
     require(not job.control or not (job.show or job.play),
             "--show and --play do not go with --control")
+    require(not job.play or not (job.show or job.film or job.preview),
+            "--play shows all that --show, --film and --preview do: give it without them")
     if job.hires:
         larger.check_hires(job)
     require(not (job.tiles and job.seamless), "--tiles does not go with --seamless")
@@ -462,8 +464,8 @@ def job_of_line(first, argv, number, prompt=None):
         require(Path(file).exists(), f"{file} is not there")
     fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
              "formulas", "low_memory", "seamless", "tiles")
-    require(all(getattr(job, name) == getattr(first, name) for name in fixed),
-            "the model and --preview are the same for all lines")
+    other = next((name for name in fixed if getattr(job, name) != getattr(first, name)), None)
+    require(not other, f"--{str(other).replace('_', '-')} is the same for all lines")
     return job
 
 
@@ -575,10 +577,10 @@ def save_pictures(model, job, x, texts):
 def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, title=None):
     """Draw and save the pictures of a filled job; return their latents.
 
-    notes: lines to print as soon as it is sure that drawing begins. While the last of all are
-    drawn, this program's model loses each network that has done its work: the rest need the memory.
+    notes: lines to print as soon as it is sure that drawing begins. last: these are the last
+    pictures, so each network is dropped when it has done its work, to free memory.
     """
-    drawing.check_picture_memory(model, job)
+    drawing.make_room(model, job)
     formats.check_unchanged(model)
     texts = [facts.parameters_text(job._replace(seed=seed), model)
              for seed in drawing.seeds_of(job)]
@@ -595,6 +597,12 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
     formats.check_unchanged(model)
     save_pictures(model, job, x, texts)
     return x
+
+
+def save_grid(first, queue):
+    """Write the sheet of --grid, if one is asked for."""
+    if first.grid:
+        grid.save(output_names(first)[0], first.grid, map(drawn_names, queue))
 
 
 def run(argv):
@@ -616,7 +624,7 @@ def run(argv):
         jobs = [job for job in queue[rank::ranks] if not all(drawn_names(job))]
     if not jobs and ranks == 1:
         tell(f"{first.prompts or '--grid'}: every picture is there already")
-        return grid.save(first, map(drawn_names, queue)) if first.grid else None
+        return save_grid(first, queue)
 
     film, frames, denoiser = watchers(first)
     model = drawing.load_model(jobs[0] if jobs else first)
@@ -643,9 +651,7 @@ def run(argv):
         print(files.save_film(frames, first.film))
     if (first.prompts or first.grid) and ranks > 1:
         wait_for_other_ranks()
-    if first.grid and rank == 0:
-        grid.save(first, map(drawn_names, queue))
-    return None
+    return save_grid(first, queue) if rank == 0 else None
 
 
 FLAGS = {       # what the library says of its parameters, as options

@@ -178,6 +178,4 @@ def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
 
 def controlled(make_denoiser, controls):
     """Return make_denoiser, so that what it makes is steered by these."""
-    def make(*args):
-        return make_denoiser(*args, predict=functools.partial(predict, controls))
-    return make
+    return functools.partial(make_denoiser, predict=functools.partial(predict, controls))

@@ -59,8 +59,9 @@ def seeds_of(job):
 
 def steps_of(job):
     """Return how many steps a job takes: from a picture, a share of all."""
-    again = (job.hires[2] or job.steps) if job.hires else 0
-    return again + (int(round(job.steps * job.strength, 9)) if job.init_img else job.steps)
+    if job.init_img:
+        return len(tiny_sd.last_steps(range(job.steps), job.strength))
+    return job.steps + ((job.hires[2] or job.steps) if job.hires else 0)
 
 
 def words_of(job):
@@ -96,8 +97,11 @@ def remarks(model, job, known):
                                job.plain_prompt)
 
 
-def check_picture_memory(model, job):
-    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit."""
+def make_room(model, job):
+    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit.
+
+    Where there is not room for twice as much, the VAE computes in bands from here on.
+    """
     width, height = larger.drawn_size(model, job)
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
@@ -138,12 +142,12 @@ def timeline_of(job, embed):
 def start_walk(model, job, denoiser, notes):
     """Return the generator of a job's latents, and the notes with those on its pictures."""
     init, mask, notes = None, None, [*notes]
-    if job.init_img is not None:
-        init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
-    if job.mask is not None:
-        mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
     if job.only_masked is not None:
-        init, mask = larger.part_of(*larger.whole(job), job)
+        init, mask = larger.part_of(*larger.whole(job, notes), job)
+    elif job.init_img is not None:
+        init = files.read_picture(job.init_img, job.width, job.height, notes, job.resize)
+        if job.mask is not None:
+            mask = files.read_mask(job.mask, job.init_img, job.width, job.height, notes, job.resize)
 
     make, embed, combine = denoiser, embedder(model, job), tiny_sd.guide
     controls, timeline = controls_of(model, job, notes), timeline_of(job, embed)

@@ -56,8 +56,9 @@ def tokens_text(tokenizer, prompt, weighted=False):
         words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
                          if part != prompts.BREAK)
     lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
-    for piece in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", words):
-        special = piece in (tokenizer.BOS, tokenizer.EOS)       # as Tokenizer.tokens has it
+    specials = tokenizer.BOS, tokenizer.EOS, tokenizer.symbol[tokenizer.pad]
+    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", words):
+        special = piece in specials     # as Tokenizer.tokens has it
         for word in [piece] if special else tokenizer.words(piece):
             data = word.encode(errors="replace").hex(" ")
             lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
@@ -105,10 +106,12 @@ def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
 
     h, w, channels = tiny_sd.latent_shape(model, width, height)
     x = np.zeros((1, h, w, channels), np.float32)
+    more = model.config.unet.in_channels - channels     # of a model that inpaints
+    more = np.zeros((1, h, w, more), np.float32) if more else None
 
     def step():
         context, pooled = tiny_sd.embed_prompts(model, [prompt])
-        tiny_sd.denoiser(model, context, 1, pooled)(x, 500, 0.5)
+        tiny_sd.denoiser(model, context, 1, pooled, more)(x, 500, 0.5)
 
     runs = [step, lambda: tiny_sd.encode(model, np.zeros((height, width, 3), np.uint8), x),
             lambda: tiny_sd.decode(model, x)]

@@ -1,6 +1,6 @@
 """How a picture was made: recorded in it, and read back from it (--like).
 
-The text is the one that AUTOMATIC1111's web UI began with: the prompt, the negative prompt, and a
+The text is the one that AUTOMATIC1111's web UI introduced: the prompt, the negative prompt, and a
 line of facts, "Steps: 20, Sampler: Euler a, ...". Many programs write it, each in its own way.
 """
 
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import tiny_sd
 from extras.checks import first_five
 from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
+from extras.formats import VAES
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
 from extras.prompts import LONGEST, MOST_TAGS
 from extras.samplers import SCHEDULED, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
-from extras.tiny_vae import SCALES as VAES
 from tiny_sd import UserError, require, shorten
 
 # ── What is recorded ────────────────────────────────────────────────────────────────────────────
@@ -43,8 +43,9 @@ def hashes(files, hash_of):
 class Fact(NamedTuple):
     """One fact of a picture.
 
-    text: what is recorded of a job, given the model, or None before that is loaded; it is "" where
-    nothing is, and None where the model decides. option: the one that takes the same value again.
+    text: a function of a job and the model, or None before that is loaded. It returns what is
+    recorded: "" for nothing, None for what the model will decide. option: the one that takes the
+    same value again.
     """
     text: object
     option: str = ""

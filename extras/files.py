@@ -119,7 +119,8 @@ def read_mask(path, init, width, height, notes, resize="crop"):
             f"--mask {path} is {w} x {h}, and {init} is {init_w} x {init_h}: they must have the "
             "same shape")
     alpha = picture.getchannel("A")
-    if alpha.getextrema()[0] < 128 and (os.path.samefile(path, init) or not is_painted(picture)):
+    itself = os.path.samefile(path, init) or not looks_like_mask(picture)
+    if itself and alpha.getextrema()[0] < 128:
         notes.append(f"{path} is a mask by its transparency: the hole in it is replaced")
         picture = Image.eval(alpha, lambda a: 255 - a).convert("RGBA")
     mask = fitted(picture, width, height, "black", resize).mean(axis=-1) > 127.5
@@ -128,8 +129,8 @@ def read_mask(path, init, width, height, notes, resize="crop"):
     return mask
 
 
-def is_painted(picture):
-    """Is an RGBA picture, where it can be seen, all but black and white, as masks are?"""
+def looks_like_mask(picture):
+    """Are at least 95 % of an RGBA picture's visible pixels nearly black or white, as in masks?"""
     pixels = np.asarray(picture)
     seen = pixels[pixels[..., 3] > 127][:, :3]
     plain = (seen < 32).all(axis=1) | (seen > 223).all(axis=1)

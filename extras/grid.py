@@ -48,17 +48,17 @@ def jobs_of(first, argv, make_job):
     return jobs
 
 
-def save(job, names):
+def save(path, axes, names):
     """Write the sheet, with words above and beside the pictures, and print its name.
 
-    names: of each cell, the names of its picture.
+    axes: (name, values) of one option or two. names: of each cell, the names of its picture.
     """
     from extras import show
-    axes, pictures = job.grid, [Image.open(next(name)).convert("RGB") for name in names]
+    pictures = [Image.open(next(name)).convert("RGB") for name in names]
     size = tuple(max(picture.size[i] for picture in pictures) for i in (0, 1))
     pictures = [ImageOps.pad(picture, size, color="white") for picture in pictures]
     n = len(axes[0][1])
     rows = [pictures[i:i + n] for i in range(0, len(pictures), n)]
     words = [[f"{name} {value}" for value in values] for name, values in axes]
     page = show.sheet(rows, *words, size=size[0])
-    print(files.save_picture(np.asarray(page), job.output, ""))
+    print(files.save_picture(np.asarray(page), path, ""))

@@ -9,9 +9,7 @@ from tiny_sd import guide
 
 def combining(make_denoiser, combine):
     """Return make_denoiser, so that what it makes combines outputs by this function."""
-    def make(*args):
-        return make_denoiser(*args, combine)
-    return make
+    return lambda *args: make_denoiser(*args, combine)
 
 
 def composed(weights):

@@ -1,4 +1,4 @@
-"""Larger pictures: drawn over once more, in tiles, without an edge; and a part of one, drawn large.
+"""Larger pictures: drawn over once more, in bands, without an edge; and a part of one, drawn large.
 
 Each function takes and returns what those of tiny_sd.py and like_diffusers.py do, or changes one
 into another that does.
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import tiny_sd
-from extras import files
+from extras import files, like_diffusers
 from extras.narrow import wide
 from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu, to_numpy
 
@@ -49,28 +49,36 @@ def drawn_over(generate, size, strength, steps):
 
     size: its new (width, height). steps: how many are taken then, after noising to `strength`.
     """
-    def walk(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others):
-        for x in generate(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others):
+    def start(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others):
+        total = math.ceil(round((steps or n) / strength, 9))
+        levels = sampler, total, model.config.scheduler, model.alpha_bars
+        like_diffusers.sampling_steps(*levels, like_diffusers.own_schedule(schedule, model))
+        first = generate(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others)
+        return walk(first, total, model, prompt, negative, seeds, guidance, sampler, schedule,
+                    others[5:])
+
+    def walk(first, total, model, prompt, negative, seeds, guidance, sampler, schedule, others):
+        for x in first:
             yield x
-        total, paths = math.ceil(round((steps or n) / strength, 9)), []
+        paths = []
         for seed, latents in zip(seeds, x):
             picture = Image.fromarray(decode(model, latents[None])[0])
             picture = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
             paths.append(generate(model, prompt, negative, [seed], total, guidance, sampler,
-                                  schedule, *size, picture, strength, None, *others[5:]))
+                                  schedule, *size, picture, strength, None, *others))
         for drawn in zip(*paths):
             yield np.concatenate(drawn)
-    return walk
+    return start
 
 
 # ── Only what is masked ─────────────────────────────────────────────────────────────────────────
 
 
-def whole(job):
+def whole(job, notes):
     """Return the picture and the mask of a job at their own size, (h, w, 3) and (h, w) of bool."""
     size = files.upright(job.init_img).size
-    return files.read_picture(job.init_img, *size), files.read_mask(job.mask, job.init_img, *size,
-                                                                    [])
+    mask = files.read_mask(job.mask, job.init_img, *size, notes)
+    return files.read_picture(job.init_img, *size), mask
 
 
 def box_around(mask, margin, height, width):
@@ -97,7 +105,7 @@ def part_of(picture, mask, job):
 
 def pasted(job, pixels):
     """Return the job's picture with what was drawn, (height, width, 3), where the mask is true."""
-    picture, mask = whole(job)
+    picture, mask = whole(job, [])
     box = left, top, right, bottom = box_around(mask, job.only_masked, job.height, job.width)
     drawn = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     picture = Image.fromarray(picture)

@@ -44,9 +44,9 @@ def may_be_model(path):
 
 
 def known_model(name, models_dir=None):
-    """Return the path of a model of this name in weights/ or here, or None.
+    """Return the path of a model of this name in weights/ or in one of places(), or None.
 
-    It is never a path that a picture names.
+    A name with a slash finds nothing: a picture may name any path.
     """
     if not is_name(name):
         return None
@@ -64,7 +64,7 @@ def is_name(name):
 def find_file(kind, name, model=None, models_dir=None):
     """Return the path of a file of a kind in FOLDERS, by its name or its name's stem, or None.
 
-    It is looked for beside the model, here, and in folders like loras/ beside, above or here.
+    It is looked for in the folders that places() returns.
     """
     if not is_name(name):
         return None
@@ -94,14 +94,16 @@ def places(kind, model=None, models_dir=None):
     inside = [folder / name for folder in (*above, Path()) for name in FOLDERS[kind]]
     if models_dir is not None:
         inside += [Path(models_dir, name) for name in ("", "Stable-diffusion", *FOLDERS[kind])]
+        inside += [Path(models_dir).absolute().parent / name for name in FOLDERS[kind]]
     return [*beside, Path(), *inside]
 
 
 @functools.cache
-def file_hash(file, header=False):
-    """Return the first 12 digits of the SHA-256 of a file, or of one without its header."""
+def file_hash(file, skip_header=False):
+    """Return the first 12 digits of the SHA-256 of a file, without a .safetensors' header if asked.
+    """
     with open(file, "rb") as data:
-        if header:
+        if skip_header:
             data.seek(8 + int.from_bytes(data.read(8), "little"))
         return hashlib.file_digest(data, "sha256").hexdigest()[:12]
 
@@ -111,9 +113,9 @@ def lora_hashes(file):
     if not str(file).endswith(".safetensors"):
         return [file_hash(file)]
     metadata = safe_open(file, "np").metadata() or {}
-    return [file_hash(file, header=True), metadata.get("sshs_model_hash", "")[:12]]
+    return [file_hash(file, skip_header=True), metadata.get("sshs_model_hash", "")[:12]]
 
 
 def vae_hash(name):
-    """Return the first 10 digits of the SHA-256 of a VAE's file, none of other VAEs."""
+    """Return the first 10 digits of the SHA-256 of a VAE's file, or "" where it is no file."""
     return file_hash(name)[:10] if name and Path(name).is_file() else ""

@@ -1,8 +1,9 @@
 """Weights that stay in their file, in the type that they have there, until they are used.
 
 The arrays' class does this; the layers know nothing of it. extras/fast.py prepares each weight at
-its first use, on all cores, and keeps the result. With --low-memory it prepares it at every use,
-and the system can drop the file's pages and read them again.
+its first use, on all cores, and keeps the result. The weights of networks that run fewer than PAYS
+times, and all with --low-memory, are prepared at every use instead, and the system can drop the
+file's pages and read them again.
 """
 
 import numpy as np
@@ -25,11 +26,8 @@ class Narrow(np.ndarray):
         return function(*map(wide, inputs), **kwargs)
 
 
-PAYS = 5        # passes from which on it is quicker to keep what was prepared
-
-
 class Fleeting(Narrow):
-    """A Narrow array for --low-memory."""
+    """A Narrow array that is prepared anew at each use."""
     fleeting = True
 
 
@@ -38,8 +36,11 @@ def wide(x):
     return np.asarray(widen(x.view(np.ndarray)), np.float32) if isinstance(x, Narrow) else x
 
 
+PAYS = 5        # passes from which on it is quicker to keep what was prepared
+
+
 def keep_what_pays(model, passes):
-    """Let the weights of networks that run less often than this be prepared anew at each use.
+    """Let the weights of networks that run fewer than PAYS times be prepared anew at each use.
 
     passes: {part of the model: how many times its weights will be read}. What is prepared is kept
     in float32, and the first touch of so much memory takes longer than preparing it a few times.

@@ -7,7 +7,7 @@ What they mean here is what they mean in AUTOMATIC1111's web UI:
     BREAK                           what follows begins a chunk of its own
     <lora:name:0.8>                 adds the LoRA in the file of that name
 
-embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed_prompts=...).
+embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed=...).
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def chunks_of(tokenizer, text, weighted=True):
     """Return the chunks of a prompt: lists of (id, weight), as long as the model has room for.
 
     Where one overflows, what follows a comma among its last 20 tokens goes to the next. Unless it
-    is weighted, it is read as it stands, by Tokenizer.encode: one chunk, and the rest is cut.
+    is weighted, it is read as Tokenizer.encode reads it: one chunk, and the rest is cut.
     """
     if not weighted:
         start = re.sub(rf"[{tokenizer.SPACE}]+", " ", text)[:40 * tokenizer.length]
@@ -158,7 +158,7 @@ def embed_prompts(model, texts, skip=None):
 
     lengths = [1 if text is None else len(text) for text in texts]
     n = math.lcm(*lengths)
-    if n > 60:      # it happens to prompts of 8 and of 9 chunks: the copies are uneven, then
+    if n > 60:      # first for prompts of 7 and 9 chunks: the copies are uneven, then
         n = max(lengths)
     rows = np.stack([end - length + np.arange(n) % length
                      for end, length in zip(np.cumsum(lengths), lengths)])  # (texts, n)
@@ -224,7 +224,7 @@ def reads_weights(model):
     return tokenizer.length == 77 and len(tokenizer.vocab) >= 49408
 
 
-LISTS = re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}|__[\w/*.-]{1,60}__")     # of extensions
+LISTS = re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}|__[\w/*.-]{1,60}?__")     # of extensions
 
 
 def remarks(model, texts, plain=False):

@@ -31,7 +31,17 @@ from itertools import zip_longest
 import numpy as np
 
 from extras.schedules import karras, schedule_named, time_of
-from tiny_sd import SAMPLERS, add_noise, ddim, ddpm, dpm_pp_2m, sigma_of, split_prediction, velocity
+from tiny_sd import (
+    SAMPLERS,
+    add_noise,
+    ddim,
+    ddpm,
+    dpm_pp_2m,
+    require,
+    sigma_of,
+    split_prediction,
+    velocity,
+)
 
 TITLES, SCHEDULERS = {}, {}     # {name: title}, {diffusers' class: name}
 
@@ -99,10 +109,10 @@ ADAMS_BASHFORTH = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
                    (55 / 24, -59 / 24, 37 / 24, -9 / 24)]      # weights of 1 to 4 past values
 
 
-def ddim_step(x, eps, alpha_bar, alpha_bar_next):
-    """Return x at the next level, along the noise eps."""
-    signal = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
-    return add_noise(signal, alpha_bar_next, eps)
+def ddim_step(x, output, alpha_bar, alpha_bar_next, kind="epsilon"):
+    """Return x at the next level, along a model's output of this kind."""
+    x_0, eps = split_prediction(kind, output, x, alpha_bar)
+    return add_noise(x_0, alpha_bar_next, eps)
 
 
 def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
@@ -114,15 +124,13 @@ def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
     def what(guess, alpha_bar):
         return velocity(guess[0], alpha_bar, guess[1]) if velocities else guess[1]
 
-    def step(x, direction, alpha_bar, alpha_bar_next):
-        kind = "v_prediction" if velocities else "epsilon"
-        x_0, eps = split_prediction(kind, direction, x, alpha_bar)
-        return add_noise(x_0, alpha_bar_next, eps)
+    step = functools.partial(ddim_step, kind="v_prediction" if velocities else "epsilon")
 
     def mean_of_four(denoise, x, first, t, alpha_bar, t_next):
         """Return Runge and Kutta's mean of the directions over a step: first is that at its start.
 
-        Halfway is half a stride below the step's start to get there, and above its end to look.
+        Halfway, x is taken to t - half, and the model asked at t_next + half: not the same time
+        where the stride is odd.
         """
         half, direction, total = stride // 2, first, first
         for end, at, weight in ((t - half, t_next + half, 2), (t_next + half, t_next + half, 2),
@@ -179,8 +187,7 @@ def lcm_timesteps(n, scheduler):
     """Return n of the timesteps, usually 50, of the solver that the model was distilled from."""
     T, solver = scheduler.num_train_timesteps, getattr(
         scheduler, "original_inference_steps", None) or 50
-    if n > solver:
-        return np.array([T])
+    require(n <= solver, f"steps {n} is not from 1 to {solver}")
     t = np.arange(1, solver + 1)[::-1] * (T // solver) - 1
     return t[np.arange(n) * solver // n]
 
@@ -347,7 +354,7 @@ def corrected(past, lam_1, x_1):
     return x_0 + rho * h * slope(past) + (b_1 - rho) * (x_1 - x_0)
 
 
-GAMMA = 0.3     # of how much of the noise each of tcd's steps draws anew
+GAMMA = 0.3     # how far below the next time each of tcd's steps leaps, as a share of that time
 
 
 @sampler("tcd", "TCD", "TCDScheduler", timesteps=lcm_timesteps, ends_clean=False)
@@ -364,7 +371,7 @@ def tcd(denoise, x, steps, noise):
 
 
 def as_web_ui(function):
-    """Return a sampler with the levels that AUTOMATIC1111's web UI gives it, and Forge.
+    """Return a sampler with the levels that AUTOMATIC1111's web UI and Forge give it.
 
     k-diffusion's are linspace(T - 1, 0, n), with the noise's standard deviation in x_T; the
     others' timesteps are "leading".

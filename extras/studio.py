@@ -87,6 +87,8 @@ class Studio:
         self.inbox, self.send, self.runs = inbox, send, {}
         self.next, self.stopped = None, 0       # the request to draw next, the number to stop
         job = cli.make_job(argv)
+        if job.formulas:
+            tiny_sd.FAST.clear()
         self.known, self.model = things.known_things(job.model), drawing.load_model(job)
         self.job = drawing.filled(self.model, job._replace(batch_size=1))
         self.quick = show.quick_decoder(self.model)
@@ -147,7 +149,7 @@ class Studio:
     def draw(self, request, send):
         """Draw a picture, and send each step."""
         job, model, begun = job_of(self.job, request), self.model, time.monotonic()
-        drawing.check_picture_memory(model, job)
+        drawing.make_room(model, job)
         if prompts.TAG.search(job.prompt) and not job.plain_prompt:
             tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
         film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)

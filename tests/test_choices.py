@@ -1,5 +1,6 @@
 """Prompts from lists and tables (extras/choices.py)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ def test_small_seeds_do_not_choose_alike():
 @pytest.mark.parametrize("text, chosen", [
     ("a {x|y z|} b", {"a x b", "a y z b", "a  b"}), ("{a|{b|c}}", {"a", "b", "c"}),
     ("__colour__ cat", {"red cat", "blue cat", "dark green cat", "light green cat"}),
-    ("__animals/*__", {"tiger", "wolf"}), ("{__shade__|x}", {"dark", "light", "x"}),
+    ("__animals/*__", {"tiger", "wolf"}), ("__shade__-__shade____animals/cats__", {
+        "dark-darktiger", "dark-lighttiger", "light-darktiger", "light-lighttiger"}),
+    ("{__shade__|x}", {"dark", "light", "x"}),
     ("a {b} _c_ [d|e]", {"a {b} _c_ [d|e]"})])
 def test_all_choices_come_and_no_others(text, chosen):
     assert all_choices(text) == chosen
@@ -77,14 +80,14 @@ def test_lists_that_are_not_there(refuse, argv, said):
 
 def test_files_by_name_in_a_folder_of_models(refuse, here):
     names = {"Stable-diffusion/m.safetensors", "Lora/l.safetensors", "loras/k.pt", "vae/v.pt",
-             "embeddings/e.pt", "ControlNet/c.safetensors"}
+             "../embeddings/e.pt", "ControlNet/c.safetensors"}      # as in the web UI
     for name in names:
-        path = here / "elsewhere" / name
+        path = here / "web" / "models" / name
         path.parent.mkdir(parents=True)
         path.touch()
     job = cli.make_job(["a <lora:l:0.5>", "-m", "m", "--lora", "k:2", "--vae", "v", "--embedding",
-                        "e", "--control", "c:0.7", "x.png", "--models-dir", "elsewhere"])
+                        "e", "--control", "c:0.7", "x.png", "--models-dir", "web/models"])
     found = {job.model, job.vae, *job.embedding, *(file for file, _ in job.lora), job.control[0][0]}
-    assert {str((here / file).relative_to(here / "elsewhere")) for file in found} == names
+    assert {os.path.relpath(file, "web/models") for file in found} == names
     assert job.control[0][1:] == (0.7, "x.png") and [weight for _, weight in job.lora] == [2, 0.5]
     assert refuse("a", "--models-dir", "none") == "tiny_sd: --models-dir none is not a folder"

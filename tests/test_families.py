@@ -33,7 +33,7 @@ from conftest import (
     same,
     with_torch_too,
 )
-from extras import formats, like_diffusers, prompts
+from extras import explain, formats, like_diffusers, prompts
 from helpers import drawn
 from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all tests)
     PROMPT,
@@ -307,5 +307,6 @@ def test_inpainting(channels, strength, scheduler, reference, folder_with, backe
 
 def test_a_model_for_inpainting_needs_a_mask(folder_with):
     model = formats.load(folder_with(unet=make_unet(in_channels=9)))
+    assert explain.sizes(model, "red", 32, 32)
     with pytest.raises(tiny_sd.UserError, match="needs a picture and a mask"):
         draw(model, steps=2)

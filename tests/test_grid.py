@@ -39,6 +39,6 @@ def test_a_sheet_goes_on(run):
 
 
 def test_pictures_of_two_sizes_and_a_seed_at_random(run):
-    _, out, err = run("red", "--grid", "width=16,32", "-s", "-1")
-    assert out == ["out-0001.png", "out-0002.png", "out.png"]
+    _, out, _ = run("red", "--grid", "width=16,32", "-s", "-1", "-o", "a {prompt}.png")
+    assert out == ["a red-0001.png", "a red-0002.png", "a red.png"]
     assert len({parse(Image.open(name))[2]["Seed"] for name in out[:2]}) == 1

@@ -9,6 +9,7 @@ from conftest import same
 from extras import drawing, files, formats, larger, like_diffusers
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, parse, pixels
+from tiny_sd import UserError
 
 # ── Drawn over ──────────────────────────────────────────────────────────────────────────────────
 
@@ -37,6 +38,15 @@ def test_a_batch_drawn_over_is_recorded_and_drawn_again(run, draw):
     again = draw("--like", out[1])
     assert again.size == (32, 32) and abs(pixels(again) - pixels(Image.open(out[1]))).max() <= 1
     assert parse(again)[2] == facts
+
+
+def test_what_the_second_drawing_cannot_do_is_said_before_the_first(run):
+    generate = larger.drawn_over(like_diffusers.generate, (32, 32), 0.5, 0)
+    model = formats.load(run.model)
+    for steps, sampler, most in (600, "ddim", 999), (30, "lcm", 50):
+        with pytest.raises(UserError, match=f"steps {2 * steps} is not from 1 to {most}"):
+            generate(model, "red", None, [0], steps, 1, tiny_sd.SAMPLERS[sampler], None, 16, 16,
+                     None, None, None, like_diffusers.denoiser, tiny_sd.embed_prompts)
 
 
 # ── Pictures of another shape ───────────────────────────────────────────────────────────────────
@@ -174,7 +184,9 @@ def test_only_what_is_masked_is_drawn_and_large(run, draw):
     init.save("in.png")
     Image.fromarray(mask).save("mask.png")
     flags = ["red", "-i", "in.png", "--mask", "mask.png"]
-    ours = draw(*flags, "--only-masked", "4")
+    _, _, err = run(*flags, "--only-masked", "4", "-o", "ours.png")
+    assert not any("is cut" in line for line in err)
+    ours = Image.open("ours.png")
     box = larger.box_around(mask, 4, 16, 16)
     assert box == (66, 15, 82, 31)
     init.crop(box).save("part.png")
@@ -185,5 +197,5 @@ def test_only_what_is_masked_is_drawn_and_large(run, draw):
     assert ours.size == (100, 60) and abs(pixels(ours) - pixels(expected)).max() <= 1
     assert (pixels(ours) == pixels(init))[~mask].all()
     assert parse(ours)[2]["Masked area padding"] == "4"
-    again = draw("--like", "out.png", *flags[1:])
+    again = draw("--like", "ours.png", *flags[1:])
     assert again.size == ours.size and np.array_equal(pixels(again), pixels(ours))

@@ -42,7 +42,8 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     assert (cli.main(run) == 0
             and capsys.readouterr() == ("", f"tiny_sd: {lines}: every picture is there already\n"))
     for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"),
-                       ("red --preview x.png", "--preview"), ("red -m x", "model"),
+                       ("red --preview x.png", "--preview"), ("red -m x", "--model"),
+                       ("red --seamless", "--seamless"),
                        ("--seed 3 red", "not with --seed")):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2

@@ -419,6 +419,12 @@ def test_explain(run):
         assert f" {total:,} " in numbers[part]
 
 
+def test_the_padding_is_a_special_token_too():
+    tokenizer = sd.Tokenizer([], pad="!")
+    assert f"  !: a special token\n      !\n      {tokenizer.vocab['!']}\n" in explain.tokens_text(
+        tokenizer, "a!b")
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("size", [(16, 16), (10, 18)])
 def test_operations_are_counted_as_torch_counts_them(tiny, backend, size):
