@@ -295,7 +295,7 @@ def add_adapter(arrays, module, has, facts, weight):
     name, before = f"{module}.weight", widen(arrays[f"{module}.weight"])
     require(has.keys() - {"alpha", "dora_scale", "magnitude_vector", "mid"},
             "it has an alpha or a scale, and nothing to scale")
-    with np.errstate(all="ignore"):     # what is not finite is told below
+    with np.errstate(all="ignore"):     # numbers that are not finite get their line below
         delta, r = difference(has)
         scale = weight * scale_of(has, facts, module, r)
         after = before

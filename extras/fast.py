@@ -219,7 +219,7 @@ def remembered(prepare):
             preparation = known[key]
         try:
             array = preparation.result()
-        except BaseException:       # Ctrl-C, or no memory: the next call begins anew
+        except BaseException:       # Ctrl-C, or no memory: the next call starts over
             with lock:
                 if known.get(key) is preparation:
                     del known[key]

@@ -112,7 +112,7 @@ def tree_of(text):
 
 
 def changes(*texts):
-    """Does any of these prompts, of which some may be None, change in time or have parts?"""
+    """Does any of these prompts (or None) change in time or have parts?"""
     return any(len(parts_of(text)) > 1 or not all(isinstance(node, str) for node in tree_of(text))
                for text in texts if text)
 

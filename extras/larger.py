@@ -172,7 +172,7 @@ def bands(height, width, channels):
 
 
 def norm_later(form, x, groups, delta, weight, bias):
-    """group_norm, of which only the statistics are computed now."""
+    """Compute the statistics of group_norm now, and the rows when they are asked for."""
     B, H, W, C = x.shape
     each, parts = FAST.get("each", map), bands(H, 8 * W, C)
 
@@ -186,12 +186,12 @@ def norm_later(form, x, groups, delta, weight, bias):
 
 
 def silu_later(form, x):
-    """silu, of whole images at once and of others later."""
+    """silu: at once for an array, later for Rows."""
     return Rows(x.shape, lambda s: silu(x[:, s])) if isinstance(x, Rows) else form(x)
 
 
 def conv_in_bands(form, x, weight, bias=None, stride=1, padding=(1, 1)):
-    """conv2d, of a band of rows after another."""
+    """conv2d, one band of rows after the other."""
     weight, size = wide(weight), weight.shape[1] - sum(padding)
     B, (H, W), C = x.shape[0], ((n - size) // stride + 1 for n in x.shape[1:3]), len(weight)
     new = np.empty if isinstance(weight, np.ndarray) else weight.new_empty
@@ -212,7 +212,7 @@ IN_BANDS = {"group_norm": norm_later, "silu": silu_later, "conv2d": conv_in_band
 
 
 def conv_around(form, x, weight, bias=None, stride=1, padding=(1, 1)):
-    """conv2d, of an image that goes on at its other side: there are no zeros around it."""
+    """conv2d without zeros around the image: past one side it goes on at the other."""
     before, after = padding
     rows, columns = (np.arange(-before, n + after) % n for n in x.shape[1:3])
     x = x[:, rows[:, None], columns]

@@ -97,7 +97,7 @@ def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=No
     """Do what tiny_sd.denoiser does, but ask with both contexts at once.
 
     NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch, as does
-    NumPy where weights are prepared anew at each use (extras/narrow.py), to do so once for both.
+    NumPy where weights are prepared at each use (extras/narrow.py), to do so once for both.
     combine: see extras/guidance.py, for which there may be more than two contexts. predict: what to
     ask instead of tiny_sd.predict. Without these two, tiny_sd.denoiser itself is used where
     extras/fast.py found it edited, or is not loaded; with them, an edit of it has no effect.

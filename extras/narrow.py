@@ -27,7 +27,7 @@ class Narrow(np.ndarray):
 
 
 class Fleeting(Narrow):
-    """A Narrow array that is prepared anew at each use."""
+    """A Narrow array that is prepared again at each use."""
     fleeting = True
 
 
@@ -40,7 +40,7 @@ PAYS = 5        # passes from which on it is quicker to keep what was prepared
 
 
 def keep_what_pays(model, passes):
-    """Let the weights of networks that run fewer than PAYS times be prepared anew at each use.
+    """Let the weights of networks that run fewer than PAYS times be prepared at each use.
 
     passes: {part of the model: how many times its weights will be read}. What is prepared is kept
     in float32, and the first touch of so much memory takes longer than preparing it a few times.

@@ -2,7 +2,7 @@
 
 There are two processes. This one, the server, hands out play.html and passes on what the page asks
 for. The other, extras/studio.py, imports tiny_sd and draws. When tiny_sd.py is saved, the server
-starts it anew, and it finds the weights in the system's memory.
+starts it again, and it finds the weights in the system's memory.
 
 The server listens on the loopback address alone, and answers nobody but the page: see
 Handler.refusal.
@@ -63,7 +63,7 @@ def play(argv, port=0, browser=True):
 
 
 def tell_changes(worker):
-    """Start the worker anew whenever tiny_sd.py is saved, for ever."""
+    """Start the worker again whenever tiny_sd.py is saved."""
     seen = saved = stamp(LESSON)
     while True:
         time.sleep(0.2)
@@ -164,7 +164,7 @@ class Worker:
             return self.state | {"version": self.version}
 
     def read_notes(self, process, said):
-        """Take up what the process writes on stderr."""
+        """Read what the process writes on stderr."""
         for line in process.stderr:
             said.append(line.decode(errors="replace"))
             if line.startswith(b"tiny_sd: "):
@@ -325,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.respond(200, json.dumps(self.take_picture(body)), "application/json")
         try:
             request = json.loads(body) | {"ask": name}
-            for key in "init_img", "mask":      # of which the page knows the numbers alone
+            for key in "init_img", "mask":      # the page only knows their numbers
                 if request.get(key) is not None:
                     request[key] = str(self.server.pictures[request[key]])
         except (ValueError, KeyError, TypeError, RecursionError):

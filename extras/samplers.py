@@ -230,7 +230,7 @@ def heun(denoise, x, steps, noise=None):
 
 @sampler("restart", "Restart", **SIGMA)
 def restart(denoise, x, steps, noise):
-    """Heun's steps; where they pass σ = 0.1, noise x again up to σ = 2 and come down anew (9.11).
+    """Heun's steps; where they pass σ = 0.1, noise x up to σ = 2 and come down again (9.11).
 
     Xu et al., 2023. How often, and in how many steps, is the web UI's choice, which begins at 20.
     """

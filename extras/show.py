@@ -90,7 +90,7 @@ class Heard(threading.local):
             self.maps.append(probabilities(q, k).mean(1))
 
     def take(self):
-        """Return the maps, and begin anew."""
+        """Return the maps, and start over."""
         maps, self.calls, self.maps = self.maps, 0, []
         return maps
 

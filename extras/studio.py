@@ -131,7 +131,7 @@ class Studio:
         def send(event, **answer):
             self.send(id=request["id"], event=event, **answer)
 
-        def note(line):     # without advice on options, of which the page has none
+        def note(line):     # without advice on options, since the page has none
             send("note", text=re.sub(r" \(--[^)]*\)|: --things .*", "", line))
 
         notes = Notes(note)

@@ -69,7 +69,7 @@ def like(word, names):
 
 
 def by_words(things):
-    """Return {words: name} of things, of which each is a list of names."""
+    """Return {words: name} of things; each thing is a list of names."""
     return {tuple(split_words(name)): name for names in things for name in names}
 
 

@@ -15,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import tiny_sd
 from conftest import ROOT
 from extras import cli, drawing, formats, play, studio
 from helpers import all_signals_end_it, write_model
@@ -217,6 +219,13 @@ def test_the_guesses_of_large_pictures(site, monkeypatch):
     assert pixels(found[2]["picture"]).shape == (16, 16, 3) and not only(found, "sharp")
 
 
+def test_the_page_computes_by_the_formulas_where_asked(site):
+    with mock.patch.dict(tiny_sd.FAST, linear=None):
+        studio.Studio(["--play", "--formulas", "-m", str(site.folder / "tiny")],
+                      queue.SimpleQueue(), print)
+        assert not tiny_sd.FAST
+
+
 def test_it_saves_what_the_command_line_draws(site):
     """The same pixels, and the same record of how they were made; nothing is overwritten."""
     values = {"prompt": "red apple's", "negative_prompt": "app", "seed": 7, "steps": 3,
@@ -343,7 +352,8 @@ def test_it_ends_at_once(tmp_path, monkeypatch, number):
 
 @pytest.mark.parametrize("flags, said", [
     ("-m nowhere", "nowhere"), ("--port {port}", "--port"), ("--port 99999", "--port 99999"),
-    ("--steps 0", "--steps 0"), ("--play --prompts list.txt", "--prompts")])
+    ("--steps 0", "--steps 0"), ("--play --prompts list.txt", "--prompts"),
+    ("--film x.gif", "--film"), ("--preview x.png", "--preview"), ("--show seen", "--show")])
 def test_what_cannot_start(site, flags, said):
     """One line, and status 2."""
     (site.folder / "list.txt").write_text("apple")

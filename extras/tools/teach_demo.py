@@ -174,7 +174,7 @@ class Drawings:
 
 
 def unshown():
-    """Return 50 pairs (background, place) of which the taught pictures show neither."""
+    """Return 50 pairs (background, place) that the taught pictures do not show."""
     colours = [c for c in COLOURS if c not in {colour for _, colour, _ in ZORPS}]
     places = [p for p in PLACES if p not in {place for *_, place in ZORPS}]
     filling = [(colour, "") for colour in colours] * 2

@@ -119,7 +119,7 @@ class Judge:
         return candidates[int(distances.argmin())]
 
     def others(self, asked, n=60):
-        """The same with other things, of which n are chosen by the asked ones' names."""
+        """The same with n other things; which ones follows from the numbers of those asked for."""
         subject, manner = asked
         rng = np.random.default_rng(list(subject.ids))
         for i in rng.permutation(len(self.things.names))[:n].tolist():

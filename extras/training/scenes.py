@@ -375,7 +375,7 @@ def arrange(things, rng, relation, pictures, tints):
 
 
 def stacked(things, rng, relation, upper, lower):
-    """Two Parts, of which the upper one's foot is sunk so far into the lower one."""
+    """Two Parts, the upper one's foot sunk so far into the lower one."""
     sink = {"on": 0.12, "under": 0.08, "riding": 0.42, "inside": 0.45}[relation]
     sides = (.62, .52) if relation == "under" else (.52, .66)
     high, low = (side * (things.boxes[picture][3] - things.boxes[picture][1])

@@ -443,7 +443,7 @@ class Bank:
         self.turn += n
 
     def batches(self, n, new, rng):
-        """Yield (latents, captions) of n scenes of the bank, of which so many are renewed first."""
+        """Yield (latents, captions) of n scenes of the bank, after renewing `new` of them."""
         while True:
             self.renew(new, rng)
             chosen = rng.integers(0, len(self.captions), n).tolist()
