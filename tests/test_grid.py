@@ -38,6 +38,13 @@ def test_a_sheet_goes_on(run):
     assert [parse(Image.open(f"out-000{i}.png"))[2]["Seed"] for i in (1, 2)] == ["1", "2"]
 
 
+def test_samplers_on_a_sheet(run):
+    """By the names of other programs too."""
+    assert run("red", "--grid", "steps=2,3", "sampler=ddim,DPM++ 2M Karras")[0] == 0
+    facts = [parse(Image.open(f"out-000{i}.png"))[2] for i in (1, 2, 3, 4)]
+    assert [fact["Sampler"] for fact in facts] == 2 * ["DDIM"] + 2 * ["DPM++ 2M Karras"]
+
+
 def test_pictures_of_two_sizes_and_a_seed_at_random(run):
     _, out, _ = run("red", "--grid", "width=16,32", "-s", "-1", "-o", "a {prompt}.png")
     assert out == ["a red-0001.png", "a red-0002.png", "a red.png"]

@@ -20,7 +20,6 @@ from PIL import Image
 import tiny_sd
 from conftest import ROOT
 from extras import cli, formats, like_diffusers, show
-from extras.tools import compare
 from helpers import TWO_ENCODERS, own_lines, write_model
 from helpers_cli import write_lora
 
@@ -129,23 +128,6 @@ def test_the_recipes_for_few_steps(name, tmp_path, monkeypatch, command):
     assert "--lora" not in without
     plain = command(*without)[1][0]
     assert np.ptp(np.asarray(Image.open(picture)).astype(int) - np.asarray(Image.open(plain))) > 0
-
-
-def test_samplers_are_compared_on_a_sheet(tmp_path, monkeypatch, capsys):
-    """A row for each sampler and a column for each number of steps; mistakes draw nothing."""
-    monkeypatch.chdir(tmp_path)
-    model = str(write_model(tmp_path / "model"))
-    words = ["red", "-m", model, "--samplers", "ddim", "DPM++ 2M Karras", "--steps", "2", "3", "5"]
-    assert compare.main(words) == 0
-    page = Image.open(capsys.readouterr().out.strip())
-    assert page.width > 3 * 128 and 2 * 128 < page.height < 3 * 128
-    assert compare.main(words) == 0 and (tmp_path / "compared-1.png").exists()
-    for wrong, named in (["--samplers", "foo"], "foo"), (["--steps", "0"], "0"), (
-            ["-o", "a.bmp"], "a.bmp"), (["-m", "nowhere"], "nowhere"):
-        capsys.readouterr()
-        assert compare.main(words + wrong) == 2
-        assert named in own_lines(capsys.readouterr().err.splitlines())[-1]
-    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
