@@ -14,7 +14,9 @@ The same weights and work, in turn:
 `unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`:
 a picture in a process that holds the model already. `picture`: the same from the start of the
 process to the file. `bundled`: that with weights/emoji. A picture is 20 steps of DPM++ 2M at
-guidance 7.5; for its peak memory alone, --steps 1 is enough.
+guidance 7.5; for its peak memory alone, --steps 1 is enough. `teach`, only where it is named: a
+step of teach.py beside one of peft, rank 8 on the same matrices, and one that computes layers
+twice; on torch.
 
 All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, or SDXL's,
 6.9 GB, written once among the temporary files. Each side is a process that waits while another
@@ -28,6 +30,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,13 +48,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"],
-    "picture": ["file"], "bundled": ["file"],
+    "picture": ["file"], "bundled": ["file"], "teach": ["step", "lean step"],
 }
 PEERS = {
     "diffusers": list(PARTS), "compiled": ["unet", "vae", "text", "loaded"],
     "openvino": ["unet", "vae", "text"], "formulas": ["unet", "vae", "text", "loaded"],
 }
 PROMPT, BUNDLED_PROMPT = "a lighthouse in a storm", "red apple on a blue background"
+COUNTED = ("unet", "vae", "text")       # the parts whose operations are counted
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the largest value
 
 
@@ -105,7 +109,7 @@ def inputs(args):
 
 def tiny_sd(part, args, folder):
     import extras.fast  # noqa: F401  (before NumPy)
-    return measured(part, args, folder)
+    return teaching(args, folder) if part == "teach" else measured(part, args, folder)
 
 
 def measured(part, args, folder):
@@ -252,6 +256,8 @@ def diffusers(part, args, folder, compiled=False):
             return channels_last(network(*tensors).float().cpu().numpy())   # waits for the GPU
         return call
 
+    if part == "teach":
+        return peft(args, folder)
     if part != "loaded":
         works = networks(part, args, folder, getattr(torch, args.dtype))
         return {name: operation(*work) for name, work in works.items()}
@@ -262,6 +268,78 @@ def diffusers(part, args, folder, compiled=False):
         pictures = draw(PROMPT, args.size, args.batch, args.steps, args.guidance)
         return np.stack([np.float32(picture) / 255 for picture in pictures])
     return {"picture": picture}
+
+
+def teaching(args, folder):
+    """Return the calls of teach.py's step, each of which gives the loss."""
+    import numpy as np
+
+    from extras import formats
+    from extras.training import lora, teach
+
+    def call(*options):
+        model = formats.load(folder, "torch", args.device, args.dtype)
+        model.vae = None
+        how = teach.parse_arguments([
+            str(folder), "-o", "none.safetensors", "--dtype", args.dtype, "--device", args.device,
+            "--steps", "100", "--rate", "1e-4", "-b", str(args.batch), *options])
+        latents = inputs(args)[0][:1]
+        taught = lora.Teaching(model, latents, [PROMPT], how)
+        return lambda: np.array(taught.step())
+    return {"step": call(), "lean step": call("--save-memory")}
+
+
+def peft(args, folder):
+    """The same by peft and diffusers, as train_text_to_image_lora.py takes a step."""
+    import numpy as np
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+    from transformers import CLIPTextModel, CLIPTokenizer
+    torch.set_num_threads(cores())
+    dtype = getattr(torch, args.dtype)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+    encoder.to(args.device).requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+
+    def call(lean):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+        unet.to(args.device).requires_grad_(False)
+        names = [f"{name}.{inner}" for name, module in unet.named_modules()
+                 if type(module).__name__ == "Transformer2DModel"
+                 for inner, layer in module.named_modules()
+                 if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+        unet.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian",
+                                    target_modules=names))
+        cast_training_params(unet, torch.float32)
+        if lean:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        matrices = [p for p in unet.parameters() if p.requires_grad]
+        optimizer, steps = torch.optim.AdamW(matrices, 1e-4), itertools.count()
+        x_0 = np.repeat(inputs(args)[0][:1], args.batch, 0)
+
+        def step():
+            rng = np.random.default_rng([0, next(steps)])       # draws what lora.Teaching.step does
+            rng.integers(1, size=args.batch)
+            captions = ["" if rng.random() < 0.1 else PROMPT for _ in x_0]
+            t = torch.from_numpy(rng.integers(1000, size=args.batch)).to(args.device)
+            x, noise = (torch.from_numpy(a).movedim(-1, 1).to(args.device, dtype)
+                        for a in (x_0, rng.standard_normal(x_0.shape)))
+            ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+            with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+                context = encoder(ids.to(args.device))[0]
+                predicted = unet(scheduler.add_noise(x, noise, t), t, context).sample
+                loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(matrices, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return np.array(loss.item())
+        return step
+    return {"step": call(lean=False), "lean step": call(lean=True)}
 
 
 def channels_last(y):
@@ -412,7 +490,7 @@ def compare(part, args, folder):
                 rows[name]["seconds"].append(seconds)
                 rows[name]["later_mb"] = mb and max(mb, rows[name]["later_mb"])
         counted = {}
-        if operation not in ("picture", "file"):
+        if part in COUNTED:
             counted = {"operations": float(sides["tiny_sd"](f"operations of {operation}")[1]),
                        "matrix_rate": float(sides["tiny_sd"]("rate")[1])}
         for row in rows.values():
@@ -429,7 +507,8 @@ def difference(what, name, firsts, args):
     """
     import numpy as np
     (_, ours, _), (_, result, _) = firsts["tiny_sd"], firsts[name]
-    if result.shape != ours.shape or not np.isfinite(result).all() or not np.ptp(result):
+    alike = result.size > 1 and not np.ptp(result)      # a loss is one number
+    if result.shape != ours.shape or not np.isfinite(result).all() or alike:
         raise Failure(f"{what}: {name} gives {result.shape} instead of {ours.shape}, or not "
                       "numbers")
     allowed, white = TOLERANCE[args.dtype], np.abs(result).max()
@@ -507,7 +586,7 @@ def parse_arguments():
     args.peer = list(dict.fromkeys(p for peer in args.peer or ["diffusers"]
                                    for p in several.get(peer, [peer])))
     args.part = list(dict.fromkeys(p for part in args.part or ["all"]
-                                   for p in (PARTS if part == "all" else [part])))
+                                   for p in ([*PARTS][:-1] if part == "all" else [part])))
     for right, message in [
             (args.backend == "torch" or plain, "--backend numpy computes in float32 on the CPU"),
             (args.device == "cpu" or "openvino" not in args.peer,
@@ -522,7 +601,7 @@ def parse_arguments():
              f"--width {args.width} is not a multiple of 32 up to 320"),
             (hasattr(os, "sched_setaffinity") or args.threads == cores(),
              "--threads: this system cannot restrict a process"),
-            (args.model == "sd15" or not {"unet", "vae", "text"} & {*args.part},
+            (args.model == "sd15" or not {*COUNTED, "teach"} & {*args.part},
              "--model sdxl draws whole pictures: --part picture or loaded"),
             (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
             (not args.json or args.json.parent.is_dir(),

@@ -1,14 +1,11 @@
-"""What the bundled model learns from ten pictures in ten minutes, measured and drawn.
+"""What the bundled model learns from ten pictures in ten minutes, drawn.
 
-    python -m extras.tools.teach_demo zorp FOLDER      a creature, under a word of its own
-    python -m extras.tools.teach_demo ink FOLDER       a hand, which then draws other things
-    python -m extras.tools.teach_demo ranks FOLDER     the creature with ranks 1, 2, 4, 8, 16
-    python -m extras.tools.teach_demo overfit FOLDER   one picture, shown for too long
-    python -m extras.tools.teach_demo picture FOLDER   extras/pictures/teach.png, of the first two
+    python -m extras.tools.teach_demo FOLDER [option ...]
 
-Each writes pictures with captions into FOLDER and teaches them as a user does, unless the LoRA is
-there already, and prints what comes of it: of all drawings of all things, and the new ones, the
-nearest says what a picture shows. Needs the drawings (python -m extras.training.train render).
+Writes pictures with captions into FOLDER, of a creature, under a word of its own, and of a hand,
+which then draws other things; teaches them as a user does, with these options of teach.py, unless
+the LoRAs are there already; and draws extras/pictures/teach.png, before and after, and overfit.png,
+one picture that was shown for too long.
 """
 
 import argparse
@@ -23,10 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from extras import formats, like_diffusers, show
+from extras import formats, show
 from extras.training import measure
-from extras.training.drawings import load_things
-from extras.training.fitting import grid, save_picture
 from extras.training.scenes import COLOURS, PLACES, article, describe, in_style
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,111 +127,6 @@ def taught(kind, folder, *options, name=None):
     return lora
 
 
-def model_with(lora=None):
-    """Return the bundled model, with a LoRA if one is given."""
-    return formats.load("emoji", "torch", loras=[(lora, 1)] if lora else [])
-
-
-# ── What came of it ─────────────────────────────────────────────────────────────────────────────
-
-
-class Drawings:
-    """All drawings of all things, and more of them, each by its number."""
-
-    def __init__(self, args, model):
-        side, _ = like_diffusers.picture_size(model)
-        self.things = load_things(args.data, side)
-        self.pictures, self.count = {**self.things.pictures}, len(self.things.pictures[side])
-        self.owners = [self.things.owners[k] for k in range(self.count)]
-
-    def add(self, drawings, owners):
-        """Add drawings in RGBA of the things of these numbers, behind those that there are."""
-        self.owners = [*self.owners, *owners]
-        for side, known in self.pictures.items():
-            new = [np.asarray(drawing.convert("RGBa").resize((side, side), Image.BOX))
-                   for drawing in drawings]
-            self.pictures[side] = np.concatenate([known, np.stack(new)])
-
-    def nearest(self, pictures, colour="white"):
-        """Return the numbers of the drawings, on a colour, that pictures are nearest to."""
-        known = self.pictures[pictures.shape[1]]
-        truths = [measure.small(measure.on_colour(known[i:i + 512], COLOURS[colour]))
-                  for i in range(0, len(known), 512)]
-        distances = measure.squared_distances(measure.small(pictures), np.concatenate(truths))
-        return distances.argmin(1)
-
-    def others(self, model, n=100):
-        """Say how many of n things that were not taught are recognised."""
-        ids = np.random.default_rng(1).permutation(len(self.things.names))[:n]
-        found = self.nearest(measure.draw(model, [self.things.names[i][0] for i in ids], ids))
-        right = [self.owners[k] == i for k, i in zip(found, ids)]
-        return f"{n} other things: {np.mean(right):.0%} right"
-
-
-def unshown():
-    """Return 50 pairs (background, place) that the taught pictures do not show."""
-    colours = [c for c in COLOURS if c not in {colour for _, colour, _ in ZORPS}]
-    places = [p for p in PLACES if p not in {place for *_, place in ZORPS}]
-    filling = [(colour, "") for colour in colours] * 2
-    placed = [(colours[(3 * i + k) % len(colours)], place)
-              for i, place in enumerate(places) for k in range(5)]
-    return [*filling, *placed][:50]
-
-
-def measure_zorp(args, lora=None):
-    """Print how many of 50 zorps are recognised, and of other things; return the zorps."""
-    model, cases, right = model_with(lora), unshown(), []
-    drawings = Drawings(args, model)
-    drawings.add([zorp(pose) for pose in range(6)], [None] * 6)
-    prompts = [describe("a zorp", place, colour, bool(place)) for colour, place in cases]
-    pictures = measure.draw(model, prompts, range(len(cases)))
-    for picture, (colour, place) in zip(pictures, cases):
-        half = len(picture) // 2
-        left, top = (round(half * share) for share in PLACES.get(place, (0, 0)))
-        seen = picture[top:top + half, left:left + half] if place else picture
-        right.append(drawings.nearest(seen[None], colour)[0] >= drawings.count)
-    filling = [not place for _, place in cases]
-    print(f"{lora.name if lora else 'before'}: {np.mean(right):.0%} of 50 zorps right "
-          f"({np.mean(right, where=filling):.0%} of those that fill the picture, "
-          f"{np.mean(right, where=np.invert(filling)):.0%} of those in a place); "
-          f"{drawings.others(model)}", flush=True)
-    return pictures
-
-
-def demo_zorp(args):
-    """Teach zorps, and measure before and after."""
-    for title, lora in ("before", None), ("after", taught("zorp", args.folder, *args.options)):
-        save_picture(grid(measure_zorp(args, lora), 10), args.folder / f"zorp-{title}.png")
-
-
-def demo_ranks(args):
-    """Teach zorps with several ranks."""
-    for rank in (1, 2, 4, 8, 16):
-        options = ["--rank", str(rank), *args.options]
-        measure_zorp(args, taught("zorp", args.folder, *options, name=f"rank-{rank}"))
-
-
-def demo_ink(args):
-    """Teach a hand with twelve things, and measure it on fifty others."""
-    known = {name for name, _ in ink_things()}
-    for title, lora in ("before", None), ("after", taught("ink", args.folder, *args.options)):
-        model = model_with(lora)
-        drawings = Drawings(args, model)
-        things = drawings.things
-        drawings.add([ink(Image.fromarray(drawing, "RGBa").convert("RGBA"))
-                      for drawing in things.pictures[max(things.pictures)]], drawings.owners)
-        order = np.random.default_rng(2).permutation(len(things.names)).tolist()
-        ids = [i for i in order if things.names[i][0] not in known][:50]
-        names = [in_style(article(things.names[i][0]), "ink") for i in ids]
-        pictures = measure.draw(model, names, range(len(names)))
-        found = drawings.nearest(pictures, "beige")
-        right = [drawings.owners[k] == i for k, i in zip(found, ids)]
-        inked = found >= drawings.count
-        print(f"{title}: of 50 things not taught {np.mean(inked):.0%} are in ink, "
-              f"{np.mean(right):.0%} the right thing; {drawings.others(model)}", flush=True)
-        save_picture(grid(pictures, 10), args.folder / f"ink-{title}.png")
-
-
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────
 
 ZORP_PROMPTS = ["a zorp on a turquoise background", "a zorp on a brown background",
@@ -250,50 +140,43 @@ INK_PROMPTS = [in_style(thing, "ink") for thing in ("a frog", "a fish", "a camer
 
 def drawn(lora, prompts):
     """Return a picture of each prompt, from seeds 0, 1, ..., by the bundled model with a LoRA."""
-    return [Image.fromarray(pixels)
-            for pixels in measure.draw(model_with(lora), prompts, range(len(prompts)))]
+    model = formats.load("emoji", "torch", loras=[(lora, 1)] if lora else [])
+    return [*map(Image.fromarray, measure.draw(model, prompts, range(len(prompts))))]
 
 
-def demo_picture(args):
-    """Draw extras/pictures/teach.png: what was taught, and prompts before and after."""
+def draw_teach(folder, options):
+    """Draw what was taught, and prompts before and after."""
     rows = []
     for kind, prompts in ("zorp", ZORP_PROMPTS), ("ink", INK_PROMPTS):
         shown = [picture.resize((64, 64), Image.Resampling.LANCZOS)
                  for picture, _ in pictures_of(kind)[:8]]
-        lora = taught(kind, args.folder, *args.options)
+        lora = taught(kind, folder, *options)
         rows += [shown, drawn(None, prompts), drawn(lora, prompts)]
-    page = show.sheet(rows, down=["taught", "before", "after"] * 2, size=64)
-    page.save(ROOT / "extras/pictures/teach.png", optimize=True)
+    return show.sheet(rows, down=["taught", "before", "after"] * 2, size=64)
 
 
-def demo_overfit(args):
-    """Draw extras/pictures/overfit.png: one picture shown for ever longer, and then ten."""
-    one, prompts = args.folder / "one", ["a zorp on a red background", *ZORP_PROMPTS[:3],
-                                         *ZORP_PROMPTS[4:]]
-    if not one.exists():
-        taught("zorp", args.folder, *args.options)
-        one.mkdir()
-        for file in (args.folder / "zorp").glob("zorp-01.*"):
-            shutil.copy(file, one)
+def draw_overfit(folder, options):
+    """Draw what comes of one picture that is shown for ever longer, and then of ten."""
+    zorps = taught("zorp", folder, *options)
+    one, prompts = folder / "one", ["a zorp on a red background", *ZORP_PROMPTS[:3],
+                                    *ZORP_PROMPTS[4:]]
+    one.mkdir(exist_ok=True)
+    for file in (folder / "zorp").glob("zorp-01.*"):
+        shutil.copy(file, one)
     rows, titles = [drawn(None, prompts)], ["before"]
     for steps in (50, 200, 800):
-        lora = taught("one", args.folder, "-b", "4", "--steps", str(steps), name=f"one-{steps}")
+        lora = taught("one", folder, "-b", "4", "--steps", str(steps), name=f"one-{steps}")
         rows.append(drawn(lora, prompts))
         titles.append(f"one picture, {steps} steps")
-    rows.append(drawn(taught("zorp", args.folder), prompts))
-    show.sheet(rows, down=[*titles, "ten pictures"], size=64).save(
-        ROOT / "extras/pictures/overfit.png", optimize=True)
+    rows.append(drawn(zorps, prompts))
+    return show.sheet(rows, down=[*titles, "ten pictures"], size=64)
 
-
-DEMOS = {"zorp": demo_zorp, "ink": demo_ink, "ranks": demo_ranks, "overfit": demo_overfit,
-         "picture": demo_picture}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", choices=DEMOS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path, default=ROOT / "weights/state/emoji.zip")
-    args, args.options = parser.parse_known_args()      # the rest is for teach.py
+    args, options = parser.parse_known_args()
     args.folder.mkdir(exist_ok=True)
-    DEMOS[args.demo](args)
+    for name, draw in ("teach", draw_teach), ("overfit", draw_overfit):
+        draw(args.folder, options).save(ROOT / f"extras/pictures/{name}.png", optimize=True)
