@@ -26,6 +26,7 @@ from helpers import drawn
 from helpers_diffusers import drawn_by
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
+TRUE_SIZES = train_py.CONFIGS["small"]
 SHORT = ["--batch", "2", "--bank", "8", "--draw-steps", "1", "--threads", "1"]
 
 
@@ -64,20 +65,38 @@ def things():
 
 FEWER = """
 import functools, os, signal, sys
-from extras.training import fitting, measure, train
+from extras.training import fitting, folder, measure, train
 measure.PROMPTS = {kind: some[:4] for kind, some in measure.PROMPTS.items()}
 train.train_tokenizer = functools.partial(train.train_tokenizer, captions=500)
+measure.Judge = functools.partial(measure.Judge, looks=2)
+train.CONFIGS = train.CONFIGS | {"small": train.CONFIGS["small"]._replace(
+    vae=folder.vae_config(size=64, channels=(8, 16, 16, 16), groups=8),
+    unet=folder.unet_config(latents=8, channels=(16, 32, 32), attends=(False, True, True),
+                            heads=(2, 4, 4), groups=8, context=32),
+    text=folder.text_config(width=32, layers=2, heads=2))}
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer():
-    """Sheets of four prompts, and words from 500 captions."""
+    """Networks for 64 x 64 pixels; sheets of four prompts, words from 500 captions, two looks.
+
+    test_teach.py trains, and the folder weights/emoji has, the true sizes.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (measure, "PROMPTS"), (train_py, "train_tokenizer"):
+        for module, name in ((measure, "PROMPTS"), (measure, "Judge"),
+                             (train_py, "train_tokenizer"), (train_py, "CONFIGS")):
             patch.setattr(module, name, getattr(module, name))      # as they are, at the end
         exec(FEWER, {})
         yield
+
+
+def test_the_bundled_model_has_the_sizes_of_the_recipe():
+    model, setting = tiny_sd.load("emoji"), TRUE_SIZES
+    for part, weights in (("vae", model.vae), ("unet", model.unet),
+                          ("text_encoder", model.encoders[0].weights)):
+        shapes = {name: p.shape for name, p in fitting.initial(setting.shapes(part), 0).items()}
+        assert {name: p.shape for name, p in tiny_sd.flatten(weights).items()} == shapes
 
 
 @pytest.fixture(scope="module")
@@ -399,11 +418,11 @@ def test_all_stages(state):
         kept = saved(state, stage)
         assert len(kept["losses"]) == kept["step"] == 2 and np.isfinite(kept["losses"]).all()
         assert any((p != kept["mean"][name]).any() for name, p in kept["params"].items())
-    sizes = {"vae.png": (1536, 512), "decoder.png": (1536, 512), "emoji.png": (1536, 256)}
+    sizes = {"vae.png": (768, 256), "decoder.png": (768, 256), "emoji.png": (768, 128)}
     for name, size in sizes.items():
         with Image.open(state / name) as picture:
             assert picture.size == size
-            assert len({*picture.convert("L").resize((48, 32)).getdata()}) > 8
+            assert len({*np.asarray(picture.convert("L").resize((48, 32))).flat}) > 8
     assert (state / "emoji-overview.png").exists()
 
 
@@ -413,7 +432,7 @@ def exported(state):
 
 
 def test_the_exported_model_is_what_was_trained(exported, state):
-    """The averages, in float16; 128 x 128 pixels, of 16 x 16 latents."""
+    """The averages, in float16; 64 x 64 pixels, of 8 x 8 latents."""
     assert exported.factor == 8 and len(exported.encoders[0].tokenizer.vocab) == folder.VOCABULARY
     encoder, = exported.encoders
     for stage, weights in (("unet", {"text": encoder.weights, "unet": exported.unet}),
@@ -423,7 +442,7 @@ def test_the_exported_model_is_what_was_trained(exported, state):
             np.testing.assert_allclose(p, mean[name], rtol=1e-3, atol=1e-6)
     *_, x = tiny_sd.generate(exported, "red apple", steps=tiny_sd.evenly_spaced_steps(
         2, exported.alpha_bars))
-    assert tiny_sd.decode(exported, x).shape == (1, 128, 128, 3)
+    assert tiny_sd.decode(exported, x).shape == (1, 64, 64, 3)
 
 
 def test_the_folder_says_what_it_knows(state, things):
@@ -613,7 +632,7 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path, monkeypatch, capsys):
 
 def test_a_bank_as_large_as_asked_for(state, things):
     """Even where that is more than its capacity; then new scenes take the place of the oldest."""
-    job = train_py.Job(drawings.load_things(DATA, 128), train_py.CONFIGS["small"],
+    job = train_py.Job(things, train_py.CONFIGS["small"],
                        fitting.Schedule(bank=12), train_py.State(state))
     bank = train_py.Bank(job, filled=4, capacity=8)
     assert len(bank.captions) == len(bank.latents) == 12
