@@ -2,10 +2,14 @@
 the program in a process of its own.
 """
 
+import functools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tiny_sd as sd
@@ -90,3 +94,46 @@ def finish(process):
     """Wait for a launched program; return (status, stdout, stderr)."""
     out, err = process.communicate(timeout=300)
     return process.returncode, out.decode(), err.decode()
+
+
+@functools.cache
+def fork_server(*modules):
+    """The socket of a process that makes copies of itself (forks.py), with these modules."""
+    ours, theirs = socket.socketpair()
+    script = Path(__file__).with_name("forks.py")
+    subprocess.Popen([sys.executable, script, *modules], stdin=theirs, stdout=subprocess.DEVNULL,
+                     start_new_session=True)        # it ends when this process does
+    theirs.close()
+    return ours
+
+
+class Fork:
+    """The program in a process of its own that need not import what it runs by: a Popen in small.
+
+    first: what Python runs before it.
+    """
+
+    def __init__(self, *argv, first="", modules=(), **environ):
+        job = {"argv": [*map(str, argv)], "first": first, "cwd": os.getcwd(),
+               "environ": os.environ | environ}
+        ends = [os.pipe() for _ in range(3)]
+        socket.send_fds(fork_server(*modules), [json.dumps(job).encode()], [end for _, end in ends])
+        for _, end in ends:
+            os.close(end)
+        self.stdout, self.stderr, self.told = (open(end, "rb") for end, _ in ends)
+        self.pid = int(self.told.readline())
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        self.returncode = int(self.told.readline())
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """Return all of stdout and stderr; the program ends itself after five minutes."""
+        with ThreadPoolExecutor(1) as other, self.stdout, self.stderr, self.told:
+            err = other.submit(self.stderr.read)
+            out = self.stdout.read(), err.result()
+            self.wait()
+        return out

@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import ROOT
 from extras import cli, drawing, formats
 from extras.tools import models
-from helpers import FILES, PROGRAM, all_signals_end_it, finish, launch, sd, write_model
+from helpers import FILES, PROGRAM, Fork, all_signals_end_it, finish, launch, sd, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -55,17 +55,25 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def program(*argv, under=(), first=""):
-    """(status, stdout, stderr) of the program in a process of its own.
+def program(*argv, first=""):
+    """(status, stdout, stderr) of the program in a process of its own, a copy of one.
 
     first: what Python runs before it. Without the progress bar, and what is said of pictures that
-    are small, to be quick.
+    are small.
     """
+    return without_bar(*finish(Fork(*argv, first=first)))
+
+
+def new_program(*argv, under=(), first=""):
+    """The same of the program from Python's start on, with `first` before all imports."""
     lib = Path(tempfile.mkdtemp())      # on whose path Python finds and runs sitecustomize.py
     (lib / "sitecustomize.py").write_text(first)
-    status, out, err = finish(launch(*argv, under=under, PYTHONPATH=str(lib),
-                                     PYTHONDONTWRITEBYTECODE="1"))
+    ended = finish(launch(*argv, under=under, PYTHONPATH=str(lib), PYTHONDONTWRITEBYTECODE="1"))
     shutil.rmtree(lib)
+    return without_bar(*ended)
+
+
+def without_bar(status, out, err):
     lines = [line for line in re.split("[\r\n]+", err)
              if line and not re.search(r"\d+/\d+ \[|the model learnt pictures of", line)]
     return status, out, lines
@@ -122,7 +130,7 @@ def test_ctrl_c(here, phase):
 def test_ctrl_c_while_libraries_are_imported(here, where):
     """Before main() is there to say so, Python ends itself by the same signal."""
     before = contents()
-    status, out, err = program("apple", *SMALL, first=interrupt(where))
+    status, out, err = new_program("apple", *SMALL, first=interrupt(where))
     assert ((status, out, err) in [(130, "", ["tiny_sd: interrupted"]), (-signal.SIGINT, "", [])]
             and contents() == before)
 
@@ -146,7 +154,7 @@ def test_the_first_process_of_a_container_can_be_stopped(here, name, status):
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     before = contents()
     first = interrupt("PngImagePlugin.py:putchunk:2", name) + "print(os.getpid(), file=sys.stderr)"
-    stopped, out, err = program("apple", *SMALL, under=possible(container), first=first)
+    stopped, out, err = new_program("apple", *SMALL, under=possible(container), first=first)
     said = ["tiny_sd: interrupted"] * (name == "SIGINT")
     assert (stopped, out, err) == (status, "", ["1", *said]) and contents() == before
 
@@ -343,7 +351,7 @@ def test_too_little_memory(large, flags, what, need, room, how):
     if swap() > need - room:
         pytest.skip("with so much swap it would fit")
     before = contents()
-    status, out, err = program("red apple", *flags.split(), under=limited(int(room * 1e9), how))
+    status, out, err = new_program("red apple", *flags.split(), under=limited(int(room * 1e9), how))
     said = re.fullmatch(
         r"tiny_sd: (.*) needs at least ([\d.]+) GB of memory, and there are ([\d.]+) GB: close .*",
         err[-1])
@@ -364,7 +372,7 @@ def test_half_precision_is_not_widened_before_it_is_refused(large):
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(path.stat().st_size + len(text) - size)
     limit = limited(int(3.2e9), "addresses")
-    status, out, err = program("red apple", "-m", "large", under=limit)
+    status, out, err = new_program("red apple", "-m", "large", under=limit)
     assert ((status, out, len(err)) == (2, "", 1)
             and "the model large needs at least 3.4 GB" in err[0])
 
@@ -372,7 +380,7 @@ def test_half_precision_is_not_widened_before_it_is_refused(large):
 @linux
 def test_a_picture_too_large_to_start_from(here):
     Image.new("RGB", (9000, 9000)).save("in.png")
-    status, out, err = program("apple", "-i", "in.png", under=limited(int(0.7e9), "addresses"))
+    status, out, err = new_program("apple", "-i", "in.png", under=limited(int(0.7e9), "addresses"))
     assert (status, out, len(err)) == (2, "", 1) and len(err[0]) > 20, err
 
 
@@ -386,7 +394,7 @@ def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
                            save=partial(models.save_random, dtype=np.float16))
     argv, needs = ["red apple", "--steps", "1", *argv.split()], {}
     measure = "import atexit, shutil; atexit.register(shutil.copyfile, '/proc/self/status', 'peak')"
-    assert program(*argv, first=measure)[0] == 0
+    assert new_program(*argv, first=measure)[0] == 0
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("peak").read_text())[1])
 
     def check_memory(need, what, *advice):
@@ -415,7 +423,7 @@ def test_what_cannot_be_read_is_not_said_to_be_missing(here, name):
     under = possible(READ_WHAT_IS_ALLOWED) if ROOT_USER else []
     path = write_model(here / "model") / name
     path.chmod(0)
-    status, out, err = program("red", "-m", "model", under=under)
+    status, out, err = new_program("red", "-m", "model", under=under)
     path.chmod(0o700)
     assert (status, out, len(err)) == (2, "", 1)
     assert name in err[0] and "Permission denied" in err[0]
@@ -428,7 +436,7 @@ def test_a_folder_that_may_only_be_read_is_not_said_to_be_missing(here, flags):
     """Nor is that found only at the end."""
     under = possible(READ_WHAT_IS_ALLOWED) if ROOT_USER else []
     Path("kept").mkdir(0o500)
-    status, out, err = program("red", *flags.split(), under=under)
+    status, out, err = new_program("red", *flags.split(), under=under)
     assert (status, out, len(err)) == (2, "", 1)
     assert "kept" in err[0] and err[0].endswith("cannot be written to")
 
@@ -438,7 +446,7 @@ def test_no_thread_can_be_started(here):
     """The program goes on with the one that it has."""
     under = [*(AS_ANOTHER_USER if ROOT_USER else []), "prlimit", "--nproc=1"]
     here.chmod(0o777)
-    status, out, err = program("red apple", "--steps", "2", under=possible(under), first="""
+    status, out, err = new_program("red apple", "--steps", "2", under=possible(under), first="""
 import os, sys, threading
 os.sched_getaffinity = lambda process: {0, 1}
 try:
