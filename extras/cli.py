@@ -169,8 +169,9 @@ def option_parser(**settings):
         help=f"which noise levels to visit: {', '.join(NAMES)} (as the model's config says)")
     add("--karras", action="store_const", dest="schedule", const="karras",
         help="--scheduler karras")
-    add("--web-ui", **SWITCH, help="noise levels as in AUTOMATIC1111's web UI, "
-        "whatever the model's config says; --like sets it for that program's pictures")
+    add("--as", choices=facts.PROGRAMS, dest="program", help="noise levels as in AUTOMATIC1111's "
+        "web UI; or these and prompts as in ComfyUI, with no signs but weights; --like sets it")
+    add("--web-ui", action="store_const", dest="program", const="web-ui", help="--as web-ui")
 
     group = parser.add_argument_group("size")
     add("-W", "--width", **NUMBER, help="columns of pixels (the model's own)")
@@ -409,6 +410,7 @@ def make_job(argv, prompt=None, **settings):
     args.lora = [(find("lora", file), weight) for file, weight in args.lora]
     args.embedding = [find("embedding", file) for file in args.embedding]
     args.vae = args.vae and find("vae", args.vae)
+    args.plain_prompt = args.plain_prompt or args.program == "comfyui"
     if not args.plain_prompt:
         args.lora += tagged_loras(args, notes)
 

@@ -5,6 +5,7 @@ A job is the record of a command's options (cli.Job); once a model is loaded, it
 
 import tiny_sd
 from extras import (
+    comfy,
     control,
     facts,
     files,
@@ -74,9 +75,17 @@ def weighted(model, job):
     return prompts.reads_weights(model) and not job.plain_prompt
 
 
+def as_in_comfyui(model, job):
+    """Are a job's prompts read as in ComfyUI?"""
+    return job.program == "comfyui" and prompts.reads_weights(model)
+
+
 def chunks_of(model, job):
     """Return the chunks in which the model reads a job's prompt."""
-    return prompts.chunks_of(model.encoders[0].tokenizer, words_of(job), weighted(model, job))
+    tokenizer = model.encoders[0].tokenizer
+    if as_in_comfyui(model, job):
+        return comfy.chunks_of(tokenizer, words_of(job))
+    return prompts.chunks_of(tokenizer, words_of(job), weighted(model, job))
 
 
 def remarks(model, job, known):
@@ -115,6 +124,7 @@ def make_room(model, job):
 def embedder(model, job):
     """Return the function that makes contexts of the prompts, as the job wants them read."""
     embed = prompts.embed_prompts if weighted(model, job) else tiny_sd.embed_prompts
+    embed = comfy.embed_prompts if as_in_comfyui(model, job) else embed
     return prompts.skipping(embed, job.clip_skip) if job.clip_skip else embed
 
 
@@ -169,7 +179,8 @@ def start_walk(model, job, denoiser, notes):
         make = larger.seamless(make)
 
     sampler = SAMPLERS[job.sampler]
-    sampler = samplers.as_web_ui(sampler) if job.web_ui else sampler
+    as_program = {"web-ui": samplers.as_web_ui, "comfyui": samplers.as_comfyui}.get(job.program)
+    sampler = as_program(sampler) if as_program else sampler
     sampler = samplers.counting(sampler, *counts) if counts else sampler
     generate = like_diffusers.generate
     if job.hires:

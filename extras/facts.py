@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import tiny_sd
 from extras.checks import first_five
+from extras.comfy import read_graph
 from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.formats import VAES
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
@@ -19,7 +20,7 @@ from extras.prompts import LONGEST, MOST_TAGS
 from extras.samplers import SCHEDULED, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
-from tiny_sd import UserError, require, shorten
+from tiny_sd import SAMPLERS, UserError, require, shorten
 
 # ── What is recorded ────────────────────────────────────────────────────────────────────────────
 
@@ -50,6 +51,8 @@ class Fact(NamedTuple):
     text: object
     option: str = ""
 
+
+PROGRAMS = {"web-ui": "web UI", "comfyui": "ComfyUI"}      # of --as
 
 FACTS = {       # in the order in which they are recorded
     "Steps": Fact(lambda job, model: job.steps, "steps"),
@@ -87,7 +90,7 @@ FACTS = {       # in the order in which they are recorded
         [file for file, _ in job.lora], lambda file: lora_hashes(file)[0])),
     "TI hashes": Fact(lambda job, model: model and hashes(job.embedding, file_hash)),
     "Prediction": Fact(lambda job, model: job.prediction or "", "prediction"),
-    "Levels": Fact(lambda job, model: "web UI" if job.web_ui else ""),
+    "Levels": Fact(lambda job, model: PROGRAMS.get(job.program, "")),
     "Tiling": Fact(lambda job, model: job.seamless or ""),
     "Enlarged": Fact(lambda job, model: job.enlarge if job.enlarge > 1 else "", "enlarge"),
     "RNG": Fact(lambda job, model: model and "CPU"),
@@ -234,13 +237,17 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
     "Ultimate SD|SD upscale|Tiled|MultiDiffusion": "it was enlarged and drawn over in tiles",
     "Refiner": "a second model drew the last steps",
     "ControlNet$": "give it with --control",
+    "Nodes": "what these do in the graph is not done here",
+    "LoRA clip": "one weight is for both networks here, that of the U-Net",
+    "one of a batch": "the first one is drawn",
+    "the steps of": "this sampler takes others there",
     "ControlNet|T2I|IP.?Adapter": "another picture led the way",
     "RNG": "the noise came from a graphics card, and is other noise here",
     "ADetailer|FaceDetailer": "what was found in it, such as faces, was drawn over",
     "Face restoration": "another program mended the faces",
     "Schedule|Sigma|Noise Schedule|SGM|Discard|Downcast|Zero": "the noise levels were others",
     "Variation seed|Seed resize": "the noise was mixed from two seeds",
-    "the noise of": "it came from a Brownian tree, and is other noise here",
+    "the noise of": "it came from a Brownian tree or a graphics card, and is other noise here",
     "ENSD": "what a sampler adds on the way came from another seed",
     "Hypernet": "another network changed the model",
     "Regional|RP |Latent Couple|Cutoff": "words were kept to parts of the picture",
@@ -260,13 +267,15 @@ def read_again(path, args):
     """
     text, program = recorded_text(path)
     words, facts = split_text(text)
+    prompt, negative = split_words(words)
+    if not facts and (graph := read_graph(path)).nodes:
+        (prompt, negative, facts), program = graph.record(), "ComfyUI"
     theirs = f": it is {program}'s, whose own records are not read here" if program else ""
     require(facts, f"{path} does not record its steps, seed and size as AUTOMATIC1111 does{theirs}")
     program = program or program_of(facts)
     left = {name: value for name, value in facts.items()
             if name not in FACTS and not NO_MATTER.match(name)}
 
-    prompt, negative = split_words(words)
     options = {"prompt": [prompt]} | {fact.option: [facts[name]] for name, fact in FACTS.items()
                                       if fact.option and name in facts}
     if negative or "Empty negative" in facts:       # else none was given
@@ -278,8 +287,8 @@ def read_again(path, args):
         options["seamless"] = [None]
     if facts.get("Plain prompt"):
         options["plain-prompt"] = [None]
-    if facts.get("Levels") or program in WEB_UI:
-        options["web-ui"] = [None]
+    drawn_by = "web UI" if program in WEB_UI else facts.get("Levels", program)
+    options["as"] = [option for option, name in PROGRAMS.items() if name == drawn_by]
     options |= sampler_again(path, facts, args, left, program)
     options |= files_again(path, facts, args, left)
 
@@ -295,8 +304,6 @@ def read_again(path, args):
     left |= {name: facts[name] for name in ("Mask", "ControlNet") if name in facts}
     if (noise := facts.get("RNG", "CPU" if program in ON_THE_CPU else "GPU")) != "CPU":
         left["RNG"] = noise
-    if program == "ComfyUI" and "(" in re.sub(r"\\.", "", words):
-        left["Emphasis"] = "ComfyUI's"
     return options, facts, not_repeated(path, args, left)
 
 
@@ -325,7 +332,8 @@ def sampler_again(path, facts, args, left, program):
     sampler, schedule = sampler_named(title) or args.sampler or (None, None)
     require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
                      "add --sampler NAME")
-    if sampler.endswith("sde") and program != "tiny_sd":
+    asks_for_noise = SAMPLERS[sampler].__defaults__ is None
+    if program == "ComfyUI" and asks_for_noise or program != "tiny_sd" and sampler.endswith("sde"):
         left["the noise of its steps"] = None
     schedule = schedule or schedule_named(asked)
     if not schedule and asked != "Automatic":

@@ -63,7 +63,11 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
                             model.alpha_bars, own_schedule(schedule, model))
     configured = getattr(sampler, "configured", lambda *_: sampler)
     sampler_here = configured(model.config.scheduler, levels, model.alpha_bars, init is None)
-    noise = torch_noise(seeds, latent_shape(model, width, height))
+    shape = latent_shape(model, width, height)
+    noise = torch_noise(seeds, shape)
+    encoded = init is not None and not (model.inpaints and strength == 1)
+    if encoded and getattr(sampler, "from_the_mean", False):
+        noise = after_zeros(noise, (len(seeds), *shape))
     if init is None or mask is not None and strength == 1:
         scale = initial_scale(sampler, model.config.scheduler, levels)
         sampler_here = from_scaled_noise(sampler_here, scale)
@@ -260,8 +264,7 @@ def scheduled_levels(name, n, sampler, sigma, sigmas, scheduler):
 
 def initial_scale(sampler, scheduler, steps):
     """Return the standard deviation of x_T: 1, or that of the noise in it alone."""
-    scaled = getattr(sampler, "fractional", False)
-    if scaled and timestep_spacing(sampler, scheduler) != "leading":
+    if getattr(sampler, "scaled", False) and timestep_spacing(sampler, scheduler) != "leading":
         return (1 - steps[0][1]) ** 0.5
     return 1.0
 
@@ -333,3 +336,12 @@ def torch_noise(seeds, shape):
     """Return noise(), which draws (len(seeds), *shape) numbers, each picture's from its seed."""
     streams = [Noise(seed) for seed in seeds]
     return lambda: np.stack([stream(*shape) for stream in streams])
+
+
+def after_zeros(noise, shape):
+    """Return noise() whose first numbers, with which tiny_sd.generate encodes a picture, are 0."""
+    def numbers():
+        yield np.zeros(shape, np.float32)
+        while True:
+            yield noise()
+    return numbers().__next__

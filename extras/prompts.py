@@ -142,19 +142,42 @@ def words_of(tokenizer, text):
         i += n
 
 
-def embed_prompts(model, texts, skip=None):
+def weigh(model, context, weights):
+    """Multiply each row of a context (chunks, 77, width) by its weight, and restore the means.
+
+    These are those of each chunk, and of each text encoder's part of it.
+    """
+    ends = np.cumsum([encoder.config.hidden_size for encoder in model.encoders])
+    return concat(*(weigh_part(context[..., start:end], weights)
+                    for start, end in zip([0, *ends], ends)))
+
+
+def weigh_part(z, weights):
+    """Multiply each row of z (chunks, 77, width) by its weight, then restore each chunk's mean."""
+    weighted = z * array_like(z, weights)[..., None]
+    before, after = (x.reshape(len(x), -1).mean(axis=1) for x in (z, weighted))
+    ratio = before / (after + (after == 0))         # of an absent prompt, all is zero
+    return weighted * ratio[:, None, None]
+
+
+def embed_prompts(model, texts, skip=None, chunks_of=chunks_of, weigh=weigh):
     """Do what tiny_sd.embed_prompts does, for texts of any length with weights in them.
 
     Each chunk is encoded alone, and the contexts follow one another. Texts of fewer chunks are
     repeated, which attention does not notice: softmax divides the weight among the copies. A
-    second encoder's pooled vector is that of the first chunk.
+    second encoder's pooled vector is that of the first chunk. chunks_of, weigh: what to use instead
+    of these functions.
     """
     tokenizer = model.encoders[0].tokenizer
     texts = [text if text is None else chunks_of(tokenizer, text) for text in texts]
     chunks = [chunk for text in texts for chunk in ([None] if text is None else text)]
     ids = [chunk if chunk is None else [i for i, _ in chunk] for chunk in chunks]
     context, pooled = tiny_sd.embed_prompts(reader_of_ids(model), ids, skip)    # (chunks, 77, ...)
-    context = weigh_encoders(model, context, chunks)
+    weights = np.ones(context.shape[:2], np.float32)                        # (chunks, 77)
+    for row, chunk in zip(weights, chunks):
+        row[1:1 + len(chunk or [])] = [weight for _, weight in chunk or []]
+    if (weights != 1).any():
+        context = weigh(model, context, weights)
 
     lengths = [1 if text is None else len(text) for text in texts]
     n = math.lcm(*lengths)
@@ -179,26 +202,6 @@ def reader_of_ids(model):
     encoders = [encoder._replace(tokenizer=framing(encoder.tokenizer))
                 for encoder in model.encoders]
     return dataclasses.replace(model, encoders=encoders)
-
-
-def weigh_encoders(model, context, chunks):
-    """Weigh the context (chunks, 77, width) of each text encoder by the weights of the tokens."""
-    weights = np.ones(context.shape[:2], np.float32)
-    for row, chunk in zip(weights, chunks):
-        row[1:1 + len(chunk or [])] = [weight for _, weight in chunk or []]
-    if (weights == 1).all():
-        return context
-    ends = np.cumsum([encoder.config.hidden_size for encoder in model.encoders])
-    return concat(*(weigh(context[..., start:end], weights)
-                    for start, end in zip([0, *ends], ends)))
-
-
-def weigh(z, weights):
-    """Multiply each row of z (chunks, 77, width) by its weight, then restore each chunk's mean."""
-    weighted = z * array_like(z, weights)[..., None]
-    before, after = (x.reshape(len(x), -1).mean(axis=1) for x in (z, weighted))
-    ratio = before / (after + (after == 0))         # of an absent prompt, all is zero
-    return weighted * ratio[:, None, None]
 
 
 def skipping(embed, n):

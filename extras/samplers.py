@@ -9,7 +9,9 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
     configured          a function (scheduler, steps, alpha_bars, from_noise) that returns the
                         sampler with what a config sets
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
-    fractional          its times need not be whole, and x_T has the standard deviation of its noise
+    fractional          its times need not be whole
+    scaled              x_T has the standard deviation of its noise (False)
+    from_the_mean       a picture to start from is encoded without noise (False)
     range               what a schedule such as Karras' extends over: "model", all levels that the
                         model knows, or "steps", those that the sampler would take ("model")
     follows_config      takes the schedule that the config asks for (whether it has a range)
@@ -57,7 +59,8 @@ def sampler(name, title, scheduler=None, **facts):
     return register
 
 
-SIGMA = {"default_spacing": "linspace", "fractional": True, "range": "steps"}   # that think in σ
+SIGMA = {"default_spacing": "linspace", "fractional": True, "scaled": True,     # that think in σ
+         "range": "steps"}
 LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     # ... in log σ
 sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True, strides=True,
         from_nothing=True)(ddim)
@@ -379,9 +382,27 @@ def as_web_ui(function):
     same = functools.partial(function)
     vars(same).update(vars(function), spacing="leading")
     if hasattr(function, "range"):
-        vars(same).update(spacing="linspace", drops_last=0, fractional=True, range="steps",
-                          follows_config=False)
+        vars(same).update(spacing="linspace", drops_last=0, fractional=True, scaled=True,
+                          range="steps", follows_config=False)
     return same
+
+
+def as_comfyui(function):
+    """Return a sampler with the levels and times that ComfyUI gives it.
+
+    Schedules extend over all levels of the model, which is asked at whole times; x_T is noise of
+    variance 1, and a picture to start from is the mean that the VAE sees in it.
+    """
+    def rounding(denoise, x, steps, noise=None):
+        def ask(x_t, t, alpha_bar):
+            return denoise(x_t, round(t), alpha_bar)
+        ask.alpha_bars = denoise.alpha_bars
+        return function(ask, x, steps, noise)
+
+    own = {"timesteps": function.timesteps} if hasattr(function, "timesteps") else {}
+    vars(rounding).update(own, name=function.name, title=function.title, spacing="linspace",
+                          fractional=True, from_the_mean=True)
+    return rounding
 
 
 def counting(sampler, *counts):

@@ -37,6 +37,7 @@ from helpers import (
     shapes_of,
     write_model,
 )
+from helpers_comfy import graph, write_graph
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +64,7 @@ FLAGS = {
     "--cfg-rescale": ["0", "0.7", "2", "nan", "x"],
     "--cfg-interval": ["0:1", "0.2:0.8", "0.9:0.1", "1", "x:", ":", "nan:nan", "0-1"],
     "--control-from": ["0", "0.5", "1", "x"], "--control-until": ["0", "0.5", "nan"],
+    "--as": ["web-ui", "comfyui", "x"],
     "--web-ui": [None], "--enlarge": ["0", "1", "3", "17", "x"], "--things": [None, "apple", ""],
     "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--hires": ["2", "1.3:1:1", "2:0.5:0", "0", "2:nan", "1e9:1", ":", "2:1:x"],
@@ -81,6 +83,7 @@ FACTS = ["", "x", "-1", "0", "1", "2", "3.5", "1e3", "nan", "inf", "99999", "1" 
          "web UI", "some 0.8 other thing 1"]
 THEIRS = ["Hires upscale", "ADetailer prompt", "ControlNet 0", "Denoising strength", "Mask", "VAE",
           "Lora", "Levels", "Enlarged", "Model hash", "Civitai resources", "Foo", "Schedule type"]
+GRAPH = graph([("drawn", "steps", 2), ("size", "width", 16), ("size", "height", 12)])
 LINES = ["red apple", "red", "# red", "", " ", "-s 5", "-s", "-n 'blue'", "-n 'blue", '"',
          "--steps 1", "--steps x", "-b 2", "-o x.png", "--help", "-h", "--explain", "--show x",
          "--prompts prompts.txt", "--like like.png", "--like none.png", "-m none",
@@ -392,6 +395,31 @@ def text_spoilt(path, rng):
             files.write_picture(picture, file, path.suffix, text)
 
 
+def graph_spoilt(path, rng):
+    """A picture's graph, of ComfyUI: nodes, inputs, links, or some letters."""
+    nodes = json.loads(Image.open(path).text["prompt"])
+    for _ in range(rng.randrange(1, 4)):
+        key = rng.choice(list(nodes))
+        inputs, kind = nodes[key].get("inputs", {}), rng.randrange(5)
+        if kind == 0 and inputs:
+            inputs[rng.choice(list(inputs))] = rng.choice([
+                [rng.choice(list(nodes)), 0], [key, 0], [[key], 0], [None, 0], [0], *JSON, *FACTS])
+        elif kind == 1 and inputs:
+            inputs.pop(rng.choice(list(inputs)))
+        elif kind == 2:
+            nodes[key]["class_type"] = rng.choice(["KSamplerAdvanced", "Reroute", "\x1b[2J", *JSON])
+        elif kind == 3:
+            nodes[key] = rng.choice([{"class_type": "X", "inputs": inputs}, {"inputs": {}}, {}])
+        elif len(nodes) > 1:
+            del nodes[key]
+    text = json.dumps(nodes)
+    if rng.random() < 0.2:
+        i = rng.randrange(len(text))
+        text = text[:i] + rng.choice(["", "[" * 10 ** 5, "9" * 5000, "NaN", text[i + 1:]])
+    path.unlink()
+    write_graph(path, text)
+
+
 def lines_spoilt(path, rng):
     """A file of prompts and flags."""
     lines = [" ".join(rng.choices(LINES, k=rng.randrange(1, 4))) for _ in range(rng.randrange(4))]
@@ -455,7 +483,7 @@ def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
 def case(folder, rng):
     """Spoil one thing in a folder of models, pictures, LoRAs and prompts; return the arguments."""
     model = rng.choice(["model", "model", "xl"])
-    argv, kind = ["--model", model, "--steps", "2"], rng.randrange(21)
+    argv, kind = ["--model", model, "--steps", "2"], rng.randrange(22)
     model = folder / model
     weights = sorted(str(path.relative_to(model)) for path in model.glob("*/*.safetensors"))
     configs = sorted(str(path.relative_to(model)) for path in model.glob("*/*.json"))
@@ -515,6 +543,9 @@ def case(folder, rng):
         (model / "things.json").write_text(json.dumps({
             key: rng.choice([[["apple"], ["x", "\x1b[2J"]], ["a"], [[]], *JSON])
             for key in rng.sample([*things.KEYS, "more"], rng.randrange(2, 6))}))
+    elif kind == 21:
+        graph_spoilt(folder / "graph.png", rng)
+        return argv[:2] + ["--like", "graph.png"] + rng.choice([[], ["-i", "in.png"], ["-n", "x"]])
     elif kind == 20:
         tokenizer_spoilt(model / "tokenizer", rng)
     elif kind == 19:
@@ -586,6 +617,7 @@ def folder(tmp_path, monkeypatch):
     assert cli.main(["red apple word", "-n", "blue", "-m", "model", "-o", "like.png", "--steps",
                      "2", "--sampler", "euler", "--clip-skip", "2", "--embedding",
                      "word.safetensors"]) == 0
+    write_graph("graph.png", json.dumps(GRAPH))
     name, rng = "lora_unet_mid_block_resnets_0_conv1", np.random.default_rng(0)
     save_file({f"{name}.lora_down.weight": rng.random((2, 16, 3, 3), np.float32),
                f"{name}.alpha": np.float32(1)[None],

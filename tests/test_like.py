@@ -80,7 +80,7 @@ def test_like_image_to_image(run):
 @pytest.mark.parametrize("facts, line", [
     ("Version: v1.10.1", "RNG GPU is not taken up"), ("User: me", "RNG GPU is not taken up"),
     ("Version: f2.0.1v1.10.1-previous", "RNG GPU is not taken up"),
-    ("RNG: CPU, Version: v1.10.1", None), ("Version: ComfyUI", "Emphasis ComfyUI's is not taken"),
+    ("RNG: CPU, Version: v1.10.1", None), ("Version: ComfyUI", None),
     ("RNG: CPU, Module 1: x", "Module 1 x is not taken up: give it with --vae"),
     ("RNG: CPU, Postprocess upscale by: 2", "Postprocess upscale by 2 is not taken up"),
     ("RNG: CPU, Fooocus V2 Expansion: a cat", "Fooocus V2 Expansion a cat is not taken up"),
@@ -99,26 +99,28 @@ def test_like_names_what_other_programs_do(facts, line):
 
 
 @pytest.mark.parametrize("facts, expected", [
-    ("Sampler: Euler, Version: v1.10.1", ("euler", None, True)),
+    ("Sampler: Euler, Version: v1.10.1", ("euler", None, "web-ui")),
     ("Sampler: DPM++ 2M, Schedule type: SGM Uniform, Version: f2.0.1v1.10.1",
-     ("dpm++2m", "sgm uniform", True)),
-    ("Sampler: DPM++ 2M Karras", ("dpm++2m", "karras", True)),
-    ("Sampler: euler_ancestral", ("euler_a", "normal", False)),
-    ("Sampler: dpmpp_2m_karras", ("dpm++2m", "karras", False)),
-    ("Sampler: euler simple", ("euler", "simple", False)),
-    ("Sampler: Euler, Version: tiny_sd 0.2.0", ("euler", None, False)),
-    ("Sampler: Euler, Levels: web UI, Version: tiny_sd 0.3.0", ("euler", None, True))])
+     ("dpm++2m", "sgm uniform", "web-ui")),
+    ("Sampler: DPM++ 2M Karras", ("dpm++2m", "karras", "web-ui")),
+    ("Sampler: dpmpp_2m", ("dpm++2m", "normal", "comfyui")),
+    ("Sampler: dpmpp_2m_karras", ("dpm++2m", "karras", "comfyui")),
+    ("Sampler: euler simple", ("euler", "simple", "comfyui")),
+    ("Sampler: Euler, Version: tiny_sd 0.2.0", ("euler", None, None)),
+    ("Sampler: Euler, Levels: web UI, Version: tiny_sd 0.3.0", ("euler", None, "web-ui")),
+    ("Sampler: Euler, Levels: ComfyUI, Version: tiny_sd 0.3.0", ("euler", None, "comfyui"))])
 def test_the_levels_are_those_of_the_program(facts, expected):
     write_facts("a.png", f"red\nSteps: 2, Seed: 3, Size: 64x64, Model: emoji, RNG: CPU, {facts}")
     job = cli.make_job(["--like", "a.png"])
-    assert (job.sampler, job.schedule, job.web_ui) == expected and job.notes == []
+    assert (job.sampler, job.schedule, job.program) == expected and job.notes == []
 
 
 def test_the_noise_of_a_sampler_that_is_other_noise_here():
     write_facts("a.png", "red\nSteps: 2, Sampler: DPM++ 2M SDE Karras, Seed: 3, Size: 64x64, "
                 "Model: emoji, RNG: CPU, Version: v1.10.1")
     note, = cli.make_job(["--like", "a.png"]).notes
-    assert note.endswith("steps: it came from a Brownian tree, and is other noise here")
+    assert note.endswith("steps: it came from a Brownian tree or a graphics card, and is other "
+                         "noise here")
 
 
 def test_like_a_picture_of_the_web_ui(model):
@@ -262,7 +264,7 @@ def test_texts_in_exif(code, codec, directory):
 
 
 @pytest.mark.parametrize("chunks, program", [
-    ({"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}, "ComfyUI"),
+    ({"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}, "ComfyUI"),    # no inputs
     ({"invokeai_metadata": '{"seed": 1, "steps": 30}'}, "InvokeAI"),
     ({"Software": "NovelAI", "Description": "a cat", "Comment": '{"steps": 28}'}, "NovelAI"),
     ({"parameters": '{"sui_image_params": {"prompt": "a cat", "steps": 20}}'}, "SwarmUI"),
