@@ -93,18 +93,23 @@ class Graph:
         """Return that name without its suffix."""
         return PurePath(self.file(node, name)).stem
 
+    def drawing(self):
+        """Return the nodes on the way from the picture back to what its sampler begins with."""
+        ends = of_kinds(self.nodes.values(), ("SaveImage", "PreviewImage")) or of_kinds(
+            self.nodes.values(), SAMPLERS)
+        ways = ([end, *self.way(end, *FROM)] for end in ends)
+        drawn = next((nodes for nodes in ways if of_kinds(nodes, SAMPLERS)), None)
+        require(drawn, f"{self.path} records a graph of ComfyUI's without a KSampler that leads "
+                       "to a picture")
+        return drawn
+
     def record(self):
         """Return the prompt, the negative prompt, and {fact: value} as in extras/facts.py.
 
         What is not repeated here are facts that facts.FACTS does not know. UserError where no
         sampler leads to the picture.
         """
-        ends = of_kinds(self.nodes.values(), ("SaveImage", "PreviewImage")) or of_kinds(
-            self.nodes.values(), SAMPLERS)
-        drawn = next((nodes for nodes in ([end, *self.way(end, *FROM)] for end in ends)
-                      if of_kinds(nodes, SAMPLERS)), [])
-        require(drawn, f"{self.path} records a graph of ComfyUI's without a KSampler that leads "
-                       "to a picture")
+        drawn = self.drawing()
         *later, sampler = of_kinds(drawn, SAMPLERS)
         start = next(i for i, node in enumerate(drawn) if node is sampler)
         words = [self.way(sampler, name, "conditioning", last="clip")
