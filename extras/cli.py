@@ -152,6 +152,9 @@ def option_parser(**settings):
     add("--clip-skip", **NUMBER,
         help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
 
+    add("--merge", nargs="+", type=lora, default=[], metavar="MODEL[:WEIGHT]", help="draw nothing: "
+        "write the weighted mean of models, like the first of them, to --output")
+
     group = parser.add_argument_group("sampling")
     add("--steps", **NUMBER,
         help="how many, from noise to the picture (20, fewer for distilled models)")
@@ -349,7 +352,8 @@ def check_job(job):
         grid.check_grid(job)
     for text in filter(None, (job.prompt, job.negative_prompt)):
         prompts.check_length(text)
-    check_outputs(job)
+    if not job.merge:
+        check_outputs(job)
 
 
 def tagged_loras(args, notes):
@@ -385,7 +389,8 @@ def make_job(argv, prompt=None, **settings):
     args = parse_known(parser, argv)
     given = [text for text in (args.words, args.prompt) if text is not None]
     both = given and args.prompts and prompt is None
-    enough = given or args.prompts or args.like or args.play or args.things is not None
+    enough = (given or args.prompts or args.like or args.play or args.things is not None
+              or args.merge)
     if len(given) > 1 or both or not enough:
         other = ", or a list: --prompts and a prompt exclude each other" if args.prompts else ""
         parser.error(f"give one prompt, in quotes{other}")
@@ -613,6 +618,10 @@ def run(argv):
     known = known_things(first.model)
     if first.things is not None:
         return say(describe_things(known, first.things))
+    if first.merge:
+        from extras.merge import merge
+        models = [(named.find_model(name, first.models_dir), share) for name, share in first.merge]
+        return say(merge(models, first.output))
     if first.play:
         from extras.play import play
         return play(argv, first.port, not first.no_browser)

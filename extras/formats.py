@@ -49,11 +49,7 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     fetched if need be. loras: pairs (file, weight) to add. low_memory: see extras/narrow.py.
     vae: what read_vae returns, to use instead of the model's own.
     """
-    name = Path(path)
-    places = [name, tiny_sd.HERE / "weights" / name]
-    if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
-        places.append(tiny_sd.HERE / name)
-    path = next(filter(Path.exists, places), None) or fetch_model(name)
+    name, path = Path(path), find(path)
     settings, arrays, tokenizers, digest, notes = read(path)
     own_vae = tiny_vae.is_tiny(arrays["vae"]) and not vae
     vae = vae_of(f"{name}/vae", settings["vae"], arrays["vae"]) if own_vae else vae
@@ -86,6 +82,15 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     for line in [*notes, *replaced_settings(settings)]:
         tell(line)
     return prompts.with_embeddings(model, words.items()) if words else model
+
+
+def find(name):
+    """Return the path of a model, as load takes it, fetched if need be."""
+    name = Path(name)
+    places = [name, tiny_sd.HERE / "weights" / name]
+    if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
+        places.append(tiny_sd.HERE / name)
+    return next(filter(Path.exists, places), None) or fetch_model(name)
 
 
 def read(path):

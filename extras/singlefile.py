@@ -117,14 +117,19 @@ USUAL = re.compile(     # what published files contain besides the networks
     r"cond\w+(\.embedders\.\d)?\.model\.(logit_scale|text_projection))$")
 
 
+def read_names(path):
+    """Return {name: array} of a checkpoint, in the original layout."""
+    return {re.sub(r"^(state_dict\.)+", "", name): array
+            for name, array in read_tensors(path).items()}
+
+
 def read_single_file(path):
     """Return configs, arrays, padding tokens, digest and lines for the user, of a checkpoint.
 
     Names are translated, sizes read off the arrays; the rest is that of the family. What belongs
     to none of the networks is left out, with a line that names it.
     """
-    file = {re.sub(r"^(state_dict\.)+", "", name): array
-            for name, array in read_tensors(path).items()}
+    file = read_names(path)
     others_noise = list(filter(re.compile(OTHER_NOISE).fullmatch, file))
     require(not others_noise, f"{path} was trained on other levels of noise, which are not known "
                               f"here: it has {first_five(others_noise)}")

@@ -1,0 +1,144 @@
+"""Merge models (--merge): each weight of the new one is a weighted mean of theirs.
+
+Models that were trained from the same one lie close enough together for their mean to draw as well
+as they do (Wortsman et al., 2022). And what one learnt beyond another is a difference, which a
+third can be given: a:1 b:1 c:-1 is a + (b - c), the web UI's "add difference".
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from extras import formats, singlefile
+from extras.checks import first_five
+from extras.files import check_folder_of, replace_atomically
+from extras.tensors import SUFFIXES, TYPES, metadata_of
+from tiny_sd import DTYPES, WEIGHT_FILES, current_name, require, tell, widen
+
+KINDS = {np.dtype(code): kind for kind, code in     # uint16 stands for bfloat16
+         (*TYPES.items(), *DTYPES.items())}
+
+
+def merge(models, output):
+    """Write the mean of models, [(path or name, weight), ...]; return the name written.
+
+    The result is like the first model: a .safetensors file or a folder, with its names, its types
+    of numbers and its configs. The weights are divided by their sum. UserError if the models are
+    not of one kind, something is at `output`, or there is no room for it.
+    """
+    paths, total = [formats.find(path) for path, _ in models], sum(w for _, w in models)
+    require(len(models) > 1, "--merge takes two models or more")
+    require(abs(total) > 1e-6, "the weights of --merge are shares of a whole, and sum to 0")
+    suffix = ".safetensors" if paths[0].is_file() else ""
+    require(output.suffix == suffix or not suffix and output.suffix not in (".safetensors", ".png"),
+            f"--output {output} does not name a {suffix or 'folder'}, as {paths[0]} is")
+    check_folder_of(output)
+    require(not output.exists(), f"{output} is there already, and is kept")
+    read = [formats.read(path) for path in paths]
+    check_alike(paths, read)
+
+    shares = [(weight / total, arrays) for (_, weight), (_, arrays, *_) in zip(models, read)]
+    files = files_of(paths[0], read[0][1])
+    need = sum(array.nbytes for arrays, _ in files.values() for array in arrays.values())
+    free = shutil.disk_usage(output.parent).free
+    require(need < free, f"{output} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    with replace_atomically(output) as unfinished:
+        if not suffix:
+            shutil.copytree(paths[0], unfinished, ignore=without_weights)
+        for name, (arrays, places) in files.items():
+            write_safetensors(unfinished / name, arrays, metadata_of(paths[0]) if suffix else {},
+                              lambda old, places=places: mean(shares, *places[old])
+                              if old in places else None)
+    if abs(total - 1) > 1e-3:
+        tell(f"the weights of --merge sum to {total:g}: each is divided by that")
+    return output
+
+
+def check_alike(paths, read):
+    """UserError unless models, as formats.read returns them, have and predict the same."""
+    def shapes(arrays):         # without the sides of 1x1 convolutions, which are also matrices
+        return {f"{part}'s {name}": [n for n in array.shape if n != 1]
+                for part in arrays for name, array in arrays[part].items()}
+
+    ours, *_ = wanted = [shapes(arrays) for _, arrays, *_ in read]
+    kinds = [settings["scheduler"].get("prediction_type", "epsilon") for settings, *_ in read]
+    for path, theirs, kind in zip(paths, wanted, kinds):
+        differ = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        require(not differ, f"{path} is another kind of model than {paths[0]}: they differ in "
+                            f"{first_five(differ)}")
+        require(kind == kinds[0], f"{path} predicts {kind}, and {paths[0]} {kinds[0]}")
+
+
+def files_of(path, parts):
+    """Return {file: ({name: array}, {name: (part, its name in sort_out() or in diffusers)})}.
+
+    path: of a model with these parts. Only the names of what the networks compute with are known.
+    """
+    if path.is_file():
+        arrays = singlefile.read_names(path)
+        found, _, _ = singlefile.sort_out({name: name for name in arrays})
+        return {"": (arrays, {old: (part, new) for part, names in found.items()
+                              for new, old in names.items() if part in parts})}
+    files = {}
+    for part, known in parts.items():
+        arrays, _ = formats.read_weights(path / part, str(path))
+        files[f"{part}/{WEIGHT_FILES.get(part, 'model')}.safetensors"] = arrays, {
+            old: (part, current_name(old)) for old in arrays if current_name(old) in known}
+    return files
+
+
+def mean(shares, part, name):
+    """Return the weighted mean of a weight in [(share, {part: {name: array}}), ...], or None.
+
+    None stands for what none of the networks computes with. OpenCLIP's names are of arrays from
+    which singlefile.from_open_clip() has made others.
+    """
+    if "in_proj_" in name:
+        thirds = [mean(shares, part, name.replace("in_proj_", f"{x}_proj.")) for x in "qkv"]
+        return None if thirds[0] is None else np.concatenate(thirds)
+    if name == "text_projection":
+        return mean(shares, part, "text_projection.weight").T
+    if name not in shares[0][1][part]:
+        return None
+    return sum(share * widen(arrays[part][name]).astype(np.float32).squeeze()
+               for share, arrays in shares)
+
+
+def write_safetensors(path, arrays, metadata, changed):
+    """Write arrays, {name: array}, as a .safetensors file, one after the other.
+
+    changed(name): the float32 numbers to write in place of this array's, or None.
+    """
+    header, end = {"__metadata__": {"format": "pt"} | {
+        key: metadata[key] for key in singlefile.HEADER if key in metadata}}, 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": KINDS[array.dtype], "shape": list(array.shape),
+                        "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in arrays.items():
+            new = changed(name)
+            if new is not None:
+                array = narrowed(new.reshape(array.shape), array.dtype)
+                require(np.isfinite(widen(array)).all(), f"{name} overflows the type that it has")
+            file.write(np.ascontiguousarray(array).data)
+
+
+def narrowed(values, dtype):
+    """Return float32 values in a type of numbers, rounded; uint16 is bfloat16."""
+    if dtype != np.uint16:
+        return values.astype(dtype)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def without_weights(folder, names):
+    """Return those of the files in a model's folder that a merged model has of its own, or not."""
+    parts = {*WEIGHT_FILES, "text_encoder_2"}
+    own = Path(folder).name in parts or Path(folder, "unet").is_dir()
+    return [name for name in names if own and (Path(name).suffix in SUFFIXES or ".index." in name)]
