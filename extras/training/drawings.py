@@ -40,6 +40,7 @@ SETS = (DrawingSet("noto", "noto", "1.2.9"), DrawingSet("blob", "noto-v1", "1.2.
         DrawingSet("flat", "fluent-emoji-flat", "1.2.6"),
         DrawingSet("twemoji", "twemoji", "1.2.5"), DrawingSet("firefox", "fxemoji", "1.2.2"))
 STYLES = [drawing_set.word for drawing_set in SETS]
+LARGEST = 2 ** 24       # bytes of a file in the zip, unpacked
 
 
 # ── Rendering ───────────────────────────────────────────────────────────────────────────────────
@@ -229,8 +230,11 @@ def load_things(data, size):
     data: a zip as render writes it; weights/README.md says what must be in it. UserError if it is
     not.
     """
+    require(data.is_file(), f"there is no file {data}")     # a pipe could be waited for, for ever
     try:
         archive = zipfile.ZipFile(data)
+        if any(member.file_size > LARGEST for member in archive.infolist()):
+            raise ValueError(f"one of the files in it has more than {LARGEST:,} bytes")
         names = json.loads(archive.read("things.json"))
         check_names(names)
         files = sorted(name for name in archive.namelist() if name.endswith(".png"))
@@ -239,13 +243,13 @@ def load_things(data, size):
                     for side in (size, size // 2)}
         for i, file in enumerate(files):
             drawings[parse_name(file, len(names))] = i
-            picture = Image.open(io.BytesIO(archive.read(file))).convert("RGBA").convert("RGBa")
+            picture = Image.open(io.BytesIO(archive.read(file)), formats=["PNG"])
+            picture = picture.convert("RGBA").convert("RGBa")
             for side, array in pictures.items():
                 array[i] = np.asarray(picture.resize((side, side), Image.BOX))
         for thing in np.flatnonzero((drawings < 0).all(1)):
             raise ValueError(f"{names[thing][0]} has no drawing, such as {thing:04}-noto.png")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, RecursionError,
-            Image.DecompressionBombError) as error:
+    except Exception as error:      # of whatever kind zipfile, json and Pillow raise
         raise UserError(f"cannot read the rendered pictures in {data}: {error}") from None
     return Things(names, drawings, pictures)
 
