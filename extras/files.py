@@ -18,6 +18,11 @@ import warnings
 import zlib
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:     # on Windows, where nothing keeps two processes apart
+    fcntl = None
+
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -241,6 +246,27 @@ def replace_atomically(path):
     with unfinished_name(path) as unfinished:
         yield unfinished
         os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Make a folder and keep other processes out of it; remove it at the end if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is in use: another process trains this") from None
+            except OSError:     # a file system without locks
+                pass
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def check_folder_of(path, what=""):

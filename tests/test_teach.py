@@ -433,7 +433,7 @@ def test_the_sheets_on_the_way_replace_no_picture(run, monkeypatch, clock):
     assert Path("mine.png").read_text() == "the user's" and Image.open("mine-1.png").size
 
 
-@pytest.mark.skipif(teach.fcntl is None, reason="there are no such locks")
+@pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")
 def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
     """The second is refused, while the first is at work in a process of its own."""
     command = [*COMMAND, "pictures", "-m", tiny, "-o", "mine.safetensors", "--minutes", "5"]
@@ -443,16 +443,8 @@ def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
             time.sleep(0.01)
         status, _, (line,) = run("--steps", 1)
         first.kill()
-    assert found and status == 2 and "another process teaches this" in line
+    assert found and status == 2 and "another process trains this" in line
     assert run("--steps", 1)[0] == 0        # once that is gone
-
-
-@pytest.mark.skipif(teach.fcntl is None, reason="there are no such locks")
-def test_a_model_from_scratch_has_its_state_to_itself(run):
-    with teach.held(Path("mine.state")):
-        status, out, (line,) = run("--from-scratch", output="mine")
-    assert (status, out) == (2, []) and "mine.state is in use: another process" in line
-    assert not Path("mine.state").exists()
 
 
 def never(*_, **__):

@@ -11,18 +11,20 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import tiny_sd
 from conftest import ROOT
+from extras import files
 from extras.training import drawings, fitting, folder, measure, painting, scenes
 from extras.training import train as train_py
-from helpers import drawn
+from helpers import contents, drawn
 from helpers_diffusers import drawn_by
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
@@ -206,6 +208,57 @@ def test_what_is_wrong_with_them_is_said(tmp_path, names, files, said):
     data = write_data(tmp_path / "own.zip", names, files)
     with pytest.raises(tiny_sd.UserError, match="own.zip: .*" + said):
         drawings.load_things(data, 32)
+
+
+def encrypted(data):
+    """Say in every header that the file is encrypted."""
+    for mark, at in (b"PK\1\2", 8), (b"PK\3\4", 6):
+        for match in re.finditer(re.escape(mark), bytes(data)):
+            data[match.start() + at] |= 1
+
+
+def compressed_by_nobody(data):
+    for match in re.finditer(b"PK\1\2", bytes(data)):
+        data[match.start() + 10] = 77
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (encrypted, "encrypted"), (compressed_by_nobody, "compression method")])
+def test_an_odd_zip_is_one_line(tmp_path, spoil, said):
+    data = bytearray(DATA.read_bytes())
+    spoil(data)
+    (tmp_path / "own.zip").write_bytes(data)
+    with pytest.raises(tiny_sd.UserError, match="own.zip: .*" + said):
+        drawings.load_things(tmp_path / "own.zip", 32)
+
+
+def test_a_zip_unpacks_to_no_more_than_it_should(tmp_path):
+    with zipfile.ZipFile(tmp_path / "own.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("things.json", " " * 2 ** 25)
+    with pytest.raises(tiny_sd.UserError, match="has more than"):
+        drawings.load_things(tmp_path / "own.zip", 32)
+
+
+def test_postscript_in_a_zip_is_not_run(tmp_path, monkeypatch):
+    """For which Pillow would start Ghostscript: here, a program that leaves a trace."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)      # it looks once
+    picture = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        archive.writestr("things.json", '[["a"], ["b"]]')
+        archive.writestr("0000-noto.png", picture)
+    with pytest.raises(tiny_sd.UserError, match="own.zip"):
+        drawings.load_things(tmp_path / "own.zip", 32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.zip")
+    for data in tmp_path / "pipe.zip", Path("/dev/zero"):
+        with pytest.raises(tiny_sd.UserError, match=f"there is no file {data}"):
+            drawings.load_things(data, 32)
 
 
 # ── Captions and scenes ─────────────────────────────────────────────────────────────────────────
@@ -676,6 +729,14 @@ def test_noisy_times_come_more_often():
     assert t.min() >= 0 and t.max() <= 999
 
 
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = subprocess.run([sys.executable, "-m", "extras.training.train", "vae"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+
+
 # ── Errors ──────────────────────────────────────────────────────────────────────────────────────
 
 def test_too_little_is_said(tmp_path, capsys):
@@ -686,7 +747,9 @@ def test_too_little_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("options, said", [
     ("--rate nan", "--rate"), ("--minutes inf", "--minutes"), ("--steps -1", "--steps"),
     ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
-    ("--threads -2", "--threads"), ("--device tpu", "no tpu device")])
+    ("--threads -2", "--threads"), ("--threads 1000000", "--threads"), ("--batch 1" + "0" * 12,
+     "--batch"), ("--bank 1" + "0" * 12, "--bank"), ("--minutes 1e308", "--minutes"),
+    ("--draw-steps 0", "--draw-steps"), ("--device tpu", "no tpu device")])
 def test_numbers_that_mean_nothing_are_refused(tmp_path, options, said, capsys):
     with pytest.raises(SystemExit) as status:
         train_py.main(arguments("vae", tmp_path / "new", *options.split()))
@@ -704,7 +767,8 @@ def test_a_state_that_cannot_be_used(tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [
     {}, [1, 2], {"params": {}, "mean": 3}, {"params": {}, "mean": {}, "step": "x"},
-    {"params": {"a": 1}, "mean": {"a": 1}, "step": 1, "seconds": 1.0, "losses": []}])
+    {"params": {"a": 1}, "mean": {"a": 1}, "step": 1, "seconds": 1.0, "losses": []},
+    {"params": {}, "mean": {}, "step": 1, "seconds": 1.0, "losses": ["x"]}])
 def test_a_state_of_another_content(tmp_path, capsys, content):
     torch.save(content, tmp_path / "vae.pt")
     before = (tmp_path / "vae.pt").read_bytes()
@@ -773,6 +837,39 @@ def test_only_models_are_replaced(command, state, tmp_path, capsys):
         (state / "model_index.json").unlink()
     assert f"{state} holds {state}" in said
     assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_came_while_it_trained_is_not_replaced(state, tmp_path, capsys, monkeypatch):
+    mine = tmp_path / "mine"
+
+    def meanwhile(*_):
+        mine.mkdir(exist_ok=True)
+        for name in "model_index.json", "thesis.txt":
+            (mine / name).write_text("years of work")
+
+    monkeypatch.setattr(train_py, "run_stage", meanwhile)
+    before = contents(state)
+    assert "is there already" in refused(capsys, "all", state, "--out", mine)
+    assert {*contents(mine).values()} == {b"years of work"}
+    new = tmp_path / "new"      # the state, which is there only later
+    assert f"{new} holds {new}" in refused(capsys, "all", new, "--out", new)
+    assert contents(state) == before and not new.exists()
+
+
+def test_a_kill_while_a_model_is_replaced_loses_none(tmp_path):
+    """Between two renamings: the old one is the only one until the next is whole."""
+    (tmp_path / ".mine.old").mkdir()
+    (tmp_path / ".mine.old/model").write_text("the old one")
+    with pytest.raises(OSError), folder.folder_atomically(tmp_path / "mine"):
+        raise OSError("a full disk")
+    assert (tmp_path / ".mine.old/model").read_text() == "the old one"
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")
+def test_two_trainings_do_not_share_a_state(tmp_path, capsys):
+    with files.held(tmp_path / "state"):
+        said = refused(capsys, "vae", tmp_path / "state", "--steps", 1)
+    assert "state is in use: another process trains this" in said
 
 
 def test_a_model_is_replaced(state, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from extras.files import replace_atomically
-from tiny_sd import require
+from tiny_sd import UserError, require
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
@@ -179,8 +179,11 @@ class Optimizer:
                     "begun with another --config or --data? Name another --state")
             p.data.copy_(found[name])
             self.mean[name].copy_(mean[name])
-        for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
-            part.load_state_dict(saved)
+        try:
+            for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
+                part.load_state_dict(saved)
+        except Exception as error:      # of whatever kind torch raises
+            raise UserError(f"what was kept does not fit: {error}. Name another --state") from None
         self.taken = checkpoint["step"]
 
     def checkpoint(self):

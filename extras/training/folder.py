@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
@@ -71,14 +72,13 @@ def check_replaceable(out, kept, asked):
     It may replace one of our models where that is asked for, and nothing else; nor may it be, or
     be around, the files and folders to keep.
     """
-    if not out.exists() and not out.is_symlink():
-        return
-    require(asked, f"{out} is there already: name it with --out to replace it, or another")
-    require((out / "model_index.json").is_file(), f"{out} is there already and is no model of ours "
-            "(it has no model_index.json), and is not replaced: name another --out")
-    place = out.resolve()
-    for path in kept:
-        require(place != path.resolve() and place not in path.resolve().parents,
+    if os.path.lexists(out):
+        require(asked, f"{out} is there already: name it with --out to replace it, or another")
+        require((out / "model_index.json").is_file(), f"{out} is there already and is no model of "
+                "ours (it has no model_index.json), and is not replaced: name another --out")
+    place = Path(os.path.realpath(out))
+    for path in map(Path, map(os.path.realpath, kept)):
+        require(place not in (path, *path.parents),
                 f"{out} holds {path}, and is not replaced: name another --out")
 
 
@@ -139,11 +139,11 @@ def folder_texts(words, setting, scaling_factor):
 def folder_atomically(path):
     """Yield a temporary folder to fill, which then takes the place of path."""
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
-    for folder in (temporary, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    if path.exists():
+    if path.exists():       # else the old one is all there is, after a kill between the next lines
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)

@@ -230,12 +230,13 @@ class Teaching:
         try:
             kept = torch.load(file, self.args.device, weights_only=True)
             same = kept["facts"] == self.facts()
+            if same:
+                for p, values in zip(self.matrices, kept["matrices"], strict=True):
+                    p.data.copy_(values)
+                self.optimizer.load_state_dict(kept["optimizer"])
+                self.seconds = float(kept["seconds"])
         except Exception as error:      # of whatever kind torch raises
             reason = str(error).split("\n")[0]
             raise UserError(f"{file} cannot be read, remove it: {reason}") from None
         require(same, f"{file} was begun with other options, captions or weights: go on with "
                       "those, or remove it")
-        for p, values in zip(self.matrices, kept["matrices"]):
-            p.data.copy_(values)
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.seconds = kept["seconds"]

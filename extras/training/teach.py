@@ -16,18 +16,12 @@ With some thousands of pictures, train a model of your own on them, by the recip
     python tiny_sd.py "a zorp on a blue background" -m mine
 """
 
-import contextlib
 import functools
 import math
 import os
 import sys
 import time
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:     # on Windows, where nothing keeps two processes apart
-    fcntl = None
 
 if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does to the command line
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -195,28 +189,6 @@ def train_from_scratch(args):
 
 # ── What is done for them ───────────────────────────────────────────────────────────────────────
 
-@contextlib.contextmanager
-def held(folder):
-    """Make a folder and keep other processes out of it; remove it at the end if it is empty."""
-    folder.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            handle = os.open(folder, os.O_RDONLY)
-            os.set_inheritable(handle, True)        # for the recipe, which takes this one's place
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder} is in use: another process teaches this") from None
-            except OSError:     # a file system without locks
-                pass
-        try:
-            yield folder
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
 def fit(teaching, keep, draw):
     """Take all steps; keep what was reached every minute, and draw a sheet now and then."""
     begun, losses = time.monotonic() - teaching.seconds, []
@@ -314,9 +286,9 @@ def run(argv):
     args = parse_arguments(argv)
     # Torch's threads wait busily for each other: where other programs work too, most of the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with held(state_of(args.output)) as state:
-        if args.from_scratch:
-            train_from_scratch(args)
+    if args.from_scratch:
+        train_from_scratch(args)
+    with files.held(state_of(args.output)) as state:
         pictures, prompts = files.read_captioned(args.folder, args.caption), prompts_to_keep(args)
         teach(args, pictures, prompts, state)
 

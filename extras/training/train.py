@@ -18,6 +18,7 @@ Ctrl-C keeps what was learnt, and a kill loses a minute at most: the same comman
 
 import argparse
 import collections
+import contextlib
 import functools
 import io
 import itertools
@@ -29,6 +30,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+if __name__ == "__main__":      # hand over to main() below: a signal now is no traceback
+    from extras.start import program
+    program("extras.training.train")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,7 +43,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras.fast import keep_freed_memory
-from extras.files import read_text, replace_atomically
+from extras.files import held, read_text, replace_atomically
 from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
 from extras.training import fitting, measure
 from extras.training.drawings import load_captioned, load_things, render
@@ -141,7 +146,7 @@ class State:
         try:
             kept = torch.load(path, map_location=self.device, weights_only=True)
             whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
-            whole = whole and len(kept["losses"]) >= 0 and all(
+            whole = whole and math.isfinite(sum(kept["losses"])) and all(
                 isinstance(p, torch.Tensor) for part in ("params", "mean")
                 for p in kept[part].values())
         except Exception as error:      # of whatever kind torch and pickle raise
@@ -613,12 +618,16 @@ def run_stage(stage, job):
     STAGES[stage].train(job._replace(schedule=schedule))
 
 
-def run_command(args, setting, schedule, state):
-    """Do what the command line asks for."""
+def run_command(args, setting, schedule, state, stack):
+    """Do what the command line asks for. stack: what is undone at the end."""
     data, out = args.data or args.state / "emoji.zip", args.out or args.state / "emoji"
     exports, first = args.command in ("export", "all"), process()[0] == 0
+    asked, kept = args.out is not None, [data, args.state]
     if exports:
-        check_replaceable(out, [data, args.state], asked=args.out is not None)
+        check_replaceable(out, kept, asked)
+    asked = asked and out.exists()      # not what comes to be while this trains
+    if args.command in (*STAGES, "all") and first:
+        stack.enter_context(held(args.state))
     if args.start:
         state.begin_from(args.start, setting)
     if args.command in ("render", "all") and not data.exists():
@@ -635,6 +644,7 @@ def run_command(args, setting, schedule, state):
             part = schedule._replace(minutes=schedule.minutes * stage.share)
             run_stage(name, job._replace(schedule=part))
     if exports and first:
+        check_replaceable(out, kept, asked)
         params = state.trained("unet", unet_stage_shapes(setting))
         write_model(out, nest(params), state.vae(setting), things, setting, state)
         print(out)
@@ -645,6 +655,8 @@ def run_command(args, setting, schedule, state):
 
 
 COMMANDS = ("render", *STAGES, "export", "evaluate", "sheet", "all")
+MOST = {"minutes": 10 ** 6, "steps": 10 ** 9, "batch": 10 ** 5, "bank": 10 ** 7, "rate": 1,
+        "limit": 10 ** 6, "draw_steps": 999, "threads": 1024}
 
 
 def parse_arguments(argv):
@@ -676,11 +688,12 @@ def parse_arguments(argv):
     add("--limit", type=int, default=60, help="evaluate: how many of each kind (60)")
     add("--draw-steps", type=int, default=20, help="evaluate, sheet: sampling steps (20)")
     args = p.parse_args(argv)
-    numbers = (args.minutes, args.limit, args.steps, args.batch, args.bank, args.rate)
-    if any(n is not None and not 0 < n < math.inf for n in numbers):
-        p.error("--minutes, --steps, --batch, --bank, --limit and --rate must be above 0")
-    if not 0 <= args.seed < 2 ** 63 or (args.threads or 0) < 0:
-        p.error("--seed must be from 0 to 2**63 - 1, and --threads 0 or more")
+    for name, most in MOST.items():
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= most:
+            p.error(f"--{name.replace('_', '-')} must be above 0, and at most {most:,}")
+    if not 0 <= args.seed < 2 ** 63:
+        p.error("--seed must be from 0 to 2**63 - 1")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         p.error(f"torch finds no {args.device} device here")
     return args
@@ -713,8 +726,9 @@ def main(argv=None):
         operations = faster_on_cpu(tiny_sd.TORCH)
     join_processes(args.device)
     try:
-        with mock.patch.dict(tiny_sd.TORCH, operations):
-            run_command(args, CONFIGS[args.config], schedule, State(args.state, args.device))
+        with mock.patch.dict(tiny_sd.TORCH, operations), contextlib.ExitStack() as stack:
+            state = State(args.state, args.device)
+            run_command(args, CONFIGS[args.config], schedule, state, stack)
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -726,7 +740,3 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
