@@ -159,7 +159,7 @@ class Control:
 
 
 def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
-    """Do what tiny_sd.predict does, steered by control networks (9.19)."""
+    """Do what tiny_sd.predict does, steered by control networks (9.20)."""
     unet, config, x = model.unet, model.config.unet, array_like(context, x)
     temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
     size, heads = config.norm_num_groups, config.n_head

@@ -41,9 +41,9 @@ def load_model(job):
 def filled(model, job):
     """Return the job with the model's own size, sampler, steps and guidance where it has none."""
     width, height = like_diffusers.picture_size(model, job.width, job.height)
-    sampler, steps, scale = like_diffusers.defaults(model)
+    sampler, steps, scale = like_diffusers.defaults(model, job.sampler)
     return job._replace(
-        width=width, height=height, sampler=job.sampler or sampler, steps=job.steps or steps,
+        width=width, height=height, sampler=sampler, steps=job.steps or steps,
         cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
 
 
@@ -162,6 +162,8 @@ def start_walk(model, job, denoiser, notes):
     make, embed, combine = denoiser, embedder(model, job), tiny_sd.guide
     controls, timeline = controls_of(model, job, notes), timeline_of(job, embed)
     counts = [net.count for net in controls]
+    if getattr(SAMPLERS[job.sampler], "plain_noise", False):
+        make = guidance.with_plain_noise(make)
     if controls:
         make = control.controlled(make, controls)
     if timeline:

@@ -341,7 +341,11 @@ def sampler_again(path, facts, args, left, program):
     if program == "ComfyUI" and asked == "Automatic":
         schedule = schedule or "normal"     # which it does not record
     takes = (args.sampler or [sampler])[0] in SCHEDULED
-    return {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
+    options = {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
+    if sampler == "ddim_cfg++" and program in WEB_UI:
+        with contextlib.suppress(KeyError, ValueError):     # its scale is from 0 to 12.5, not to 1
+            options["cfg-scale"] = [str(float(facts["CFG scale"]) / 12.5)]
+    return options
 
 
 def files_again(path, facts, args, left):

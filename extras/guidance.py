@@ -4,7 +4,7 @@ Those that combine outputs of the U-Net take the place of tiny_sd.guide in like_
 functions of the output with the negative prompt, those with the prompts, and the scale.
 """
 
-from tiny_sd import guide
+from tiny_sd import guide, split_prediction
 
 
 def combining(make_denoiser, combine):
@@ -54,5 +54,28 @@ def within(make_denoiser, low, high):
         def denoise(x_t, t, alpha_bar):
             inside = low <= t / len(model.alpha_bars) <= high
             return (guided if inside else alone)(x_t, t, alpha_bar)
+        return denoise
+    return make
+
+
+def with_plain_noise(make_denoiser):
+    """Return make_denoiser, so that what it makes returns x̂_0 as guided, and ε̂ as not (9.19).
+
+    This ε̂ is that with the negative prompt alone. CFG++: Chung et al., 2024.
+    """
+    def make(model, context, guidance=1.0, pooled=None, extra_channels=None, combine=guide, **how):
+        kind, plain = model.config.scheduler.prediction_type, []
+
+        def combined(uncond, *others):
+            plain[:] = [uncond]
+            return combine(uncond, *others)
+
+        guided = make_denoiser(model, context, guidance, pooled, extra_channels, combined, **how)
+
+        def denoise(x_t, t, alpha_bar):
+            x_0, eps = guided(x_t, t, alpha_bar)
+            if plain:
+                _, eps = split_prediction(kind, plain.pop(), x_t, alpha_bar)
+            return x_0, eps
         return denoise
     return make

@@ -12,12 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 import tiny_sd
+from extras.guidance import with_plain_noise
 from extras.samplers import SCHEDULERS
 from extras.schedules import NAMES, SCHEDULES, SPACINGS, time_of
 from tiny_sd import SAMPLERS, Model, array_like, guide, latent_shape, linear, require, sigma_of
 
 
-def defaults(model):
+def defaults(model, sampler=None):
+    """Return the sampler, the model's own if None, and the steps and the guidance that suit both.
+    """
+    own, steps, scale = own_defaults(model)
+    return sampler or own, steps, getattr(function_of(sampler or own), "guidance", scale)
+
+
+def own_defaults(model):
     """Return the model's own sampler, and the steps and the guidance that it was made for."""
     scheduler = model.config.scheduler
     sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
@@ -47,10 +55,10 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     name in SAMPLERS, or a function like those. init: a picture to start from; the rest is as in
     tiny_sd.generate. Raises UserError for values out of range.
     """
-    own_sampler, own_steps, own_guidance = defaults(model)
+    sampler, own_steps, own_guidance = defaults(model, sampler)
     guidance = own_guidance if guidance is None else guidance
     require(math.isfinite(guidance), f"guidance {guidance} is not a finite number")
-    sampler = function_of(own_sampler if sampler is None else sampler)
+    sampler = function_of(sampler)
     require(np.ndim(seeds) == 1 and len(seeds) > 0 and all(hasattr(s, "__index__") for s in seeds),
             f"seeds must be a list of whole numbers, not {seeds}")
     check_start(model, init, mask)
@@ -71,9 +79,12 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     if init is None or mask is not None and strength == 1:
         scale = initial_scale(sampler, model.config.scheduler, levels)
         sampler_here = from_scaled_noise(sampler_here, scale)
-    # a distilled model takes the scale as an input instead
-    scale = 1.0 if model.config.unet.time_cond_proj_dim else guidance
-    make = functools.partial(with_guidance, make_denoiser or denoiser, guidance)
+    plain_noise = getattr(sampler, "plain_noise", False)
+    scale = 0.0 if plain_noise else guidance        # at 1, there would be no negative prompt
+    if model.config.unet.time_cond_proj_dim:
+        scale = 1.0     # a distilled model takes the scale as an input instead
+    own = with_plain_noise(denoiser) if plain_noise else denoiser
+    make = functools.partial(with_guidance, make_denoiser or own, guidance)
     return tiny_sd.generate(model, prompt, negative, scale, sampler_here, levels, noise, init,
                             strength, mask, make, embed)
 

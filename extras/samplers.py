@@ -10,6 +10,8 @@ Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of 
                         sampler with what a config sets
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
     fractional          its times need not be whole
+    plain_noise         it takes denoisers of guidance.with_plain_noise (False)
+    guidance            the scale that suits it, whatever the model (the model's own)
     scaled              x_T has the standard deviation of its noise (False)
     from_the_mean       a picture to start from is encoded without noise (False)
     range               what a schedule such as Karras' extends over: "model", all levels that the
@@ -65,6 +67,16 @@ LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     
 sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True, strides=True,
         from_nothing=True)(ddim)
 sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2m)
+
+
+@sampler("ddim_cfg++", "DDIM CFG++", strides=True, from_nothing=True, follows_set_alpha=True,
+         plain_noise=True, guidance=0.6)
+def ddim_cfg_pp(denoise, x, steps, noise=None):
+    """Take ddim's steps: from the guided x̂_0, along the ε̂ of no guidance (9.19).
+
+    Chung et al., 2024. Its guidance is from 0 to 1.
+    """
+    return ddim(denoise, x, steps, noise)
 
 
 @sampler("euler", "Euler", "EulerDiscreteScheduler", continuous=True, **SIGMA)
@@ -399,9 +411,9 @@ def as_comfyui(function):
         ask.alpha_bars = denoise.alpha_bars
         return function(ask, x, steps, noise)
 
-    own = {"timesteps": function.timesteps} if hasattr(function, "timesteps") else {}
-    vars(rounding).update(own, name=function.name, title=function.title, spacing="linspace",
-                          fractional=True, from_the_mean=True)
+    kept = ("name", "title", "timesteps", "plain_noise", "guidance")
+    vars(rounding).update({key: vars(function)[key] for key in kept if hasattr(function, key)},
+                          spacing="linspace", fractional=True, from_the_mean=True)
     return rounding
 
 
@@ -427,7 +439,8 @@ def counting(sampler, *counts):
 SCHEDULED = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))
 
 SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multistep", ""),
-             ("dpmsolversde", "dpm++sde"), ("bh2", ""))
+             ("dpmsolversde", "dpm++sde"), ("bh2", ""), ("cfgpp", "cfg++"),
+             ("eulercfg", "ddimcfg"))       # the same steps
 
 
 def bare(name):

@@ -282,22 +282,26 @@ def as_in_comfyui(model, prompt, n, sampler, karras=False, picture=None, last=No
         t = abs(logs - np.log(sigma)).argmin()
         one, other = (x - sigma * tiny_sd.predict(model, (x / (sigma ** 2 + 1) ** 0.5).astype(
             np.float32), int(t), row[None]) for row in context)
-        return one + 5 * (other - one)
+        return one + 5 * (other - one), one
 
     x = noise * (1 + sigmas[0] ** 2) ** 0.5 if picture is None else picture + sigmas[0] * noise
     old = None
     for i, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
-        new = denoised(x, sigma)
+        new, plain = denoised(x, sigma)
         slope = new
         if sampler == "dpmpp_2m" and old is not None and after:
             r = np.log(sigmas[i - 1] / sigma) / np.log(sigma / after)
             slope = (1 + 1 / (2 * r)) * new - old / (2 * r)
-        x, old = after / sigma * x + (1 - after / sigma) * slope, new
+        old = new
+        if sampler == "euler_cfg_pp":
+            x = new + after * (x - plain) / sigma
+        else:
+            x = after / sigma * x + (1 - after / sigma) * slope
     return x.astype(np.float32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_cfg_pp"])
 @pytest.mark.parametrize("scheduler", ["normal", "karras"])
 def test_a_graph_draws_what_comfyui_draws(folder, sampler, scheduler):
     job_of(graph([

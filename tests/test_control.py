@@ -143,7 +143,7 @@ def test_pictures(network, written, reference, model, backend):
 
 
 def test_zeros_learn(reference, model):
-    """Of the slopes of a new network, those of the last zeros alone are not zero (9.20).
+    """Of the slopes of a new network, those of the last zeros alone are not zero (9.21).
 
     Through our own functions: the copy learns as soon as they have moved.
     """

@@ -85,6 +85,48 @@ def test_options_of_guidance(run):
     assert "CFG rescale: 0.7, CFG interval: 0.3-0.9" in facts
 
 
+@pytest.mark.parametrize("name, scheduler", [("DDIM CFG++", None), ("euler_cfg_pp", "karras")])
+@pytest.mark.parametrize("scale", [0.6, 1.0])
+def test_guided_pictures_along_noise_that_is_not(loaded, name, scheduler, scale):
+    """CFG++ by the paper's algorithm, and in the coordinates of k-diffusion, as ComfyUI has it."""
+    sampler, _ = samplers.sampler_named(name)
+    steps = like_diffusers.sampling_steps(sampler, 5, loaded.config.scheduler, loaded.alpha_bars,
+                                          scheduler)
+    context, _ = sd.embed_prompts(loaded, ["blue", "red"])
+    x = like_diffusers.torch_noise([3], (8, 8, 4))()
+    if name == "euler_cfg_pp":
+        x = x / steps[0][1] ** 0.5
+    for t, now, after in steps:
+        x_t = x if scheduler is None else x * now ** 0.5
+        uncond, cond = (sd.predict(loaded, x_t, t, row[None]) for row in context)
+        if scheduler is None:
+            guided = uncond + scale * (cond - uncond)
+            picture = (x - (1 - now) ** 0.5 * guided) / now ** 0.5
+            x = after ** 0.5 * picture + (1 - after) ** 0.5 * uncond
+        else:
+            sigma, sigma_next = sd.sigma_of(now), sd.sigma_of(after)
+            denoised = [x - sigma * eps for eps in (uncond, cond)]
+            along = (x - denoised[0]) / sigma
+            x = denoised[0] + scale * (denoised[1] - denoised[0]) + along * sigma_next
+    *_, found = like_diffusers.generate(loaded, "red", "blue", [3], 5, scale, sampler, scheduler)
+    np.testing.assert_allclose(found, x, atol=1e-4)
+
+
+def test_cfg_pp_on_the_command_line(run):
+    """With its own scale, at the end of every chain of guidance, and again from the picture."""
+    pictures = []
+    for i, flags in enumerate(([], ["--cfg-scale", "0.6"], ["--cfg-scale", "1"],
+                               ["--cfg-rescale", "0.7", "--cfg-interval", "0.1:1"],
+                               ["--formulas"], ["--sampler", "ddim", "--cfg-scale", "0.6"])):
+        assert run("red", "--sampler", "ddim_cfg_pp", *flags, "-o", f"{i}.png")[0] == 0
+        pictures.append(np.asarray(Image.open(f"{i}.png")).astype(int))
+    assert run("--like", "2.png", "-o", "again.png")[0] == 0
+    assert np.array_equal(pictures[2], np.asarray(Image.open("again.png")))
+    assert np.array_equal(pictures[0], pictures[1]) and abs(pictures[0] - pictures[4]).max() <= 1
+    assert len({pictures[i].tobytes() for i in (0, 2, 3, 5)}) == 4
+    assert run("[red:blue:1] AND apple", "--sampler", "ddim_cfg_pp", "-o", "t.png")[0] == 0
+
+
 @pytest.mark.parametrize("flags, said", [
     ("--cfg-rescale 1.5", "--cfg-rescale 1.5"), ("--cfg-rescale nan", "--cfg-rescale nan"),
     ("--cfg-rescale x", "'x'"), ("--cfg-interval 0.8:0.2", "--cfg-interval 0.8:0.2"),

@@ -115,6 +115,13 @@ def test_the_levels_are_those_of_the_program(facts, expected):
     assert (job.sampler, job.schedule, job.program) == expected and job.notes == []
 
 
+def test_the_scale_of_cfg_pp_in_the_web_ui():
+    write_facts("a.png", "red\nSteps: 2, Sampler: DDIM CFG++, CFG scale: 7.5, Seed: 3, "
+                "Size: 64x64, Model: emoji, RNG: CPU, Version: v1.10.1")
+    job = cli.make_job(["--like", "a.png"])
+    assert (job.sampler, job.cfg_scale) == ("ddim_cfg++", 0.6)
+
+
 def test_the_noise_of_a_sampler_that_is_other_noise_here():
     write_facts("a.png", "red\nSteps: 2, Sampler: DPM++ 2M SDE Karras, Seed: 3, Size: 64x64, "
                 "Model: emoji, RNG: CPU, Version: v1.10.1")

@@ -62,7 +62,8 @@ def exact(x, speed, high, low, n=3000):
     return x_bar / math.sqrt(1 + low ** 2)
 
 
-ORDERS = {"ddpm": (1, 2), "ddim": (1, 1), "euler": (1, 1), "euler_a": (1, 2), "dpm++2m": (2, 1),
+ORDERS = {"ddpm": (1, 2), "ddim": (1, 1), "ddim_cfg++": (1, 1), "euler": (1, 1),
+          "euler_a": (1, 2), "dpm++2m": (2, 1),
           "plms": (2, 1), "heun": (2, 1), "restart": (2, 1), "dpm++2msde": (2, 2),
           "dpm++3msde": (2, 2), "dpm++sde": (2, 2), "unipc": (3, 1)}     # {name: (order, speed)}
 
@@ -325,6 +326,8 @@ def test_the_config_may_ask_for_a_schedule(settings, expected):
     "UniPCMultistepScheduler": ("unipc", None), "HEUN": ("heun", None), "TCD": ("tcd", None),
     "Restart": ("restart", None), "Euler a Align Your Steps": ("euler_a", "align your steps"),
     "Euler SGM Uniform": ("euler", "sgm uniform"), "euler beta": ("euler", "beta"),
+    "DDIM CFG++": ("ddim_cfg++", None), "euler_cfg_pp": ("ddim_cfg++", None),
+    "DDIM CFG++ Karras": ("ddim_cfg++", "karras"), "euler_ancestral_cfg_pp": None,
     "DPM++ 2M SDE Heun": None, "nonsense": None, "": None, "Karras": None}.items())
 def test_names_of_samplers(text, found):
     assert samplers.sampler_named(text) == found
