@@ -9,11 +9,13 @@ Handler.refusal.
 """
 
 import ast
+import functools
 import hmac
 import itertools
 import json
 import os
 import queue
+import re
 import secrets
 import select
 import socket
@@ -33,6 +35,7 @@ LESSON = HERE / "tiny_sd.py"
 PAGE = HERE / "extras" / "play.html"
 STUDIO = "from extras.start import program; program('extras.studio')"
 LARGEST_REQUEST, LARGEST_PICTURE = 100_000, 20_000_000      # bytes
+LONGEST_ANSWER, LONGEST_LINE = 2 ** 26, 10_000     # bytes; twelve million pixels have as many
 KEPT = 4        # of the pictures that the page sent, the last ones
 
 
@@ -104,9 +107,14 @@ def changed_names(before, after):
     """Return the names of what differs between two sources, [] if one does not parse."""
     try:
         old, new = definitions(before), definitions(after)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):      # the last where it is deep
         return []
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def lines_of(stream, longest):
+    """Yield the lines of a stream, longer ones in pieces: a changed line may print without end."""
+    return iter(functools.partial(stream.readline, longest), b"")
 
 
 # ── The process that draws ──────────────────────────────────────────────────────────────────────
@@ -165,7 +173,7 @@ class Worker:
 
     def read_notes(self, process, said):
         """Read what the process writes on stderr."""
-        for line in process.stderr:
+        for line in lines_of(process.stderr, LONGEST_LINE):
             said.append(line.decode(errors="replace"))
             if line.startswith(b"tiny_sd: "):
                 self.note(process, said[-1])
@@ -173,20 +181,21 @@ class Worker:
     def note(self, process, line):
         """Add a line to the state's notes."""
         if process is self.process:
-            line = line.removeprefix("tiny_sd: ").strip()
+            line = line.removeprefix("tiny_sd: ").strip()[:1000]
             self.tell(notes=[*self.state["notes"], line][-20:])
 
     def read_answers(self, process, said, listener):
         """Pass on what the process answers, and tell when it ends by itself."""
-        for line in process.stdout:
+        for line in lines_of(process.stdout, LONGEST_ANSWER):
             try:
                 answer = json.loads(line) | {}
-            except (ValueError, TypeError):     # what the module prints while it is imported
+            except (ValueError, TypeError, RecursionError):     # printed by the module's import
                 self.note(process, line.decode(errors="replace"))
                 continue
-            if "id" not in answer:
-                self.tell("ready", **answer)
-            elif answers := self.queues.get(answer["id"]):
+            if "pid" in answer:
+                if process is self.process:
+                    self.tell("ready", **answer)
+            elif answers := self.queues.get(answer.get("id")):
                 answers.put(answer)
         listener.join()
         if process is self.process:
@@ -318,7 +327,7 @@ class Handler(BaseHTTPRequestHandler):
             most = LARGEST_PICTURE
         if name is None:
             return None
-        if not length.isdecimal() or int(length) > most:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > most:
             return self.respond(413, f"that is more than {most:,} bytes")
         body = self.rfile.read(int(length))
         if name == "picture":

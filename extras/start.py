@@ -84,8 +84,11 @@ def program(name="extras.cli"):
         sys.exit(2)
     try:
         status = importlib.import_module(name).main()
-    except SystemExit as end:       # after --help, or a signal
+    except SystemExit as end:       # after --help, a signal, or a line that was changed
         status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
     except ImportError as error:    # one of the four packages
         print("tiny_sd:", import_problem(error), file=sys.stderr)
         status = 2

@@ -74,7 +74,8 @@ class Notes(io.TextIOBase):
 
     def write(self, text):
         """Pass on whole lines, and keep the rest."""
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, rest = (self.rest + text).split("\n")
+        self.rest = rest[:1000]
         for line in filter(None, lines):
             self.tell(line.removeprefix("tiny_sd: ")[:1000])
         return len(text)

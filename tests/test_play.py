@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import queue
@@ -153,6 +154,14 @@ def test_a_picture_has_a_largest_size(site):
     with socket.create_connection((site.host, site.port), timeout=20) as connection:
         connection.sendall(f"POST /{site.token}/picture HTTP/1.1\r\nHost: {site.host}:{site.port}"
                            f"\r\nContent-Length: {10 ** 12}\r\n\r\n".encode())
+        assert connection.makefile().readline().split()[1] == "413"
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "+5", "", "\xb2", "1_0"])
+def test_a_length_that_is_no_number(site, length):
+    with socket.create_connection((site.host, site.port), timeout=20) as connection:
+        connection.sendall(f"POST /{site.token}/draw HTTP/1.1\r\nHost: {site.host}:{site.port}"
+                           f"\r\nContent-Length: {length}\r\n\r\n".encode("latin-1"))
         assert connection.makefile().readline().split()[1] == "413"
 
 
@@ -369,6 +378,31 @@ def test_changed_names():
                             ("self): return 1", "self): return 2", ["C.g"]), ("x = 1", "#", ["x"]),
                             ("return 1", "return 1  # one", []), ("x = 1", "x = ", [])]:
         assert play.changed_names(before, before.replace(old, new, 1)) == names
+
+
+@pytest.mark.parametrize("code", ["+".join("1" * 5000), "-" * 20_000 + "1", "(" * 300 + ")" * 300])
+def test_a_change_too_deep_for_python(code):
+    assert play.changed_names("x = 1", f"x = {code}") == []
+
+
+def test_a_change_that_prints_without_end():
+    """Neither process keeps more of a line than somebody could read."""
+    said = []
+    notes = studio.Notes(said.append)
+    for _ in range(100):
+        notes.write("x" * 1000)
+    notes.write("\n")
+    assert len(notes.rest) == 0 and [*map(len, said)] == [1000]
+    pieces = play.lines_of(io.BytesIO(b"x" * 100 + b"\na\n"), 60)
+    assert [*pieces] == [b"x" * 60, b"x" * 40 + b"\n", b"a\n"]
+
+
+@pytest.mark.parametrize("said", ["{}", '{"id": 1}', "[" * 100_000], ids=["{}", "1", "deep"])
+def test_a_change_that_prints_json_is_not_the_process_that_is_ready(said):
+    worker, ended = play.Worker([]), SimpleNamespace(join=lambda: None)
+    process = SimpleNamespace(stdout=io.BytesIO(f"{said}\n".encode()))
+    worker.read_answers(process, [], ended)
+    assert worker.state == {"state": "loading"}
 
 
 # ── In a browser ────────────────────────────────────────────────────────────────────────────────

@@ -135,6 +135,16 @@ def test_ctrl_c_while_libraries_are_imported(here, where):
             and contents() == before)
 
 
+def test_a_line_that_ends_the_program_in_words(tmp_path):
+    """As an exercise may have: sys.exit("...") prints that, and the status is 1."""
+    (tmp_path / "odd.py").write_text("def main(): raise SystemExit('bye')")
+    run = "from extras.start import program; program('odd')"
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = subprocess.run([sys.executable, "-c", run], env=os.environ | {"PYTHONPATH": path},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "bye\n")
+
+
 @posix
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("phase", ["sampling", "writing the picture", "writing the page"])
