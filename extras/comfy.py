@@ -151,12 +151,14 @@ class Graph:
         total = int(steps / denoise)
         taken = steps - max(0, first or 0)
         name, schedule = (self.value(sampler, key) for key in ("sampler_name", "scheduler"))
+        whole = (self.value(sampler, "add_noise") != "disable"
+                 and self.value(sampler, "return_with_leftover_noise") != "enable")
         stride = max(1, 1000 // total)
         uneven = schedule == "ddim_uniform" and len(range(1, 1000, stride)) != total
         return ({"Denoising strength": taken / total} if taken < total else {}) | {
             "Steps": total, "Sampler": name, "Schedule type": schedule,
             "CFG scale": self.value(sampler, "cfg"), "Seed": seed,
-            "the steps of": name if name in OTHERS else "",
+            "the steps of": name if name in OTHERS or not whole else "",
             "Noise Schedule": schedule if schedule == "beta" or uneven else ""}
 
     def beginning(self, nodes):

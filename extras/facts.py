@@ -17,6 +17,8 @@ from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
 from extras.formats import VAES
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
 from extras.prompts import LONGEST, MOST_TAGS
+from extras.records import CHUNKS as RECORDS
+from extras.records import read_record
 from extras.samplers import SCHEDULED, TITLES, sampler_named
 from extras.schedules import schedule_named
 from extras.schedules import title as schedule_title
@@ -270,7 +272,11 @@ def read_again(path, args):
     prompt, negative = split_words(words)
     if not facts and (graph := read_graph(path)).nodes:
         (prompt, negative, facts), program = graph.record(), "ComfyUI"
-    theirs = f": it is {program}'s, whose own records are not read here" if program else ""
+    if not facts and program in RECORDS:
+        prompt, negative, facts = read_record(path, program)
+        if re.search(r"[({[]|\w[+-]+(\s|$)", prompt):
+            facts["Emphasis"] = f"{program}'s"
+    theirs = f", nor as {program} may do" if program else ""
     require(facts, f"{path} does not record its steps, seed and size as AUTOMATIC1111 does{theirs}")
     program = program or program_of(facts)
     left = {name: value for name, value in facts.items()

@@ -125,7 +125,7 @@ def write_safetensors(path, arrays, metadata, changed):
             new = changed(name)
             if new is not None:
                 array = narrowed(new.reshape(array.shape), array.dtype)
-                require(np.isfinite(widen(array)).all(), f"{name} overflows the type that it has")
+                require(np.isfinite(widen(array)).all(), f"{name} comes out not finite")
             file.write(np.ascontiguousarray(array).data)
 
 

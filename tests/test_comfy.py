@@ -105,6 +105,10 @@ GRAPHS = {      # name: the graph, what it changes of USUAL, and what is said of
             "Hires KSampler is not taken up: the picture was enlarged and drawn over: --hires "
             "SCALE does so",
             "Nodes LatentUpscaleBy is not taken up: what these do in the graph is not done here"]),
+    "half of the steps": (graph(drawn=ADVANCED | {"inputs": ADVANCED["inputs"] | {
+        "end_at_step": 10, "return_with_leftover_noise": "enable"}}),
+        {2: 5, 5: "euler", 6: "normal"},
+        ["the steps of euler is not taken up: this sampler takes others there"]),
     "refined": (graph([("seen", "samples", "@over")], drawn=ADVANCED, over=ADVANCED | {
         "inputs": ADVANCED["inputs"] | {"add_noise": "disable", "start_at_step": 15,
                                         "latent_image": ["drawn", 0]}}),

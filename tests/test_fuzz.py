@@ -64,7 +64,7 @@ FLAGS = {
     "--cfg-rescale": ["0", "0.7", "2", "nan", "x"],
     "--cfg-interval": ["0:1", "0.2:0.8", "0.9:0.1", "1", "x:", ":", "nan:nan", "0-1"],
     "--control-from": ["0", "0.5", "1", "x"], "--control-until": ["0", "0.5", "nan"],
-    "--as": ["web-ui", "comfyui", "x"],
+    "--as": ["web-ui", "comfyui", "x"], "--merge": ["model", "none:1", "lora.safetensors:nan", ""],
     "--web-ui": [None], "--enlarge": ["0", "1", "3", "17", "x"], "--things": [None, "apple", ""],
     "--dtype": ["float16", "x"], "--device": ["x"], "--backend": ["numpy", "x"],
     "--hires": ["2", "1.3:1:1", "2:0.5:0", "0", "2:nan", "1e9:1", ":", "2:1:x"],

@@ -1,5 +1,6 @@
 """--like: pictures drawn again from what they record, by this program and by others."""
 
+import json
 import time
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from sd_parsers import ParserManager
 
-from extras import cli, facts, formats, like_diffusers, prompts
+from extras import cli, facts, formats, like_diffusers, prompts, samplers
 from helpers import sd, write_model
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, cli_lines, parse, pixels, write_facts
@@ -282,8 +284,74 @@ def test_pictures_of_other_programs_are_told_apart(refuse, chunks, program):
         info.add_text(name, text)
     Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
     assert refuse("--like", "a.png") == (
-        "tiny_sd: a.png does not record its steps, seed and size as AUTOMATIC1111 does: it is "
-        f"{program}'s, whose own records are not read here")
+        "tiny_sd: a.png does not record its steps, seed and size as AUTOMATIC1111 does, nor as "
+        f"{program} may do")
+
+
+RECORDS = {     # program: its texts, what sd-parsers needs besides, and what is not taken up
+    "InvokeAI": ({"invokeai_metadata": {
+        "app_version": "3.7.0", "generation_mode": "txt2img", "positive_prompt": "a cat",
+        "negative_prompt": "dog", "width": 64, "height": 128, "seed": 42, "rand_device": "cpu",
+        "cfg_scale": 6.5, "steps": 25, "scheduler": "dpmpp_2m_k", "model": {
+            "model_name": "emoji", "base_model": "sd-1"}, "controlnets": [], "clip_skip": 0,
+        "loras": [{"lora": {"model_name": "ink"}, "weight": 0.5}]}}, {}, [
+            "Lora ink 0.5 is not taken up: give it with --lora"]),
+    "InvokeAI of its first years": ({"sd-metadata": {
+        "model": "stable diffusion", "model_weights": "emoji", "model_hash": "x", "image": {
+            "prompt": [{"prompt": "a cat", "weight": 1}], "steps": 25, "cfg_scale": 6.5,
+            "sampler": "dpmpp_2m karras", "seed": 42, "width": 64, "height": 128, "uc": "dog"}}},
+        {}, []),
+    "Fooocus": ({"parameters": {
+        "base_model": "emoji", "base_model_hash": "ab", "created_by": "me", "full_prompt": ["x"],
+        "guidance_scale": 6.5, "loras": [["ink.safetensors", 0.5, "ab"]],
+        "metadata_scheme": "fooocus", "negative_prompt": "dog", "performance": "Speed",
+        "prompt": "a cat", "refiner_model": "None", "resolution": "(64, 128)",
+        "sampler": "dpmpp_2m", "scheduler": "karras", "seed": "42", "sharpness": 2, "steps": 25,
+        "styles": "['V2']", "version": "Fooocus v2.3.1"}}, {"fooocus_scheme": "fooocus"}, [
+            "Lora ink 0.5 is not taken up: give it with --lora",
+            "sharpness 2; styles ['V2'] are not taken up"]),
+    "NovelAI": ({"Comment": {
+        "prompt": "a {cat}", "steps": 25, "height": 128, "width": 64, "scale": 6.5, "seed": 42,
+        "uncond_scale": 1.0, "n_samples": 1, "noise_schedule": "karras", "sampler": "k_dpmpp_2m",
+        "uc": "dog", "sm": False}},
+        {"Software": "NovelAI", "Description": "a {cat}", "Source": "Stable Diffusion F64BA557"}, [
+            "the model is not recorded: the bundled one draws, unless --model names another",
+            "RNG GPU is not taken up: the noise came from a graphics card, and is other noise "
+            "here", "Emphasis NovelAI's is not taken up: weights worked in another way",
+            "sm False is not taken up"])}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_of_other_programs(name):
+    """sd-parsers, a reader by others, finds the same."""
+    chunks, others, lines = RECORDS[name]
+    info = PngInfo()
+    for key, text in ({key: json.dumps(said) for key, said in chunks.items()} | others).items():
+        info.add_text(key, text)
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
+    job = cli.make_job(["--like", "a.png"])
+    assert (job.prompt, job.negative_prompt, job.steps, job.cfg_scale, job.seed, job.width,
+            job.height, job.sampler, job.schedule, job.program) == (
+                "a {cat}" if name == "NovelAI" else "a cat", "dog", 25, 6.5, 42, 64, 128,
+                "dpm++2m", "karras", None)
+    assert [line.removeprefix("--like a.png: ") for line in job.notes] == lines
+
+    theirs, = ParserManager().parse("a.png").samplers
+    assert samplers.sampler_named(theirs.name.removesuffix("_k"))[0] == job.sampler
+    assert theirs.parameters["cfg_scale"] == job.cfg_scale
+    assert [prompt.value for prompt in theirs.prompts] == [job.prompt]
+    assert int(theirs.parameters["seed"]) == job.seed
+
+
+@pytest.mark.parametrize("said", [
+    [], 5, {"seed": 1}, {"steps": [[[[1]]]], "seed": {"name": {}}, "width": 1, "height": 2},
+    {"steps": "x", "seed": 1, "width": 8, "height": 8}, {"image": 5, "seed": 1, "steps": 2},
+    {"steps": 2, "seed": float("nan"), "width": "8", "height": "8"}, "[" * 10 ** 5])
+def test_records_that_say_nothing(refuse, said):
+    info = PngInfo()
+    info.add_text("invokeai_metadata", said if isinstance(said, str) else json.dumps(said))
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
+    assert refuse("--like", "a.png")
 
 
 def test_the_weightiest_comes_first_and_nothing_is_cut(model):
