@@ -227,7 +227,8 @@ def check_text_encoders(config, tokenizers):
     for (part, text), tokenizer in zip(texts.items(), tokenizers, strict=True):
         require(text.hidden_size % text.num_attention_heads == 0,
                 f"the {part}'s hidden_size does not divide into its num_attention_heads")
-        require(all(allows((0, text.vocab_size - 1), i) for i in tokenizer.vocab.values()), "the "
+        ids = tokenizer.vocab.values()
+        require({*map(type, ids)} == {int} and 0 <= min(ids) and max(ids) < text.vocab_size, "the "
                 f"tokenizer's vocabulary is not one of numbers below the {part}'s vocab_size")
         end = getattr(text, "eos_token_id", None)       # 2 in old configs, whatever the tokenizer's
         require(end in (None, 2, tokenizer.vocab[tokenizer.EOS]), f"the {part}'s eos_token_id "

@@ -5,6 +5,7 @@ U-Nets, text encoders and whole pictures equal to diffusers', on both backends.
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -146,19 +147,30 @@ FACTS = [       # a file of a folder, the scheduler's class, and what the file s
     (CONFIG, "LCM", {"original_inference_steps": 100})]
 
 
+@pytest.fixture(scope="module")
+def silent(folder, tmp_path_factory):
+    """silent(scheduler): a folder that says little else, its settings, and what it draws."""
+    @functools.cache
+    def make(kind):
+        place = shutil.copytree(folder, tmp_path_factory.mktemp("silent") / "model")
+        settings = {"_class_name": f"{kind}Scheduler", "steps_offset": 1, "skip_prk_steps": True}
+        settings = SILENT | settings
+        (place / CONFIG).write_text(json.dumps(settings))
+        name_scheduler(place, f"{kind}Scheduler")
+        tokenizer = json.loads((place / "tokenizer/tokenizer_config.json").read_text())
+        (place / "tokenizer/tokenizer_config.json").write_text(json.dumps(
+            {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))
+        picture = draw(formats.load(place), steps=7, guidance=3, width=64, height=64)
+        return place, settings, picture
+    return make
+
+
 @pytest.mark.parametrize("file, kind, fields", FACTS, ids=lambda value: value if isinstance(
     value, str) else "-".join(map(str, value.values())))
-def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference, folder, tmp_path):
+def test_a_fact_of_a_folder_draws_as_in_diffusers(file, kind, fields, reference, silent, tmp_path):
     """In seven steps; and without the fact, the picture would be another."""
-    place = shutil.copytree(folder, tmp_path / "model")
-    settings = {"_class_name": f"{kind}Scheduler", "steps_offset": 1, "skip_prk_steps": True}
-    settings = SILENT | settings
-    (place / CONFIG).write_text(json.dumps(settings))
-    name_scheduler(place, f"{kind}Scheduler")
-    tokenizer = json.loads((place / "tokenizer/tokenizer_config.json").read_text())
-    (place / "tokenizer/tokenizer_config.json").write_text(json.dumps(
-        {name: tokenizer[name] for name in ("model_max_length", "tokenizer_class")}))
-    without = draw(formats.load(place), steps=7, guidance=3, width=64, height=64).astype(int)
+    place, settings, without = silent(kind)
+    place = shutil.copytree(place, tmp_path / "model")
     (place / file).write_text(json.dumps((settings if file == CONFIG else {}) | fields))
     scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(place / "scheduler")
     expected = theirs(reference, scheduler=scheduler,
