@@ -99,6 +99,16 @@ def folder(reference, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def xl(tmp_path_factory):
+    """A small SDXL as a diffusers pipeline, and as a folder that it wrote."""
+    from helpers_diffusers import make_pipeline
+    pipe = make_pipeline(tmp_path_factory.mktemp("tokenizers"))
+    path = tmp_path_factory.mktemp("models") / "small-xl"
+    pipe.save_pretrained(path)
+    return pipe, path
+
+
 @pytest.fixture
 def folder_with(folder, tmp_path):
     """folder_with(unet=network): a copy of the folder with that part in its place."""

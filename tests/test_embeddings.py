@@ -15,10 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny_sd
-from conftest import same
+from conftest import same, with_torch_too
 from extras import formats, named, prompts
 from helpers import own_lines
-from helpers_diffusers import make_pipeline
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -71,8 +70,8 @@ def framed(tokenizer, *pieces):
 
 # ── What they do ──────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_formats(model, reference, tmp_path, kind):
+@with_torch_too("kind", FORMATS, ["emb_params, bfloat16"])
+def test_formats(model, backend, reference, tmp_path, kind):
     suffix, saved, inside = FORMATS[kind]
     three = saved(vectors(3))
     path = save(three, tmp_path / f"some-thing 2{suffix}")
@@ -109,13 +108,12 @@ def test_as_diffusers_loads_them(folder, tmp_path):
          expected.detach(), 1e-5)
 
 
-def test_two_encoders(tmp_path, backend):
+def test_two_encoders(xl, tmp_path, backend):
     """SDXL's files hold a word's vectors for each."""
-    pipe = make_pipeline(tmp_path)
-    pipe.save_pretrained(tmp_path / "xl")
+    pipe, folder = xl
     both = {"clip_l": vectors(2, 64), "clip_g": vectors(2, 128, 1)}
     path = save(both, tmp_path / "thing.safetensors")
-    model = prompts.with_embeddings(formats.load(tmp_path / "xl", backend), [path])
+    model = prompts.with_embeddings(formats.load(folder, backend), [path])
     context, pooled = prompts.embed_prompts(model, ["a thing"])
     parts = [expected_context(encoder, framed(tokenizer, "a ", [49408, 49409]), both[name])
              for encoder, tokenizer, name in ((pipe.text_encoder, pipe.tokenizer, "clip_l"),

@@ -23,7 +23,6 @@ import tiny_sd
 from conftest import TEXT, randomise, same
 from extras import cli, formats, in_time, like_diffusers, named, prompts, show
 from helpers import own_lines
-from helpers_diffusers import make_pipeline
 from tiny_sd import UserError
 
 pytestmark = pytest.mark.slow
@@ -253,15 +252,6 @@ def test_clip_skip_that_leaves_no_layer_is_refused(run):
 
 
 # ── Two text encoders ─────────────────────────────────────────────────────────────────────────────
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    """A small SDXL as a diffusers pipeline, and as a folder."""
-    pipe = make_pipeline(tmp_path_factory.mktemp("tokenizers"))
-    path = tmp_path_factory.mktemp("xl") / "small-xl"
-    pipe.save_pretrained(path)
-    return pipe, path
-
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_clip_skip_of_two_encoders(xl, n, backend):

@@ -27,7 +27,7 @@ from conftest import ROOT, SCHEDULER, make_unet, same
 from extras import cli, files, formats, like_diffusers, show
 from extras.training import lora, teach
 from helpers import CONFIG, contents, drawn, write_model
-from helpers_diffusers import PROMPT, SECOND, drawn_by, make_pipeline, same_pictures
+from helpers_diffusers import PROMPT, SECOND, drawn_by, same_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -177,7 +177,7 @@ def test_gradients_are_the_same_where_layers_are_recomputed(folder):
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "emoji"])
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path, monkeypatch):
+def test_diffusers_draws_the_same(name, folder, folder_with, run, request, monkeypatch):
     """By load_lora_weights, which must apply all of it; trained at a rate that shows.
 
     What it draws itself, before and on its sheet, in two steps each.
@@ -190,9 +190,7 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, tmp_path, monk
         folder = folder_with(unet=make_unet(**SECOND), scheduler=DDIMScheduler(
             **SCHEDULER | {"prediction_type": "v_prediction"}))
     if name == "SDXL":
-        tokenizer, folder = tmp_path / "tokenizer", tmp_path / "sdxl"
-        tokenizer.mkdir()
-        make_pipeline(tokenizer).save_pretrained(folder)
+        folder = request.getfixturevalue("xl")[1]
     Path("keep.txt").write_text("a cat")        # rather than all hundred things of the model
     own = like_diffusers.defaults
     monkeypatch.setattr(like_diffusers, "defaults", lambda model: (own(model)[0], 2, 2.0))

@@ -4,6 +4,7 @@ kinds.
 
 import copy
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
-from conftest import VAE, compvis_vae_name, randomise, same
+from conftest import VAE, compvis_vae_name, randomise, same, with_torch_too
 from extras import cli, formats, like_diffusers, shapes, tiny_vae
 from extras.formats import read_vae
 from helpers import drawn
@@ -197,8 +198,9 @@ def test_the_original_files(name, halves, tiny):
     assert all(np.array_equal(ours.arrays[key], theirs.arrays[key]) for key in theirs.arrays)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@with_torch_too("dtype, suffix", itertools.product([torch.float16, torch.bfloat16],
+                                                   [".safetensors", ".pth"]),
+                [(torch.bfloat16, ".pth")])
 def test_half_precision_and_pickles(dtype, suffix, taesd, tmp_path, folder, backend):
     """As the published files: half precision, and .pth in the original repository."""
     network = copy.deepcopy(taesd).to(dtype)
@@ -262,7 +264,7 @@ LAYOUTS = {     # name: (ending, what to make of the folder's arrays and the ori
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@with_torch_too("layout", LAYOUTS, ["within a model", "half"])
 def test_every_layout_of_a_vae(layout, folder, other, other_folder, tmp_path, backend, capsys):
     """Decodes and encodes as diffusers does, with the model's own scale."""
     suffix, change = LAYOUTS[layout]
