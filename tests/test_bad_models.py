@@ -153,11 +153,11 @@ def cut(part):
     return lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[part])
 
 
-def arrays(edit):
+def arrays(**changes):
+    """Sets arrays of the U-Net's conv_in, or takes away those that are given as None."""
     def rewrite(folder):
-        weights = load_file(folder / UNET)
-        edit(weights)
-        save_file(weights, folder / UNET)
+        weights = load_file(folder / UNET) | {f"conv_in.{k}": a for k, a in changes.items()}
+        save_file({k: a for k, a in weights.items() if a is not None}, folder / UNET)
     return rewrite
 
 
@@ -166,7 +166,7 @@ def remove(name):
                            if (folder / name).is_dir() else (folder / name).unlink())
 
 
-MODELS = {  # what was done to the folder, and what the line must name
+DAMAGED = {     # what is done to the folder, and what the line must name
     "weights, empty": (write(UNET, b""), UNET),
     "weights, cut in the header": (cut(slice(300)), UNET),
     "weights, cut at the end": (cut(slice(-1)), UNET),
@@ -174,116 +174,57 @@ MODELS = {  # what was done to the folder, and what the line must name
     "weights, a pickle": (write(UNET, pickle.dumps(Bomb())), UNET),
     "weights, header without end": (write(UNET, b"\xff" * 8 + b"{}"), UNET),
     "weights, none": (remove(UNET), UNET),
-    "an array too many": (
-        arrays(lambda w: w.update({"conv_in.gain": np.ones(8, np.float32)})),
-        "conv_in.gain is unknown",
-    ),
-    "an array too few": (arrays(lambda w: w.pop("conv_in.bias")), "conv_in.bias is missing"),
-    "an array too short": (
-        arrays(lambda w: w.update({"conv_in.bias": np.ones(7, np.float32)})),
-        "conv_in.bias has shape (7,)",
-    ),
-    "an array of bytes": (
-        arrays(lambda w: w.update({"conv_in.bias": np.ones(8, np.uint8)})),
-        "numbers are uint8, not floats",
-    ),
-    "an array named in two lines": (
-        arrays(lambda w: w.update({"a\nb": np.ones(8, np.float32)})),
-        "is unknown",
-    ),
+    "an array too many": (arrays(gain=np.ones(8, np.float32)), "conv_in.gain is unknown"),
+    "an array too few": (arrays(bias=None), "conv_in.bias is missing"),
+    "an array too short": (arrays(bias=np.ones(7, np.float32)), "conv_in.bias has shape (7,)"),
+    "an array of bytes": (arrays(bias=np.ones(8, np.uint8)), "numbers are uint8, not floats"),
+    "an array named in two lines": (arrays(**{"a\nb": np.ones(8, np.float32)}), "is unknown"),
     "config, none": (remove("vae/config.json"), "vae/config.json"),
     "config, no JSON": (write("vae/config.json", b"{'a': 1}"), "vae/config.json"),
     "config, no text": (write("vae/config.json", b"\xff\xfe"), "vae/config.json"),
     "config, a list": (write("vae/config.json", b"[]"), "vae"),
-    "config, a key too few": (
-        change("unet/config.json", cross_attention_dim=None),
-        "cross_attention_dim",
-    ),
-    "config, other widths": (change("unet/config.json", block_out_channels=[8, 24]), "unet"),
-    "config, groups that do not divide": (change("vae/config.json", norm_num_groups=3), "vae"),
-    "config, heads that do not divide": (
-        change("text_encoder/config.json", num_attention_heads=5),
-        "text_encoder",
-    ),
-    "config, an unknown activation": (
-        change("text_encoder/config.json", hidden_act="relu"),
-        "relu",
-    ),
+    "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),
     "scheduler, none": (remove("scheduler"), "scheduler_config.json"),
-    "scheduler, a list": (write("scheduler/scheduler_config.json", b"[]"), "scheduler"),
-    "scheduler, an unknown schedule": (
-        change("scheduler/scheduler_config.json", beta_schedule="cosine"),
-        "'cosine'",
-    ),
-    "scheduler, an unknown spacing": (
-        change("scheduler/scheduler_config.json", timestep_spacing="wide"),
-        "'wide'",
-    ),
-    "scheduler, an unknown prediction": (
-        change("scheduler/scheduler_config.json", prediction_type="flow"),
-        "'flow'",
-    ),
+    "scheduler, a list": (write(SCHEDULER, b"[]"), "scheduler"),
+    "scheduler, beta_end null": (write(SCHEDULER, b'{"beta_end": null}'), "beta_end"),
+    "scheduler, null timesteps": (write(SCHEDULER, b'{"num_train_timesteps": null}'), "timesteps"),
+    "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
     "tokenizer, none": (remove("tokenizer"), "tokenizer"),
     "tokenizer, no text": (write("tokenizer/merges.txt", b"\xff\xfe"), "tokenizer"),
     "tokenizer, a list": (write("tokenizer/vocab.json", b'["a"]'), "tokenizer"),
-    "tokenizer, longer than the model": (
-        change("tokenizer/tokenizer_config.json", model_max_length=20),
-        "20",
-    ),
-    "tokenizer, an unknown pad token": (
-        change("tokenizer/tokenizer_config.json", pad_token="nothing"),
-        "nothing",
-    ),
-    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
-    "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
-    "scheduler, beta_end 1": (change(SCHEDULER, beta_end=1), "beta_end"),
-    "scheduler, beta_end -1": (change(SCHEDULER, beta_end=-1), "beta_end"),
-    "scheduler, beta_end a text": (change(SCHEDULER, beta_end="0.012"), "beta_end"),
-    "scheduler, beta_end null": (write(SCHEDULER, b'{"beta_end": null}'), "beta_end"),
-    "scheduler, both betas 0": (change(SCHEDULER, beta_start=0, beta_end=0), "beta_start"),
-    "scheduler, betas that fall": (change(SCHEDULER, beta_start=0.02), "below"),
-    "scheduler, 1000.0 timesteps": (change(SCHEDULER, num_train_timesteps=1000.0), "1000.0"),
-    "scheduler, -5 timesteps": (change(SCHEDULER, num_train_timesteps=-5), "-5"),
-    "scheduler, null timesteps": (write(SCHEDULER, b'{"num_train_timesteps": null}'), "timesteps"),
-    "scheduler, 10^7 timesteps": (change(SCHEDULER, num_train_timesteps=10**7), "10000000"),
-    "scheduler, a class that is a list": (change(SCHEDULER, _class_name=[]), "_class_name"),
-    "scheduler, betas of its own": (change(SCHEDULER, trained_betas=[0.1]), "trained_betas"),
-    "scheduler, guidance 10^400": (change(SCHEDULER, _guidance_scale=10**400), "_guidance_scale"),
-    "scheduler, nested 100,000 deep": (write(SCHEDULER, b"[" * 100_000), SCHEDULER),
-    "config, nested 100,000 deep": (write("unet/config.json", b'{"a":' * 100_000), "unet/config"),
     "tokenizer, nested 100,000 deep": (write("tokenizer/vocab.json", b"[" * 100_000), "vocab"),
-    "config, 10^10 layers": (
-        change("text_encoder/config.json", num_hidden_layers=10**10),
-        "10000000000",
-    ),
-    "config, too few heads": (change("unet/config.json", num_attention_heads=[2]), "heads"),
-    "config, words of another width": (
-        change("unet/config.json", cross_attention_dim=16),
-        "words of 16",
-    ),
-    "config, 3 channels given": (change("unet/config.json", out_channels=3), "gives 3 channels"),
-    "config, 8 input channels": (change("unet/config.json", in_channels=8), "8 input channels"),
-    "config, 5 input channels": (change("unet/config.json", in_channels=5), "5 input channels"),
-    "config, a VAE of one channel": (change("vae/config.json", in_channels=1), "in_channels"),
-    "config, a VAE of four": (change("vae/config.json", out_channels=4), "out_channels"),
-    "config, another norm": (change("unet/config.json", norm_eps=1e-6), "norm_eps"),
-    "config, another activation": (change("unet/config.json", act_fn="mish"), "mish"),
-    "config, sines first": (change("unet/config.json", flip_sin_to_cos=False), "flip_sin_to_cos"),
-    "config, shifted by the time": (
-        change("unet/config.json", resnet_time_scale_shift="scale_shift"),
-        "resnet_time_scale_shift",
-    ),
-    "config, words alone": (change("unet/config.json", only_cross_attention=True), "only_cross"),
-    "config, deep transformers": (
-        change("unet/config.json", transformer_layers_per_block=[1, 2, 3]),
-        "transformer_layers",
-    ),
-    "config, a VAE of another activation": (change("vae/config.json", act_fn="gelu"), "act_fn"),
-    "config, another layer norm": (
-        change("text_encoder/config.json", layer_norm_eps=1e-6),
-        "layer_norm",
-    ),
-}
+    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
+    "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext")}
+CHANGED = {     # a part, what its config says, and what the line must name
+    "text_encoder": [
+        ({"num_attention_heads": 5}, "text_encoder"), ({"hidden_act": "relu"}, "relu"),
+        ({"num_hidden_layers": 10 ** 10}, "10000000000"), ({"layer_norm_eps": 1e-6}, "layer_norm")],
+    "vae": [
+        ({"norm_num_groups": 3}, "vae"), ({"in_channels": 1}, "in_channels"),
+        ({"out_channels": 4}, "out_channels"), ({"act_fn": "gelu"}, "act_fn")],
+    "unet": [
+        ({"cross_attention_dim": None}, "cross_attention_dim"),
+        ({"cross_attention_dim": 16}, "words of 16"), ({"block_out_channels": [8, 24]}, "unet"),
+        ({"num_attention_heads": [2]}, "heads"), ({"out_channels": 3}, "gives 3 channels"),
+        ({"in_channels": 8}, "8 input channels"), ({"in_channels": 5}, "5 input channels"),
+        ({"norm_eps": 1e-6}, "norm_eps"), ({"act_fn": "mish"}, "mish"),
+        ({"flip_sin_to_cos": False}, "flip_sin_to_cos"), ({"only_cross_attention": True}, "only_c"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"transformer_layers_per_block": [1, 2, 3]}, "transformer_layers")],
+    "scheduler": [
+        ({"beta_schedule": "cosine"}, "'cosine'"), ({"timestep_spacing": "wide"}, "'wide'"),
+        ({"prediction_type": "flow"}, "'flow'"), ({"beta_end": 1}, "beta_end"),
+        ({"beta_end": -1}, "beta_end"), ({"beta_end": "0.012"}, "beta_end"),
+        ({"beta_start": 0, "beta_end": 0}, "beta_start"), ({"beta_start": 0.02}, "below"),
+        ({"num_train_timesteps": 1000.0}, "1000.0"), ({"num_train_timesteps": -5}, "-5"),
+        ({"num_train_timesteps": 10 ** 7}, "10000000"), ({"_class_name": []}, "_class_name"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"_guidance_scale": 10 ** 400}, "_guidance_scale")],
+    "tokenizer": [({"model_max_length": 20}, "20"), ({"pad_token": "nothing"}, "nothing")]}
+FILES = {"scheduler": SCHEDULER, "tokenizer": "tokenizer/tokenizer_config.json"}
+MODELS = DAMAGED | {
+    f"{part}, {settings}"[:60]: (change(FILES.get(part, f"{part}/config.json"), **settings), named)
+    for part, rows in CHANGED.items() for settings, named in rows}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -305,6 +246,6 @@ def test_bad_single_files(refuse, name, content):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 def test_weights_that_are_not_finite(run, model, value):
-    arrays(lambda w: w["conv_in.bias"].fill(value))(Path(shutil.copytree(model, "model")))
+    arrays(bias=np.full(8, value, np.float32))(Path(shutil.copytree(model, "model")))
     status, out, err = run("apple", "-m", "model")
     assert status == 2 and out == [] and "not finite" in err[-1] and not list(Path().glob("out*"))
