@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT
 from extras import cli, formats
-from helpers import finish, launch, write_model
+from helpers import Fork, finish, write_model
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, parse, write_facts
 
@@ -206,16 +206,13 @@ def test_half_of_what_torchrun_says(run, monkeypatch, environment):
 
 
 RANK = """
-import sys, time
+import time
 from datetime import timedelta
 import torch.distributed.distributed_c10d as distributed
 distributed.default_pg_timeout = timedelta(seconds=2)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].removesuffix("tiny_sd.py"))
-from extras import files, start
+from extras import files
 save_picture = files.save_picture
 files.save_picture = lambda *args: time.sleep(8) or save_picture(*args)
-start.program()
 """
 
 
@@ -223,8 +220,8 @@ def start_rank(rank, model, port):
     """One of two processes that share a list of one prompt, as torchrun starts them."""
     pytest.importorskip("torch")
     Path("p.txt").write_text("red\n")
-    return launch("--prompts", "p.txt", "-m", model, python=["-c", RANK], RANK=str(rank),
-                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return Fork("--prompts", "p.txt", "-m", model, first=RANK, modules=("torch.distributed",),
+                RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def free_port():
@@ -251,10 +248,7 @@ def test_an_idle_process_can_be_interrupted(model):
         assert line
     time.sleep(1)
     idle.send_signal(signal.SIGINT)
-    try:
-        assert idle.wait(60) == 130
-    finally:
-        idle.kill()
+    assert idle.wait() == 130
 
 
 @pytest.mark.slow
