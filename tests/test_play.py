@@ -25,7 +25,7 @@ from PIL import Image
 import tiny_sd
 from conftest import ROOT
 from extras import cli, drawing, formats, play, studio
-from helpers import all_signals_end_it, write_model
+from helpers import Fork, all_signals_end_it, finish, write_model
 
 pytestmark = pytest.mark.slow
 NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
@@ -363,13 +363,13 @@ def test_it_ends_at_once(tmp_path, monkeypatch, number):
     ("-m nowhere", "nowhere"), ("--port {port}", "--port"), ("--port 99999", "--port 99999"),
     ("--steps 0", "--steps 0"), ("--play --prompts list.txt", "--prompts"),
     ("--film x.gif", "--film"), ("--preview x.png", "--preview"), ("--show seen", "--show")])
-def test_what_cannot_start(site, flags, said):
+def test_what_cannot_start(site, flags, said, monkeypatch):
     """One line, and status 2."""
-    (site.folder / "list.txt").write_text("apple")
-    process = start(site.folder, "-m", "tiny", *flags.format(port=site.port).split())
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and not out and process.address == ""
-    assert re.fullmatch(rf"tiny_sd: .*{said}.*\n", err.decode()), err
+    monkeypatch.chdir(site.folder)
+    Path("list.txt").write_text("apple")
+    flags = flags.format(port=site.port).split()
+    status, out, err = finish(Fork("--play", "--no-browser", "-m", "tiny", *flags))
+    assert (status, out) == (2, "") and re.fullmatch(rf"tiny_sd: .*{said}.*\n", err), err
 
 
 def test_changed_names():
