@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.checks import first_five
+from extras.checks import core, first_five
+from extras.files import read_text
 from extras.singlefile import count, from_original_name
 from extras.tensors import kind_of, metadata_of, read_tensors
 from tiny_sd import UserError, require, shorten, widen
@@ -189,7 +190,7 @@ def read_facts(path, tensors):
     place = f"{path}: its lora_adapter_metadata"
     if text is None and any(name.startswith("base_model.") for name in tensors):
         place = beside / "adapter_config.json"
-        text = place.read_text(encoding="utf-8") if place.is_file() else None
+        text = read_text(place) if place.exists() else None
     try:
         settings = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -301,7 +302,7 @@ def add_adapter(arrays, module, has, facts, weight):
         after = before
         if delta is not None:
             flat = "down" not in has and delta.shape == matrix(before).shape
-            require(core(delta) == core(before) or flat,
+            require(core(delta.shape) == core(before.shape) or flat,
                     f"it has shape {before.shape}, and its LoRA {delta.shape}")
             if facts.get("init_lora_weights") == "pissa":
                 after = before - principal(matrix(before), r).reshape(before.shape)
@@ -326,11 +327,6 @@ def bias_of(arrays, module, has, weight, scale):
             bias = widen(arrays[f"{module}.bias"])
             require(bias.shape == has[kind].shape, f"its bias has shape {has[kind].shape}")
             yield f"{module}.bias", bias + np.float32(factor) * has[kind]
-
-
-def core(array):
-    """Return an array's shape, that of a 1x1 convolution as of a matrix."""
-    return array.shape[:2] if set(array.shape[2:]) <= {1} else array.shape
 
 
 def along(vector, axis, ndim):

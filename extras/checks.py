@@ -24,7 +24,8 @@ from tiny_sd import (
 # ── Configs ─────────────────────────────────────────────────────────────────────────────────────
 #
 # What each field may say: (low, high) a number from low to high, a whole one if these are; {...}
-# one of these; [...] a list of 1 to 8 such values; str a text. The shapes of the weights say more.
+# one of these; [...] a list of 1 to 8 such values; str a text. A config may leave out what may be
+# None. The shapes of the weights say more.
 
 SIZE, FEW = (1, 2 ** 24), (1, 100)
 CONFIG_FIELDS = {
@@ -35,9 +36,7 @@ CONFIG_FIELDS = {
         "hidden_act": {*ACTIVATIONS}},
     "vae": {
         "block_out_channels": [SIZE], "layers_per_block": FEW, "latent_channels": (1, 64),
-        "in_channels": {3}, "out_channels": {3}, "norm_num_groups": SIZE,
-        "scaling_factor": (1e-9, 1e9), "down_block_types": [{"DownEncoderBlock2D"}],
-        "up_block_types": [{"UpDecoderBlock2D"}]},
+        "norm_num_groups": SIZE, "scaling_factor": (1e-9, 1e9)},
     "unet": {
         "block_out_channels": [SIZE], "layers_per_block": FEW, "sample_size": (1, 4096),
         **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"),
@@ -45,10 +44,10 @@ CONFIG_FIELDS = {
         "n_head": [SIZE], "down_block_types": [{"DownBlock2D", "CrossAttnDownBlock2D"}],
         "up_block_types": [{"UpBlock2D", "CrossAttnUpBlock2D"}],
         "mid_block_type": {"UNetMidBlock2DCrossAttn", None},
-        "time_cond_proj_dim": {None, *range(4, 2049)},
+        "time_cond_proj_dim": {None, (4, 2048)},
         "transformer_layers_per_block": [FEW], "addition_embed_type": {None, "text_time"},
         "addition_time_embed_dim": {None, *range(2, 2049, 2)},
-        "projection_class_embeddings_input_dim": {None, *range(1, 2 ** 15)}},
+        "projection_class_embeddings_input_dim": {None, (1, 2 ** 15)}},
     "scheduler": {
         "_class_name": str, "num_train_timesteps": (2, 10 ** 5), "beta_start": (1e-9, 0.999),
         "beta_end": (1e-9, 0.999),
@@ -59,24 +58,18 @@ CONFIG_FIELDS = {
         **dict.fromkeys(("set_alpha_to_one", "use_karras_sigmas", "use_exponential_sigmas",
                          "use_beta_sigmas", "rescale_betas_zero_snr", "skip_prk_steps"),
                         {None, True, False}),
-        **dict.fromkeys(("sigma_min", "sigma_max", "original_inference_steps", "variance_type"),
-                        object),
+        **dict.fromkeys(("sigma_min", "sigma_max"), {None, (1e-6, 1e6)}),
+        "original_inference_steps": {None, (1, 10 ** 5)}, "variance_type": object,
         "_guidance_scale": (0.0, 100.0)}}
 CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": SIZE}
-MAY_LACK = {    # what a config may leave out besides tiny_sd.CONFIG_DEFAULTS
-    "vae": {"in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"],
-            "up_block_types": ["UpDecoderBlock2D"]},
-    "unet": {"addition_embed_type": None, "projection_class_embeddings_input_dim": None},
-    "scheduler": dict.fromkeys(("rescale_betas_zero_snr", "use_exponential_sigmas",
-                                "use_beta_sigmas", "sigma_min", "sigma_max", "variance_type",
-                                "skip_prk_steps", "timestep_type")) | {
-                                    "original_inference_steps": 50}}
 
 FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
     "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model",
                      "use_attention_mask": False},      # which is the pipeline's
     "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
-            "use_quant_conv": True, "use_post_quant_conv": True,
+            "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
+            "out_channels": 3, "down_block_types": "DownEncoderBlock2D",    # at each level
+            "up_block_types": "UpDecoderBlock2D",
             **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"))},
     "unet": {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5,
              "flip_sin_to_cos": True, "freq_shift": 0,
@@ -127,14 +120,16 @@ def allows(allowed, value):
         kinds = (int,) if type(allowed[0]) is int else (int, float)
         return type(value) in kinds and allowed[0] <= value <= allowed[1]
     if isinstance(allowed, set):
-        same = [v for v in allowed if not isinstance(value, (list, dict)) and v == value]
-        return any(type(v) is type(value) for v in same)
+        return any(allows(one, value) if isinstance(one, tuple)
+                   else type(one) is type(value) and one == value for one in allowed)
     return isinstance(value, allowed)
 
 
 def checked_config(part, settings):
     """Return the record of a part's config, with every field's type and range checked."""
-    settings = CONFIG_DEFAULTS[part] | MAY_LACK.get(part, {}) | settings
+    fields = CONFIG_FIELDS[part]
+    settings = {name: None for name in fields if allows(fields[name], None)} | CONFIG_DEFAULTS[
+        part] | settings
     if settings.get("_class_name") is None and part == "scheduler":
         settings["_class_name"] = ""
     for name, value in FIXED[part].items():
@@ -149,7 +144,7 @@ def checked_config(part, settings):
     config = read_config(part, settings)
     if part == "unet":
         config.transformer_layers_per_block = shapes.depths(config)
-    for name, allowed in CONFIG_FIELDS[part].items():
+    for name, allowed in fields.items():
         require(hasattr(config, name), f"the {part}'s config has no {name}")
         value = getattr(config, name)
         require(allows(allowed, value), f"the {part}'s {name} cannot be {shorten(repr(value))}")
@@ -210,10 +205,8 @@ def check_configs(settings, tokenizers):
             f"{what} is not supported, but {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
-    numbers = scheduler.sigma_min, scheduler.sigma_max
-    require(all(n is None or allows((1e-6, 1e6), n) for n in numbers)
-            and allows((1, scheduler.num_train_timesteps), scheduler.original_inference_steps),
-            "the scheduler's sigma_min, sigma_max or original_inference_steps is no such number")
+    require((scheduler.original_inference_steps or 50) <= scheduler.num_train_timesteps,
+            "the scheduler's original_inference_steps are more than its num_train_timesteps")
     levels = noise_levels(scheduler)
     require(levels[-2] > 1e-10, "the scheduler's betas leave nothing of a picture: beta_end "
                                f"{scheduler.beta_end} is too large")
@@ -271,14 +264,16 @@ def check_weights(part, arrays, config):
     check_shapes(f"the {part}", arrays, flatten(shapes.SHAPES[part](config)))
 
 
+def core(shape):
+    """Return a shape, that of a 1x1 convolution as of a matrix: files differ on which it is."""
+    return tuple(shape[:2] if {*shape[2:]} <= {1} else shape)
+
+
 def check_shapes(what, arrays, expected):
     """Raise UserError where weights are missing, unknown or misshapen, naming five at most.
 
     expected: {name: shape}.
     """
-    def core(shape):    # files differ on whether a 1x1 convolution (o, i, 1, 1) is a linear layer
-        return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
-
     wrong = [f"{name} is missing" for name in expected.keys() - arrays.keys()]
     wrong += [f"{name} is unknown" for name in arrays.keys() - expected.keys()]
     wrong += [f"{name} has shape {arrays[name].shape} instead of {expected[name]}"

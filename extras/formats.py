@@ -27,6 +27,7 @@ from extras.checks import (
     nearest,
     replaced_settings,
 )
+from extras.files import read_text
 from extras.tensors import SUFFIXES, kind_of, not_but, read_tensors
 from tiny_sd import (
     WEIGHT_FILES,
@@ -157,7 +158,6 @@ def check_size(arrays, device, dtype, name):
 # ── Folders ─────────────────────────────────────────────────────────────────────────────────────
 
 PIPELINES = re.compile(r"(StableDiffusion(XL)?|LatentConsistencyModel)(Img2Img|Inpaint)?Pipeline")
-LONGEST = 2 ** 26       # bytes of a JSON
 LONGEST_WORDS = 10 ** 5     # letters of a tokenizer's added words, which become one pattern
 
 
@@ -195,20 +195,10 @@ def read_folder(folder):
 def read_json(file, whole):
     """Return the object in a JSON file; UserError, which begins with `whole`, if it is none."""
     try:
-        return {**json.loads(text_of(file))}
+        return {**json.loads(read_text(file))}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         name = f"{file.parent.name}/{file.name}"
         raise UserError(f"{whole}: {name}: {shorten(str(error))}") from None
-
-
-def text_of(file):
-    """Return the text of a file, which is one, and not endless."""
-    require(file.is_file(), f"{file} is not a file")
-    require(file.stat().st_size <= LONGEST, f"{file} has more than {LONGEST} bytes")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8: {error}") from None
 
 
 def optional_json(file):
@@ -268,7 +258,7 @@ def read_tokenizer(folder, first, whole):
     whole_file = optional_json(folder / "tokenizer.json")
     if (folder / "merges.txt").exists():
         vocab = read_json(folder / "vocab.json", whole)
-        merges = text_of(folder / "merges.txt").splitlines()
+        merges = read_text(folder / "merges.txt").splitlines()
     else:
         require(whole_file, f"{whole}: {folder.name}/tokenizer.json is missing")
         vocab, merges = whole_file["model"].get("vocab"), whole_file["model"].get("merges")
