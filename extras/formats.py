@@ -9,9 +9,8 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,22 +51,21 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     """
     name, path = Path(path), find(path)
     settings, arrays, tokenizers, digest, notes = read(path)
-    own_vae = tiny_vae.is_tiny(arrays["vae"]) and not vae
-    vae = vae_of(f"{name}/vae", settings["vae"], arrays["vae"]) if own_vae else vae
-    if own_vae:
-        settings["vae"], arrays["vae"] = vae.settings, {}
+    if vae:
+        settings["vae"], arrays["vae"] = in_place_of(settings["vae"], vae), vae.arrays
+    tiny = tiny_vae.is_tiny(arrays["vae"])
+    if tiny and not vae:
+        settings["vae"] = tiny_vae.config_of(f"{name}/vae", settings["vae"], arrays["vae"])
     settings["scheduler"] = like_diffusers.as_pipelines_have_it(
         settings["scheduler"], "text_encoder_2" in settings)
     config = check_configs(settings, tokenizers)
-    require(vae or arrays["vae"], f"{path} has no VAE: give one with --vae")
+    require(arrays["vae"], f"{path} has no VAE: give one with --vae")
     if not low_memory:
         check_size(arrays, device, dtype, name)
     for part in arrays:
-        if part != "vae" or not vae:
+        if part != "vae" or not tiny:       # whose are checked already
             check_weights(part, arrays[part], config[part])
     words = add_adapters(arrays, loras) if loras else {}
-    if vae:
-        settings["vae"], arrays["vae"] = vae.in_place_of(config["vae"]), vae.arrays
 
     stem = path.stem if path.is_file() else name.resolve().name
     kind = narrow.Fleeting if low_memory else narrow.Narrow
@@ -77,8 +75,8 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     model.digest = digest
     if model.config.unet.time_cond_proj_dim:
         model.embed_time = like_diffusers.embed_time_and_guidance
-    if vae:
-        model.vae_encode, model.vae_decode = vae.encode, vae.decode
+    if tiny:
+        model.vae_encode, model.vae_decode = tiny_vae.encode, tiny_vae.decode
     model.files = mapped_files(model)
     for line in [*notes, *replaced_settings(settings)]:
         tell(line)
@@ -434,35 +432,30 @@ def download(repository, pin, licence, files_of):
 # ── VAEs ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class Vae:
-    """What stands in for a model's own VAE; encode and decode are functions like tiny_sd's."""
+class Vae(NamedTuple):
+    """What stands in for a model's own VAE: its config, and arrays under diffusers' names."""
     name: str
     settings: dict
     arrays: dict
-    encode: Callable = tiny_sd.vae_encode
-    decode: Callable = tiny_sd.vae_decode
 
-    def in_place_of(self, own):
-        """Return the settings to use instead of the config of a model's own VAE.
 
-        Settings missing here are the model's own. UserError if it is for other latents.
-        """
-        settings = vars(own) | self.settings
-        config, what = checked_config("vae", settings), f"the VAE {self.name}"
-        ours, theirs = (f"{vae.latent_channels} numbers for "
-                        f"{2 ** (len(vae.block_out_channels) - 1)} pixels" for vae in (config, own))
-        require(ours == theirs, f"{what} is for another model: its latents have {ours}, and the "
-                                f"model's {theirs}")
-        scale = next((scale for key, scale in tiny_vae.SCALES.items() if key in self.name), None)
-        if scale and abs(scale / own.scaling_factor - 1) > 0.1:
-            tell(f"{what} knows latents with a scale of {scale}, and the model's have "
-                 f"{own.scaling_factor}: colours may be wrong")
-        if self.decode is tiny_sd.vae_decode:
-            divides = all(n % config.norm_num_groups == 0 for n in config.block_out_channels)
-            require(divides, f"{what}: its channels do not divide into its norm_num_groups")
-            check_weights("vae", self.arrays, config)
-        return settings
+def in_place_of(own, vae):
+    """Return the config to use with a Vae instead of a model's own one.
+
+    Settings missing there are the model's own. UserError if it is for other latents.
+    """
+    own = checked_config("vae", own)
+    settings, what = vars(own) | vae.settings, f"the VAE {vae.name}"
+    ours, theirs = (f"{config.latent_channels} numbers for "
+                    f"{2 ** (len(config.block_out_channels) - 1)} pixels"
+                    for config in (checked_config("vae", settings), own))
+    require(ours == theirs, f"{what} is for another model: its latents have {ours}, and the "
+                            f"model's {theirs}")
+    scale = next((scale for key, scale in tiny_vae.SCALES.items() if key in vae.name), None)
+    if scale and abs(scale / own.scaling_factor - 1) > 0.1:
+        tell(f"{what} knows latents with a scale of {scale}, and the model's have "
+             f"{own.scaling_factor}: colours may be wrong")
+    return settings
 
 
 def read_vae(name):
@@ -481,7 +474,10 @@ def read_vae(name):
         else:
             require(path.is_file(), f"{path} is neither a folder nor a file")
             arrays = tiny_vae.joined(path, read_tensors)
-        return vae_of(name, settings, named_today(path, arrays))
+        arrays = named_today(path, arrays)
+        if tiny_vae.is_tiny(arrays):
+            return Vae(name, tiny_vae.config_of(name, settings, arrays), arrays)
+        return Vae(name, settings or singlefile.read_off_vae(arrays), arrays)
     except UserError:
         raise
     except KeyError as error:
@@ -490,14 +486,6 @@ def read_vae(name):
                         f"{not_but('--vae' not in kind and kind)}") from None
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise UserError(f"{name} is not a VAE: {shorten(str(error))}") from None
-
-
-def vae_of(name, settings, arrays):
-    """Return the Vae of a config, perhaps an empty one, and arrays under diffusers' names."""
-    if tiny_vae.is_tiny(arrays):
-        return Vae(name, *tiny_vae.checked(name, settings, arrays), tiny_vae.encode,
-                   tiny_vae.decode)
-    return Vae(name, settings or singlefile.read_off_vae(arrays), arrays)
 
 
 def named_today(path, arrays):

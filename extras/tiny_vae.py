@@ -103,8 +103,8 @@ def joined(path, read):
     return found
 
 
-def checked(name, settings, arrays):
-    """Return the config and arrays of a TAESD; its encoder may be missing."""
+def config_of(name, settings, arrays):
+    """Return the config of a TAESD, whose arrays are checked; its encoder may be missing."""
     for key, value in FIXED.items():
         given = settings.get(key, value)
         require(given == value, f"{name}: the {key} {shorten(repr(given))} is not supported")
@@ -116,4 +116,4 @@ def checked(name, settings, arrays):
     check_shapes(f"the TAESD {name}", arrays, flatten(shapes))
 
     return {"block_out_channels": [width] * 4, "layers_per_block": 3, "latent_channels": z,
-            "norm_num_groups": 1, "scaling_factor": 1.0}, arrays
+            "norm_num_groups": 1, "scaling_factor": 1.0}
