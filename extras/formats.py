@@ -346,7 +346,7 @@ SECOND = [      # the first of these tells that a model has the others, for a se
     ["tokenizer_2/special_tokens_map.json", None],
     ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/model.safetensors"],
 ]
-VAE_FILES = [["config.json"], ["diffusion_pytorch_model.safetensors"]]
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def first_of(lines, has):
@@ -360,10 +360,11 @@ def files_of(has):
     return first_of(SECOND + FOLDER if has(SECOND[0][0]) else FOLDER, has)
 
 
-def fetch(what, name, known, aliases, files_of, to_do):
+def fetch(what, name, known, files_of, listed, place, aliases=""):
     """Return the folder of a repository of the hub, downloaded if the cache does not hold it.
 
-    known: {alias: (repository, revision, licence)}; to_do(repository): what a user can do instead.
+    known: {alias: (repository, revision, licence)}; files_of: see download. Where it cannot be
+    had, the error says to put the files that are listed into a place.
     """
     repository, pin, licence = known.get(name, (name, "main", None))
     nothing = f"there is no {what} {name}: no such file or folder"
@@ -374,27 +375,24 @@ def fetch(what, name, known, aliases, files_of, to_do):
         return download(repository, pin, licence, files_of)
     except Exception as error:      # of whatever kind the HTTP library below raises
         pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
-        raise UserError(f"{pip}{nothing}, and it could not be fetched ({error}); "
-                        f"{to_do(repository)}") from None
+        raise UserError(f"{pip}{nothing}, and it could not be fetched ({error}); put {listed} of "
+                        f"{repository} into {place}") from None
 
 
 def fetch_model(name):
     """Return the folder of a model on the hub."""
     here, name = tiny_sd.HERE / "weights", str(name)
     known = HUB | {unet.parent.name: (unet.parent.name, "", "") for unet in here.glob("*/unet")}
-
-    def to_do(repository):
-        files, more = (" ".join(first_of(lines, lambda file: ".fp16" not in file))
-                       for lines in (FOLDER, SECOND))
-        return (f"put {files} of {repository} into {here / name} (of an SDXL also {more})")
-    return fetch("model", name, known, f", and no {here / name}", files_of, to_do)
+    listed, more = (" ".join(first_of(lines, lambda file: ".fp16" not in file))
+                    for lines in (FOLDER, SECOND))
+    return fetch("model", name, known, files_of, listed,
+                 f"{here / name} (of an SDXL also {more})", f", and no {here / name}")
 
 
 def fetch_vae(name):
     """Return the folder of a VAE on the hub."""
-    return fetch("VAE", name, VAES, "", lambda has: first_of(VAE_FILES, has), lambda repository: (
-        f"put {' and '.join(file for file, in VAE_FILES)} of {repository} into a folder, and name "
-        "that with --vae"))
+    return fetch("VAE", name, VAES, lambda has: VAE_FILES, " and ".join(VAE_FILES),
+                 "a folder, and name that with --vae")
 
 
 def download(repository, pin, licence, files_of):

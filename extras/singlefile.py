@@ -5,7 +5,6 @@ Names are translated to those of diffusers, and configs read off the arrays.
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -67,28 +66,17 @@ def from_original_name(part, name, levels, n):
     return name
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the arrays of a single file do not say.
-
-    head_size: channels a head of the U-Net's attention; None for 8 heads.
-    """
-    sample_size: int
-    head_size: int | None
-    scaling_factor: float
-    scheduler: dict
-
-
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "set_alpha_to_one": False, "steps_offset": 1}
 PNDM = SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 EULER = SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}
-FAMILIES = {
-    "Stable Diffusion 1": Family(64, None, 0.18215, PNDM),
-    "Stable Diffusion 2": Family(96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
-    "Stable Diffusion 2, inpainting": Family(64, 64, 0.18215, PNDM),
-    "SD Turbo": Family(64, 64, 0.18215, EULER | {"timestep_spacing": "trailing"}),
-    "SDXL": Family(128, 64, 0.13025, EULER | {"timestep_spacing": "leading"})}
+FAMILIES = {    # what the arrays do not say: sample_size, channels a head (None: 8 heads),
+    # scaling_factor of the latents, scheduler
+    "Stable Diffusion 1": (64, None, 0.18215, PNDM),
+    "Stable Diffusion 2": (96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
+    "Stable Diffusion 2, inpainting": (64, 64, 0.18215, PNDM),
+    "SD Turbo": (64, 64, 0.18215, EULER | {"timestep_spacing": "trailing"}),
+    "SDXL": (128, 64, 0.13025, EULER | {"timestep_spacing": "leading"})}
 PARTS = {       # how the names of a part's weights begin; those of OpenCLIP end in ".model."
     "cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",
@@ -147,7 +135,7 @@ def read_single_file(path):
         family = family_of(arrays, open_clip, turbo)
         if "text_encoder" in open_clip:
             arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
-        settings = read_off(FAMILIES[family], open_clip, arrays)
+        settings = read_off(*FAMILIES[family], open_clip, arrays)
     except (KeyError, IndexError) as error:
         which = error.args[0] if isinstance(error, KeyError) else "one of its weights"
         raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {which} is missing or "
@@ -238,21 +226,21 @@ def widths(arrays, side):
     return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
 
 
-def read_off(family, open_clip, arrays):
+def read_off(sample_size, head_size, scaling_factor, scheduler, open_clip, arrays):
     """Return the configs that the arrays of a single file imply; KeyError if one is missing.
 
     open_clip: the text encoders that are OpenCLIP's.
     """
     unet = arrays["unet"]
-    gelu = {*open_clip, *(["text_encoder"] if "text_encoder_2" not in arrays
-                          and family.head_size else [])}
-    settings = {part: read_off_text(arrays[part], part in gelu) for part in arrays
+    second = "text_encoder_2" not in arrays and head_size       # Stable Diffusion 2
+    settings = {part: read_off_text(arrays[part], second or part in open_clip) for part in arrays
                 if part.startswith("text_encoder")}
     shape = read_off_vae(arrays["vae"]) if arrays["vae"] else USUAL_VAE
-    settings["vae"] = shape | {"scaling_factor": family.scaling_factor}
-    settings["unet"], settings["scheduler"] = read_off_unet(family, unet), family.scheduler
+    settings["vae"] = shape | {"scaling_factor": scaling_factor}
+    settings["unet"] = read_off_unet(sample_size, head_size, unet)
+    settings["scheduler"] = scheduler
     if "time_embedding.cond_proj.weight" in unet:
-        settings["scheduler"] = family.scheduler | {"_class_name": "LCMScheduler"}
+        settings["scheduler"] = scheduler | {"_class_name": "LCMScheduler"}
         settings["unet"]["time_cond_proj_dim"] = unet["time_embedding.cond_proj.weight"].shape[1]
     if "text_encoder_2" in settings:
         told = unet["add_embedding.linear_1.weight"].shape[1]
@@ -284,15 +272,15 @@ def read_off_text(arrays, open_clip):
         "intermediate_size": len(arrays["encoder.layers.0.mlp.fc1.weight"])}
 
 
-def read_off_unet(family, arrays):
+def read_off_unet(sample_size, size, arrays):
     """Return the config of a U-Net, without its added conditions."""
     down = widths(arrays, "down_blocks")
     depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
              for i in range(len(down))]
     words = next(filter(re.compile(r".*\.attn2\.to_k\.weight").match, arrays), "attn2.to_k.weight")
-    size, middle = family.head_size, any(name.startswith("mid_block.") for name in arrays)
+    middle = any(name.startswith("mid_block.") for name in arrays)
     return {
-        "block_out_channels": down, "sample_size": family.sample_size,
+        "block_out_channels": down, "sample_size": sample_size,
         "layers_per_block": count(arrays, "down_blocks.0.resnets"),
         "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depth],
         "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in depth[::-1]],
