@@ -5,41 +5,36 @@ is returned here is {name: shape}.
 """
 
 
-def norm_shapes(n):
-    """Return the shapes of a normalisation of n channels."""
-    return {"weight": (n,), "bias": (n,)}
+def layer(*shape):
+    """Return the shapes of a norm (n,), a linear layer (out, in) or a convolution (out, in, h, w).
+    """
+    return {"weight": shape, "bias": shape[:1]}
 
 
-def linear_shapes(i, o):
-    """Return the shapes of a linear layer from i to o numbers."""
-    return {"weight": (o, i), "bias": (o,)}
+def bare(*shape):
+    """Return the shapes of a layer without bias."""
+    return {"weight": shape}
 
 
-def bare_shapes(i, o):
-    """Return the shapes of a linear layer without bias."""
-    return {"weight": (o, i)}
-
-
-def conv_shapes(i, o, size=3):
-    """Return the shapes of a convolution from i to o channels."""
-    return {"weight": (o, i, size, size), "bias": (o,)}
+def conv(i, o):
+    """Return the shapes of a 3x3 convolution from i to o channels."""
+    return layer(o, i, 3, 3)
 
 
 def resnet_shapes(i, o, temb=None):
     """Return the shapes of a ResBlock; temb: width of the time embedding, None in the VAE."""
-    shapes = {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o),
-              "norm2": norm_shapes(o), "conv2": conv_shapes(o, o)}
+    shapes = {"norm1": layer(i), "conv1": conv(i, o), "norm2": layer(o), "conv2": conv(o, o)}
     if temb:
-        shapes["time_emb_proj"] = linear_shapes(temb, o)
+        shapes["time_emb_proj"] = layer(o, temb)
     if i != o:
-        shapes["conv_shortcut"] = conv_shapes(i, o, 1)
+        shapes["conv_shortcut"] = layer(o, i, 1, 1)
     return shapes
 
 
-def attention_shapes(width, context, project=bare_shapes):
+def attention_shapes(width, context, project=bare):
     """Return the shapes of attention: queries of `width` channels, keys and values of context."""
-    return {"to_q": project(width, width), "to_k": project(context, width),
-            "to_v": project(context, width), "to_out": [linear_shapes(width, width)]}
+    return {"to_q": project(width, width), "to_k": project(width, context),
+            "to_v": project(width, context), "to_out": [layer(width, width)]}
 
 
 def transformer_shapes(width, context, depth=1):
@@ -47,31 +42,42 @@ def transformer_shapes(width, context, depth=1):
 
     depth: how many blocks it has.
     """
-    feed_forward = [{"proj": linear_shapes(width, 8 * width)}, None,
-                    linear_shapes(4 * width, width)]
-    block = {"norm1": norm_shapes(width), "attn1": attention_shapes(width, width),
-             "norm2": norm_shapes(width), "attn2": attention_shapes(width, context),
-             "norm3": norm_shapes(width), "ff": {"net": feed_forward}}
-    return {"norm": norm_shapes(width), "proj_in": conv_shapes(width, width, 1),
-            "transformer_blocks": [block] * depth, "proj_out": conv_shapes(width, width, 1)}
+    feed_forward = [{"proj": layer(8 * width, width)}, None, layer(width, 4 * width)]
+    block = {"norm1": layer(width), "attn1": attention_shapes(width, width),
+             "norm2": layer(width), "attn2": attention_shapes(width, context),
+             "norm3": layer(width), "ff": {"net": feed_forward}}
+    return {"norm": layer(width), "proj_in": layer(width, width, 1, 1),
+            "transformer_blocks": [block] * depth, "proj_out": layer(width, width, 1, 1)}
+
+
+def level_shapes(inputs, width, resampler, temb=None, transformer=None):
+    """Return the shapes of a level: ResBlocks from these inputs to `width` channels, and the rest.
+
+    resampler: "downsamplers", "upsamplers", or False on the last level.
+    """
+    shapes = {"resnets": [resnet_shapes(i, width, temb) for i in inputs]}
+    if transformer:
+        shapes["attentions"] = [transformer] * len(inputs)
+    if resampler:
+        shapes[resampler] = [{"conv": conv(width, width)}]
+    return shapes
 
 
 def text_shapes(config):
     """Return the shapes of the text encoder with this config."""
     width, wide = config.hidden_size, config.intermediate_size
-    layer = {"layer_norm1": norm_shapes(width), "layer_norm2": norm_shapes(width),
-             "self_attn": {f"{name}_proj": linear_shapes(width, width)
-                           for name in ("q", "k", "v", "out")},
-             "mlp": {"fc1": linear_shapes(width, wide), "fc2": linear_shapes(wide, width)}}
-    embeddings = {"token_embedding": bare_shapes(width, config.vocab_size),
-                  "position_embedding": bare_shapes(width, config.max_position_embeddings)}
-    return {"embeddings": embeddings, "encoder": {"layers": [layer] * config.num_hidden_layers},
-            "final_layer_norm": norm_shapes(width)}
+    block = {"layer_norm1": layer(width), "layer_norm2": layer(width),
+             "self_attn": {f"{name}_proj": layer(width, width) for name in ("q", "k", "v", "out")},
+             "mlp": {"fc1": layer(wide, width), "fc2": layer(width, wide)}}
+    return {"embeddings": {"token_embedding": bare(config.vocab_size, width),
+                           "position_embedding": bare(config.max_position_embeddings, width)},
+            "encoder": {"layers": [block] * config.num_hidden_layers},
+            "final_layer_norm": layer(width)}
 
 
 def projected_text_shapes(config):
     """Return the shapes of a second text encoder, which has a projection at its end."""
-    projection = bare_shapes(config.hidden_size, config.projection_dim)
+    projection = bare(config.projection_dim, config.hidden_size)
     return text_shapes(config) | {"text_projection": projection}
 
 
@@ -80,26 +86,19 @@ def vae_shapes(config):
     widths, n, z = config.block_out_channels, config.layers_per_block, config.latent_channels
     top = widths[-1]
     middle = {"resnets": [resnet_shapes(top, top)] * 2, "attentions": [
-        {"group_norm": norm_shapes(top), **attention_shapes(top, top, linear_shapes)}]}
+        {"group_norm": layer(top), **attention_shapes(top, top, layer)}]}
 
-    def levels(widths, n, resample):
-        blocks = []
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            inputs = [before] + [width] * (n - 1)
-            block = {"resnets": [resnet_shapes(width_in, width) for width_in in inputs]}
-            if i < len(widths) - 1:
-                block[resample] = [{"conv": conv_shapes(width, width)}]
-            blocks.append(block)
-        return blocks
+    def levels(widths, n, resampler):
+        return [level_shapes([before] + [width] * (n - 1), width, i < len(widths) and resampler)
+                for i, (before, width) in enumerate(zip([widths[0], *widths], widths), 1)]
 
-    return {"encoder": {"conv_in": conv_shapes(3, widths[0]),
+    return {"encoder": {"conv_in": conv(3, widths[0]),
                         "down_blocks": levels(widths, n, "downsamplers"), "mid_block": middle,
-                        "conv_norm_out": norm_shapes(top), "conv_out": conv_shapes(top, 2 * z)},
-            "quant_conv": conv_shapes(2 * z, 2 * z, 1), "post_quant_conv": conv_shapes(z, z, 1),
-            "decoder": {"conv_in": conv_shapes(z, top), "mid_block": middle,
+                        "conv_norm_out": layer(top), "conv_out": conv(top, 2 * z)},
+            "quant_conv": layer(2 * z, 2 * z, 1, 1), "post_quant_conv": layer(z, z, 1, 1),
+            "decoder": {"conv_in": conv(z, top), "mid_block": middle,
                         "up_blocks": levels(widths[::-1], n + 1, "upsamplers"),
-                        "conv_norm_out": norm_shapes(widths[0]),
-                        "conv_out": conv_shapes(widths[0], 3)}}
+                        "conv_norm_out": layer(widths[0]), "conv_out": conv(widths[0], 3)}}
 
 
 def depths(config):
@@ -120,42 +119,35 @@ def unet_shapes(config):
     widths, n = config.block_out_channels, config.layers_per_block
     first, top, temb, depth = widths[0], widths[-1], 4 * widths[0], depths(config)
 
-    def level(inputs, width, kind, depth):
-        block = {"resnets": [resnet_shapes(i, width, temb) for i in inputs]}
-        if "Attn" in kind:
-            transformer = transformer_shapes(width, config.cross_attention_dim, depth)
-            block["attentions"] = [transformer] * len(inputs)
-        return block
+    def level(inputs, width, kind, depth, resampler):
+        transformer = "Attn" in kind and transformer_shapes(
+            width, config.cross_attention_dim, depth)
+        return level_shapes(inputs, width, resampler, temb, transformer)
 
     down, skips, x = [], [first], first
     for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
-        down.append(level([x] + [width] * (n - 1), width, kind, depth[i]))
-        skips += [width] * n
-        if i < len(widths) - 1:
-            down[-1]["downsamplers"] = [{"conv": conv_shapes(width, width)}]
-            skips.append(width)
+        halves = i < len(widths) - 1
+        down.append(level([x] + [width] * (n - 1), width, kind, depth[i],
+                          halves and "downsamplers"))
+        skips += [width] * (n + halves)
         x = width
 
     up = []
     for i, (width, kind) in enumerate(zip(reversed(widths), config.up_block_types)):
         skips, used = skips[:-n - 1], skips[-n - 1:][::-1]
         inputs = [before + skip for before, skip in zip([x] + [width] * n, used)]
-        up.append(level(inputs, width, kind, depth[-1 - i]))
-        if i < len(widths) - 1:
-            up[-1]["upsamplers"] = [{"conv": conv_shapes(width, width)}]
+        up.append(level(inputs, width, kind, depth[-1 - i], i < len(widths) - 1 and "upsamplers"))
         x = width
 
-    shapes = {"time_embedding": {"linear_1": linear_shapes(first, temb),
-                                 "linear_2": linear_shapes(temb, temb)},
-              "conv_in": conv_shapes(config.in_channels, first), "down_blocks": down,
-              "up_blocks": up, "conv_norm_out": norm_shapes(first),
-              "conv_out": conv_shapes(first, config.out_channels)}
+    shapes = {"time_embedding": {"linear_1": layer(temb, first), "linear_2": layer(temb, temb)},
+              "conv_in": conv(config.in_channels, first), "down_blocks": down, "up_blocks": up,
+              "conv_norm_out": layer(first), "conv_out": conv(first, config.out_channels)}
     if config.time_cond_proj_dim:
-        shapes["time_embedding"]["cond_proj"] = bare_shapes(config.time_cond_proj_dim, first)
+        shapes["time_embedding"]["cond_proj"] = bare(first, config.time_cond_proj_dim)
     if config.addition_time_embed_dim:
         shapes["add_embedding"] = {
-            "linear_1": linear_shapes(config.projection_class_embeddings_input_dim, temb),
-            "linear_2": linear_shapes(temb, temb)}
+            "linear_1": layer(temb, config.projection_class_embeddings_input_dim),
+            "linear_2": layer(temb, temb)}
     if config.mid_block_type:
         shapes["mid_block"] = {"resnets": [resnet_shapes(top, top, temb)] * 2, "attentions": [
             transformer_shapes(top, config.cross_attention_dim, depth[-1])]}

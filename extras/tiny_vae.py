@@ -10,7 +10,7 @@ import math
 import re
 
 from extras.checks import check_shapes
-from extras.shapes import conv_shapes
+from extras.shapes import bare, conv
 from tiny_sd import array_like, conv2d, flatten, require, shorten, sigmoid, upsample
 
 # ── What it computes ────────────────────────────────────────────────────────────────────────────
@@ -62,11 +62,10 @@ def decode(z, vae, groups):
 
 def tiny_shapes(letters, i, width, o):
     """Return the shapes of layers from i to o channels, with `width` between."""
-    three = [conv_shapes(width, width), None] * 3
-    bare = {"weight": (width, width, 3, 3)}
-    inner = {"B": {"conv": three}, "s": bare, "c": bare, "C": None, "r": None, "u": None}
+    three, narrow = [conv(width, width), None] * 3, bare(width, width, 3, 3)
+    inner = {"B": {"conv": three}, "s": narrow, "c": narrow, "C": None, "r": None, "u": None}
     layers = [inner[letter] for letter in letters]
-    layers[0], layers[-1] = conv_shapes(i, width), conv_shapes(width, o)
+    layers[0], layers[-1] = conv(i, width), conv(width, o)
     return {"layers": layers}
 
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import tiny_sd
 from extras.fast import keep_freed_memory
 from extras.files import held, read_text, replace_atomically
-from extras.shapes import conv_shapes, text_shapes, unet_shapes, vae_shapes
+from extras.shapes import conv, text_shapes, unet_shapes, vae_shapes
 from extras.training import fitting, measure
 from extras.training.drawings import load_captioned, load_things, render
 from extras.training.fitting import (
@@ -476,7 +476,7 @@ def clip_parameters(setting, seed):
     width = setting.text["hidden_size"]
     image = read_config("vae", setting.vae | {"block_out_channels": [64, 128, width],
                                               "latent_channels": width // 2})
-    shapes = {"image": vae_shapes(image)["encoder"] | {"conv_in": conv_shapes(4, 64)},
+    shapes = {"image": vae_shapes(image)["encoder"] | {"conv_in": conv(4, 64)},
               "text_projection": {"weight": (width, width)}, "logit_scale": (1,)}
     params = initial(text_stage_shapes(setting) | flatten(shapes), seed)
     return params | {"logit_scale": torch.full((1,), math.log(1 / 0.07))}
