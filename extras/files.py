@@ -12,10 +12,8 @@ import secrets
 import select
 import shutil
 import stat
-import struct
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 try:
@@ -33,10 +31,6 @@ from tiny_sd import UserError, require, tell
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of what is written
 PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # and read, in a folder
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
-NOT_A_PICTURE = (    # what Pillow raises, for all the ways in which a file can be broken
-    OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, AttributeError,
-    ArithmeticError, RecursionError, NotImplementedError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
@@ -52,7 +46,9 @@ def opened(path):
                 if picture.format == "EPS":     # for which Pillow starts Ghostscript
                     raise ValueError("PostScript is a program, which need not come to an end")
                 yield picture
-    except NOT_A_PICTURE as error:
+    except MemoryError:
+        raise
+    except Exception as error:      # of whatever kind Pillow raises for what a broken file says
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path} is not a picture that can be read: {reason}") from None
 

@@ -218,11 +218,6 @@ class Machine(pickle._Unpickler):
         self.stack.pop()
         self.push_call()
 
-    def push_call_above_mark(self):
-        function, *arguments = self.pop_mark()
-        self.stack += [function, arguments]
-        self.push_call()
-
     def push_dict(self):
         values = self.pop_mark()
         self.append(text_dict(zip(values[::2], values[1::2], strict=True)))
@@ -257,7 +252,7 @@ class Machine(pickle._Unpickler):
 
     dispatch = pickle._Unpickler.dispatch | {
         code[0]: step for code, step in {
-            pickle.REDUCE: push_call, pickle.NEWOBJ: push_call, pickle.OBJ: push_call_above_mark,
+            pickle.REDUCE: push_call, pickle.NEWOBJ: push_call,
             pickle.NEWOBJ_EX: push_call_with_options, pickle.BUILD: set_attributes,
             pickle.SETITEM: set_one, pickle.SETITEMS: set_items, pickle.DICT: push_dict,
             pickle.EMPTY_SET: push_nothing, pickle.FROZENSET: push_nothing_for_items,

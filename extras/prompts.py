@@ -314,11 +314,9 @@ def with_embeddings(model, files):
     words, room = {}, model.encoders[0].tokenizer.length - 2
     first, added = len(tables[0]), [[] for _ in tables]
     for file in files:
-        names, vectors = read_embedding(file, [table.shape[1] for table in tables])
-        n = len(vectors[0])
-        require(n <= room, f"{called(file)} is a word of {n} vectors, too many for a prompt")
-        words |= dict.fromkeys(names, [*range(first, first + n)])
-        first += n
+        names, vectors = read_embedding(file, [table.shape[1] for table in tables], room)
+        words |= dict.fromkeys(names, [*range(first, first + len(vectors[0]))])
+        first += len(vectors[0])
         for rows, more in zip(added, vectors):
             rows.append(more)
     tables = [concat(table.T, *(array_like(table, more).T for more in rows)).T
@@ -332,18 +330,18 @@ def with_embeddings(model, files):
     return dataclasses.replace(model, encoders=encoders)
 
 
-def called(file):
-    """Return what to call an embedding: its file, or the name that stands for one."""
-    return file[0] if isinstance(file, tuple) else file
-
-
-def read_embedding(file, widths):
+def read_embedding(file, widths, room):
     """Return the names of a learnt word, and its vectors (n, width) for each text encoder.
 
-    widths: of the model's text encoders.
+    file: or (name, {name: array}). widths: of the model's text encoders. room: for how many vectors
+    a prompt has room.
     """
-    names, arrays = embedding_arrays(file)
-    file = called(file)
+    if isinstance(file, tuple):
+        file, found = file
+        names, arrays = embedding_arrays(file, file, found)
+    else:
+        require(Path(file).is_file(), f"there is no embedding {file}")
+        names, arrays = embedding_arrays(file, Path(file).stem, tensors.read_contents(file))
     vectors = [array.reshape(-1, array.shape[-1]).astype(np.float32)
                if array.ndim in (1, 2) and array.size else np.zeros((0, 0)) for array in arrays]
     given, wanted = (" and ".join(map(str, sizes)) for sizes in
@@ -352,20 +350,17 @@ def read_embedding(file, widths):
                              f"the model's {wanted}")
     require(len({len(array) for array in vectors}) == 1, f"{file} has unlike numbers of vectors")
     require(all(np.isfinite(array).all() for array in vectors), f"{file} holds no finite numbers")
+    n = len(vectors[0])
+    require(n <= room, f"{file} is a word of {n} vectors, too many for a prompt")
     return names, vectors
 
 
-def embedding_arrays(file):
-    """Return the names of a learnt word, and the arrays of its file: one, or two for SDXL.
+def embedding_arrays(file, name, found):
+    """Return the names of a learnt word, and the arrays in what its file holds: two for SDXL.
 
     The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
     diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
     """
-    if isinstance(file, tuple):
-        name, found = file
-    else:
-        require(Path(file).is_file(), f"there is no embedding {file}")
-        name, found = Path(file).stem, tensors.read_contents(file)
     names = [name]
     if web_ui := isinstance(found.get("string_to_param"), dict):
         found = found["string_to_param"]
@@ -377,7 +372,7 @@ def embedding_arrays(file):
     else:
         kind = tensors.kind_of(arrays)
         require(len(arrays) == 1 and (kind is None or "embedding" in kind),
-                f"{called(file)} is not an embedding: it holds {len(arrays)} tensors instead of "
+                f"{file} is not an embedding: it holds {len(arrays)} tensors instead of "
                 f"one, or of clip_l and clip_g{tensors.not_but(kind)}")
         names += [] if web_ui else arrays.keys() - {"*", "emb_params"}
     return [name for name in names if 0 < len(name) <= LONGEST_NAME], [*arrays.values()]
