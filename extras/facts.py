@@ -8,7 +8,6 @@ import contextlib
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import tiny_sd
 from extras.checks import first_five
@@ -43,66 +42,57 @@ def hashes(files, hash_of):
     return json.dumps(", ".join(pairs), ensure_ascii=False) if pairs else ""
 
 
-class Fact(NamedTuple):
-    """One fact of a picture.
-
-    text: a function of a job and the model, or None before that is loaded. It returns what is
-    recorded: "" for nothing, None for what the model will decide. option: the one that takes the
-    same value again.
-    """
-    text: object
-    option: str = ""
-
-
 PROGRAMS = {"web-ui": "web UI", "comfyui": "ComfyUI"}      # of --as
 
 FACTS = {       # in the order in which they are recorded
-    "Steps": Fact(lambda job, model: job.steps, "steps"),
-    "Sampler": Fact(lambda job, model: job.sampler and (
-        plain(f"{TITLES.get(job.sampler, job.sampler)} {schedule_title(job.schedule)}".strip()))),
-    "CFG scale": Fact(lambda job, model: job.cfg_scale, "cfg-scale"),
-    "CFG rescale": Fact(lambda job, model: job.cfg_rescale or "", "cfg-rescale"),
-    "CFG interval": Fact(lambda job, model: "{:g}-{:g}".format(*job.cfg_interval)
-                         if job.cfg_interval else "", "cfg-interval"),
-    "Seed": Fact(lambda job, model: job.seed, "seed"),
-    "Size": Fact(lambda job, model: f"{job.width}x{job.height}"
-                 if job.width and job.height else None),
-    "Model hash": Fact(lambda job, model: model and model.digest),
-    "Model": Fact(lambda job, model: model and plain(model.name)),
-    "Denoising strength": Fact(lambda job, model: job.hires[1] if job.hires else (
-        job.strength if job.init_img else ""), "strength"),
-    "Hires upscale": Fact(lambda job, model: job.hires[0] if job.hires else ""),
-    "Hires steps": Fact(lambda job, model: (job.hires[2] or "") if job.hires else ""),
-    "Hires upscaler": Fact(lambda job, model: "Lanczos" if job.hires else ""),
-    "Resize": Fact(lambda job, model: "" if job.resize == "crop" else job.resize, "resize"),
-    "Mask": Fact(lambda job, model: plain(Path(job.mask or "").name)),
-    "Masked area padding": Fact(lambda job, model: "" if job.only_masked is None
-                                else job.only_masked, "only-masked"),
-    "ControlNet": Fact(lambda job, model: plain(" ".join(
-        f"{stem(file)} {weight} {Path(picture).name}"
-        for file, weight, picture in job.control))),
-    "Clip skip": Fact(lambda job, model: job.clip_skip or "", "clip-skip"),
-    "Plain prompt": Fact(lambda job, model: job.plain_prompt or ""),
-    "Empty negative": Fact(lambda job, model: "encoded" if job.negative_prompt == "" else ""),
-    "VAE hash": Fact(lambda job, model: vae_hash(job.vae)),
-    "VAE": Fact(lambda job, model: plain(Path(job.vae or "").name)),
-    "Lora": Fact(lambda job, model: plain(" ".join(
-        f"{stem(file)} {weight}" for file, weight in job.lora))),
-    "Lora hashes": Fact(lambda job, model: model and hashes(
-        [file for file, _ in job.lora], lambda file: lora_hashes(file)[0])),
-    "TI hashes": Fact(lambda job, model: model and hashes(job.embedding, file_hash)),
-    "Prediction": Fact(lambda job, model: job.prediction or "", "prediction"),
-    "Levels": Fact(lambda job, model: PROGRAMS.get(job.program, "")),
-    "Tiling": Fact(lambda job, model: job.seamless or ""),
-    "Enlarged": Fact(lambda job, model: job.enlarge if job.enlarge > 1 else "", "enlarge"),
-    "RNG": Fact(lambda job, model: model and "CPU"),
-    "Version": Fact(lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"),
-}
+    # What is recorded, a function of a job and the model, or None before that is loaded: "" for
+    # nothing, None for what the model will decide.
+    "Steps": lambda job, _: job.steps,
+    "Sampler": lambda job, _: job.sampler and (
+        plain(f"{TITLES.get(job.sampler, job.sampler)} {schedule_title(job.schedule)}".strip())),
+    "CFG scale": lambda job, _: job.cfg_scale,
+    "CFG rescale": lambda job, _: job.cfg_rescale or "",
+    "CFG interval": lambda job, _: (
+        "{:g}-{:g}".format(*job.cfg_interval) if job.cfg_interval else ""),
+    "Seed": lambda job, _: job.seed,
+    "Size": lambda job, _: f"{job.width}x{job.height}" if job.width and job.height else None,
+    "Model hash": lambda job, model: model and model.digest,
+    "Model": lambda job, model: model and plain(model.name),
+    "Denoising strength": lambda job, _: job.hires[1] if job.hires else (
+        job.strength if job.init_img else ""),
+    "Hires upscale": lambda job, _: job.hires[0] if job.hires else "",
+    "Hires steps": lambda job, _: (job.hires[2] or "") if job.hires else "",
+    "Hires upscaler": lambda job, _: "Lanczos" if job.hires else "",
+    "Resize": lambda job, _: "" if job.resize == "crop" else job.resize,
+    "Mask": lambda job, _: plain(Path(job.mask or "").name),
+    "Masked area padding": lambda job, _: "" if job.only_masked is None else job.only_masked,
+    "ControlNet": lambda job, _: plain(" ".join(
+        f"{stem(file)} {weight} {Path(picture).name}" for file, weight, picture in job.control)),
+    "Clip skip": lambda job, _: job.clip_skip or "",
+    "Plain prompt": lambda job, _: job.plain_prompt or "",
+    "Empty negative": lambda job, _: "encoded" if job.negative_prompt == "" else "",
+    "VAE hash": lambda job, _: vae_hash(job.vae),
+    "VAE": lambda job, _: plain(Path(job.vae or "").name),
+    "Lora": lambda job, _: plain(" ".join(f"{stem(file)} {weight}" for file, weight in job.lora)),
+    "Lora hashes": lambda job, model: model and hashes(
+        [file for file, _ in job.lora], lambda file: lora_hashes(file)[0]),
+    "TI hashes": lambda job, model: model and hashes(job.embedding, file_hash),
+    "Prediction": lambda job, _: job.prediction or "",
+    "Levels": lambda job, _: PROGRAMS.get(job.program, ""),
+    "Tiling": lambda job, _: job.seamless or "",
+    "Enlarged": lambda job, _: job.enlarge if job.enlarge > 1 else "",
+    "RNG": lambda job, model: model and "CPU",
+    "Version": lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"}
+OPTIONS = {     # those that take the same value again
+    "Steps": "steps", "CFG scale": "cfg-scale", "CFG rescale": "cfg-rescale",
+    "CFG interval": "cfg-interval", "Seed": "seed", "Denoising strength": "strength",
+    "Resize": "resize", "Masked area padding": "only-masked", "Clip skip": "clip-skip",
+    "Prediction": "prediction", "Enlarged": "enlarge"}
 
 
 def parameters_text(job, model):
     """Return how a picture was made, as other programs read it from a PNG's `parameters`."""
-    values = {name: fact.text(job, model) for name, fact in FACTS.items()}
+    values = {name: text(job, model) for name, text in FACTS.items()}
     line = ", ".join(f"{name}: {value}" for name, value in values.items() if value != "")
     return words_text(job.prompt, job.negative_prompt) + line
 
@@ -122,7 +112,7 @@ def records(path, job):
         words, facts = split_text(recorded_text(path)[0])
     except UserError:
         return False
-    wanted = {name: fact.text(job, None) for name, fact in FACTS.items()}
+    wanted = {name: text(job, None) for name, text in FACTS.items()}
     return words == words_text(job.prompt, job.negative_prompt) and all(
         value is None or str(value) == facts.get(name, "") for name, value in wanted.items())
 
@@ -282,8 +272,8 @@ def read_again(path, args):
     left = {name: value for name, value in facts.items()
             if name not in FACTS and not NO_MATTER.match(name)}
 
-    options = {"prompt": [prompt]} | {fact.option: [facts[name]] for name, fact in FACTS.items()
-                                      if fact.option and name in facts}
+    options = {"prompt": [prompt]} | {option: [facts[name]] for name, option in OPTIONS.items()
+                                      if name in facts}
     if negative or "Empty negative" in facts:       # else none was given
         options["negative-prompt"] = [negative]
     options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))

@@ -115,21 +115,15 @@ def clip_tokenizer(pad=Tokenizer.EOS):
 
 
 def mapped_files(model):
-    """Return {path: stamp} of the files that a model still reads."""
+    """Return {path: its status} of the files that a model still reads."""
     files = {}
     for network in [model.unet, model.vae, *(encoder.weights for encoder in model.encoders)]:
         for array in flatten(network).values():
             while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
                 array = array.base
             if isinstance(array, np.memmap):
-                files[str(array.filename)] = stamp(array.filename)
+                files[str(array.filename)] = os.stat(array.filename)
     return files
-
-
-def stamp(path):
-    """Return (which file this is, what changes when it is written to)."""
-    facts = os.stat(path)
-    return (facts.st_dev, facts.st_ino), (facts.st_size, facts.st_mtime_ns)
 
 
 def check_unchanged(model):
@@ -138,11 +132,11 @@ def check_unchanged(model):
     A file that is cut short while it is read still ends the process: the system gives no other
     sign (SIGBUS). So replace a file in use, rather than write into it.
     """
-    for path, (file, known) in model.files.items():
-        if os.path.exists(path):
-            now, state = stamp(path)
-            require(now != file or state == known,
-                    f"{path} was changed while it was in use: run this again")
+    for path, known in model.files.items():
+        now = os.stat(path) if os.path.exists(path) else known
+        same = (now.st_size, now.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
+        require(same or not os.path.samestat(now, known),       # else it is another file by now
+                f"{path} was changed while it was in use: run this again")
 
 
 def check_size(arrays, device, dtype, name):

@@ -209,9 +209,8 @@ def own_schedule(schedule, model):
 def schedule_of(sampler, scheduler):
     """Return the schedule that the config asks for, where diffusers' sampler would follow it."""
     follows = hasattr(sampler, "range") and getattr(sampler, "follows_config", True)
-    asked = [name for name in ("karras", "exponential", "beta")
-             if follows and getattr(scheduler, f"use_{name}_sigmas", False)]
-    return asked[0] if asked else None
+    return next((name for name in ("karras", "exponential", "beta")
+                 if follows and getattr(scheduler, f"use_{name}_sigmas", False)), None)
 
 
 def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
