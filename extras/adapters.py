@@ -73,13 +73,12 @@ def add_adapters(arrays, files):
     known = {(part, name.removesuffix(".weight").replace(".", "_")): name.removesuffix(".weight")
              for part in arrays.keys() - {"vae"} for name in arrays[part]
              if name.endswith(".weight")}
-    words = {}
+    words, n = {}, max(1, count(arrays["unet"], "up_blocks.0.resnets"))
     for path, weight in files:
         require(Path(path).exists(), f"there is no LoRA {path}")
         require(Path(path).is_file(), f"the LoRA {path} is not a file")
         tensors = with_names(path, read_tensors(path), arrays)
-        modules = sort_out(path, tensors, known, max(1, count(arrays["unet"],
-                                                              "up_blocks.0.resnets")), words)
+        modules = sort_out(path, tensors, known, n, words)
         facts = read_facts(path, tensors)
         for (part, name), entry in modules.items():
             try:
@@ -110,13 +109,11 @@ def with_names(path, tensors, arrays):
         named = {re.sub(r"^<[^<>.]+>$", r"bundle_emb.\g<0>.emb_params", name): array
                  for name, array in named.items()}
     for part, found in numbered.items():
-        def fits(order, found=found, weights=arrays[part]):
-            wanted = {(i, side): weights[f"{layer}.weight"].shape[axis] for i, layer
-                      in enumerate(order) for side, axis in (("up", 0), ("down", 1))}
-            given = {(i, side): array.shape[side == "down"] for (i, side), array in found.items()
-                     if array.ndim > 1}
-            return given == wanted
-        order = next(filter(fits, orders(part, arrays[part])), None)
+        given = {(i, side): array.shape[side == "down"] for (i, side), array in found.items()
+                 if array.ndim > 1}
+        order = next((order for order in orders(part, arrays[part]) if given == {
+            (i, side): arrays[part][f"{layer}.weight"].shape[axis] for i, layer
+            in enumerate(order) for side, axis in (("up", 0), ("down", 1))}), None)
         require(order, f"{path} does not fit the model: it numbers {len({i for i, _ in found})} "
                 f"layers of the {part}, and these do not have the shapes of the model's attention")
         named |= {f"{part}.{order[i]}.lora_{side}.weight": array
@@ -308,10 +305,10 @@ def add_adapter(arrays, module, has, facts, weight):
                 after = before - principal(matrix(before), r).reshape(before.shape)
             after = after + np.float32(scale) * delta.reshape(before.shape)
         if "on_input" in has:
-            factor = has["factor"].reshape(-1)
-            axis = 1 if has["on_input"].item() else 0
-            require(len(factor) == before.shape[axis], f"its factors are {len(factor)}")
-            after = after * along(1 + np.float32(weight) * factor, axis, before.ndim)
+            factor, axis = has["factor"], 1 if has["on_input"].item() else 0
+            require(factor.size == before.shape[axis], f"its factors are {factor.size}")
+            lies = [-1 if i == axis else 1 for i in range(before.ndim)]
+            after = after * (1 + np.float32(weight) * factor.reshape(lies))
         if lengths := [has[name] for name in ("dora_scale", "magnitude_vector") if name in has]:
             after = with_lengths(after, lengths[0], "dora_scale" in has)
         changed = {name: after, **dict(bias_of(arrays, module, has, weight, scale))}
@@ -329,11 +326,6 @@ def bias_of(arrays, module, has, weight, scale):
             yield f"{module}.bias", bias + np.float32(factor) * has[kind]
 
 
-def along(vector, axis, ndim):
-    """Return a vector as an array of ndim axes that lies along one of them."""
-    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
 def with_lengths(after, lengths, kohya):
     """Return a weight, for each output (LyCORIS: or each input) of the length that was learnt."""
     by_input = kohya and lengths.ndim > 1 and len(lengths) == 1 and after.shape[0] != 1
@@ -341,7 +333,7 @@ def with_lengths(after, lengths, kohya):
     require(lengths.size == after.shape[axis], f"its lengths are {lengths.size}")
     others = tuple(i for i in range(after.ndim) if i != axis)
     now = np.sqrt((after * after).sum(axis=others, keepdims=True))
-    return after * (along(lengths.reshape(-1), axis, after.ndim) / now)
+    return after * (lengths.reshape(now.shape) / now)
 
 
 def principal(w, r):

@@ -135,9 +135,8 @@ def recorded_text(path):
     texts = map(decoded, (info.get("parameters"), *comments, info.get("comment")))
     text = next(filter(None, texts), "")
     require(len(text) <= 4 * LONGEST, f"{path} records {len(text)} letters: too many to be read")
-    software = info.get("Software")
     program = next((CHUNKS[key] for key in CHUNKS if key in info), "")
-    program = "NovelAI" if software == "NovelAI" else program
+    program = "NovelAI" if info.get("Software") == "NovelAI" else program
     return text, "SwarmUI" if '"sui_image_params"' in text[:1000] else program
 
 
