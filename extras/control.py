@@ -174,8 +174,3 @@ def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
         h = up_block(h, skips, temb, context, n, size, **block)
     h = silu(group_norm(h, size, 1e-5, **unet["conv_norm_out"]))
     return to_numpy(conv2d(h, **unet["conv_out"]))
-
-
-def controlled(make_denoiser, controls):
-    """Return make_denoiser, so that what it makes is steered by these."""
-    return functools.partial(make_denoiser, predict=functools.partial(predict, controls))

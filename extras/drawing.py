@@ -3,6 +3,8 @@
 A job is the record of a command's options (cli.Job); once a model is loaded, it is filled in.
 """
 
+from functools import partial
+
 import tiny_sd
 from extras import (
     comfy,
@@ -165,7 +167,7 @@ def start_walk(model, job, denoiser, notes):
     if getattr(SAMPLERS[job.sampler], "plain_noise", False):
         make = guidance.with_plain_noise(make)
     if controls:
-        make = control.controlled(make, controls)
+        make = partial(make, predict=partial(control.predict, controls))
     if timeline:
         embed, combine = timeline.embed, timeline.combine
         counts.append(timeline.count)

@@ -31,6 +31,7 @@ from tiny_sd import UserError, require, tell
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of what is written
 PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # and read, in a folder
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO to which nobody writes yet
 
 
 @contextlib.contextmanager
@@ -166,18 +167,13 @@ def read_caption(file, picture, caption):
     return words
 
 
-def without_waiting(path, flags):
-    """Open a file, also a FIFO to which nobody writes yet."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def first_byte(file):
     """Return the first byte of a FIFO on which one had to wait, b"" of anything else.
 
     UserError if nobody opens it to write within two seconds.
     """
     first, is_pipe = b"", stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-    if not hasattr(os, "O_NONBLOCK"):
+    if not AT_ONCE:
         return first
     if is_pipe and not select.select([file], [], [], 2)[0]:
         first = file.read(1)        # None: there is somebody, who has written nothing yet
@@ -189,7 +185,7 @@ def first_byte(file):
 def read_text(file, limit=2 ** 24):
     """Return a file's text; UserError if it cannot be read, or has more bytes than the limit."""
     try:
-        with open(file, "rb", opener=without_waiting) as stream:
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | AT_ONCE)) as stream:
             content = first_byte(stream.raw) + stream.read(limit + 1)
         require(len(content) <= limit, f"{file} is larger than a text of {limit:,} bytes")
         return content.decode("utf-8-sig")

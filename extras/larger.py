@@ -54,20 +54,19 @@ def drawn_over(generate, size, strength, steps):
         levels = sampler, total, model.config.scheduler, model.alpha_bars
         like_diffusers.sampling_steps(*levels, like_diffusers.own_schedule(schedule, model))
         first = generate(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others)
-        return walk(first, total, model, prompt, negative, seeds, guidance, sampler, schedule,
-                    others[5:])
 
-    def walk(first, total, model, prompt, negative, seeds, guidance, sampler, schedule, others):
-        for x in first:
-            yield x
-        paths = []
-        for seed, latents in zip(seeds, x):
-            picture = Image.fromarray(decode(model, latents[None])[0])
-            picture = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
-            paths.append(generate(model, prompt, negative, [seed], total, guidance, sampler,
-                                  schedule, *size, picture, strength, None, *others))
-        for drawn in zip(*paths):
-            yield np.concatenate(drawn)
+        def walk():
+            for x in first:
+                yield x
+            paths = []
+            for seed, latents in zip(seeds, x):
+                picture = Image.fromarray(decode(model, latents[None])[0])
+                picture = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+                paths.append(generate(model, prompt, negative, [seed], total, guidance, sampler,
+                                      schedule, *size, picture, strength, None, *others[5:]))
+            for drawn in zip(*paths):
+                yield np.concatenate(drawn)
+        return walk()
     return start
 
 

@@ -75,12 +75,6 @@ def text_shapes(config):
             "final_layer_norm": layer(width)}
 
 
-def projected_text_shapes(config):
-    """Return the shapes of a second text encoder, which has a projection at its end."""
-    projection = bare(config.projection_dim, config.hidden_size)
-    return text_shapes(config) | {"text_projection": projection}
-
-
 def vae_shapes(config):
     """Return the shapes of the VAE with this config."""
     widths, n, z = config.block_out_channels, config.layers_per_block, config.latent_channels
@@ -154,5 +148,7 @@ def unet_shapes(config):
     return shapes
 
 
-SHAPES = {"text_encoder": text_shapes, "text_encoder_2": projected_text_shapes, "vae": vae_shapes,
-          "unet": unet_shapes}
+SHAPES = {
+    "text_encoder": text_shapes, "vae": vae_shapes, "unet": unet_shapes,
+    "text_encoder_2": lambda config: text_shapes(config) | {    # which has a projection at its end
+        "text_projection": bare(config.projection_dim, config.hidden_size)}}

@@ -133,8 +133,11 @@ def read_single_file(path):
         for part in open_clip:
             arrays[part] = from_open_clip(arrays[part])
         family = family_of(arrays, open_clip, turbo)
-        if "text_encoder" in open_clip:
-            arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
+        n = count(arrays["text_encoder"], "encoder.layers")
+        if "text_encoder" in open_clip and n != 23:     # which are without the last, unused one
+            last = f"encoder.layers.{max(0, n - 1)}."
+            arrays["text_encoder"] = {name: array for name, array in arrays["text_encoder"].items()
+                                      if not name.startswith(last)}
         settings = read_off(*FAMILIES[family], open_clip, arrays)
     except (KeyError, IndexError) as error:
         which = error.args[0] if isinstance(error, KeyError) else "one of its weights"
@@ -206,13 +209,6 @@ def from_open_clip(arrays):
         else:
             split[name] = array
     return split
-
-
-def without_last_layer(arrays):
-    """Return Stable Diffusion 2's text encoder without the layer that it does not use."""
-    n = count(arrays, "encoder.layers")
-    last = f"encoder.layers.{max(0, n - 1)}." if n != 23 else "none"    # 23 are without already
-    return {name: array for name, array in arrays.items() if not name.startswith(last)}
 
 
 def count(arrays, numbered):

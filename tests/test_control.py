@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,7 +139,8 @@ def test_pictures(network, written, reference, model, backend):
                 control.Control(model, weights, hints[1], 0.5, 0.3, 0.8)]
     sampler = samplers.counting(sd.ddim, *(c.count for c in controls))
     ours = drawn(model, PROMPT, "a dog", (5,), 6, 7.5, sampler, **SIZE,
-                 make_denoiser=control.controlled(like_diffusers.denoiser, controls))
+                 make_denoiser=partial(like_diffusers.denoiser,
+                                       predict=partial(control.predict, controls)))
     same_pictures("pictures with ControlNet", ours, expected)
 
 
