@@ -7,7 +7,6 @@ to its middle.
 """
 
 import functools
-import re
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +33,6 @@ from tiny_sd import (
 
 COPIED = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block")
 OWN = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
-HINT_NAMES = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
-ORIGINAL_NAMES = [
-    (r"input_hint_block\.(\d{1,2})\.",
-     lambda m: f"controlnet_cond_embedding.{HINT_NAMES[min(int(m[1]) // 2, 7)]}."),
-    (r"zero_convs\.(\d{1,2})\.0\.", r"controlnet_down_blocks.\1."),
-    (r"middle_block_out\.0\.", "controlnet_mid_block.")]
 
 
 @functools.lru_cache(4)
@@ -55,21 +48,12 @@ def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
     arrays = read_tensors(file)
     start = "control_model."
     if any(name.startswith(start) for name in arrays):
-        arrays = {current_name(name.removeprefix(start), n): array
+        arrays = {from_original_name("unet", name.removeprefix(start), None, n): array
                   for name, array in arrays.items() if name.startswith(start)}
     require(all(any(name.startswith(own) for name in arrays) for own in OWN),
             f"{path} is not a control network")
     return nest({name: to_backend(array, backend, device, dtype)
                  for name, array in arrays.items()})
-
-
-def current_name(name, n):
-    """Return diffusers' name of a weight in the original layout."""
-    for old, new in ORIGINAL_NAMES:
-        name, found = re.subn(f"^{old}", new, name)
-        if found:
-            return name
-    return from_original_name("unet", name, None, n)
 
 
 def check_control(path, weights, model):

@@ -26,6 +26,7 @@ VAE_NAMES = [
     (r"0\.proj_out\.", "0.to_out.0."), (r"\.block\.", ".resnets."),
     (r"\.(down|up)sample\.", r".\1samplers.0."), ("nin_shortcut", "conv_shortcut"),
     (r"\.norm_out", ".conv_norm_out")]
+HINT_NAMES = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]      # of ControlNet
 UNET_NAMES = [
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
     (r"^time_embed\.cond_proj", "time_embedding.cond_proj"),
@@ -35,7 +36,11 @@ UNET_NAMES = [
     (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"), (r"out_layers\.0", "norm2"),
     (r"out_layers\.3", "conv2"), ("skip_connection", "conv_shortcut"),
     (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"),
-    (r"^middle_block\.2", "mid_block.resnets.1")]
+    (r"^middle_block\.2", "mid_block.resnets.1"),
+    (r"^zero_convs\.(\d{1,2})\.0\.", r"controlnet_down_blocks.\1."),     # from here on ControlNet's
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+    (r"^input_hint_block\.(\d{1,2})\.",
+     lambda m: f"controlnet_cond_embedding.{HINT_NAMES[min(int(m[1]) // 2, 7)]}.")]
 
 
 def from_original_name(part, name, levels, n):
