@@ -11,7 +11,6 @@ import re
 import secrets
 import select
 import shutil
-import stat
 import time
 import warnings
 from pathlib import Path
@@ -172,10 +171,10 @@ def first_byte(file):
 
     UserError if nobody opens it to write within two seconds.
     """
-    first, is_pipe = b"", stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+    first = b""
     if not AT_ONCE:
         return first
-    if is_pipe and not select.select([file], [], [], 2)[0]:
+    if not select.select([file], [], [], 2)[0]:
         first = file.read(1)        # None: there is somebody, who has written nothing yet
         require(first != b"", f"{file.name} is a FIFO, and nobody writes to it")
     os.set_blocking(file.fileno(), True)
