@@ -311,16 +311,15 @@ def with_embeddings(model, files):
     """
     tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
               for encoder in model.encoders]
-    words, room = {}, model.encoders[0].tokenizer.length - 2
-    first, added = len(tables[0]), [[] for _ in tables]
+    words, learnt, first = {}, [], len(tables[0])
+    room = model.encoders[0].tokenizer.length - 2
     for file in files:
         names, vectors = read_embedding(file, [table.shape[1] for table in tables], room)
         words |= dict.fromkeys(names, [*range(first, first + len(vectors[0]))])
         first += len(vectors[0])
-        for rows, more in zip(added, vectors):
-            rows.append(more)
-    tables = [concat(table.T, *(array_like(table, more).T for more in rows)).T
-              for table, rows in zip(tables, added)]
+        learnt.append(vectors)
+    tables = [concat(table.T, *(array_like(table, rows).T for rows in more)).T
+              for table, *more in zip(tables, *learnt)]
 
     encoders = []
     for (tokenizer, config, weights), table in zip(model.encoders, tables):
