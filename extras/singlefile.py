@@ -179,9 +179,8 @@ def sort_out(file):
 
     Of names in no part, the usual ones are not worth a line.
     """
-    ups = map(re.compile(r"first_stage_model\.decoder\.up\.(\d{1,3})\.").match, file)
     downs = map(re.compile(r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.0\.op\.").match, file)
-    levels = len({match[1] for match in ups if match})
+    levels = count(file, "first_stage_model.decoder.up")
     n = max(1, min((int(match[1]) for match in downs if match), default=3))
 
     arrays, others, open_clip = {"text_encoder": {}, "vae": {}, "unet": {}}, [], {}
