@@ -4,11 +4,9 @@ import functools
 import hashlib
 from pathlib import Path
 
-from safetensors import safe_open
-
 import tiny_sd
 from extras import formats
-from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, read_contents
+from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, metadata_of, read_contents
 from tiny_sd import UserError
 
 FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
@@ -112,8 +110,7 @@ def lora_hashes(file):
     """Return the hashes by which the web UI knows a LoRA: of its numbers, and the one inside."""
     if not str(file).endswith(".safetensors"):
         return [file_hash(file)]
-    metadata = safe_open(file, "np").metadata() or {}
-    return [file_hash(file, skip_header=True), metadata.get("sshs_model_hash", "")[:12]]
+    return [file_hash(file, skip_header=True), metadata_of(file).get("sshs_model_hash", "")[:12]]
 
 
 def vae_hash(name):
