@@ -99,7 +99,7 @@ EXAMPLES = """examples:
 
 NUMBER, AMOUNT = {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
 FILE, SWITCH = {"metavar": "FILE"}, {"action": "store_true"}
-FILES = {"action": "append", "default": []}
+REPEATED = {"action": "append", "default": []}
 
 
 def option_parser(**settings):
@@ -132,7 +132,7 @@ def option_parser(**settings):
     add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
     add("--wildcards", metavar="DIR", help="let the seed choose one of {a|b|c}, and for __name__ a "
         "line of name.txt in this folder")
-    add("--styles", nargs=2, metavar=("FILE.csv", "NAME"), **FILES,
+    add("--styles", nargs=2, metavar=("FILE.csv", "NAME"), **REPEATED,
         help="add the prompts of a style, a row of a table; repeatable")
     add("--plain-prompt", **SWITCH, help="take brackets, BREAK and <lora:...> in prompts for words")
 
@@ -143,11 +143,11 @@ def option_parser(**settings):
         help="draw nothing: list what the model can draw, or what of it has WORD in its name")
     add("--models-dir", metavar="DIR",
         help="where to look for files by their names, too: a web UI's folder of models")
-    add("--lora", type=lora, metavar="FILE[:WEIGHT]", **FILES,
+    add("--lora", type=lora, metavar="FILE[:WEIGHT]", **REPEATED,
         help="a LoRA to add, by its file or, in loras/, its name; repeatable")
     add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
         f"{' or '.join(formats.VAES)}, tiny ones (the model's own)")
-    add("--embedding", metavar="FILE", **FILES, help="a textual inversion, a "
+    add("--embedding", metavar="FILE", **REPEATED, help="a textual inversion, a "
         "word for prompts with the name of its file, which may be in embeddings/; repeatable")
     add("--clip-skip", **NUMBER,
         help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
@@ -195,7 +195,7 @@ def option_parser(**settings):
     add("--only-masked", nargs="?", const=32, type=int, metavar="PIXELS",
         help="draw only what is masked and so many pixels around it (32), as large as a picture, "
         "and paste it back")
-    add("--control", nargs=2, metavar=("FILE[:WEIGHT]", "PICTURE"), **FILES,
+    add("--control", nargs=2, metavar=("FILE[:WEIGHT]", "PICTURE"), **REPEATED,
         help="a ControlNet, and the picture that it follows, such as outlines; repeatable")
     add("--control-from", default=0.0, **AMOUNT,
         help="the share of the steps from which it does (%(default)s)")

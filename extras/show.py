@@ -12,10 +12,11 @@ import html
 import inspect
 import math
 import os
-import threading
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
+from threading import get_ident
 from types import SimpleNamespace
 from unittest import mock
 
@@ -77,24 +78,6 @@ def probabilities(q, k):
     return tiny_sd.softmax.formula(q @ k.mT / math.sqrt(q.shape[-1]))
 
 
-class Heard(threading.local):
-    """What one thread heard of the attention so far; each half of guidance may have a thread."""
-
-    def __init__(self):
-        self.calls, self.maps = 0, []
-
-    def see_attention(self, y, q, k, v, causal=False):
-        """Take down whom each pixel asks; of a block's two calls the second is to the words."""
-        self.calls += 1
-        if self.calls % 2 == 0:
-            self.maps.append(probabilities(q, k).mean(1))
-
-    def take(self):
-        """Return the maps, and start over."""
-        maps, self.calls, self.maps = self.maps, 0, []
-        return maps
-
-
 def attention_maps(maps, height, width):
     """Return {(h', w'): (batch, tokens, h', w')}: the attention that each pixel gives each token.
 
@@ -153,16 +136,20 @@ class Film:
         prompt = tiny_sd.to_numpy(context[-1])
 
         def watched(x, t, alpha_bar):
-            heard, answers, n = Heard(), {}, len(x)
+            heard, answers, n = defaultdict(list), {}, len(x)      # by thread, perhaps one a half
+
+            def see_attention(y, q, k, *_, **__):
+                maps = heard[get_ident()]       # of a block's two calls the second is to the words
+                maps.append(probabilities(q, k).mean(1) if len(maps) % 2 else None)
 
             def see_output(y, _model, _x, _t, contexts, *_):
-                maps = heard.take()
+                maps = heard.pop(get_ident(), [])[1::2]
                 for i in range(0, len(y), n):       # torch answers for both contexts at once
                     with_prompt = np.array_equal(tiny_sd.to_numpy(contexts[i]), prompt)
                     _, eps = tiny_sd.split_prediction(kind, y[i:i + n], x, alpha_bar)
                     answers[with_prompt] = eps, [m[i:i + n] for m in maps]
 
-            with watching(predict=see_output, dot_product_attention=heard.see_attention):
+            with watching(predict=see_output, dot_product_attention=see_attention):
                 x_0, eps = denoise(x, t, alpha_bar)
             cond, maps = answers[True]
             push = None

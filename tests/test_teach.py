@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import tiny_sd
 from conftest import ROOT, SCHEDULER, make_unet, same
 from extras import cli, files, formats, like_diffusers, show
-from extras.training import lora, teach
+from extras.training import fitting, lora, teach
 from helpers import CONFIG, contents, drawn, write_model
 from helpers_diffusers import PROMPT, SECOND, drawn_by, same_pictures
 
@@ -62,6 +62,21 @@ def run(pictures, tiny, capsys):
         out, err = capsys.readouterr()
         return status, out.splitlines(), re.findall("tiny_sd: (.*)", err)
     return run
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): do() when step n begins, which the number 0 is the first of."""
+    begin = fitting.begin_step
+
+    def at_step(n, do, patch=monkeypatch):
+        patch.setattr(fitting, "begin_step", lambda rng, seed, step, stage: (
+            do() if step == n else None, begin(rng, seed, step, stage)))
+    return at_step
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
 
 
 def random_pairs(model, rank=3, text=True):
@@ -241,21 +256,14 @@ def test_it_learns(run, tiny):
 
 @pytest.mark.parametrize("options", [(), ("--text", "--flip"), ("--save-memory",),
                                      ("--dtype", "bfloat16")], ids=lambda words: " ".join(words))
-def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch):
-    """Ctrl-C in step 4 of 6, and the same command again, is the same as 6 steps at once."""
+def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch, at_step):
+    """Ctrl-C in step 3 of 6, and the same command again, is the same as 6 steps at once."""
     how = ("--steps", 6, "--rate", 0.01, *options)
     assert run(*how, output="once.safetensors")[0] == 0
-    step = lora.Teaching.step
-
-    def interrupted(teaching):
-        if teaching.steps == 3:
-            raise KeyboardInterrupt
-        return step(teaching)
-
-    monkeypatch.setattr(lora.Teaching, "step", interrupted)
-    status, out, said = run(*how)
+    with monkeypatch.context() as patch:
+        at_step(2, ctrl_c, patch)
+        status, out, said = run(*how)
     assert status == 130 and not out and "step 3 is kept in mine.safetensors.state" in said[0]
-    monkeypatch.setattr(lora.Teaching, "step", step)
     status, out, said = run(*how)
     assert (status, out) == (0, ["mine.safetensors"]) and "going on from step 3" in said[0]
     once, again = load_file("once.safetensors"), load_file("mine.safetensors")
@@ -264,38 +272,41 @@ def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(seconds): teach.py's own clock goes on by so much each time that it is read."""
+    """clock(seconds): the loop's own clock goes on by so much each time that it is read."""
     def tick(seconds):
         times = itertools.count(0.0, seconds)
-        monkeypatch.setattr(teach, "time", SimpleNamespace(monotonic=lambda: next(times)))
+        monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: next(times)))
     return tick
 
 
 def test_what_was_reached_is_kept_every_minute(run, monkeypatch, clock):
     """And the sheet is drawn every five, while it runs; nothing of that is left but the sheet."""
     clock(25)
-    seen, fit = [], teach.fit
-
-    def watched(teaching, keep, draw):
-        fit(teaching, lambda: (seen.append("kept"), keep()),
-            lambda: (seen.append("sheet"), draw()))
-
-    monkeypatch.setattr(teach, "fit", watched)
+    seen, save, sample = [], fitting.State.save, fitting.save_sample
+    monkeypatch.setattr(fitting.State, "save", lambda *args: (seen.append("kept"), save(*args)))
+    monkeypatch.setattr(fitting, "save_sample",
+                        lambda *args: (seen.append("sheet"), sample(*args)))
     assert run("--steps", 30)[0] == 0
-    assert (seen.count("kept"), seen.count("sheet")) == (10, 2)
+    assert (seen.count("kept"), seen.count("sheet")) == (13, 2)
 
 
-def test_minutes_end_it(run, monkeypatch, clock):
+@pytest.fixture
+def progress(monkeypatch):
+    """How much was done when each step began."""
+    seen, advance = [], fitting.advance
+    monkeypatch.setattr(fitting, "advance", lambda bar, optimizer, *others: (
+        seen.append(optimizer.progress), advance(bar, optimizer, *others)))
+    return seen
+
+
+def test_minutes_end_it(run, clock, progress):
     clock(10)
-    steps, step = [], lora.Teaching.step
-    monkeypatch.setattr(lora.Teaching, "step", lambda t: (steps.append(t.progress), step(t))[1])
     assert run("--minutes", 1)[0] == 0
-    assert steps == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert progress == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
-def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
-    monkeypatch.setattr(lora.Teaching, "step", lambda teaching: (_ for _ in ()).throw(
-        KeyboardInterrupt))
+def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch, at_step):
+    at_step(0, ctrl_c)
     assert run("--steps", 2)[0] == 130
     monkeypatch.undo()
     monkeypatch.chdir(pictures.parent)
@@ -305,9 +316,9 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch):
     (pictures / "0.txt").write_text("red apple")
     status, _, (line,) = run("--steps", 2)
     assert status == 2 and "was begun with other options, captions or weights" in line
-    Path("mine.safetensors.state/reached.pt").write_bytes(b"PK")
+    Path("mine.safetensors.state/teaching.pt").write_bytes(b"PK")
     status, _, (line,) = run("--steps", 2)
-    assert status == 2 and "mine.safetensors.state/reached.pt cannot be read, remove it" in line
+    assert status == 2 and "mine.safetensors.state/teaching.pt is not whole: remove it" in line
 
 
 def test_the_sheet_shows_it_without_and_with(run, tiny):
@@ -324,20 +335,19 @@ def test_the_sheet_shows_it_without_and_with(run, tiny):
     assert np.abs(before - after).mean() > 5
 
 
-def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock):
+def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock, progress):
     """Ten minutes of drawing what it knows take nothing of a minute of teaching."""
     clock(10)
-    lessons, steps, step = teach.lessons, [], lora.Teaching.step
+    lessons = teach.lessons
 
     def slow(*args):
         for _ in range(60):
-            teach.time.monotonic()
+            fitting.time.monotonic()
         return lessons(*args)
 
     monkeypatch.setattr(teach, "lessons", slow)
-    monkeypatch.setattr(lora.Teaching, "step", lambda t: (steps.append(t.progress), step(t))[1])
     assert run("--minutes", 1)[0] == 0
-    assert steps == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert progress == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
 def test_the_bar_says_step_steps_expected_and_loss(pictures, tiny, clock, capsys):
@@ -377,18 +387,11 @@ def test_what_is_drawn_is_drawn_by_numpy(run, monkeypatch):
 
 
 @pytest.fixture
-def stopped(run, monkeypatch):
+def stopped(run, monkeypatch, at_step):
     """stopped(): a run that Ctrl-C ended in step 2 of 4."""
     def stopped():
-        step = lora.Teaching.step
-
-        def interrupted(teaching):
-            if teaching.steps == 1:
-                raise KeyboardInterrupt
-            return step(teaching)
-
         with monkeypatch.context() as patch:
-            patch.setattr(lora.Teaching, "step", interrupted)
+            at_step(1, ctrl_c, patch)
             assert run("--steps", 4)[0] == 130
     return stopped
 
@@ -403,30 +406,20 @@ def test_a_picture_made_in_between_is_kept(run, stopped):
     assert not Path("mine.safetensors.state").exists()
 
 
-def test_files_that_came_while_it_ran_are_kept(run, monkeypatch):
-    step = lora.Teaching.step
-
-    def meanwhile(teaching):
+def test_files_that_came_while_it_ran_are_kept(run, at_step):
+    def meanwhile():
         Path("mine.png").write_text("the user's")
         Path("mine.safetensors").symlink_to("nowhere")
-        return step(teaching)
 
-    monkeypatch.setattr(lora.Teaching, "step", meanwhile)
+    at_step(0, meanwhile)
     assert run("--steps", 1)[:2] == (0, ["mine-1.safetensors"])
     assert Path("mine.png").read_text() == "the user's" and Path("mine.safetensors").is_symlink()
     assert Image.open("mine-1.png").size
 
 
-def test_the_sheets_on_the_way_replace_no_picture(run, monkeypatch, clock):
+def test_the_sheets_on_the_way_replace_no_picture(run, at_step, clock):
     clock(100)
-    step = lora.Teaching.step
-
-    def meanwhile(teaching):
-        if teaching.steps == 1:
-            Path("mine.png").write_text("the user's")
-        return step(teaching)
-
-    monkeypatch.setattr(lora.Teaching, "step", meanwhile)
+    at_step(1, lambda: Path("mine.png").write_text("the user's"))
     assert run("--steps", 8)[0] == 0
     assert Path("mine.png").read_text() == "the user's" and Image.open("mine-1.png").size
 
@@ -469,13 +462,14 @@ def full_disk(room=0):
     (never, 130, "interrupted"), (not_finite, 2, "mine.safetensors is written, but not its sheet"),
     (None, 2, "mine.safetensors is written, but not its sheet: mine.png cannot be written")])
 def test_what_ends_the_last_sheet_loses_nothing(spoilt, status, said, run, monkeypatch):
-    generate, fit = spoilt or like_diffusers.generate, teach.fit
+    generate, train = spoilt or like_diffusers.generate, lora.train
     with contextlib.ExitStack() as stack:
         def then_spoilt(*args):
-            fit(*args)
+            found = train(*args)
             monkeypatch.setattr(like_diffusers, "generate", generate)
+            return found
 
-        monkeypatch.setattr(teach, "fit", then_spoilt)
+        monkeypatch.setattr(lora, "train", then_spoilt)
         if spoilt is None:
             take = files.take_free_name
 
@@ -492,14 +486,15 @@ def test_what_ends_the_last_sheet_loses_nothing(spoilt, status, said, run, monke
 
 def test_a_sheet_on_the_way_that_cannot_be_drawn_is_passed_over(run, monkeypatch, clock):
     clock(100)
-    fit, generate = teach.fit, like_diffusers.generate
+    train, generate = lora.train, like_diffusers.generate
 
     def spoilt_on_the_way(*args):
         monkeypatch.setattr(like_diffusers, "generate", not_finite)
-        fit(*args)
+        found = train(*args)
         monkeypatch.setattr(like_diffusers, "generate", generate)
+        return found
 
-    monkeypatch.setattr(teach, "fit", spoilt_on_the_way)
+    monkeypatch.setattr(lora, "train", spoilt_on_the_way)
     status, out, lines = run("--steps", 8)
     assert (status, out) == (0, ["mine.safetensors"])
     assert [line for line in lines if "there is no sheet this time: the picture is not" in line]
@@ -507,11 +502,11 @@ def test_a_sheet_on_the_way_that_cannot_be_drawn_is_passed_over(run, monkeypatch
 
 def test_a_full_disk_is_one_line_and_what_was_kept_stays(run, stopped):
     stopped()
-    kept = Path("mine.safetensors.state/reached.pt").read_bytes()
+    kept = Path("mine.safetensors.state/teaching.pt").read_bytes()
     with full_disk(1000):
         status, out, lines = run("--steps", 4)
     assert (status, out) == (2, []) and lines[-1].startswith(
-        "mine.safetensors.state/reached.pt cannot be written: ")
+        "mine.safetensors.state/teaching.pt cannot be written: ")
     assert {*contents("mine.safetensors.state").values()} == {kept}
     assert run("--steps", 4)[0] == 0
 
@@ -547,10 +542,11 @@ def other_shapes(model):
 
 
 @pytest.mark.parametrize("change", [other_values, other_shapes])
-def test_a_model_that_was_replaced_is_not_gone_on_with(change, run, tiny, tmp_path, monkeypatch):
+def test_a_model_that_was_replaced_is_not_gone_on_with(change, run, tiny, tmp_path, monkeypatch,
+                                                       at_step):
     model = shutil.copytree(tiny, tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(lora.Teaching, "step", never)
+        at_step(0, ctrl_c, patch)
         assert run("--steps", 4, model=model)[0] == 130
     change(model)
     status, _, (line,) = run("--steps", 4, "--rate", 0.0125, model=model)
@@ -558,15 +554,14 @@ def test_a_model_that_was_replaced_is_not_gone_on_with(change, run, tiny, tmp_pa
 
 
 def test_a_lora_that_is_not_finite_is_not_written(run, monkeypatch):
-    step = lora.Teaching.step
+    advance = fitting.advance
 
-    def spoilt(teaching):
-        loss = step(teaching)
-        if teaching.steps == 2:
-            teaching.matrices[0].data[0, 0] = math.inf
-        return loss
+    def spoilt(bar, optimizer, *others):
+        advance(bar, optimizer, *others)
+        if optimizer.taken == 2:
+            next(iter(optimizer.params.values())).data[0, 0] = math.inf
 
-    monkeypatch.setattr(lora.Teaching, "step", spoilt)
+    monkeypatch.setattr(fitting, "advance", spoilt)
     status, out, lines = run("--steps", 2)
     assert (status, out) == (2, []) and "the LoRA is not finite after 2 steps" in lines[-1]
     assert not Path("mine.safetensors").exists()
@@ -694,7 +689,7 @@ def there(name):
     (unending("../keep", "/dev/zero"), "keep is larger"),
     (unending("../mine.safetensors"), "mine.safetensors is there already"),
     (unending("../mine.safetensors.state"), "mine.safetensors.state is not a folder"),
-    (unending("../mine.safetensors.state/reached.pt"), "reached.pt is not a file"),
+    (unending("../mine.safetensors.state/teaching.pt"), "teaching.pt is not a file"),
     (there("mine.safetensors"), "mine.safetensors is there already"),
     (there("mine.png"), "mine.png is there already"),
     (lambda _: ("--rank", "0"), "--rank 0 is not from 1 to 1024"),

@@ -617,7 +617,7 @@ def test_ctrl_c(tmp_path):
     done = launch(SIGNALLED.format(after=1, name="SIGINT") + "sys.exit(train.main())",
                   *arguments("vae", tmp_path, "--steps", 4))
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert f"train.py: vae: stopped at step 2, kept in {tmp_path / 'vae.pt'}; " in done.stderr
+    assert f"tiny_sd: step 2 is kept in {tmp_path / 'vae.pt'}: the same comm" in done.stderr
     assert saved(tmp_path, "vae")["step"] == 2
     train("vae", tmp_path, "--steps", 3)
     assert saved(tmp_path, "vae")["step"] == 3

@@ -275,17 +275,25 @@ def teaching(args, folder):
     import numpy as np
 
     from extras import formats
-    from extras.training import lora, teach
+    from extras.training import fitting, teach, lora  # isort: skip  (no torch before BLAS is set up)
+    import torch
 
     def call(*options):
         model = formats.load(folder, "torch", args.device, args.dtype)
-        model.vae = None
+        model.vae, rng = None, np.random.default_rng()
         how = teach.parse_arguments([
             str(folder), "-o", "none.safetensors", "--dtype", args.dtype, "--device", args.device,
             "--steps", "100", "--rate", "1e-4", "-b", str(args.batch), *options])
-        latents = inputs(args)[0][:1]
-        taught = lora.Teaching(model, latents, [PROMPT], how)
-        return lambda: np.array(taught.step())
+        adapted, pairs = lora.adapt(model, how.rank)
+        optimizer = lora.optimizer_of(pairs, how)
+        losses = lora.losses(adapted, optimizer, inputs(args)[0][:1], [PROMPT], how, rng)
+
+        def step():
+            fitting.begin_step(rng, how.seed, optimizer.taken, "teaching")
+            with torch.autocast(args.device, getattr(torch, args.dtype),
+                                enabled=args.dtype != "float32"):
+                return np.array(next(losses))
+        return step
     return {"step": call(), "lean step": call("--save-memory")}
 
 
@@ -297,6 +305,8 @@ def peft(args, folder):
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from extras.training import fitting
     torch.set_num_threads(cores())
     dtype = getattr(torch, args.dtype)
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
@@ -307,23 +317,20 @@ def peft(args, folder):
     def call(lean):
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
         unet.to(args.device).requires_grad_(False)
-        names = [f"{name}.{inner}" for name, module in unet.named_modules()
-                 if type(module).__name__ == "Transformer2DModel"
-                 for inner, layer in module.named_modules()
-                 if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
-        unet.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian",
-                                    target_modules=names))
+        unet.add_adapter(LoraConfig(
+            r=8, lora_alpha=8, init_lora_weights="gaussian",
+            target_modules=r".*\.attentions\..*(proj\w*|to_[qkv]|to_out\.0|net\.2)"))
         cast_training_params(unet, torch.float32)
         if lean:
             unet.enable_gradient_checkpointing()
             unet.train()
         matrices = [p for p in unet.parameters() if p.requires_grad]
         optimizer, steps = torch.optim.AdamW(matrices, 1e-4), itertools.count()
-        x_0 = np.repeat(inputs(args)[0][:1], args.batch, 0)
+        rng, x_0 = np.random.default_rng(), np.repeat(inputs(args)[0][:1], args.batch, 0)
 
         def step():
-            rng = np.random.default_rng([0, next(steps)])       # draws what lora.Teaching.step does
-            rng.integers(1, size=args.batch)
+            fitting.begin_step(rng, 0, next(steps), "teaching")
+            rng.integers(1, size=args.batch)        # which pictures; then as tiny_sd.train draws
             captions = ["" if rng.random() < 0.1 else PROMPT for _ in x_0]
             t = torch.from_numpy(rng.integers(1000, size=args.batch)).to(args.device)
             x, noise = (torch.from_numpy(a).movedim(-1, 1).to(args.device, dtype)

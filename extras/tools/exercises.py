@@ -19,7 +19,7 @@ import numpy as np
 
 import tiny_sd
 from extras import show
-from extras.shapes import unet_shapes
+from extras.tools import models
 
 # ── Solutions ───────────────────────────────────────────────────────────────────────────────────
 
@@ -108,25 +108,19 @@ def check_guide_both_ways(solution):
         assert np.allclose(found, expected)
 
 
-SD1 = {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "attention_head_dim": 8,
-       "cross_attention_dim": 8, "norm_num_groups": 32, "in_channels": 4, "out_channels": 4,
-       "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-       "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}     # a tenth of the channels
-
-
 def check_every_shape(solution):
     """Against what the program's U-Net computes, with a tenth of Stable Diffusion's channels."""
     shapes, scores = solution()
     program, convolved, blocks, asked = change(), [], [], []
     weights = {name: np.zeros([shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape,
                               np.float32) for name, shape in
-               tiny_sd.flatten(unet_shapes(tiny_sd.read_config("unet", SD1))).items()}
+               models.shapes_of("unet", models.sd15(32)["unet"]).items()}
     with show.watching(
             program, conv2d=lambda y, *_, **__: convolved.append(y.shape),
             resnet=lambda y, *_, **__: blocks.append(y.shape),
             dot_product_attention=lambda y, q, k, *_: asked.append(q.shape[2] * k.shape[2])):
         program.unet(np.zeros((1, 32, 32, 4), np.float32), np.zeros((1, 128), np.float32),
-                     np.zeros((1, 77, 8), np.float32), [8] * 4, 32, **program.nest(weights))
+                     np.zeros((1, 77, 64), np.float32), [8] * 4, 32, **program.nest(weights))
     last_of_level = [1, 3, 5, 7, 9, 12, 15, 18, 21]     # of 2 blocks each, 2, and 3 each
     expected = [convolved[0], *(blocks[i] for i in last_of_level)]
     assert [tuple(shape) for shape in shapes] == [(h, w, 10 * c) for _, h, w, c in expected]

@@ -28,18 +28,10 @@ WORDS = json.loads(read_text(Path(__file__).with_name("words.json")))
 TABLES, ROLES = WORDS["drawings"], WORDS["roles"]
 
 
-class DrawingSet(NamedTuple):
-    """One set of drawings: the word that captions use for its style, and its npm package."""
-    word: str
-    package: str
-    version: str
-
-
-SETS = (DrawingSet("noto", "noto", "1.2.9"), DrawingSet("blob", "noto-v1", "1.2.5"),
-        DrawingSet("shaded", "fluent-emoji", "1.2.7"),
-        DrawingSet("flat", "fluent-emoji-flat", "1.2.6"),
-        DrawingSet("twemoji", "twemoji", "1.2.5"), DrawingSet("firefox", "fxemoji", "1.2.2"))
-STYLES = [drawing_set.word for drawing_set in SETS]
+# The word that captions use for a set's style, and its npm package.
+SETS = {"noto": "noto@1.2.9", "blob": "noto-v1@1.2.5", "shaded": "fluent-emoji@1.2.7",
+        "flat": "fluent-emoji-flat@1.2.6", "twemoji": "twemoji@1.2.5", "firefox": "fxemoji@1.2.2"}
+STYLES = [*SETS]
 LARGEST = 2 ** 24       # bytes of a file in the zip, unpacked
 
 
@@ -76,8 +68,8 @@ def read_icons(folder):
 
 def install_sets(folder):
     """Put the npm packages of SETS into folder, unless they are there; return where each is."""
-    paths = [folder / "node_modules/@iconify-json" / s.package for s in SETS]
-    wanted = [f"@iconify-json/{s.package}@{s.version}" for s in SETS]
+    wanted = [f"@iconify-json/{package}" for package in SETS.values()]
+    paths = [folder / "node_modules" / name.rpartition("@")[0] for name in wanted]
     if not all((path / "icons.json").exists() for path in paths):
         if not shutil.which("npm"):
             raise UserError("npm is missing: install it (Debian: apt install npm), or give --data "
@@ -170,7 +162,7 @@ def render(data, packages):
 
     packages: the folder for the npm packages, which are installed there if they are missing."""
     folders = install_sets(packages)
-    icons = {s.word: read_icons(folder) for s, folder in zip(SETS, folders)}
+    icons = {style: read_icons(folder) for style, folder in zip(SETS, folders)}
     categories = {name: category for category, names in
                   json.loads(read_text(folders[0] / "metadata.json"))["categories"].items()
                   for name in names}

@@ -1,11 +1,12 @@
-"""The training loop of all stages, in one process or several; it resumes.
+"""The training loop of all stages, and of a LoRA, in one process or several; it resumes.
 
-    optimizer = Optimizer(parameters, rate, schedule)
+    optimizer = Optimizer(parameters, schedule)
     losses = minimize(loss, optimizer, batches)     or tiny_sd.train(model, optimizer, batches, ...)
     fit(stage, optimizer, losses, rng, schedule, state)
 """
 
 import contextlib
+import io
 import math
 import os
 import signal
@@ -21,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from extras.files import replace_atomically
-from tiny_sd import UserError, require
+from extras.start import SIGNALS
+from tiny_sd import UserError, require, tell
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,10 +139,10 @@ class Optimizer:
     """Muon for the matrices inside a network and AdamW for the rest, over all processes.
 
     params: {name: tensor}, which change in place. It keeps their running average, and sets the
-    rate by the schedule; fit() sets progress.
+    rate by the schedule; fit() sets progress. parts: optimizers instead of those two.
     """
 
-    def __init__(self, params, schedule):
+    def __init__(self, params, schedule, parts=None):
         self.params, self.schedule = params, schedule
         self.taken, self.progress = 0, 0.0
         self.mean = {name: p.detach().clone() for name, p in params.items()}
@@ -148,7 +150,7 @@ class Optimizer:
         rest = [p for p in params.values() if all(p is not q for q in inner)]
         for p in params.values():
             p.requires_grad_()
-        self.parts = [Muon(inner, {"lr": 0.0}), torch.optim.AdamW(
+        self.parts = parts or [Muon(inner, {"lr": 0.0}), torch.optim.AdamW(
             rest, 0.0, (0.9, 0.99), weight_decay=0.0, fused=True)]
 
     def zero_grad(self):
@@ -183,13 +185,49 @@ class Optimizer:
             for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
                 part.load_state_dict(saved)
         except Exception as error:      # of whatever kind torch raises
-            raise UserError(f"what was kept does not fit: {error}. Name another --state") from None
+            raise UserError(f"what was kept does not fit, remove it: {error}") from None
         self.taken = checkpoint["step"]
 
     def checkpoint(self):
         return {"params": {name: p.detach() for name, p in self.params.items()},
                 "mean": self.mean, "step": self.taken,
                 "optimizers": [part.state_dict() for part in self.parts]}
+
+
+class State:
+    """The folder of what training keeps, and the device to load it to.
+
+    STAGE.pt: {"params": {name: tensor}, "mean": their running average, "optimizers", "step",
+    "seconds", "losses"}.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device = folder, device
+
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+
+    def load(self, stage):
+        """What a stage kept, or nothing."""
+        path = self.path(stage)
+        if not path.exists():
+            return {}
+        try:
+            kept = torch.load(path, map_location=self.device, weights_only=True)
+            whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
+            whole = whole and math.isfinite(sum(kept["losses"])) and all(
+                isinstance(p, torch.Tensor) for part in ("params", "mean")
+                for p in kept[part].values())
+        except Exception as error:      # of whatever kind torch and pickle raise
+            raise UserError(f"{path} is not whole: remove it ({str(error)[:100]})") from None
+        require(whole, f"{path} was not kept by this program: remove it")
+        return kept
+
+    def save(self, stage, checkpoint):
+        whole = io.BytesIO()    # torch itself answers a full disk with an abort
+        torch.save(checkpoint, whole)
+        with replace_atomically(self.path(stage)) as temporary:
+            temporary.write_bytes(whole.getbuffer())
 
 
 # ── The loop ────────────────────────────────────────────────────────────────────────────────────
@@ -204,48 +242,56 @@ def minimize(loss, optimizer, batches):
         yield value.item()
 
 
-def fit(stage, optimizer, losses, rng, schedule, state, show=None):
-    """Draw from losses, each of which takes a step, until the schedule ends.
+def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
+    """Draw from losses, each of which takes a step, until the schedule ends; return the seconds.
 
     rng: what losses draws its batches by; it begins each step at a state of the step's own, so
-    that a training that resumes takes the same steps. show() -> a picture for STATE/stage.png.
+    that a training that resumes takes the same steps. show() -> a picture for STATE/stage.png, for
+    at most a tenth of the time. dtype: to compute in, instead of the faster one.
     """
     kept = state.load(stage)
     if kept:
         optimizer.restore(kept)
     record = {"losses": kept.get("losses", []), "seconds": kept.get("seconds", 0.0)}
     begun, stop = time.monotonic() - record["seconds"], False
-    to_keep, to_show = Timer(schedule.keep_every), Timer(schedule.show_every)
+    to_keep, to_show = (record["seconds"] + n for n in (schedule.keep_every, schedule.show_every))
+    dtype = dtype or (torch.bfloat16 if bfloat16_pays(state.device) else torch.float32)
 
     def keep():
         if process()[0] == 0:
             state.save(stage, optimizer.checkpoint() | record)
 
-    with interruptible() as pressed, progress_bar(stage, optimizer, record, schedule) as bar:
+    with signals_wait() as caught, progress_bar(stage, optimizer) as bar:
         while not stop and schedule.progress(optimizer.taken, record["seconds"]) < 1:
             optimizer.progress = schedule.progress(optimizer.taken, record["seconds"])
             begin_step(rng, schedule.seed, optimizer.taken, stage)
-            with torch.autocast(state.device, torch.bfloat16, enabled=bfloat16_pays(state.device)):
+            with torch.autocast(state.device, dtype, enabled=dtype != torch.float32):
                 loss = next(losses)
-            record["seconds"], loss, stop = agree(state.device, time.monotonic() - begun, loss,
-                                                  bool(pressed))
+            now, loss, stop = agree(state.device, time.monotonic() - begun, loss, bool(caught))
+            record["seconds"] = now
             record["losses"].append(loss)
             require(math.isfinite(loss), f"{stage}: the loss is {loss} at step {optimizer.taken}; "
                     "lower --rate and run it again, which resumes from what was kept before")
             advance(bar, optimizer, record, schedule)
-            if to_keep.due():
+            to_draw = show and now > to_show
+            if now > to_keep or to_draw:
                 keep()
-            if show and to_show.due():
+                to_keep = now + schedule.keep_every
+            if to_draw:
                 save_sample(stage, state, show)
+                took = time.monotonic() - begun - now
+                to_show = now + max(schedule.show_every, 10 * took)
 
     keep()
     if dist.is_initialized():       # the next stage reads what the first process kept
         dist.barrier()
     if stop:
-        raise Stopped(f"{stage}: stopped at step {optimizer.taken}, kept in {state.path(stage)}; "
-                      "the same command resumes from there")
-    if show:
-        save_sample(stage, state, show)
+        tell(f"step {optimizer.taken} is kept in {state.path(stage)}: the same command resumes "
+             "from there")
+        for number in caught[:1]:
+            signal.raise_signal(number)
+        raise KeyboardInterrupt     # of another process
+    return record["seconds"]
 
 
 def begin_step(rng, seed, step, stage):
@@ -272,55 +318,50 @@ def agree(device, seconds, loss, stop):
 
 
 @contextlib.contextmanager
-def interruptible():
-    """Yield a list that is empty until Ctrl-C is pressed; a second Ctrl-C stops at once."""
-    pressed = []
+def signals_wait():
+    """Yield a list for the signal that would end the program here; a second one does.
 
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)
+    So what is kept is always a whole step.
+    """
+    caught = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    before = signal.signal(signal.SIGINT, press)
+    def catch(number, _):
+        caught.append(number)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:       # as under nohup
+            signal.signal(number, catch)
     try:
-        yield pressed
+        yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
-class Stopped(Exception):
-    """Training was stopped by Ctrl-C, with all kept."""
-
-
-class Timer:
-    """Something that is due every so many seconds."""
-
-    def __init__(self, seconds):
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def due(self):
-        if time.monotonic() - self.last <= self.seconds:
-            return False
-        self.last = time.monotonic()
-        return True
-
-
-def progress_bar(stage, optimizer, record, schedule):
-    reached = optimizer.taken if schedule.steps else record["seconds"]
-    return tqdm(total=round(schedule.goal), initial=round(reached), desc=stage,
-                disable=process()[0] > 0, unit="step" if schedule.steps else "s",
+def progress_bar(stage, optimizer):
+    return tqdm(initial=optimizer.taken, desc=stage, disable=process()[0] > 0, unit="step",
                 mininterval=1 if sys.stderr.isatty() else 20)
 
 
 def advance(bar, optimizer, record, schedule):
-    recent = np.mean(record["losses"][-200:])
-    bar.set_postfix_str(f"step {optimizer.taken}, loss {recent:.4f}", refresh=False)
-    bar.update(round(optimizer.taken if schedule.steps else record["seconds"]) - bar.n)
+    done = schedule.progress(optimizer.taken, record["seconds"]) or 1
+    bar.total = max(optimizer.taken, round(optimizer.taken / done))
+    bar.set_postfix_str(f"loss {np.mean(record['losses'][-100:]):.4f}", refresh=False)
+    bar.update()
 
 
 def save_sample(stage, state, show):
-    """Write STATE/stage.png."""
+    """Write STATE/stage.png, if that is possible."""
     if process()[0] == 0:
-        save_picture(show(), state.folder / f"{stage}.png")
+        try:
+            save_picture(show(), state.folder / f"{stage}.png")
+        except (UserError, MemoryError, RuntimeError) as error:     # which torch has for memory
+            tell(f"there is no sheet this time: {error}")
 
 
 def save_picture(picture, path):

@@ -1,15 +1,13 @@
 """A LoRA: beside each matrix W of a network two narrow ones, of which W + B A is made, in training.
 
-Only B (out, r) and A (r, in) are trained (Hu et al., 2021), by tiny_sd.train. teach.py is the
-program.
+Only B (out, r) and A (r, in) are trained (Hu et al., 2021), by tiny_sd.train in the loop of
+fitting.py. teach.py is the program.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import math
-import signal
 import zlib
 from unittest import mock
 
@@ -20,8 +18,8 @@ from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
 import tiny_sd
-from extras.start import SIGNALS
-from tiny_sd import UserError, flatten, nest, require, to_numpy
+from extras.training import fitting
+from tiny_sd import flatten, nest, require, tell, to_numpy
 
 # ── W + B A ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,6 +98,11 @@ def kohya(model, pairs):
     return arrays
 
 
+def file_of(model, pairs):
+    """Return the bytes of a .safetensors with what was learnt."""
+    return save(kohya(model, pairs), METADATA)
+
+
 def drawable(model, device):
     """Return a model to draw with, where W + B A is one array.
 
@@ -130,113 +133,77 @@ def recomputed(*names):
     return mock.patch.multiple(tiny_sd, **forms) if forms else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def signals_wait():
-    """Let a signal that would end the program wait until this block is done."""
-    caught = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number))
-              for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in caught[:1]:
-            signal.raise_signal(number)
+class Schedule(fitting.Schedule):
+    """One whose learning rate goes up during twenty steps, then down along a cosine."""
+
+    def rate_at(self, step, progress):
+        return self.rate * min(1, (step + 1) / 20) * math.cos(progress * math.pi / 2)
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW whose steps a signal does not break off: what is kept then is always a whole step."""
+class State(fitting.State):
+    """The folder of what was reached, and the facts that must be the same to go on from there."""
 
-    def step(self):
-        """Take a step."""
-        with signals_wait():
-            super().step()
+    def __init__(self, folder, device, facts):
+        super().__init__(folder, device)
+        self.facts = facts
+
+    def load(self, stage):
+        kept = super().load(stage)
+        if kept:
+            require(kept.get("facts") == self.facts, f"{self.path(stage)} was begun with other "
+                    "options, captions or weights: go on with those, or remove it")
+            tell(f"going on from step {kept['step']}")
+        return kept
+
+    def save(self, stage, checkpoint):
+        require(all(p.isfinite().all() for p in checkpoint["params"].values()), "the LoRA is not "
+                f"finite after {checkpoint['step']} steps: begin again with a lower --rate, and "
+                "without what was kept")
+        super().save(stage, checkpoint | {"facts": self.facts})
 
 
-class Teaching:
-    """A LoRA in training: what changes from step to step, and how it is kept."""
+def facts(model, pairs, captions, args):
+    """Return what must be the same to go on: options, captions, and the model's weights."""
+    names = ("rank", "text", "seed", "batch_size", "rate", "width", "height", "dtype")
+    unet = flatten(model.unet)
+    rows = [to_numpy(unet[name].reshape(len(unet[name]), -1)[0]) for part, name in pairs
+            if part == "unet"]
+    return {name: str(getattr(args, name)) for name in names} | {
+        "captions": captions, "model": zlib.crc32(np.concatenate(rows)),
+        "shapes": [[*p.shape] for pair in pairs.values() for p in pair]}
 
-    def __init__(self, model, latents, captions, args):
-        self.latents = torch.from_numpy(latents).to(args.device, torch.float32)
-        self.model, self.captions, self.args, self.seconds = model, captions, args, 0.0
-        self.adapted, self.pairs = adapt(model, args.rank, args.text, args.seed)
-        self.matrices = [p for pair in self.pairs.values() for p in pair]
-        self.optimizer = AdamW(self.matrices)
 
-    @property
-    def steps(self):
-        """How many steps were taken, as the optimizer counts them."""
-        return next((int(state["step"]) for state in self.optimizer.state.values()), 0)
+def optimizer_of(pairs, args):
+    """Return AdamW for the pairs, as fitting.fit takes it."""
+    params = {f"{part}.{name}.{side}": p for (part, name), pair in pairs.items()
+              for side, p in zip(("down", "up"), pair)}
+    schedule = Schedule(minutes=args.minutes, steps=args.steps, rate=args.rate, seed=args.seed,
+                        show_every=300)
+    return fitting.Optimizer(params, schedule, [torch.optim.AdamW(params.values())])
 
-    @property
-    def progress(self):
-        """How much of it is done, 0 to 1."""
-        if self.args.steps:
-            return self.steps / self.args.steps
-        return self.seconds / (60 * self.args.minutes)
 
-    def autocast(self):
-        """Return a context in which torch computes in the dtype asked for."""
-        dtype = getattr(torch, self.args.dtype)
-        return torch.autocast(self.args.device, dtype, enabled=dtype != torch.float32)
-
-    def step(self):
-        """Take one step of tiny_sd.train, which depends on the seed and its number alone.
-
-        Returns the loss.
-        """
-        n, args = self.steps, self.args
-        for group in self.optimizer.param_groups:       # up over 20 steps, then down along a cosine
-            group["lr"] = args.rate * min(1, (n + 1) / 20) * math.cos(self.progress * math.pi / 2)
-        with self.autocast(), recomputed(*("resnet", "transformer") * args.save_memory):
-            rng = np.random.default_rng([args.seed, n])
-            batches = tiny_sd.random_batches(self.latents, self.captions, args.batch_size, rng)
-            loss = next(tiny_sd.train(self.adapted, self.optimizer, batches, rng))
+def losses(adapted, optimizer, latents, captions, args, rng):
+    """Yield the loss of each step of tiny_sd.train; what batches hold is drawn by rng."""
+    latents = torch.from_numpy(latents).to(args.device, torch.float32)
+    batches = tiny_sd.random_batches(latents, captions, args.batch_size, rng)
+    steps = tiny_sd.train(adapted, optimizer, batches, rng)
+    while True:
+        n = optimizer.taken
+        with recomputed(*("resnet", "transformer") * args.save_memory):
+            loss = next(steps)
         require(math.isfinite(loss), f"the loss is {loss} at step {n}: begin again with a lower "
                 "--rate, and without what was kept of this")
-        return loss
+        yield loss
 
-    def facts(self):
-        """Return what must be the same to go on: options, captions, and the model's weights."""
-        names = ("rank", "text", "seed", "batch_size", "rate", "width", "height", "dtype")
-        weights = [flatten(self.adapted.unet)[name].weight for part, name in self.pairs
-                   if part == "unet"]
-        rows = [to_numpy(weight.reshape(len(weight), -1)[0]) for weight in weights]
-        return {name: str(getattr(self.args, name)) for name in names} | {
-            "captions": self.captions, "model": zlib.crc32(np.concatenate(rows)),
-            "shapes": [[*p.shape] for p in self.matrices]}
 
-    def check(self):
-        """UserError if training has failed."""
-        require(all(p.isfinite().all() for p in self.matrices), f"the LoRA is not finite after "
-                f"{self.steps} steps: begin again with a lower --rate, and without what was kept")
+def train(model, adapted, pairs, latents, captions, args, folder, show):
+    """Train the pairs, in place; return how many steps were taken, in how many seconds.
 
-    def lora(self):
-        """Return the bytes of a .safetensors with what was learnt."""
-        self.check()
-        return save(kohya(self.model, self.pairs), METADATA)
-
-    def kept(self):
-        """Return, as bytes, all that restore() needs."""
-        self.check()
-        file = io.BytesIO()     # torch.save has an error of its own for a full disk
-        torch.save({"facts": self.facts(), "matrices": self.matrices, "seconds": self.seconds,
-                    "optimizer": self.optimizer.state_dict()}, file)
-        return file.getvalue()
-
-    def restore(self, file):
-        """Go on from what was kept in a file; UserError if that was begun otherwise."""
-        try:
-            kept = torch.load(file, self.args.device, weights_only=True)
-            same = kept["facts"] == self.facts()
-            if same:
-                for p, values in zip(self.matrices, kept["matrices"], strict=True):
-                    p.data.copy_(values)
-                self.optimizer.load_state_dict(kept["optimizer"])
-                self.seconds = float(kept["seconds"])
-        except Exception as error:      # of whatever kind torch raises
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{file} cannot be read, remove it: {reason}") from None
-        require(same, f"{file} was begun with other options, captions or weights: go on with "
-                      "those, or remove it")
+    folder: for what was reached, and for a picture by show() now and then.
+    """
+    optimizer, rng = optimizer_of(pairs, args), np.random.default_rng()
+    state = State(folder, args.device, facts(model, pairs, captions, args))
+    seconds = fitting.fit(
+        "teaching", optimizer, losses(adapted, optimizer, latents, captions, args, rng), rng,
+        optimizer.schedule, state, show, getattr(torch, args.dtype))
+    return optimizer.taken, seconds

@@ -20,7 +20,6 @@ import functools
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does to the command line
@@ -135,7 +134,7 @@ def parse_arguments(argv):
     return args
 
 
-REACHED, SHEET = "reached.pt", "sheet.png"      # in the folder that holds what was reached
+REACHED, SHEET = "teaching.pt", "teaching.png"      # in the folder that holds what was reached
 
 
 def state_of(output):
@@ -189,25 +188,6 @@ def train_from_scratch(args):
 
 # ── What is done for them ───────────────────────────────────────────────────────────────────────
 
-def fit(teaching, keep, draw):
-    """Take all steps; keep what was reached every minute, and draw a sheet now and then."""
-    begun, losses = time.monotonic() - teaching.seconds, []
-    to_keep, to_draw = teaching.seconds + 60, teaching.seconds + 300
-    with tqdm(initial=teaching.steps, unit="step", desc="teaching") as bar:
-        while teaching.progress < 1:
-            losses.append(teaching.step())
-            now = teaching.seconds = time.monotonic() - begun
-            bar.total = max(teaching.steps, round(teaching.steps / (teaching.progress or 1)))
-            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}", refresh=False)
-            bar.update()
-            if now > to_keep:
-                keep()
-                to_keep = now + 60
-            if now > to_draw:       # every five minutes, and for at most a tenth of the time
-                draw()
-                took = time.monotonic() - begun - now
-                to_draw = now + max(300, 10 * took)
-
 
 def say_if_short(steps, minutes):
     """Say how long it should have been, where it can hardly have learnt anything."""
@@ -216,69 +196,38 @@ def say_if_short(steps, minutes):
              f"--minutes {math.ceil(500 * minutes / steps)} would take so many here")
 
 
-def begin(args, pictures, prompts, state):
-    """Return the training of a LoRA, as it was kept or as it begins, and what draws its sheets."""
-    from extras.training import lora  # not above: --help needs no torch
-    model = formats.load(args.model, "torch", args.device, args.dtype)
-    fill_in(args, model)
-    fast.keep_freed_memory()
-    latents, captions = lessons(lora.drawable(model, args.device), pictures, prompts, args)
-    teaching = lora.Teaching(model, latents, captions, args)
-    if (state / REACHED).exists():
-        teaching.restore(state / REACHED)
-        tell(f"going on from step {teaching.steps}")
-
-    @functools.cache
-    def before():
-        return sheet_row(lora.drawable(model, args.device), captions, args)
-
-    def sheet():
-        after = sheet_row(lora.drawable(teaching.adapted, args.device), captions, args)
-        return show.sheet([before(), after], down=["before", "after"])
-
-    return teaching, sheet
-
-
-def show_progress(sheet, state):
-    """Write a sheet, if that is possible."""
-    try:
-        with files.replace_atomically(state / SHEET) as unfinished:
-            sheet().save(unfinished, "PNG")
-    except (UserError, MemoryError, RuntimeError) as error:     # which torch has for memory
-        tell(f"there is no sheet this time: {error}")
-
-
-def finish(teaching, sheet, state):
+def finish(output, lora, sheet, state):
     """Write the LoRA, and its sheet last, since much can happen while that is drawn."""
-    output, lora = teaching.args.output, teaching.lora()
     output = files.save_new(output, lambda file: file.write(lora))
     for file in state / REACHED, state / SHEET, *state.glob(".tiny_sd-*.part"):
         file.unlink(missing_ok=True)
     print(output, flush=True)
     try:
-        files.save_picture(np.asarray(sheet()), output.with_suffix(".png"), "")
+        files.save_picture(sheet(), output.with_suffix(".png"), "")
     except UserError as error:
         raise UserError(f"{output} is written, but not its sheet: {error}") from None
 
 
 def teach(args, pictures, prompts, state):
     """Train a LoRA, and write it and its sheet; state: a folder for what was reached."""
-    teaching, sheet = begin(args, pictures, prompts, state)
+    from extras.training import lora  # not above: --help needs no torch
+    model = formats.load(args.model, "torch", args.device, args.dtype)
+    fill_in(args, model)
+    fast.keep_freed_memory()
+    latents, captions = lessons(lora.drawable(model, args.device), pictures, prompts, args)
+    adapted, pairs = lora.adapt(model, args.rank, args.text, args.seed)
 
-    def keep():
-        kept = teaching.kept()
-        with files.replace_atomically(state / REACHED) as unfinished:
-            unfinished.write_bytes(kept)
+    @functools.cache
+    def before():
+        return sheet_row(lora.drawable(model, args.device), captions, args)
 
-    try:
-        fit(teaching, keep, functools.partial(show_progress, sheet, state))
-    except (KeyboardInterrupt, SystemExit):
-        keep()
-        tell(f"step {teaching.steps} is kept in {state}: the same command resumes from there")
-        raise
-    keep()
-    say_if_short(teaching.steps, teaching.seconds / 60)
-    finish(teaching, sheet, state)
+    def sheet():
+        after = sheet_row(lora.drawable(adapted, args.device), captions, args)
+        return np.asarray(show.sheet([before(), after], down=["before", "after"]))
+
+    steps, seconds = lora.train(model, adapted, pairs, latents, captions, args, state, sheet)
+    say_if_short(steps, seconds / 60)
+    finish(args.output, lora.file_of(model, pairs), sheet, state)
 
 
 def run(argv):

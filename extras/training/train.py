@@ -20,7 +20,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
@@ -51,12 +50,12 @@ from extras.training.fitting import (
     ZERO,
     Optimizer,
     Schedule,
-    Stopped,
     fit,
     initial,
     join_processes,
     minimize,
     process,
+    save_sample,
     share_of_batch,
 )
 from extras.training.folder import (
@@ -125,41 +124,8 @@ class Job(NamedTuple):
 
 # ── The state: what training keeps ──────────────────────────────────────────────────────────────
 
-class State:
-    """The folder of what training keeps, and the device to load it to.
-
-    STAGE.pt: {"params": {name: tensor}, "mean": their running average, "optimizers", "step",
-    "seconds", "losses"}; merges.txt, the tokenizer's; scaling_factor.json, the latents'.
-    """
-
-    def __init__(self, folder, device="cpu"):
-        self.folder, self.device = folder, device
-
-    def path(self, stage):
-        return self.folder / f"{stage}.pt"
-
-    def load(self, stage):
-        """What a stage kept, or nothing."""
-        path = self.path(stage)
-        if not path.exists():
-            return {}
-        try:
-            kept = torch.load(path, map_location=self.device, weights_only=True)
-            whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
-            whole = whole and math.isfinite(sum(kept["losses"])) and all(
-                isinstance(p, torch.Tensor) for part in ("params", "mean")
-                for p in kept[part].values())
-        except Exception as error:      # of whatever kind torch and pickle raise
-            raise UserError(f"{path} is not whole: remove it, or name another --state "
-                            f"({str(error)[:100]})") from None
-        require(whole, f"{path} was not kept by this program: remove it, or name another --state")
-        return kept
-
-    def save(self, stage, checkpoint):
-        whole = io.BytesIO()    # torch itself answers a full disk with an abort
-        torch.save(checkpoint, whole)
-        with replace_atomically(self.path(stage)) as temporary:
-            temporary.write_bytes(whole.getbuffer())
+class State(fitting.State):
+    """And merges.txt, the tokenizer's; scaling_factor.json, the latents'."""
 
     def trained(self, stage, shapes):
         """The averaged {name: tensor} that a stage reached; UserError if they do not fit.
@@ -324,6 +290,12 @@ def parameters(begin, device):
     return {name: p.detach().clone().to(device) for name, p in begin.items()}
 
 
+def train_stage(stage, job, optimizer, losses, rng, show=None):
+    fit(stage, optimizer, losses, rng, job.schedule, job.state, show)
+    if show:
+        save_sample(stage, job.state, show)
+
+
 def train_vae(job):
     setting, schedule, rng = job.setting, job.schedule, np.random.default_rng()
     n, side = share_of_batch("vae", schedule), setting.unet["sample_size"]
@@ -338,8 +310,8 @@ def train_vae(job):
     def loss(picture, eps):
         return tiny_sd.vae_loss(picture, eps, vae, setting.groups, pixels_and_edges)
 
-    fit("vae", optimizer, minimize(loss, optimizer, batches()), rng, schedule, job.state,
-        lambda: before_and_after(job, nest(optimizer.mean)))
+    train_stage("vae", job, optimizer, minimize(loss, optimizer, batches()), rng,
+                lambda: before_and_after(job, nest(optimizer.mean)))
 
 
 @torch.no_grad()
@@ -387,8 +359,8 @@ def train_decoder(job):
     def loss(z, image):
         return pixels_and_edges(tiny_sd.vae_decode(z, decoder, setting.groups), image)
 
-    fit("decoder", optimizer, minimize(loss, optimizer, batches()), rng, schedule, job.state,
-        lambda: before_and_after(job, nest(whole | optimizer.mean)))
+    train_stage("decoder", job, optimizer, minimize(loss, optimizer, batches()), rng,
+                lambda: before_and_after(job, nest(whole | optimizer.mean)))
 
 
 # ── A bank of latents ───────────────────────────────────────────────────────────────────────────
@@ -512,8 +484,7 @@ def train_clip(job):
             text, image = (torch.cat(dist.nn.functional.all_gather(x)) for x in (text, image))
         return tiny_sd.clip_loss(text, image, params["logit_scale"].clip(max=math.log(100)))
 
-    fit("clip", optimizer, minimize(loss, optimizer, bank.batches(n, 32, rng)), rng, schedule,
-        job.state)
+    train_stage("clip", job, optimizer, minimize(loss, optimizer, bank.batches(n, 32, rng)), rng)
     if process()[0] == 0:
         found = retrieval(setting, nest(optimizer.mean), bank)
         print(f"clip: {found:.1%} of the captions find their drawing", file=sys.stderr)
@@ -589,19 +560,14 @@ def train_unet(job):
         return measure.sheet(as_model(job, bank.words, optimizer.mean),
                              measure.sample_prompts(job.things), seeds=(0,), columns=8, steps=12)
 
-    fit("unet", optimizer, losses, rng, schedule, job.state, show)
+    train_stage("unet", job, optimizer, losses, rng, show)
 
 
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
 
-class Stage(NamedTuple):
-    """A trained part: train(job), and its share of `all`."""
-    train: object
-    share: float
-
-
-STAGES = {"vae": Stage(train_vae, 0.15), "decoder": Stage(train_decoder, 0.05),
-          "clip": Stage(train_clip, 0.04), "unet": Stage(train_unet, 0.76)}
+# How each stage is trained, and its share of `all`.
+STAGES = {"vae": (train_vae, 0.15), "decoder": (train_decoder, 0.05),
+          "clip": (train_clip, 0.04), "unet": (train_unet, 0.76)}
 
 
 def run_stage(stage, job):
@@ -615,7 +581,8 @@ def run_stage(stage, job):
         return
     schedule = schedule._replace(batch=schedule.batch or setting.batch[stage],
                                  rate=schedule.rate or setting.rate[stage])
-    STAGES[stage].train(job._replace(schedule=schedule))
+    train, _ = STAGES[stage]
+    train(job._replace(schedule=schedule))
 
 
 def run_command(args, setting, schedule, state, stack):
@@ -640,8 +607,8 @@ def run_command(args, setting, schedule, state, stack):
     if args.command in STAGES:
         run_stage(args.command, job)
     if args.command == "all":
-        for name, stage in STAGES.items():
-            part = schedule._replace(minutes=schedule.minutes * stage.share)
+        for name, (_, share) in STAGES.items():
+            part = schedule._replace(minutes=schedule.minutes * share)
             run_stage(name, job._replace(schedule=part))
     if exports and first:
         check_replaceable(out, kept, asked)
@@ -732,9 +699,8 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Stopped) as error:
-        reason = str(error) or f"stopped; what was kept is in {args.state}"
-        print(f"train.py: {reason}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; what was kept is in {args.state}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
