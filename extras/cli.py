@@ -299,8 +299,7 @@ def check_outputs(job):
 
 
 RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000),
-          "clip_skip": (1, 100), "enlarge": (1, 16),
-          "only_masked": (0, 4096)}
+          "clip_skip": (1, 100), "enlarge": (1, 16), "only_masked": (0, 4096)}
 
 
 def check_ranges(values, ranges):

@@ -94,16 +94,6 @@ def encoded(model, pictures):
 
 # ── Sections 3 to 5 ─────────────────────────────────────────────────────────────────────────────
 
-def heat_table(axes, values, names):
-    """Draw a table of numbers from 0 to 1 as colours, with names before the rows."""
-    axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    for (i, j), value in np.ndenumerate(values):
-        axes.text(j, i, f"{max(0, value):.1f}", ha="center", va="center", size=7,
-                  color="white" if value < 0.6 else "black")
-
 
 def latents_picture(model):
     """A picture, its latent channels, and what the decoder makes of them."""
@@ -328,7 +318,14 @@ def clip_picture(model):
     captions, scores = clip_scores(model)
     chosen, pictures = [captions.index(name) for name in PAIRS], drawings(64)["noto"]
     figure, axes = plot(4.2, 3.9)
-    heat_table(axes, scores[chosen][:, chosen], [f'"{name}"' for name in PAIRS])
+    values = scores[chosen][:, chosen]
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(PAIRS)), [f'"{name}"' for name in PAIRS])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{max(0, value):.1f}", ha="center", va="center", size=7,
+                  color="white" if value < 0.6 else "black")
     for j, name in enumerate(PAIRS):
         above = axes.inset_axes((j + 0.04 - 0.5, -1.5, 0.92, 0.92), transform=axes.transData)
         above.imshow(pictures[name])

@@ -29,7 +29,6 @@ from extras.show import sheet as labelled
 from extras.training.fitting import grid
 from extras.training.painting import MEDIA, SURROUNDINGS
 from extras.training.scenes import (
-    COLOURS,
     RELATIONS,
     TINTS,
     Manner,
@@ -44,9 +43,6 @@ from extras.training.scenes import (
 )
 from extras.training.scenes import share as fixed_share
 
-WHITE = COLOURS["white"]
-
-
 # ── Drawing many pictures at once ───────────────────────────────────────────────────────────────
 
 def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None):
@@ -57,17 +53,14 @@ def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None):
     negatives, pictures = negatives or [None] * len(prompts), []
     for i in tqdm(range(0, len(prompts), 64), "drawing", leave=False):
         part = slice(i, i + 64)
-        texts = [*negatives[part], *prompts[part]]
-        embed = functools.partial(embed_all, texts)
+        texts = [*negatives[part], *prompts[part]]      # instead of one pair
+
+        def embed(model, _, texts=texts):
+            return tiny_sd.embed_prompts(model, texts)
         *_, x = like_diffusers.generate(model, "", seeds=[*map(int, seeds[part])], steps=steps,
                                         guidance=guidance, make_denoiser=denoiser, embed=embed)
         pictures.append(tiny_sd.decode(model, x))
     return np.concatenate(pictures)
-
-
-def embed_all(texts, model, _):
-    """The contexts of a batch's negative prompts and then its prompts, instead of one pair's."""
-    return tiny_sd.embed_prompts(model, texts)
 
 
 def denoiser(model, context, guidance, *_):
@@ -85,11 +78,6 @@ def denoiser(model, context, guidance, *_):
 
 
 # ── Judging ─────────────────────────────────────────────────────────────────────────────────────
-
-def squared_distances(a, b):
-    """(n, m): between the rows of a (n, d) and of b (m, d)."""
-    return np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
-
 
 def small(pictures, side=32):
     """Pictures (n, height, width, 3) of uint8 as means: (n, side · side · 3), from 0 to 1."""
@@ -238,20 +226,14 @@ def variety(model, judge, ids, steps, seeds=8):
     things = judge.things
     names = [things.names[i][0] for i in ids for _ in range(seeds)]
     pictures = draw(model, names, [*range(seeds)] * len(ids), steps=steps)
-    sides = max(things.pictures)
-    found = []
+    drawings, found = things.pictures[max(things.pictures)], []
     for i, row in zip(ids, small(pictures).reshape(len(ids), seeds, -1)):
-        drawn = things.drawings[i][things.drawings[i] >= 0]
-        shown = small(on_colour(things.pictures[sides][drawn], WHITE))
-        found.append(len({*squared_distances(row, shown).argmin(1).tolist()}))
+        drawn = drawings[things.drawings[i][things.drawings[i] >= 0]]
+        shown = small(drawn[..., :3] + (255 - drawn[..., 3:]))      # on white
+        distances = np.square(row[:, None] - shown).sum(-1)
+        found.append(len({*distances.argmin(1).tolist()}))
     return {"seeds of a thing differ, relative to things": spread(pictures, seeds),
             f"different drawings among {seeds} seeds of a thing": float(np.mean(found))}
-
-
-def on_colour(drawings, colour):
-    """RGBA drawings (n, side, side, 4), premultiplied, on a colour: (n, side, side, 3)."""
-    clear = 255 - drawings[..., 3:].astype(np.uint16)
-    return (drawings[..., :3] + (np.uint16(colour) * clear + 127) // 255).astype(np.uint8)
 
 
 def spread(pictures, seeds):
