@@ -255,13 +255,16 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
     record = {"losses": kept.get("losses", []), "seconds": kept.get("seconds", 0.0)}
     begun, stop = time.monotonic() - record["seconds"], False
     to_keep, to_show = (record["seconds"] + n for n in (schedule.keep_every, schedule.show_every))
-    dtype = dtype or (torch.bfloat16 if bfloat16_pays(state.device) else torch.float32)
+    faster = state.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    dtype = dtype or (torch.bfloat16 if faster else torch.float32)
+    bar = tqdm(initial=optimizer.taken, desc=stage, disable=process()[0] > 0, unit="step",
+               mininterval=1 if sys.stderr.isatty() else 20)
 
     def keep():
         if process()[0] == 0:
             state.save(stage, optimizer.checkpoint() | record)
 
-    with signals_wait() as caught, progress_bar(stage, optimizer) as bar:
+    with signals_wait() as caught, bar:
         while not stop and schedule.progress(optimizer.taken, record["seconds"]) < 1:
             optimizer.progress = schedule.progress(optimizer.taken, record["seconds"])
             begin_step(rng, schedule.seed, optimizer.taken, stage)
@@ -301,11 +304,6 @@ def begin_step(rng, seed, step, stage):
     torch.manual_seed(int(rng.integers(2 ** 31)))
 
 
-def bfloat16_pays(device):
-    """Whether products of bfloat16 are faster: a CPU needs instructions for them."""
-    return device != "cpu" or torch.cpu._is_avx512_bf16_supported()
-
-
 def agree(device, seconds, loss, stop):
     """(seconds, loss, stop) for all processes: the first one's clock, the mean loss, any stop."""
     rank, ranks = process()
@@ -341,11 +339,6 @@ def signals_wait():
         yield caught
     finally:
         restore()
-
-
-def progress_bar(stage, optimizer):
-    return tqdm(initial=optimizer.taken, desc=stage, disable=process()[0] > 0, unit="step",
-                mininterval=1 if sys.stderr.isatty() else 20)
 
 
 def advance(bar, optimizer, record, schedule):
