@@ -148,7 +148,8 @@ def timeline_of(job, embed):
     if job.plain_prompt or not in_time.changes(*texts):
         return None
     require(not job.show, "--show takes a prompt that stays the same")
-    return in_time.Timeline(*texts, job.steps, embed)
+    more = steps_of(job) - job.steps if job.hires else 0
+    return in_time.Timeline(*texts, job.steps, embed, more)
 
 
 def start_walk(model, job, denoiser, notes):
@@ -184,11 +185,14 @@ def start_walk(model, job, denoiser, notes):
 
     sampler = SAMPLERS[job.sampler]
     as_program = {"web-ui": samplers.as_web_ui, "comfyui": samplers.as_comfyui}.get(job.program)
-    sampler = as_program(sampler) if as_program else sampler
+    later = sampler = as_program(sampler) if as_program else sampler
+    if timeline:        # whose words do not begin again where it is drawn over
+        later = samplers.counting(sampler, lambda step, n: timeline.count(job.steps + step, n))
     sampler = samplers.counting(sampler, *counts) if counts else sampler
     generate = like_diffusers.generate
     if job.hires:
-        generate = larger.drawn_over(generate, larger.drawn_size(model, job), *job.hires[1:])
+        size = larger.drawn_size(model, job)
+        generate = larger.drawn_over(generate, size, *job.hires[1:], later)
     return generate(
         model, words_of(job), job.negative_prompt, seeds_of(job), job.steps, job.cfg_scale,
         sampler, job.schedule, job.width, job.height, init, job.strength, mask, make, embed), notes

@@ -15,7 +15,10 @@ MOST = 1000     # pictures
 def axis(text):
     """Return NAME=A,B,... as (name of an option, values); ValueError if it does not read so."""
     name, values = text.split("=", 1)
-    return NAMES.get(name, name), next(csv.reader([values]))
+    try:
+        return NAMES.get(name, name), next(csv.reader([values]))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
 
 
 def check_grid(job):

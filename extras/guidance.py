@@ -42,14 +42,15 @@ def within(make_denoiser, low, high):
     """Return make_denoiser, so that it makes denoisers that guide at times from low to high only.
 
     These are shares of the model's times: 1 is pure noise. Elsewhere the prompt alone is asked for,
-    which halves the work. Kynkäänniemi et al., 2024.
+    which halves the work; several prompts are combined at scale 1. Kynkäänniemi et al., 2024.
     """
     def make(model, context, guidance=1.0, pooled=None, *others):
         guided = make_denoiser(model, context, guidance, pooled, *others)
-        if len(context) != 2:       # no guidance, or several prompts
+        if len(context) == 1:       # no guidance
             return guided
-        alone = make_denoiser(model, context[1:], 1.0, None if pooled is None else pooled[1:],
-                              *others)
+        first = 1 if len(context) == 2 else 0       # several prompts need the negative one, too
+        alone = make_denoiser(model, context[first:], 1.0,
+                              None if pooled is None else pooled[first:], *others)
 
         def denoise(x_t, t, alpha_bar):
             inside = low <= t / len(model.alpha_bars) <= high

@@ -29,10 +29,10 @@ def parts_of(text):
             for part, (start, colon, _), weight in zip(parts, splits, weights)]
 
 
-def texts_of(text, n):
-    """Return what a prompt says at each of n steps."""
+def texts_of(text, n, more=0):
+    """Return what a prompt says at each of n steps, and at `more` steps that follow these."""
     tree = tree_of(text)
-    return ["".join(at(tree, step, n)) for step in range(1, n + 1)]
+    return ["".join(at(tree, step, n)) for step in range(1, n + more + 1)]
 
 
 def at(tree, step, n):
@@ -130,13 +130,13 @@ def all_words(text):
 
 
 class Timeline:
-    """What two prompts say at each of n steps; each distinct text is encoded once.
+    """What two prompts say at each of n steps, and of those that follow; each text is encoded once.
 
     embed and denoiser(make_denoiser) are for like_diffusers.generate, count for
     samplers.counting, combine for extras/guidance.py.
     """
 
-    def __init__(self, prompt, negative, n, embed):
+    def __init__(self, prompt, negative, n, embed, more=0):
         self.inner, self.step = embed, 0
         parts = parts_of(prompt)
         for text in filter(None, (prompt, negative)):
@@ -146,8 +146,8 @@ class Timeline:
         require(max(map(abs, weights)) <= 1e6, "a weight behind AND is beyond a million: "
                                                f"{shorten(prompt, 30)}")
         self.combine = composed(weights) if len(weights) > 1 else guide
-        texts = [[negative] * n if negative is None else texts_of(negative, n),
-                 *(texts_of(text, n) for text, _ in parts)]
+        texts = [[None] * (n + more) if negative is None else texts_of(negative, n, more),
+                 *(texts_of(text, n, more) for text, _ in parts)]
         self.steps = list(zip(*texts))      # of each, the negative prompt's text and the prompts'
         self.texts = list(dict.fromkeys(text for step in self.steps for text in step))
 

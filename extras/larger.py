@@ -44,10 +44,11 @@ def drawn_size(model, job):
     return width, height
 
 
-def drawn_over(generate, size, strength, steps):
+def drawn_over(generate, size, strength, steps, later):
     """Return like_diffusers.generate, followed by as much again on each picture, enlarged.
 
     size: its new (width, height). steps: how many are taken then, after noising to `strength`.
+    later: the sampler for that.
     """
     def start(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others):
         total = math.ceil(round((steps or n) / strength, 9))
@@ -62,7 +63,7 @@ def drawn_over(generate, size, strength, steps):
             for seed, latents in zip(seeds, x):
                 picture = Image.fromarray(decode(model, latents[None])[0])
                 picture = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
-                paths.append(generate(model, prompt, negative, [seed], total, guidance, sampler,
+                paths.append(generate(model, prompt, negative, [seed], total, guidance, later,
                                       schedule, *size, picture, strength, None, *others[5:]))
             for drawn in zip(*paths):
                 yield np.concatenate(drawn)

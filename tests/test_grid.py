@@ -49,3 +49,9 @@ def test_pictures_of_two_sizes_and_a_seed_at_random(run):
     _, out, _ = run("red", "--grid", "width=16,32", "-s", "-1", "-o", "a {prompt}.png")
     assert out == ["a red-0001.png", "a red-0002.png", "a red.png"]
     assert len({parse(Image.open(name))[2]["Seed"] for name in out[:2]}) == 1
+
+
+def test_values_that_are_no_row_of_a_table(run):
+    for values in "steps=1\n2", "negative=" + "a" * 200_000:
+        status, out, (line,) = run("red", "--grid", values)
+        assert (status, out) == (2, []) and "--grid" in line

@@ -72,6 +72,14 @@ def test_outside_of_the_interval_the_prompt_alone_is_asked_for(loaded):
     assert np.array_equal(whole, same) and not np.array_equal(whole, x)
 
 
+def test_several_prompts_are_guided_within_the_interval_too(draw):
+    """A prompt in two halves is that prompt."""
+    for flags in ["--cfg-interval", "0.2:0.6"], ["--cfg-interval", "0.2:0.6", "-n", "blue"]:
+        one, halves = (np.asarray(draw(prompt, "--steps", "4", *flags)).astype(int)
+                       for prompt in ("red", "red :0.5 AND red :0.5"))
+        assert abs(one - halves).max() <= 1
+
+
 def test_options_of_guidance(run):
     pictures = []
     for i, flags in enumerate(([], ["--cfg-rescale", "0.7"], ["--cfg-interval", "0.3:0.9"],

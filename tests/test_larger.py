@@ -28,6 +28,17 @@ def test_hires_is_image_to_image_on_the_enlarged_picture(run, draw, hires, stren
     assert abs(pixels(ours) - tiny_sd.decode(model, steps[-1])[0]).max() <= 1
 
 
+def test_a_prompt_that_changed_does_not_begin_again(run, draw):
+    """What is drawn over is the end of it, as in the web UI; what alternates goes on doing so."""
+    by_hand = ["-i", "large.png", "-W", "32", "-H", "32", "--strength", "1", "--steps", "2"]
+    for prompt, end in ("[red:apple:1] a", "apple a"), ("[red:[a|a|blue]:1]", "[blue|a]"):
+        ours = draw(prompt, "--hires", "2:1:2")
+        small = draw(prompt, "-o", "small.png")
+        small.resize((32, 32), Image.Resampling.LANCZOS).save("large.png")
+        assert abs(pixels(ours) - pixels(draw(end, *by_hand))).max() <= 1
+    assert abs(pixels(ours) - pixels(draw("[a|blue]", *by_hand))).max() > 1
+
+
 def test_a_batch_drawn_over_is_recorded_and_drawn_again(run, draw):
     _, out, err = run("red", "--hires", "2:0.4:3", "-b", "2")
     assert "5/5" in err[-1]
@@ -41,7 +52,7 @@ def test_a_batch_drawn_over_is_recorded_and_drawn_again(run, draw):
 
 
 def test_what_the_second_drawing_cannot_do_is_said_before_the_first(run):
-    generate = larger.drawn_over(like_diffusers.generate, (32, 32), 0.5, 0)
+    generate = larger.drawn_over(like_diffusers.generate, (32, 32), 0.5, 0, None)
     model = formats.load(run.model)
     for steps, sampler, most in (600, "ddim", 999), (30, "lcm", 50):
         with pytest.raises(UserError, match=f"steps {2 * steps} is not from 1 to {most}"):
