@@ -73,8 +73,9 @@ def test_the_small_training_learns(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_matrix_of_clip():
-    """Eight drawings in a style that was not shown: most captions find theirs."""
+def test_the_matrix_of_clip(monkeypatch):
+    """Eight drawings in a style that was not shown: most captions find theirs, in fewer steps."""
+    monkeypatch.setattr(figures, "CLIP_STEPS", 240)
     captions, scores = figures.clip_scores(sd.load("weights/emoji"))
     chosen = [captions.index(name) for name in figures.PAIRS]
     assert (scores[chosen][:, chosen].argmax(1) == range(8)).sum() >= 6
