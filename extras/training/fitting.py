@@ -38,14 +38,9 @@ class Schedule(NamedTuple):
     keep_every: float = 60      # seconds
     show_every: float = 600     # seconds
 
-    @property
-    def goal(self):
-        """Steps or seconds in all."""
-        return self.steps or 60 * self.minutes
-
     def progress(self, step, seconds):
-        """The fraction of the goal that is reached."""
-        return (step if self.steps else seconds) / self.goal
+        """The fraction of the steps, or else of the minutes, that is over."""
+        return step / self.steps if self.steps else seconds / (60 * self.minutes)
 
     def rate_at(self, step, progress):
         """The learning rate: up during fifty steps, then down to a hundredth, along a cosine."""
@@ -352,14 +347,10 @@ def save_sample(stage, state, show):
     """Write STATE/stage.png, if that is possible."""
     if process()[0] == 0:
         try:
-            save_picture(show(), state.folder / f"{stage}.png")
+            with replace_atomically(state.folder / f"{stage}.png") as unfinished:
+                Image.fromarray(show()).save(unfinished, "PNG")
         except (UserError, MemoryError, RuntimeError) as error:     # which torch has for memory
             tell(f"there is no sheet this time: {error}")
-
-
-def save_picture(picture, path):
-    with replace_atomically(path) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG")
 
 
 def grid(pictures, columns):

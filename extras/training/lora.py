@@ -85,7 +85,7 @@ def adapt(model, rank, text=False, seed=0):
 
 
 def kohya(model, pairs):
-    """Return {name: tensor} of a model's LoRA as kohya names it, which all programs read."""
+    """Return the bytes of a .safetensors of a model's LoRA as kohya names it, for all programs."""
     arrays, first, unet = {}, "te1" if len(model.encoders) == 2 else "te", flatten(model.unet)
     prefix = {"unet": "lora_unet_", "text_encoder": f"lora_{first}_text_model_",
               "text_encoder_2": "lora_te2_text_model_"}
@@ -95,12 +95,7 @@ def kohya(model, pairs):
         for side, p in ("down", down), ("up", up):
             arrays[f"{stem}.lora_{side}.weight"] = p.detach().cpu().reshape(*p.shape, *kernel)
         arrays[f"{stem}.alpha"] = torch.tensor(float(len(down)))
-    return arrays
-
-
-def file_of(model, pairs):
-    """Return the bytes of a .safetensors with what was learnt."""
-    return save(kohya(model, pairs), METADATA)
+    return save(arrays, METADATA)
 
 
 def drawable(model, device):

@@ -227,7 +227,7 @@ def teach(args, pictures, prompts, state):
 
     steps, seconds = lora.train(model, adapted, pairs, latents, captions, args, state, sheet)
     say_if_short(steps, seconds / 60)
-    finish(args.output, lora.file_of(model, pairs), sheet, state)
+    finish(args.output, lora.kohya(model, pairs), sheet, state)
 
 
 def run(argv):
