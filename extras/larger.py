@@ -4,11 +4,12 @@ Each function takes and returns what those of tiny_sd.py and like_diffusers.py d
 into another that does.
 """
 
+import contextlib
 import functools
 import inspect
 import math
 import sys
-from unittest import mock
+import threading
 
 import numpy as np
 from PIL import Image
@@ -116,25 +117,74 @@ def pasted(job, pixels):
 # ── Other forms of the primitives ───────────────────────────────────────────────────────────────
 
 
+INSIDE, ONE_AT_A_TIME = threading.local(), threading.RLock()
+
+
 def with_forms(function, forms):
     """Return a function that computes with other forms of primitives, for either library.
 
     forms: {name: a function of the form that stands aside, and of the primitive's arguments}.
+    They stand in tables of the whole process, so other threads that get there take the form aside.
     """
     @functools.wraps(function)
     def computing(*args):
         if "torch" in sys.modules:      # else torch's forms, when they come, would take the places
             TORCH.update(tiny_sd.torch_operations() | dict(TORCH))
-        ours = {name: functools.partial(form, known_form(name)) for name, form in forms.items()}
-        with mock.patch.dict(FAST, ours), mock.patch.dict(TORCH, ours):
-            return function(*args)
+        with ONE_AT_A_TIME:
+            ours = {name: only_inside(functools.partial(form, known_form(name)), known_form(name))
+                    for name, form in forms.items()}
+            each = {"each": each_inside(FAST["each"])} if "each" in FAST else {}
+            with standing_in(FAST, ours | each), standing_in(TORCH, ours):
+                return inside(function)(*args)
     return computing
+
+
+@contextlib.contextmanager
+def standing_in(table, forms):
+    """Put forms into a table, and at the end what was there before; it is never without any."""
+    before = dict(table)
+    table.update(forms)
+    try:
+        yield
+    finally:
+        for name in forms:
+            if name in before:
+                table[name] = before[name]
+            else:
+                del table[name]
+
+
+def inside(function):
+    """Return a function that does the same, as a part of what computes with other forms."""
+    def run(*args):
+        before = is_inside()
+        INSIDE.here = True
+        try:
+            return function(*args)
+        finally:
+            INSIDE.here = before
+    return run
+
+
+def is_inside():
+    """Does this thread compute with other forms?"""
+    return getattr(INSIDE, "here", False)
+
+
+def only_inside(form, known):
+    """Return a function that is the one form inside, and the known one in other threads."""
+    return lambda *args, **how: (form if is_inside() else known)(*args, **how)
+
+
+def each_inside(each):
+    """Return each, whose threads are inside where the one that calls it is."""
+    return lambda function, *items: each(inside(function) if is_inside() else function, *items)
 
 
 def known_form(name):
     """Return a function that computes a primitive as it is computed now."""
     numpy, torch = FAST.get(name, getattr(tiny_sd, name).formula), dict.get(TORCH, name)
-    return lambda x, *args: (numpy if isinstance(x, np.ndarray) else torch)(x, *args)
+    return lambda x, *args, **how: (numpy if isinstance(x, np.ndarray) else torch)(x, *args, **how)
 
 
 def change_vae(model, forms):

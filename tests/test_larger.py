@@ -1,5 +1,7 @@
 """Larger pictures (extras/larger.py)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,6 +168,25 @@ def test_a_seamless_picture_moves_with_its_noise(run, draw, monkeypatch):
     assert parse(again)[2]["Tiling"] == "True"
     assert abs(pixels(draw("--like", "out.png", "-s", "1")) - drawn[0]).max() > 0
     assert parse(Image.open("out-2.png"))[2]["Tiling"] == "True"
+
+
+def test_other_threads_compute_as_they_would_alone(run):
+    """Beside a VAE in bands and a picture without an edge; and afterwards all is as before."""
+    plain, tiled = (formats.load(run.model) for _ in range(2))
+    larger.change_vae(tiled, larger.IN_BANDS)
+    seamless = larger.seamless(like_diffusers.denoiser)
+
+    def draw(model, make):
+        *_, x = like_diffusers.generate(model, "red", steps=3, make_denoiser=make)
+        return tiny_sd.decode(model, x)[0].astype(int)
+
+    kinds = [(plain, None), (tiled, None), (plain, seamless), (tiled, seamless)]
+    alone, tables = [draw(*kind) for kind in kinds], (dict(tiny_sd.FAST), dict(tiny_sd.TORCH))
+    assert abs(alone[0] - alone[2]).max() > 5
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: draw(*kinds[i % 4]), range(32)))
+    assert all(abs(picture - alone[i % 4]).max() <= 1 for i, picture in enumerate(found))
+    assert (dict(tiny_sd.FAST), dict(tiny_sd.TORCH)) == tables
 
 
 def test_a_size_that_does_not_wrap(refuse):
