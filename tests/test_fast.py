@@ -600,13 +600,8 @@ def test_a_weight_whose_preparation_failed_is_prepared_anew(error, monkeypatch):
     np.testing.assert_array_equal(fast.fast_conv2d(x, weight, stride=2), expected)
 
 
-def test_an_edit_of_the_denoiser_is_what_draws(tmp_path):
+def test_an_edit_of_the_denoiser_is_what_draws(edited):
     """The form that asks with both contexts at once steps aside."""
-    source = Path(tiny_sd.__file__).read_text(encoding="utf-8")
-    line = "            output = guide(uncond, output, guidance)\n"
-    assert source.count(line) == 1
-    (tmp_path / "tiny_sd.py").write_text(source.replace(line, "            output = uncond\n"),
-                                         encoding="utf-8")
     script = """
 import numpy as np
 import tiny_sd
@@ -617,9 +612,8 @@ unet = {"conv_in": {"weight": None}}
 denoise = like_diffusers.denoiser(tiny_sd.SimpleNamespace(config=config, unet=unet),
                                   np.array([[[2.0]], [[3.0]]]), 7.0)
 print(denoise(np.ones((1, 1, 1, 1)), 0, 0.5)[0].item())"""
-    for folder, drawn in (Path(tiny_sd.__file__).parent, "9.0"), (tmp_path, "2.0"):
-        run = subprocess.run([sys.executable, "-Pc", script], capture_output=True, text=True,
-                             env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}"
-                                               f"{Path(tiny_sd.__file__).parent}"})
+    change = "            output = guide(uncond, output, guidance)", "            output = uncond"
+    for folder, drawn in (tiny_sd.HERE, "9.0"), (edited(change), "2.0"):
+        run = python(script, folder)
         assert run.stdout == f"{drawn}\n", run.stderr
-        assert ("denoiser was edited" in run.stderr) == (folder == tmp_path)
+        assert ("denoiser was edited" in run.stderr) == (folder != tiny_sd.HERE)

@@ -191,38 +191,6 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
 
 # ── Refused ───────────────────────────────────────────────────────────────────────────────────────
 
-def wrong_rank(arrays):
-    arrays["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"] = torch.zeros(3, 128, 3, 3)
-    arrays["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"] = torch.zeros(128, 4, 1, 1)
-
-
-def wrong_size(arrays):
-    arrays["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"] = torch.zeros(3, 128, 1, 1)
-    arrays["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"] = torch.zeros(128, 3, 1, 1)
-
-
-def add(name):
-    return lambda arrays: arrays.update({name: torch.zeros(3, 8)})
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [(add("lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
-      "lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
-     (add("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight"),
-      "layers_9_mlp_fc1.lora_up.weight"),
-     (add("lora_unet_conv_in.dora_scale"), "conv_in.weight: it has an alpha or a scale"),
-     (add("anything"), "anything"), (add("lora_unet_conv_in.lora_down.weight"), "conv_in.weight"),
-     (wrong_rank, "mid_block.resnets.0.conv1.weight"),
-     (wrong_size, "mid_block.resnets.0.conv1.weight")])
-def test_what_does_not_fit_is_named(change, named, folder, tmp_path):
-    arrays = {}
-    change(arrays)
-    save_file(arrays, tmp_path / "lora.safetensors")
-    with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
-        formats.load(folder, loras=[(tmp_path / "lora.safetensors", 1)])
-
-
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_an_alpha_of_any_shape_of_one_number(shape, folder, plain, pairs, tmp_path):
     """Which NumPy, from 2.4 on, no longer turns into a number by itself."""
@@ -234,23 +202,33 @@ def test_an_alpha_of_any_shape_of_one_number(shape, folder, plain, pairs, tmp_pa
     assert largest_error(model, plain, pairs, UNET + TEXT, -4) < 1e-5
 
 
-NAME = "lora_unet_mid_block_resnets_0_conv1"
+NAME, WEIGHT = "lora_unet_mid_block_resnets_0_conv1", "mid_block.resnets.0.conv1.weight"
+
+
+def pair(down, up):
+    """The two matrices of a LoRA, of zeros and of these shapes."""
+    return {f"{NAME}.lora_down.weight": torch.zeros(down),
+            f"{NAME}.lora_up.weight": torch.zeros(up)}
 
 
 @pytest.mark.parametrize(
     "arrays, metadata, named",
-    [({f"{NAME}.lora_down.weight": torch.zeros(3, 64, 3, 6),
-       f"{NAME}.lora_up.weight": torch.zeros(128, 3)}, {}, "mid_block.resnets.0.conv1.weight"),
-     ({f"{NAME}.lora_down.weight": torch.zeros(3, 1152),
-       f"{NAME}.lora_up.weight": torch.zeros(128, 3)}, {}, "mid_block.resnets.0.conv1.weight"),
-     ({f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
-       f"{NAME}.lora_up.weight": torch.zeros(64, 6)}, {}, "mid_block.resnets.0.conv1.weight"),
-     ({f"{NAME}.lora_down.weight": torch.zeros(0, 128, 3, 3),
-       f"{NAME}.lora_up.weight": torch.zeros(128, 0)}, {}, "mid_block.resnets.0.conv1.weight"),
-     ({f"{NAME}.lora_down.weight": torch.zeros(()), f"{NAME}.lora_up.weight": torch.zeros(())}, {},
-      "mid_block.resnets.0.conv1.weight"),
-     ({f"{NAME}.alpha": torch.zeros(2), f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
-       f"{NAME}.lora_up.weight": torch.zeros(128, 3, 1, 1)}, {}, "not one number"),
+    [*(({name: torch.zeros(3, 8)}, {}, named) for name, named in (
+        ("lora_unet_input_blocks_30_1_proj_in.lora_down.weight",
+         "lora_unet_input_blocks_30_1_proj_in.lora_down.weight"),
+        ("lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight",
+         "layers_9_mlp_fc1.lora_up.weight"),
+        ("lora_unet_conv_in.dora_scale", "conv_in.weight: it has an alpha or a scale"),
+        ("anything", "anything"), ("lora_unet_conv_in.lora_down.weight", "conv_in.weight"))),
+     (pair((3, 128, 3, 3), (128, 4, 1, 1)), {}, WEIGHT),
+     (pair((3, 128, 1, 1), (128, 3, 1, 1)), {}, WEIGHT),
+     (pair((3, 64, 3, 6), (128, 3)), {}, WEIGHT),
+     (pair((3, 1152), (128, 3)), {}, WEIGHT),
+     (pair((3, 128, 3, 3), (64, 6)), {}, WEIGHT),
+     (pair((0, 128, 3, 3), (128, 0)), {}, WEIGHT),
+     (pair((), ()), {}, WEIGHT),
+     (pair((3, 128, 3, 3), (128, 3, 1, 1)) | {f"{NAME}.alpha": torch.zeros(2)}, {},
+      "not one number"),
      ({}, {"format": "pt"}, "it holds no weights"),
      ({}, {"lora_adapter_metadata": "{"}, "it holds no weights"),
      (None, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
@@ -262,8 +240,7 @@ NAME = "lora_unet_mid_block_resnets_0_conv1"
 def test_what_is_no_lora_of_the_model(arrays, metadata, named, folder, tmp_path):
     """Of as many numbers but another shape; without tensors; with settings that are none."""
     if arrays is None:
-        arrays = {f"{NAME}.lora_down.weight": torch.zeros(3, 128, 3, 3),
-                  f"{NAME}.lora_up.weight": torch.zeros(128, 3, 1, 1)}
+        arrays = pair((3, 128, 3, 3), (128, 3, 1, 1))
     save_file(arrays, tmp_path / "lora.safetensors", metadata)
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
         formats.load(folder, loras=[(tmp_path / "lora.safetensors", 1)])
