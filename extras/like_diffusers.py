@@ -95,6 +95,9 @@ def check_start(model, picture, mask):
             "which needs a picture and a mask")
     require(picture is None or np.ndim(picture) == 3 and picture.shape[2] == 3,
             f"a picture to start from is (height, width, 3), not {np.shape(picture)}")
+    floats = picture is not None and np.asarray(picture).dtype.kind == "f"
+    require(not floats or not 0 < np.max(picture, initial=0) <= 1, "a picture to start from has "
+            "values from 0 to 255, and this one only up to 1")
     require(mask is None or picture is not None and mask.shape == picture.shape[:2],
             "a mask needs a picture of its size to start from")
     require(mask is None or mask.dtype == bool, "a mask is an array of bool")

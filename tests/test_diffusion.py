@@ -561,3 +561,13 @@ def test_training_from_nothing():
                 assert errors[np.argmin(errors)] == np.sqrt(np.square(x - own).mean()) < 0.5
                 assert sorted(errors)[1] > 1
                 assert (np.sign(x) == own).mean() > 0.95
+
+
+@pytest.mark.parametrize("picture, said", [
+    (np.ones((128, 128, 3)), "from 0 to 255"), (np.ones((128, 128)), "(height, width, 3)"),
+    (np.ones((0, 0, 3)), "")])
+def test_what_is_no_picture_to_start_from(picture, said):
+    """Above all, one from 0 to 1, as other libraries have them, would be all but black."""
+    with pytest.raises(sd.UserError) as error:
+        like_diffusers.generate(sd.load("emoji"), "apple", init=picture)
+    assert said in str(error.value)
