@@ -6,6 +6,7 @@
 
 import csv
 import fnmatch
+import functools
 import io
 import random
 from pathlib import Path
@@ -32,17 +33,18 @@ def choose(text, seed, folder):
     require(Path(folder).is_dir(), f"--wildcards {folder} is not a folder")
     for path in sorted(Path(folder).rglob("*.txt")):
         names[path.relative_to(folder).with_suffix("").as_posix()] = path
+    lines = functools.cache(functools.partial(lines_of, names))     # a list may be long
     for _ in range(1000):
         check_length(text)
         mark = LISTS.search(text)
         if not mark:
             return text
-        options = mark[0][1:-1].split("|") if mark[0][0] == "{" else lines_of(mark[0], names)
+        options = mark[0][1:-1].split("|") if mark[0][0] == "{" else lines(mark[0])
         text = text[:mark.start()] + rng.choice(options).strip() + text[mark.end():]
     raise UserError("the prompt has more than a thousand choices: a list may name itself")
 
 
-def lines_of(mark, names):
+def lines_of(names, mark):
     """Return the lines of the lists that __name__ means. names: {name: its file}."""
     found = fnmatch.filter(names, mark[2:-2])
     require(found, f"{mark} in the prompt: there is no such list{nearest(mark[2:-2], names)}")

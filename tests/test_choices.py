@@ -28,6 +28,14 @@ def all_choices(text):
     return {choices.choose(text, seed, "lists") for seed in range(60)}
 
 
+def test_a_list_is_read_once(monkeypatch):
+    """It may have a million lines, and the prompt may name it a thousand times."""
+    read, files = choices.read_text, []
+    monkeypatch.setattr(choices, "read_text", lambda file: files.append(file) or read(file))
+    words = choices.choose("__shade__ __colour__ " * 100, 0, "lists").split()
+    assert {*words} == {"dark", "light", "red", "blue", "green"} and len(files) == 2
+
+
 def test_small_seeds_do_not_choose_alike():
     assert len({choices.choose("{a|b|c}", seed, "lists") for seed in range(1, 9)}) == 3
 
