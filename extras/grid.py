@@ -3,7 +3,7 @@
 import csv
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from extras import files
 from tiny_sd import UserError, require
@@ -57,7 +57,10 @@ def save(path, axes, names):
     axes: (name, values) of one option or two. names: of each cell, the names of its picture.
     """
     from extras import show
-    pictures = [Image.open(next(name)).convert("RGB") for name in names]
+    names = [next(name) for name in names]
+    require(None not in names, "there is no sheet: its pictures cannot be read again (are they too "
+            "large, or gone?)")
+    pictures = [files.upright(name).convert("RGB") for name in names]
     size = tuple(max(picture.size[i] for picture in pictures) for i in (0, 1))
     pictures = [ImageOps.pad(picture, size, color="white") for picture in pictures]
     n = len(axes[0][1])

@@ -55,3 +55,11 @@ def test_values_that_are_no_row_of_a_table(run):
     for values in "steps=1\n2", "negative=" + "a" * 200_000:
         status, out, (line,) = run("red", "--grid", values)
         assert (status, out) == (2, []) and "--grid" in line
+
+
+def test_pictures_too_large_for_a_sheet(run, monkeypatch):
+    """Of more pixels than Pillow reads without a warning; each is drawn, and kept."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    status, out, err = run("red", "--grid", "steps=1,2")
+    assert (status, out) == (2, ["out-0001.png", "out-0002.png"])
+    assert "there is no sheet: its pictures cannot be read again" in err[-1]
