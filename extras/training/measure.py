@@ -27,9 +27,11 @@ from extras import like_diffusers
 from extras.files import free_names, replace_atomically, save_picture
 from extras.show import sheet as labelled
 from extras.training.fitting import grid
-from extras.training.painting import MEDIA, SURROUNDINGS
 from extras.training.scenes import (
+    COUNTS,
+    MEDIA_SHARES,
     RELATIONS,
+    SURROUNDINGS_SHARES,
     TINTS,
     Manner,
     Subject,
@@ -40,6 +42,7 @@ from extras.training.scenes import (
     may_show,
     paint,
     plural,
+    taught,
 )
 from extras.training.scenes import share as fixed_share
 
@@ -154,10 +157,11 @@ def questions(things, n):
     asked = {}
     for title, kind, words, make in (
             ("colour", "tint", [*TINTS], lambda i, tint: (Subject((i,)), Manner((tint,)))),
-            ("medium", "medium", [*MEDIA], lambda i, name: (Subject((i,)), Manner(medium=name))),
-            ("surroundings", "scene", [*SURROUNDINGS],
+            ("medium", "medium", taught(MEDIA_SHARES),
+             lambda i, name: (Subject((i,)), Manner(medium=name))),
+            ("surroundings", "scene", taught(SURROUNDINGS_SHARES),
              lambda i, name: (Subject((i,)), Manner(surroundings=name))),
-            ("number", "count", [2, 3, 4], lambda i, n: (Subject((i,), n), Manner()))):
+            ("number", "count", taught(COUNTS), lambda i, n: (Subject((i,), n), Manner()))):
         asked[title] = unshown(things, kind, words, n, make), other_words(make, words)
     asked["relation"] = unshown_relations(things, n), other_relations
     return asked
@@ -177,7 +181,7 @@ def unshown_relations(things, n):
 def other_relations(subject, manner):
     """The same two in other relations, and the other way round."""
     sets_apart = {"and": "next to", "next to": "and"}       # which look alike
-    for relation in RELATIONS:
+    for relation in taught(RELATIONS):
         if relation not in ("between", subject.relation, sets_apart.get(subject.relation)):
             yield subject._replace(relation=relation), manner
     if subject.relation not in sets_apart:

@@ -526,8 +526,8 @@ def loss_weight(alpha_bar):
     return np.minimum(1, 5 * (1 - alpha_bar))
 
 
-def noisy_times(n, T, rng, shift=2):
-    """n times in 0 .. T - 1, one of each n-th, moved towards noise: half as many near 0.
+def noisy_times(n, T, rng, shift=3):
+    """n times in 0 .. T - 1, one of each n-th, moved towards noise: a third as many near 0.
 
     What to draw is settled while x_t is nearly all noise (the formula: Esser et al., 2024).
     """
