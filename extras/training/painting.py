@@ -366,7 +366,7 @@ def flames(x, rng, n, low, high):
 
 
 def darkened(x):
-    return x * np.float32([0.5, 0.55, 0.75])
+    return x * np.float32([0.72, 0.76, 0.92])
 
 
 def warmed(x):
@@ -374,7 +374,7 @@ def warmed(x):
 
 
 def drowned(x):
-    return mix(x, (20, 110, 180), 0.35)
+    return mix(x, (20, 110, 180), 0.2)
 
 
 def snowed(x, rng):
