@@ -208,7 +208,7 @@ def test_diffusers_draws_the_same(name, folder, folder_with, run, request, monke
         folder = request.getfixturevalue("xl")[1]
     Path("keep.txt").write_text("a cat")        # rather than all hundred things of the model
     own = like_diffusers.defaults
-    monkeypatch.setattr(like_diffusers, "defaults", lambda model: (own(model)[0], 2, 2.0))
+    monkeypatch.setattr(like_diffusers, "defaults", lambda *args: (own(*args)[0], 2, 2.0))
     status, _, said = run("--steps", 4, "--rate", 0.03, "--text", "--rank", 3, "-b", 1,
                           "-W", 64, "-H", 64, "--keep", "keep.txt", model=folder)
     assert status == 0, said
