@@ -161,9 +161,9 @@ def read_once(read):
     known = {}
 
     def remembered(folder, first, whole):
-        files = [path for place in (folder, first) for path in sorted(place.glob("*"))
-                 if path.is_file()]
-        if sum(path.stat().st_size for path in files) > 2 ** 24:
+        files = [path for place in (folder, first) for path in sorted(place.glob("*"))]
+        if not all(path.is_file() for path in files) \
+                or sum(path.stat().st_size for path in files) > 2 ** 24:
             return read(folder, first, whole)
         key = folder == first, *((path.name, sha256(path.read_bytes()).digest()) for path in files)
         if key not in known:

@@ -120,8 +120,9 @@ def test_guided_pictures_along_noise_that_is_not(loaded, name, scheduler, scale)
     np.testing.assert_allclose(found, x, atol=1e-4)
 
 
-def test_cfg_pp_on_the_command_line(run):
+def test_cfg_pp_on_the_command_line(run, monkeypatch):
     """With its own scale, at the end of every chain of guidance, and again from the picture."""
+    monkeypatch.setattr(sd, "FAST", dict(sd.FAST))      # --formulas empties it
     pictures = []
     for i, flags in enumerate(([], ["--cfg-scale", "0.6"], ["--cfg-scale", "1"],
                                ["--cfg-rescale", "0.7", "--cfg-interval", "0.1:1"],
