@@ -10,7 +10,7 @@ LARGEST = 1_000_000         # letters of a record
 CHUNKS = {"InvokeAI": ("invokeai_metadata", "sd-metadata"), "Fooocus": ("parameters",),
           "NovelAI": ("Comment",)}
 ASIDE = {"positive_prompt", "prompt", "negative_prompt", "uc", "width", "height", "resolution",
-         "sampler", "scheduler", "noise_schedule", "loras", "rand_device"}     # of which more below
+         "sampler", "scheduler", "noise_schedule", "loras", "rand_device"}     # read by name below
 NAMES = {       # of a fact there: its name here
     "steps": "Steps", "seed": "Seed", "cfg_scale": "CFG scale", "guidance_scale": "CFG scale",
     "scale": "CFG scale", "cfg_rescale": "CFG rescale", "cfg_rescale_multiplier": "CFG rescale",

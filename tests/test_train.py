@@ -284,7 +284,10 @@ def crc(*words):
 
 
 def test_scenes_hold_out(things, shown):
-    """Among many there is nothing that a rule of weights/README.md holds out; captions fit."""
+    """Among many there is nothing that a rule of weights/README.md holds out.
+
+    Where a caption is too long, only words that mean nothing are lost.
+    """
     names, seen = [names[0] for names in things.names], set()
     owner = {int(p): (i, s) for i, row in enumerate(things.drawings) for s, p in enumerate(row)}
     words = tiny_sd.load("emoji").encoders[0].tokenizer
@@ -304,7 +307,8 @@ def test_scenes_hold_out(things, shown):
                                ("scene", manner.surroundings), ("background", manner.colour)):
                 assert word in ("", "white") and kind != "tint" or not word \
                     or crc(kind, names[i], word) >= 1 / 8
-    assert sum(words.encode(scene.caption)[1] != "" for scene, *_ in shown) <= 3
+        lost = words.encode(scene.caption)[1]
+        assert any(extra.endswith(lost) for extra in scenes.SAID["adornments"])
     assert len(seen) == sum(crc("style", name, style) >= .1
                             for name in names for style in scenes.STYLES)
 

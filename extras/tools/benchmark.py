@@ -275,7 +275,7 @@ def teaching(args, folder):
     import numpy as np
 
     from extras import formats
-    from extras.training import fitting, teach, lora  # isort: skip  (no torch before BLAS is set up)
+    from extras.training import fitting, teach, lora  # isort: skip  (torch after BLAS is set up)
     import torch
 
     def call(*options):

@@ -156,8 +156,7 @@ class Manner(NamedTuple):
     medium: str = ""
 
 
-# How often training shows each, beside its like. What stands at 0 can be painted and is not taught:
-# a small network learns a few of these soon, and all of them not for a long time.
+# How often training shows each of a kind. What stands at 0 can be painted, but is not taught yet.
 RELATIONS = {"and": 14, "next to": 5, "above": 4, "below": 4, "on": 5, "riding": 7, "wearing": 6,
              "between": 0, "under": 0, "in front of": 0, "behind": 0, "holding": 0, "inside": 0}
 COUNTS = {2: 4, 3: 4, 4: 3, 5: 0, 6: 0}
@@ -342,7 +341,7 @@ def spread_out(rng, pictures, manner):
 def moved_into(things, rng, parts, manner):
     """The Parts as they stand in their surroundings, with their feet on the ground.
 
-    They are nearly as large as without: what a network has learnt of them by themselves holds here.
+    They are nearly as large as by themselves, so that what the network knows of them still holds.
     """
     size = {"small": 0.75, "": 1, "big": 1.15, "huge": 1.4}[manner.size] * rng.uniform(0.88, 1)
     foot = max(part.top + part.side * things.boxes[part.picture][3] for part in parts)
