@@ -104,13 +104,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        rank, ranks = process()
         for group in self.param_groups:
-            for p in group["params"]:
+            for i, p in enumerate(group["params"]):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
-                size = 0.2 * math.sqrt(max(step.shape))     # that of AdamW's steps
-                p.sub_(step.reshape(p.shape), alpha=group["lr"] * size)
+                if i % ranks == rank:       # every process computes some, and sends them to all
+                    step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                    size = 0.2 * math.sqrt(max(step.shape))     # that of AdamW's steps
+                    p.sub_(step.reshape(p.shape), alpha=group["lr"] * size)
+            for i, p in enumerate(group["params"]):
+                if ranks > 1:
+                    dist.broadcast(p, i % ranks)
 
 
 def orthogonal(x):

@@ -157,7 +157,7 @@ class Manner(NamedTuple):
 
 
 # How often training shows each of a kind. What stands at 0 can be painted, but is not taught yet.
-RELATIONS = {"and": 14, "next to": 5, "above": 4, "below": 4, "on": 5, "riding": 7, "wearing": 6,
+RELATIONS = {"and": 10, "next to": 4, "above": 3, "below": 3, "on": 8, "riding": 9, "wearing": 9,
              "between": 0, "under": 0, "in front of": 0, "behind": 0, "holding": 0, "inside": 0}
 COUNTS = {2: 4, 3: 4, 4: 3, 5: 0, 6: 0}
 MEDIA_SHARES = dict.fromkeys(MEDIA, 0) | {
@@ -210,17 +210,17 @@ def taught(shares):
 def choose(things, rng, role=None):
     """The number of a random thing, of those that may play this role, if any are there."""
     if role is None:
-        role = weighted(rng, {"": .46, "common": .44, "persons": .1})
+        role = weighted(rng, {"": .42, "common": .44, "persons": .14})
     found = things.roles[role] if role else []
     return int(pick(rng, found or range(len(things.names))))
 
 
 def draw_subject(things, rng):
-    """A random Subject: eight in ten are one thing alone."""
+    """A random Subject: three in four are one thing alone."""
     kind = rng.random()
-    if kind < 0.8:
+    if kind < 0.75:
         return Subject((choose(things, rng),))
-    if kind < 0.86:
+    if kind < 0.83:
         return Subject((choose(things, rng),), weighted(rng, COUNTS))
     relation = weighted(rng, RELATIONS)
     return Subject(participants(things, rng, relation), relation=relation)
@@ -245,8 +245,7 @@ def draw_manner(rng, subject):
     alone = len(subject.ids) == subject.count == 1
     where = weighted(rng, {"": .5, "colour": .1, "surroundings": .36, "place": .04} if alone else
                      {"": .76, "colour": .1, "surroundings": .14})
-    tints = tuple(pick(rng, [*TINTS]) if rng.random() < (.34 if len(subject.ids) == 1 else .22)
-                  else "" for _ in subject.ids)
+    tints = tuple(pick(rng, [*TINTS]) if rng.random() < .34 else "" for _ in subject.ids)
     medium = weighted(rng, MEDIA_SHARES) if rng.random() < (.1 if where else .3) else ""
     if medium in GREY_MEDIA:
         tints = ("",) * len(tints)
@@ -317,7 +316,7 @@ def styles_to_train(things, thing):
 
 # Where so many things stand, in the room that is left, and how large each is.
 GRIDS = {2: [(.5, [(0, .5), (1, .5)])],
-         3: [(.36, [(0, .5), (.5, .5), (1, .5)]), (.5, [(.5, 0), (0, 1), (1, 1)])],
+         3: [(.5, [(.5, 0), (0, 1), (1, 1)])],
          4: [(.5, [(0, 0), (1, 0), (0, 1), (1, 1)])],
          5: [(.36, [(0, .05), (.5, .05), (1, .05), (.25, .95), (.75, .95)]),
              (.36, [(0, .05), (1, .05), (.5, .5), (0, .95), (1, .95)])],
@@ -392,7 +391,8 @@ def arrange(things, rng, relation, pictures, tints):
 def stacked(things, rng, relation, upper, lower):
     """Two Parts, the upper one's foot sunk so far into the lower one."""
     sink = {"on": 0.12, "under": 0.08, "riding": 0.42, "inside": 0.45}[relation]
-    sides = (.62, .52) if relation == "under" else (.52, .66)
+    sides = {"on": (.56, .85), "riding": (.56, .88), "under": (.85, .56), "inside": (.52, .66)}[
+        relation]
     high, low = (side * (things.boxes[picture][3] - things.boxes[picture][1])
                  for side, (picture, _) in zip(sides, (upper, lower)))
     fit = min(1, 0.94 / (high + low * (1 - sink)))      # so that both are in the picture
