@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from extras.files import replace_atomically
@@ -70,6 +72,13 @@ def share_of_batch(stage, schedule):
     return schedule.batch // ranks
 
 
+def as_one(tensors, exchange):
+    """Exchange tensors with the other processes in one message: hundreds take far longer."""
+    vector = parameters_to_vector(tensors)
+    exchange(vector)
+    vector_to_parameters(vector, tensors)
+
+
 # ── Parameters ──────────────────────────────────────────────────────────────────────────────────
 
 # Where a residual branch ends: with weights of 0, every branch begins as nothing.
@@ -113,9 +122,8 @@ class Muon(torch.optim.Optimizer):
                     step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
                     size = 0.2 * math.sqrt(max(step.shape))     # that of AdamW's steps
                     p.sub_(step.reshape(p.shape), alpha=group["lr"] * size)
-            for i, p in enumerate(group["params"]):
-                if ranks > 1:
-                    dist.broadcast(p, i % ranks)
+            for owner in range(ranks) if ranks > 1 else ():
+                as_one(group["params"][owner::ranks], functools.partial(dist.broadcast, src=owner))
 
 
 def orthogonal(x):
@@ -160,10 +168,11 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         """Take a step along the mean of all processes' gradients."""
-        for p in self.params.values():
-            if process()[1] > 1:
-                dist.all_reduce(p.grad)
-                p.grad /= process()[1]
+        _, ranks = process()
+        if ranks > 1:
+            as_one([p.grad for p in self.params.values()], dist.all_reduce)
+            for p in self.params.values():
+                p.grad /= ranks
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.schedule.rate_at(self.taken, self.progress)
