@@ -15,7 +15,7 @@ from tiny_sd import array_like, require, shorten
 
 # ── The graph in a picture ──────────────────────────────────────────────────────────────────────
 
-LARGEST, MOST_NODES, MOST_STEPS = 4_000_000, 2000, 10_000
+LARGEST, MOST_NODES, MOST_ENDS, MOST_STEPS = 4_000_000, 2000, 20, 10_000
 FROM = ("images", "image", "pixels", "samples", "latent_image")     # inputs that pictures come by
 SAMPLERS, LOADERS = ("KSampler", "KSamplerAdvanced"), ("CheckpointLoaderSimple", "CheckpointLoader")
 ENCODERS = ("VAEEncode", "VAEEncodeTiled", "VAEEncodeForInpaint")
@@ -32,7 +32,7 @@ def read_graph(path):
     """Return the Graph in a picture file; one without nodes if there is none."""
     with opened(path) as picture:
         texts, size = [picture.info.get("prompt"), *picture.getexif().values()], picture.size
-    texts = [re.sub(r"\s*prompt:", "", text, count=1, flags=re.IGNORECASE).strip()
+    texts = [re.sub(r"\A\s*prompt:", "", text, count=1, flags=re.IGNORECASE).strip()
              for text in texts if isinstance(text, str)]
     text = next((text for text in texts if text.startswith("{")), "{}")
     require(len(text) <= LARGEST, f"{path} records {len(text)} letters: too many to be read")
@@ -97,7 +97,7 @@ class Graph:
         """Return the nodes on the way from the picture back to what its sampler begins with."""
         ends = of_kinds(self.nodes.values(), ("SaveImage", "PreviewImage")) or of_kinds(
             self.nodes.values(), SAMPLERS)
-        ways = ([end, *self.way(end, *FROM)] for end in ends)
+        ways = ([end, *self.way(end, *FROM)] for end in ends[:MOST_ENDS])
         drawn = next((nodes for nodes in ways if of_kinds(nodes, SAMPLERS)), None)
         require(drawn, f"{self.path} records a graph of ComfyUI's without a KSampler that leads "
                        "to a picture")

@@ -58,7 +58,7 @@ def read_record(path, program):
     require(len(text) <= LARGEST, f"{path} records {len(text)} letters: too many to be read")
     try:
         said = {**json.loads(text, parse_constant=str)}
-        said |= said.pop("image", {})       # where InvokeAI had them in its first years
+        said |= {**said.pop("image", {})}   # where InvokeAI had them in its first years
     except (ValueError, TypeError, RecursionError):
         said = {}
 

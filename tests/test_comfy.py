@@ -3,6 +3,7 @@ and drawn again beside ComfyUI's own equations.
 """
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -208,6 +209,19 @@ def test_graphs_that_lead_nowhere(nodes, line):
         assert line in str(error.value) and "\n" not in str(error.value)
     else:
         cli.make_job(["--like", "a.png"])
+
+
+CHAIN = {f"n{i}": node("X", **{f"a{k}": f"@n{i + 1}" for k in range(100)}) for i in range(900)}
+ENDS = {f"e{i}": node("SaveImage", images="@n0") for i in range(1000)}
+
+
+@pytest.mark.parametrize("text", [" " * 60_000 + "x", json.dumps(CHAIN | ENDS)], ids=["", "ends"])
+def test_graphs_that_lead_nowhere_in_many_ways(text):
+    write_graph("a.png", text)
+    start = time.process_time()
+    with pytest.raises(UserError):
+        cli.make_job(["--like", "a.png"])
+    assert time.process_time() - start < 10
 
 
 # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────

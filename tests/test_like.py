@@ -346,6 +346,7 @@ def test_records_of_other_programs(name):
 @pytest.mark.parametrize("said", [
     [], 5, {"seed": 1}, {"steps": [[[[1]]]], "seed": {"name": {}}, "width": 1, "height": 2},
     {"steps": "x", "seed": 1, "width": 8, "height": 8}, {"image": 5, "seed": 1, "steps": 2},
+    {"image": [[True, 0]], "steps": 2, "seed": 1, "width": 8, "height": 8},
     {"steps": 2, "seed": float("nan"), "width": "8", "height": "8"}, "[" * 10 ** 5])
 def test_records_that_say_nothing(refuse, said):
     info = PngInfo()
