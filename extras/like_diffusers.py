@@ -8,6 +8,7 @@ same picture there. Distilled models also get their guidance as diffusers gives 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -57,6 +58,10 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
     """
     sampler, own_steps, own_guidance = defaults(model, sampler)
     guidance = own_guidance if guidance is None else guidance
+    for name, text in ("prompt", prompt), ("negative", negative):
+        require(isinstance(text, (str, type(None))), f"{name} must be a text, not {text!r:.50}")
+    for name, number in ("guidance", guidance), ("strength", strength):
+        require(isinstance(number, Real), f"{name} must be a number, not {number!r:.50}")
     require(math.isfinite(guidance), f"guidance {guidance} is not a finite number")
     sampler = function_of(sampler)
     require(np.ndim(seeds) == 1 and len(seeds) > 0 and all(hasattr(s, "__index__") for s in seeds),
@@ -93,14 +98,17 @@ def check_start(model, picture, mask):
     """UserError unless a picture to start from and its mask suit each other and the model."""
     require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
             "which needs a picture and a mask")
-    require(picture is None or np.ndim(picture) == 3 and picture.shape[2] == 3,
-            f"a picture to start from is (height, width, 3), not {np.shape(picture)}")
-    floats = picture is not None and np.asarray(picture).dtype.kind == "f"
+    is_array = isinstance(picture, np.ndarray)
+    require(picture is None or is_array and picture.ndim == 3 and picture.shape[2] == 3,
+            "a picture to start from is an array (height, width, 3), not "
+            f"{picture.shape if is_array else type(picture).__name__}")
+    floats = picture is not None and picture.dtype.kind == "f"
     require(not floats or not 0 < np.max(picture, initial=0) <= 1, "a picture to start from has "
             "values from 0 to 255, and this one only up to 1")
+    require(mask is None or isinstance(mask, np.ndarray) and mask.dtype == bool,
+            "a mask is an array of bool")
     require(mask is None or picture is not None and mask.shape == picture.shape[:2],
             "a mask needs a picture of its size to start from")
-    require(mask is None or mask.dtype == bool, "a mask is an array of bool")
 
 
 def with_guidance(make_denoiser, guidance, model, context, _, *others):

@@ -134,6 +134,13 @@ class Worker:
     def start(self):
         """Start the process, in place of one that runs."""
         self.end()
+        try:
+            self.launch()
+        except OSError as error:    # as where tiny_sd.py is gone for a moment
+            self.tell("broken", text=f"the process that draws cannot be started: {error}")
+
+    def launch(self):
+        """Start the process, and threads that listen to it; OSError where it cannot be."""
         source = LESSON.read_text(encoding="utf-8", errors="replace")
         self.tell("loading", edited=source != self.source, notes=[],
                   changed=changed_names(self.source, source))
@@ -142,10 +149,21 @@ class Worker:
             [sys.executable, "-P", "-c", STUDIO, *self.argv], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
         said = deque(maxlen=40)
-        listener = threading.Thread(target=self.read_notes, args=(self.process, said), daemon=True)
-        listener.start()
-        threading.Thread(target=self.read_answers, args=(self.process, said, listener),
-                         daemon=True).start()
+        readers = [threading.Thread(target=read, args=(self.process, said), daemon=True)
+                   for read in (self.read_notes, self.read_answers)]
+        watcher = threading.Thread(target=self.watch, args=(self.process, said, readers),
+                                   daemon=True)
+        for thread in (*readers, watcher):
+            thread.start()
+
+    def watch(self, process, said, readers):
+        """Tell when the process ends by itself."""
+        process.wait()
+        for reader in readers:      # its pipes stay open where a changed line started another one
+            reader.join(1)
+        if process is self.process:
+            self.end()
+            self.tell("broken", text="".join(said))
 
     def end(self):
         """End the process, and tell those who wait for it."""
@@ -184,8 +202,8 @@ class Worker:
             line = line.removeprefix("tiny_sd: ").strip()[:1000]
             self.tell(notes=[*self.state["notes"], line][-20:])
 
-    def read_answers(self, process, said, listener):
-        """Pass on what the process answers, and tell when it ends by itself."""
+    def read_answers(self, process, said):
+        """Pass on what the process answers."""
         for line in lines_of(process.stdout, LONGEST_ANSWER):
             try:
                 answer = json.loads(line) | {}
@@ -197,10 +215,6 @@ class Worker:
                     self.tell("ready", **answer)
             elif answers := self.queues.get(answer.get("id")):
                 answers.put(answer)
-        listener.join()
-        if process is self.process:
-            self.end()
-            self.tell("broken", text="".join(said))
 
     def ask(self, request):
         """Send a request; return its number and the queue of its answers, which "end" ends."""

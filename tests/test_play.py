@@ -399,10 +399,28 @@ def test_a_change_that_prints_without_end():
 
 @pytest.mark.parametrize("said", ["{}", '{"id": 1}', "[" * 100_000], ids=["{}", "1", "deep"])
 def test_a_change_that_prints_json_is_not_the_process_that_is_ready(said):
-    worker, ended = play.Worker([]), SimpleNamespace(join=lambda: None)
-    process = SimpleNamespace(stdout=io.BytesIO(f"{said}\n".encode()))
-    worker.read_answers(process, [], ended)
+    worker, process = play.Worker([]), SimpleNamespace(stdout=io.BytesIO(f"{said}\n".encode()))
+    worker.read_answers(process, [])
     assert worker.state == {"state": "loading"}
+
+
+def test_a_change_that_starts_another_process(monkeypatch):
+    """Which holds the pipes open when its parent has ended."""
+    monkeypatch.setattr(play, "STUDIO", "import subprocess, sys\nsubprocess.Popen(["
+                        "sys.executable, '-c', 'import time; time.sleep(40)'])\n1 / 0")
+    worker = play.Worker([])
+    worker.start()
+    said = worker.news(state="loading", timeout=30)
+    assert said["state"] == "broken" and "\nZeroDivisionError" in said["text"]
+
+
+@pytest.mark.parametrize("module, name", [(play, "LESSON"), (play.sys, "executable")])
+def test_a_process_that_cannot_be_started(module, name, monkeypatch):
+    """As when tiny_sd.py is gone for a moment: the page stays, and the next change starts it."""
+    worker = play.Worker([])
+    monkeypatch.setattr(module, name, Path("/nowhere/x"))
+    worker.start()
+    assert worker.state["state"] == "broken" and "No such file" in worker.state["text"]
 
 
 # ── In a browser ────────────────────────────────────────────────────────────────────────────────

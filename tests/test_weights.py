@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_sd
@@ -374,6 +375,14 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
      ({"sampler": "x"}, "no sampler x: choose one of ddpm"), ({"steps": 0}, "steps 0"),
      ({"steps": 2.0}, "steps 2.0"), ({"width": 65}, "width 65"), ({"height": 8}, "height 8"),
      ({"sampler": "lcm", "schedule": "karras"}, "lcm"),
+     ({"guidance": "7"}, "guidance must be a number, not '7'"), ({"steps": "20"}, "steps 20"),
+     ({"strength": "0.5"}, "strength must be a number, not '0.5'"), ({"width": "64"}, "width 64"),
+     ({"guidance": np.zeros(2)}, "guidance must be a number, not array([0., 0.])"),
+     ({"prompt": ["a cat", "a dog"]}, "prompt must be a text, not ['a cat', 'a dog']"),
+     ({"negative": 5}, "negative must be a text, not 5"),
+     ({"init": Image.new("RGB", (64, 64))}, "an array (height, width, 3), not Image"),
+     ({"init": "a.png"}, "an array (height, width, 3), not str"),
+     ({"init": np.ones((64, 64, 3), np.uint8), "mask": Image.new("1", (64, 64))}, "array of bool"),
      ({"init": np.zeros((64, 64))}, "3), not (64, 64)"),
      ({"init": np.zeros((64, 64, 4))}, "3), not (64, 64, 4)"),
      ({"mask": np.zeros((64, 64), bool)}, "a mask needs a picture of its size"),
@@ -381,7 +390,7 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
       "a mask needs a picture of its size")])
 def test_one_clear_error(plain, settings, named):
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
-        like_diffusers.generate(plain, "a cat", **settings)
+        like_diffusers.generate(plain, **{"prompt": "a cat"} | settings)
 
 
 def test_latents_of_one_picture_alone(plain):
