@@ -73,10 +73,11 @@ def share_of_batch(stage, schedule):
 
 
 def as_one(tensors, exchange):
-    """Exchange tensors with the other processes in one message: hundreds take far longer."""
-    vector = parameters_to_vector(tensors)
-    exchange(vector)
-    vector_to_parameters(vector, tensors)
+    """Exchange tensors with the other processes, if any, in one message: hundreds are slow."""
+    if process()[1] > 1 and tensors:
+        vector = parameters_to_vector(tensors)
+        exchange(vector)
+        vector_to_parameters(vector, tensors)
 
 
 # ── Parameters ──────────────────────────────────────────────────────────────────────────────────
@@ -122,7 +123,7 @@ class Muon(torch.optim.Optimizer):
                     step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
                     size = 0.2 * math.sqrt(max(step.shape))     # that of AdamW's steps
                     p.sub_(step.reshape(p.shape), alpha=group["lr"] * size)
-            for owner in range(ranks) if ranks > 1 else ():
+            for owner in range(ranks):
                 as_one(group["params"][owner::ranks], functools.partial(dist.broadcast, src=owner))
 
 
@@ -168,11 +169,10 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         """Take a step along the mean of all processes' gradients."""
-        _, ranks = process()
-        if ranks > 1:
+        if process()[1] > 1:
             as_one([p.grad for p in self.params.values()], dist.all_reduce)
             for p in self.params.values():
-                p.grad /= ranks
+                p.grad /= process()[1]
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.schedule.rate_at(self.taken, self.progress)
