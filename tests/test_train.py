@@ -751,6 +751,7 @@ def test_too_little_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, said", [
     ("--rate nan", "--rate"), ("--minutes inf", "--minutes"), ("--steps -1", "--steps"),
+    ("--out .", "--out ."), ("--out mine/..", "--out mine/.."), ("--out /", "--out /"),
     ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
     ("--threads -2", "--threads"), ("--threads 1000000", "--threads"), ("--batch 1" + "0" * 12,
      "--batch"), ("--bank 1" + "0" * 12, "--bank"), ("--minutes 1e308", "--minutes"),

@@ -144,10 +144,12 @@ def state_of(output):
 
 def check_output(args):
     """UserError if the files could not be written at the end."""
-    output, state = args.output, state_of(args.output)
-    reached = state / REACHED
+    output = args.output
     require(args.from_scratch or output.suffix == ".safetensors",
             f"--output {output} does not end in .safetensors")
+    require(output.name not in ("", ".."), f"--output {output} does not name a new folder")
+    state = state_of(output)
+    reached = state / REACHED
     files.check_folder_of(output)
     require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: remove it")
     require(reached.is_file() or not os.path.lexists(reached), f"{reached} is not a file")

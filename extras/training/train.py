@@ -661,6 +661,8 @@ def parse_arguments(argv):
             p.error(f"--{name.replace('_', '-')} must be above 0, and at most {most:,}")
     if not 0 <= args.seed < 2 ** 63:
         p.error("--seed must be from 0 to 2**63 - 1")
+    if args.out and args.out.name in ("", ".."):
+        p.error(f"--out {args.out} does not name a folder: what is written lies beside it, too")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         p.error(f"torch finds no {args.device} device here")
     return args
