@@ -8,7 +8,7 @@ from PIL import ImageOps
 from extras import files
 from tiny_sd import UserError, require
 
-NAMES = {"cfg": "cfg-scale", "negative": "negative-prompt"}
+NAMES = {"cfg": "cfg-scale", "guidance-scale": "cfg-scale", "negative": "negative-prompt"}
 MOST = 1000     # pictures
 
 
@@ -26,7 +26,9 @@ def check_grid(job):
     counts = [len(values) for _, values in job.grid]
     require(len(counts) <= 2 and min(counts) > 0 and np.prod(counts) <= MOST, "--grid takes one "
             f"option or two, NAME=A,B,..., and comes to at most {MOST} pictures")
-    clash = next((name for name in ("prompts", "show", "explain", "film", "play")
+    names = [name for name, _ in job.grid]
+    require(len({*names}) == len(names), f"--grid takes two options, and not {names[0]} twice")
+    clash = next((name for name in ("prompts", "show", "explain", "film", "play", "merge", "things")
                   if getattr(job, name)), None)
     require(not clash and job.batch_size == 1,
             f"--grid does not go with --{clash or 'batch-size'}")

@@ -6,14 +6,14 @@ third can be given: a:1 b:1 c:-1 is a + (b - c), the web UI's "add difference".
 """
 
 import json
+import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 
 from extras import formats, singlefile
 from extras.checks import first_five
-from extras.files import check_folder_of, replace_atomically
+from extras.files import check_folder_of, take_free_name, unfinished_name
 from extras.tensors import SUFFIXES, TYPES, metadata_of
 from tiny_sd import DTYPES, WEIGHT_FILES, current_name, require, tell, widen
 
@@ -35,7 +35,7 @@ def merge(models, output):
     require(output.suffix == suffix or not suffix and output.suffix not in (".safetensors", ".png"),
             f"--output {output} does not name a {suffix or 'folder'}, as {paths[0]} is")
     check_folder_of(output)
-    require(not output.exists(), f"{output} is there already, and is kept")
+    require(not os.path.lexists(output), f"{output} is there already, and is kept")
     read = [formats.read(path) for path in paths]
     check_alike(paths, read)
 
@@ -44,16 +44,19 @@ def merge(models, output):
     need = sum(array.nbytes for arrays, _ in files.values() for array in arrays.values())
     free = shutil.disk_usage(output.parent).free
     require(need < free, f"{output} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-    with replace_atomically(output) as unfinished:
-        if not suffix:
-            shutil.copytree(paths[0], unfinished, ignore=without_weights)
+    copied = [] if suffix else other_files(paths[0])    # of before: output may lie in that folder
+    with unfinished_name(output) as unfinished:
+        for path in copied:
+            place = unfinished / path.relative_to(paths[0])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
         for name, (arrays, places) in files.items():
             write_safetensors(unfinished / name, arrays, metadata_of(paths[0]) if suffix else {},
                               lambda old, places=places: mean(shares, *places[old])
                               if old in places else None)
-    if abs(total - 1) > 1e-3:
-        tell(f"the weights of --merge sum to {total:g}: each is divided by that")
-    return output
+        if abs(total - 1) > 1e-3:
+            tell(f"the weights of --merge sum to {total:g}: each is divided by that")
+        return take_free_name(unfinished, output) if suffix else unfinished.replace(output)
 
 
 def check_alike(paths, read):
@@ -137,8 +140,10 @@ def narrowed(values, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def without_weights(folder, names):
-    """Return those of the files in a model's folder that a merged model has of its own, or not."""
-    parts = {*WEIGHT_FILES, "text_encoder_2"}
-    own = Path(folder).name in parts or Path(folder, "unet").is_dir()
-    return [name for name in names if own and (Path(name).suffix in SUFFIXES or ".index." in name)]
+def other_files(folder):
+    """Return the files in a model's folder, and in its parts', that do not hold its weights."""
+    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()
+             and not any(name.startswith(".") for name in path.relative_to(folder).parts)]
+    places = {folder, *(folder / part for part in (*WEIGHT_FILES, "text_encoder_2"))}
+    return [path for path in found if path.parent not in places
+            or path.suffix not in SUFFIXES and ".index." not in path.name]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from helpers_cli import *  # noqa: F403
@@ -55,6 +56,12 @@ def test_values_that_are_no_row_of_a_table(run):
     for values in "steps=1\n2", "negative=" + "a" * 200_000:
         status, out, (line,) = run("red", "--grid", values)
         assert (status, out) == (2, []) and "--grid" in line
+
+
+@pytest.mark.parametrize("axes", [("steps=1,2", "steps=3"), ("cfg=1", "guidance-scale=2"),
+                                  ("merge=a,b",), ("things=fox",)])
+def test_options_that_make_no_sheet(refuse, axes):
+    assert "--grid" in refuse("red", "--grid", *axes)
 
 
 def test_pictures_too_large_for_a_sheet(run, monkeypatch):

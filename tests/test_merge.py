@@ -1,6 +1,7 @@
 """--merge: models whose weights are means of others', in each of the layouts that models have."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,45 @@ def test_what_does_not_go_together(run, refuse, monkeypatch):
     assert "comes out not finite" in why("huge:1000", "a:-999.99", "-o", "new")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2, 1, 1))
     assert why("a", "b", "-o", "new").startswith("new needs 0.0 GB, and 0.0 GB are free")
+
+
+@pytest.mark.parametrize("output", ["a/new", "a/unet/new", "a/tokenizer/new"])
+def test_a_folder_that_holds_odd_things(run, output):
+    """And the new one: only files beside those of a model are copied, as they were before."""
+    write("a", 1)
+    write("b", 2)
+    before = {path.relative_to("a") for path in Path("a").rglob("*")}
+    os.mkfifo("a/pipe")
+    for link, target in ("dead", "none"), ("unet/up", ".."), ("tokenizer/itself", "itself"):
+        Path("a", link).symlink_to(target)
+    Path("a/.git").mkdir()
+    Path("a/.git/HEAD").write_text("x")
+    os.rename("a/scheduler", "there")
+    Path("a/scheduler").symlink_to("../there")
+    assert cli_lines(run, "--merge", "a:0.5", "b:0.5", "-o", output, model=False) == (
+        0, [output], [])
+    assert {path.relative_to(output) for path in Path(output).rglob("*")} == before
+
+
+def test_an_output_that_comes_to_be_meanwhile(run, monkeypatch):
+    """Is kept."""
+    write_file("a.safetensors", 1)
+    write("b", 2)
+    narrowed = merge.narrowed
+
+    def meanwhile(*args):
+        Path("new.safetensors").write_text("mine")
+        Path("new").mkdir(exist_ok=True)
+        Path("new/mine").write_text("mine")
+        return narrowed(*args)
+
+    monkeypatch.setattr(merge, "narrowed", meanwhile)
+    assert run.bare("--merge", "a.safetensors:0.5", "a.safetensors:0.5", "-o",
+                    "new.safetensors")[:2] == (0, ["new-1.safetensors"])
+    shutil.rmtree("new")
+    status, out, (line,) = run.bare("--merge", "b:0.5", "b:0.5", "-o", "new")
+    assert (status, out) == (2, []) and "new cannot be written" in line
+    assert Path("new/mine").read_text() == Path("new.safetensors").read_text() == "mine"
 
 
 def test_a_disk_that_is_full_leaves_nothing(refuse, monkeypatch):

@@ -71,7 +71,8 @@ def lessons(artist, pictures, prompts, args):
     al., 2023). artist: the model, as lora.drawable makes it.
     """
     taught, captions = encode_pictures(artist, pictures, args)
-    prompts = np.random.default_rng(args.seed).permutation(prompts)[:100].tolist()
+    order = np.random.default_rng(args.seed).permutation(len(prompts))
+    prompts = [prompts[i] for i in order[:100]]     # as an array, all would be as long as one
     bar = tqdm(prompts, "drawing what it knows", leave=False)
     own = [draw(artist, prompt, seed, args) for seed, prompt in enumerate(bar)]
     n = max(1, len(own) // len(taught))
