@@ -7,6 +7,7 @@ to its middle.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,15 @@ def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
                  for name, array in arrays.items()})
 
 
+def without_attention(flat):
+    """Return those of {name: x} of a way down that a small control network has.
+
+    diffusers' "DownBlock2D" and "UNetMidBlock2D": the middle is a single ResNet block then.
+    """
+    return {name: x for name, x in flat.items()
+            if not re.search(r"\.attentions\.|mid_block\.resnets\.1\.", name)}
+
+
 def check_control(path, weights, model):
     """UserError unless the network steers this model: it is a copy of its way down, and whole."""
     def shapes(tree, parts):
@@ -63,6 +73,8 @@ def check_control(path, weights, model):
             {part: tree[part] for part in parts if part in tree}).items()}
     ours, wanted = shapes(weights, COPIED + OWN[1:]), shapes(model.unet, COPIED)
     wanted.pop("time_embedding.cond_proj.weight", None)
+    if not any(".attentions." in name for name in ours):
+        wanted = without_attention(wanted)
     if model.inpaints:
         wanted["conv_in.weight"] = ours.get("conv_in.weight")
     for name, n in zeros(model.unet).items():
@@ -101,6 +113,37 @@ def way_down(x, temb, context, n_head, groups, down_blocks, mid_block=None):
     return x, skips
 
 
+def residuals(weights, model, x, hint, t, context, pooled=None):
+    """Return what a network adds to the U-Net's middle and to its skips at x (batch, h, w, 4).
+
+    hint: of hint_features; t: one time, or one of each picture.
+    """
+    config = model.config.unet
+    embed_time = tiny_sd.embed_time_and_text if pooled is not None else tiny_sd.embed_time
+    twin = tiny_sd.Model("", model.config, [], {}, weights, model.alpha_bars)
+    temb = embed_time(twin, x, np.full(len(x), t), pooled)
+    h = conv2d(x[..., :weights["conv_in"]["weight"].shape[-1]], **weights["conv_in"])
+    middle, skips = way_down(h + hint, temb, context, config.n_head, config.norm_num_groups,
+                             weights["down_blocks"], weights["mid_block"])
+    return linear(middle, **weights["controlnet_mid_block"]), [
+        linear(skip, **zero)
+        for skip, zero in zip(skips, weights["controlnet_down_blocks"], strict=True)]
+
+
+def steered(model, x, temb, context, added):
+    """Return what tiny_sd.unet does, with the residuals of some networks added (9.20)."""
+    unet, heads, size = model.unet, model.config.unet.n_head, model.config.unet.norm_num_groups
+    h, skips = way_down(conv2d(x, **unet["conv_in"]), temb, context, heads, size,
+                        unet["down_blocks"], unet.get("mid_block"))
+    for middle, more in added:
+        h, skips = h + middle, [skip + one for skip, one in zip(skips, more, strict=True)]
+
+    for n, block in zip(reversed(heads), unet["up_blocks"]):
+        h = up_block(h, skips, temb, context, n, size, **block)
+    h = silu(group_norm(h, size, 1e-5, **unet["conv_norm_out"]))
+    return conv2d(h, **unet["conv_out"])
+
+
 class Control:
     """A control network and what it sees: picture (height, width, 3) of uint8.
 
@@ -129,32 +172,13 @@ class Control:
         """Return what is added to the U-Net's middle and skips at x (batch, h, w, 4), or None."""
         if not self.now:
             return None
-        weights, config = self.weights, model.config.unet
-        embed_time = tiny_sd.embed_time_and_text if pooled is not None else tiny_sd.embed_time
-        twin = tiny_sd.Model("", model.config, [], {}, weights, model.alpha_bars)
-        temb = embed_time(twin, x, np.full(len(x), t), pooled)
-        h = conv2d(x[..., :weights["conv_in"]["weight"].shape[-1]], **weights["conv_in"])
-        middle, skips = way_down(h + self.hint, temb, context, config.n_head,
-                                 config.norm_num_groups, weights["down_blocks"],
-                                 weights["mid_block"])
-        return (self.now * linear(middle, **weights["controlnet_mid_block"]),
-                [self.now * linear(skip, **zero)
-                 for skip, zero in zip(skips, weights["controlnet_down_blocks"], strict=True)])
+        middle, skips = residuals(self.weights, model, x, self.hint, t, context, pooled)
+        return self.now * middle, [self.now * skip for skip in skips]
 
 
 def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
-    """Do what tiny_sd.predict does, steered by control networks (9.20)."""
-    unet, config, x = model.unet, model.config.unet, array_like(context, x)
+    """Do what tiny_sd.predict does, steered by control networks."""
+    x = array_like(context, x)
+    added = [control.added(model, x, t, context, pooled) for control in controls]
     temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
-    size, heads = config.norm_num_groups, config.n_head
-    h, skips = way_down(conv2d(x, **unet["conv_in"]), temb, context, heads, size,
-                        unet["down_blocks"], unet.get("mid_block"))
-    for control in controls:
-        if added := control.added(model, x, t, context, pooled):
-            h = h + added[0]
-            skips = [skip + more for skip, more in zip(skips, added[1], strict=True)]
-
-    for n, block in zip(reversed(heads), unet["up_blocks"]):
-        h = up_block(h, skips, temb, context, n, size, **block)
-    h = silu(group_norm(h, size, 1e-5, **unet["conv_norm_out"]))
-    return to_numpy(conv2d(h, **unet["conv_out"]))
+    return to_numpy(steered(model, x, temb, context, filter(None, added)))

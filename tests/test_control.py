@@ -29,10 +29,15 @@ from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all
 SIZE = {"width": 72, "height": 104}
 
 
-def random_network(unet):
+def random_network(unet, attention=True):
     """A control network for a U-Net of diffusers, with noise where training begins at zero."""
     torch.manual_seed(5)
-    network = randomise(diffusers.ControlNetModel.from_unet(unet), 7)
+    network = diffusers.ControlNetModel.from_unet(unet)
+    if not attention:
+        kinds = {"down_block_types": ["DownBlock2D"] * len(unet.config.down_block_types),
+                 "mid_block_type": "UNetMidBlock2D"}
+        network = diffusers.ControlNetModel.from_config({**network.config, **kinds})
+    randomise(network, 7)
     with torch.no_grad():
         for name, p in network.named_parameters():
             if name.startswith("controlnet_") and p.ndim > 1 and not p.any():
@@ -119,6 +124,26 @@ def test_residuals_and_output(network, written, reference, model, backend):
     ours.now = 0.0
     same("U-Net with ControlNet", control.predict([ours], model, x, 500, context),
          sd.predict(model, x, 500, context), 1e-6)
+
+
+def test_without_attention(reference, model, tmp_path, backend):
+    """A small network, whose middle is one ResNet block; one that lacks some of it is refused."""
+    network, hint = random_network(reference.unet, attention=False), edges()
+    network.save_pretrained(tmp_path / "small")
+    ours = control.Control(model, weights_at(tmp_path / "small", model, backend), hint)
+    x = np.random.default_rng(0).normal(size=(2, 13, 9, 4)).astype(np.float32)
+    context = sd.array_like(model.unet["conv_in"]["bias"], np.zeros((2, 77, 128)))
+    middle, skips = ours.added(model, sd.array_like(context, x), 500, context, None)
+    picture = first(hint[None].astype(np.float32) / 255).repeat(2, 1, 1, 1)
+    down, mid = network(first(x), 500, torch.zeros(2, 77, 128), picture, return_dict=False)
+    for found, expected in zip([*skips, middle], [*down, mid], strict=True):
+        same("ControlNet without attention", sd.to_numpy(found), last(expected), 2e-5)
+
+    arrays = load_file(tmp_path / "small/diffusion_pytorch_model.safetensors")
+    save_file({name: array for name, array in arrays.items() if "mid_block.resnets" not in name},
+              tmp_path / "cut.safetensors")
+    with pytest.raises(sd.UserError, match="another model than .*mid_block.resnets.0"):
+        weights_at(tmp_path / "cut.safetensors", model)
 
 
 @pytest.mark.slow

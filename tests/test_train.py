@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import EpsImagePlugin, Image
 
 import tiny_sd
 from conftest import ROOT
-from extras import files
+from extras import cli, control, files
 from extras.training import drawings, fitting, folder, measure, painting, scenes
 from extras.training import train as train_py
 from helpers import contents, drawn
-from helpers_diffusers import drawn_by
+from helpers_diffusers import drawn_by, first, last
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
 TRUE_SIZES = train_py.CONFIGS["small"]
@@ -33,7 +33,8 @@ SHORT = ["--batch", "2", "--bank", "8", "--draw-steps", "1", "--threads", "1"]
 
 
 def arguments(stage, state, *options, out=True, data=DATA):
-    where = ["--data", data, "--state", state, *(["--out", state / "emoji"] if out else [])]
+    folder = state / ("outlines" if stage == "control" else "emoji")
+    where = ["--data", data, "--state", state, *(["--out", folder] if out else [])]
     return [*map(str, [stage, *where, *SHORT, *options])]
 
 
@@ -103,9 +104,10 @@ def test_the_bundled_model_has_the_sizes_of_the_recipe():
 
 @pytest.fixture(scope="module")
 def state(fewer, tmp_path_factory):
-    """What `all` leaves, trained from nothing for two steps a stage."""
+    """What `all` and `control` leave, trained from nothing for two steps a stage."""
     path = tmp_path_factory.mktemp("train")
     train("all", path, "--steps", 2)
+    train("control", path, "--steps", 2)
     return path
 
 
@@ -476,7 +478,8 @@ def test_all_stages(state):
         kept = saved(state, stage)
         assert len(kept["losses"]) == kept["step"] == 2 and np.isfinite(kept["losses"]).all()
         assert any((p != kept["mean"][name]).any() for name, p in kept["params"].items())
-    sizes = {"vae.png": (768, 256), "decoder.png": (768, 256), "emoji.png": (768, 128)}
+    sizes = {"vae.png": (768, 256), "decoder.png": (768, 256), "emoji.png": (768, 128),
+             "control.png": (768, 192)}
     for name, size in sizes.items():
         with Image.open(state / name) as picture:
             assert picture.size == size
@@ -534,6 +537,85 @@ def test_the_decoder_alone(state, exported):
     assert not torch.equal(before[name], after[name])
 
 
+# ── The control network ─────────────────────────────────────────────────────────────────────────
+
+def outlined(things, n):
+    """Outlines (n, 64, 64) of some scenes."""
+    rng = np.random.default_rng(0)
+    return np.stack([painting.outlines(scenes.paint(scenes.draw_scene(things, rng), things))
+                     for _ in range(n)])
+
+
+def test_a_control_network_begins_with_the_unet_as_it_is(state, things):
+    """And with copies of all its weights on the way down, but for attention."""
+    job = train_py.Job(things, train_py.CONFIGS["small"], fitting.Schedule(),
+                       train_py.State(state))
+    whole = saved(state, "unet")["mean"]
+    params = train_py.control_parameters(job, whole)
+    new = {name for name in params if f"unet.{name}" not in whole}
+    assert all(name.startswith("controlnet_") for name in new)
+    assert all(torch.equal(params[name], whole[f"unet.{name}"]) for name in params.keys() - new)
+    assert not any(".attentions." in name for name in params)
+    model, lines = train_py.as_model(job, None, whole), outlined(things, 2)
+    x, context = torch.randn(4, 8, 8, 4), torch.randn(4, 32, 32)
+    t = np.array([10, 400, 700, 990])
+    with torch.no_grad():
+        temb = model.embed_time(model, x, t)
+        led = train_py.led_unet(model, tiny_sd.nest(params), lines, x, t, context)
+        alone = tiny_sd.unet(x, temb, context, model.config.unet.n_head, 8, **model.unet)
+    torch.testing.assert_close(led, alone)
+
+
+def test_the_control_network_is_diffusers(state, exported, things):
+    """Its folder opens there, and adds the same to the U-Net as in extras.control."""
+    network = ControlNetModel.from_pretrained(state / "outlines")
+    ours = control.read_control(state / "outlines", 2)
+    control.check_control("outlines", ours, exported)
+    mean = saved(state, "control")["mean"]
+    for name, p in tiny_sd.flatten(ours).items():
+        np.testing.assert_allclose(p, mean[name], rtol=1e-3, atol=1e-6)
+    rng, picture = np.random.default_rng(0), outlined(things, 1)[0][..., None].repeat(3, -1)
+    x, context = (rng.normal(size=shape).astype(np.float32)
+                  for shape in ((2, 8, 8, 4), (2, 32, 32)))
+    middle, skips = control.Control(exported, ours, picture).added(exported, x, 500, context, None)
+    with torch.no_grad():
+        down, mid = network(first(x), 500, torch.from_numpy(context),
+                            first(picture[None] / np.float32(255)).repeat(2, 1, 1, 1),
+                            return_dict=False)
+    assert len(skips) == len(down) == 6
+    for found, expected in zip([*skips, middle], [*down, mid], strict=True):
+        np.testing.assert_allclose(found, last(expected), atol=1e-5)
+        assert np.abs(found).max() > 1e-4
+
+
+def test_the_control_network_leads_on_the_command_line(state, things, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(outlined(things, 1)[0]).save("lines.png")
+    base = ["a cat", "-m", str(state / "emoji"), "--steps", "2", "-o"]
+    assert cli.main([*base, "alone.png"]) == 0
+    assert cli.main([*base, "led.png", "--control", str(state / "outlines"), "lines.png"]) == 0
+    alone, led = (np.asarray(Image.open(name)) for name in ("alone.png", "led.png"))
+    assert alone.shape == led.shape and (alone != led).any()
+
+
+def test_how_far_outlines_are_followed(things):
+    lines = outlined(things, 4)
+    pictures = np.repeat(lines[..., None], 3, -1)
+    assert measure.agreement(255 - pictures, lines) == measure.agreement(pictures, lines)
+    assert measure.agreement(pictures, lines) > measure.agreement(pictures[::-1], lines) + 0.1
+
+
+def test_only_control_networks_are_replaced(state, tmp_path, capsys):
+    """By control networks; and it needs a U-Net."""
+    for out in state / "emoji", state / "emoji/unet":
+        before = contents(out)
+        said = refused(capsys, "control", state, "--steps", 3, "--out", out)
+        assert "is no model of ours (it has no config.json of a ControlNetModel)" in said
+        assert contents(out) == before
+    said = refused(capsys, "control", tmp_path, "--steps", 3)
+    assert said == f"train.py: {tmp_path / 'unet.pt'} is missing: run the stage unet first"
+
+
 def test_finished_stages_are_left_alone(state, capsys):
     before = (state / "vae.pt").read_bytes()
     train("vae", state, "--steps", 2)
@@ -555,7 +637,8 @@ def test_on_from_a_model(state, tmp_path):
 def copy_before(stage, state, path):
     """What the stages before this one left."""
     first = ["vae.pt", "decoder.pt", "merges.txt", "scaling_factor.json"]
-    before = {"vae": [], "decoder": first[:1], "clip": first, "unet": [*first, "clip.pt"]}
+    before = {"vae": [], "decoder": first[:1], "clip": first, "unet": [*first, "clip.pt"],
+              "control": [*first, "unet.pt"]}
     for name in before[stage]:
         os.link(state / name, path / name)
 
@@ -587,7 +670,7 @@ for command in {commands}:
         sys.exit(train.main(command))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """)
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * 4, done.stderr
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(commands), done.stderr
     return folders
 
 
@@ -647,7 +730,7 @@ for i in range(3):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """What `all` leaves in two processes, and in averaged.pt what AVERAGED does."""
+    """What `all` and `control` leave in two processes, and in averaged.pt what AVERAGED does."""
     path = tmp_path_factory.mktemp("two")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                 "--no-python", sys.executable]
@@ -657,7 +740,8 @@ fitting.join_processes("cpu")
 if rank == 0:
     torch.save(p, {str(path / "averaged.pt")!r})
 train.join_processes = lambda device: None      # they have met
-sys.exit(train.main())
+train.dist.destroy_process_group = lambda: None
+sys.exit(train.main() or train.main({arguments("control", path, "--steps", 2)}))
 """, *arguments("all", path, "--steps", 2), under=torchrun)
     assert done.returncode == 0, done.stderr[-2000:]
     return path

@@ -25,6 +25,7 @@ from extras.training.scenes import (
 from tiny_sd import flatten, require
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
+HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control network sees outlines
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
@@ -50,6 +51,18 @@ def unet_config(latents, channels, attends, heads, groups, context):
             "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
             "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]]}
+
+
+def control_config(unet):
+    """That of a control network for a U-Net with this config.
+
+    It has no attention, which is half of the weights: what the prompt says, the U-Net reads itself.
+    """
+    others = ("out_channels", "sample_size", "center_input_sample", "up_block_types")
+    kept = {name: value for name, value in unet.items() if name not in others}
+    return kept | {"_class_name": "ControlNetModel", "mid_block_type": "UNetMidBlock2D",
+                   "down_block_types": ["DownBlock2D"] * len(unet["block_out_channels"]),
+                   "conditioning_embedding_out_channels": HINT_CHANNELS}
 
 
 def text_config(width, layers, heads):
@@ -80,16 +93,19 @@ def vocabulary(things):
             "places": [*PLACES], "more": said}
 
 
-def check_replaceable(out, kept, asked):
+def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
     """UserError unless out may become a model's folder.
 
     It may replace one of our models where that is asked for, and nothing else; nor may it be, or
-    be around, the files and folders to keep.
+    be around, the files and folders to keep. mark: the file by which one is known, and a word in
+    it.
     """
+    file, word = mark
     if os.path.lexists(out):
         require(asked, f"{out} is there already: name it with --out to replace it, or another")
-        require((out / "model_index.json").is_file(), f"{out} is there already and is no model of "
-                "ours (it has no model_index.json), and is not replaced: name another --out")
+        require((out / file).is_file() and word in read_text(out / file),
+                f"{out} is there already and is no model of ours (it has no {file}"
+                f"{word and f' of a {word}'}), and is not replaced: name another --out")
     place = Path(os.path.realpath(out))
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
@@ -119,6 +135,15 @@ def write_model(out, params, vae, things, setting, state):
                       for key, p in flatten(tree).items()}
             file = folder / part / f"{name}.safetensors"
             file.write_bytes(save(arrays, {"format": "pt"}))    # save_file lets only us read it
+
+
+def write_control(out, params, config):
+    """Write a control network in float16 as diffusers' folder of one. params: {name: tensor}."""
+    with folder_atomically(out) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        arrays = {name: to_file(p) for name, p in params.items()}
+        file = folder / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(save(arrays, {"format": "pt"}))
 
 
 def to_file(p):

@@ -27,6 +27,7 @@ from extras import like_diffusers
 from extras.files import free_names, replace_atomically, save_picture
 from extras.show import sheet as labelled
 from extras.training.fitting import grid
+from extras.training.painting import outlines
 from extras.training.scenes import (
     COUNTS,
     MEDIA_SHARES,
@@ -48,11 +49,12 @@ from extras.training.scenes import share as fixed_share
 
 # ── Drawing many pictures at once ───────────────────────────────────────────────────────────────
 
-def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None):
+def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None, predict=tiny_sd.predict):
     """Pictures (n, height, width, 3) of uint8, one for each prompt with its seed, 64 at a time.
 
     They are what tiny_sd draws for each by itself, with the model's own sampler.
     """
+    make_denoiser = functools.partial(denoiser, predict=predict)
     negatives, pictures = negatives or [None] * len(prompts), []
     for i in tqdm(range(0, len(prompts), 64), "drawing", leave=False):
         part = slice(i, i + 64)
@@ -61,18 +63,19 @@ def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None):
         def embed(model, _, texts=texts):
             return tiny_sd.embed_prompts(model, texts)
         *_, x = like_diffusers.generate(model, "", seeds=[*map(int, seeds[part])], steps=steps,
-                                        guidance=guidance, make_denoiser=denoiser, embed=embed)
+                                        guidance=guidance, make_denoiser=make_denoiser,
+                                        embed=embed)
         pictures.append(tiny_sd.decode(model, x))
     return np.concatenate(pictures)
 
 
-def denoiser(model, context, guidance, *_):
+def denoiser(model, context, guidance, *_, predict=tiny_sd.predict):
     """denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), where each picture of the batch has its own context."""
     def denoise(x_t, t, alpha_bar):
         if guidance == 1:
-            output = tiny_sd.predict(model, x_t, t, context[len(x_t):])
+            output = predict(model, x_t, t, context[len(x_t):])
         else:
-            both = tiny_sd.predict(model, np.concatenate([x_t, x_t]), t, context)
+            both = predict(model, np.concatenate([x_t, x_t]), t, context)
             output = tiny_sd.guide(*np.split(both, 2), guidance)
         return tiny_sd.split_prediction(model.config.scheduler.prediction_type, output, x_t,
                                         alpha_bar)
@@ -262,6 +265,12 @@ def reconstruction(model, judge, n):
         edges.append((edge_energy(drawn), edge_energy(original)))
     ours, theirs = np.sum(edges, 0)
     return {"VAE: PSNR, dB": float(np.mean(decibels)), "VAE: edges": float(ours / theirs)}
+
+
+def agreement(pictures, lines):
+    """How far the outlines of pictures are these, (n, height, width): the mean correlation."""
+    return float(np.mean([np.corrcoef(outlines(picture).ravel(), asked.ravel())[0, 1]
+                          for picture, asked in zip(pictures, lines)]))
 
 
 def psnr(picture, original):

@@ -171,14 +171,14 @@ GREY_MEDIA = {"sketch", "blueprint", "black and white", "silhouette", "wood", "s
 GROUNDED_MEDIA = {"sketch", "blueprint", "neon", "woodcut", "sticker", "old photo"}     # no ground
 
 
-def draw_scene(things, rng):
-    """A random scene that training may show."""
+def draw_scene(things, rng, shown=True):
+    """A random scene that training may show, or else one that it never shows."""
     if things.drawings is None:
         return captioned_scene(things, int(rng.integers(len(things.names))))
     while True:
         subject = draw_subject(things, rng)
         manner = draw_manner(rng, subject)
-        if may_show(things, subject, manner):
+        if may_show(things, subject, manner) == shown:
             return compose(things, rng, subject, manner)
 
 

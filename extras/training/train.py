@@ -10,6 +10,7 @@ folder, and measure.py looks at what was learnt.
 
     python -m extras.training.train all --minutes 120   from nothing to weights/state/emoji
     python -m extras.training.train unet --start weights/emoji      on from a finished model
+    python -m extras.training.train control --start weights/emoji   a ControlNet for outlines
     python -m extras.training.train evaluate --out weights/emoji    the table in weights/README.md
     torchrun --nproc-per-node 8 -m -- extras.training.train unet --device cuda
 
@@ -41,9 +42,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tiny_sd
+from extras import control
 from extras.fast import keep_freed_memory
 from extras.files import held, read_text, replace_atomically
-from extras.shapes import conv, text_shapes, unet_shapes, vae_shapes
+from extras.shapes import conv, layer, text_shapes, unet_shapes, vae_shapes
 from extras.training import fitting, measure
 from extras.training.drawings import load_captioned, load_things, render
 from extras.training.fitting import (
@@ -59,15 +61,19 @@ from extras.training.fitting import (
     share_of_batch,
 )
 from extras.training.folder import (
+    HINT_CHANNELS,
     LENGTH,
     SCHEDULER,
     VOCABULARY,
     check_replaceable,
+    control_config,
     text_config,
     unet_config,
     vae_config,
+    write_control,
     write_model,
 )
+from extras.training.painting import outlines
 from extras.training.scenes import draw_scene, every_scene, paint
 from tiny_sd import UserError, flatten, nest, read_config, require, tell
 
@@ -103,15 +109,15 @@ CONFIGS = {
         unet=unet_config(latents=16, channels=(64, 128, 192), attends=(False, True, True),
                          heads=(2, 4, 6), groups=16, context=192),
         text=text_config(width=192, layers=4, heads=4),
-        batch={"vae": 16, "decoder": 16, "clip": 256, "unet": 96},
-        rate={"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3}),
+        batch={"vae": 16, "decoder": 16, "clip": 256, "unet": 96, "control": 32},
+        rate={"vae": 2e-3, "decoder": 1e-3, "clip": 1e-3, "unet": 1e-3, "control": 3e-3}),
     "base": Setting(
         vae=vae_config(size=256, channels=(32, 64, 128, 128), groups=16),
         unet=unet_config(latents=32, channels=(128, 192, 256), attends=(True, True, True),
                          heads=(4, 6, 8), groups=32, context=288),
         text=text_config(width=288, layers=6, heads=6),
-        batch={"vae": 64, "decoder": 64, "clip": 1024, "unet": 512},
-        rate={"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3})}
+        batch={"vae": 64, "decoder": 64, "clip": 1024, "unet": 512, "control": 128},
+        rate={"vae": 1e-3, "decoder": 5e-4, "clip": 1e-3, "unet": 1e-3, "control": 3e-3})}
 
 
 class Job(NamedTuple):
@@ -405,7 +411,11 @@ class Bank:
             image = to_model(pictures[i:i + 64], self.job.state.device)
             mean, _ = tiny_sd.vae_encode(image, self.vae, self.job.setting.groups)
             latents.append(mean.float() * self.scale)
-        return [scene.caption for scene in scenes], torch.cat(latents)
+        return [*map(self.said, scenes, pictures)], torch.cat(latents)
+
+    def said(self, scene, picture):
+        """What is learnt with a picture: its caption."""
+        return scene.caption
 
     def renew(self, n, rng):
         """Add n new scenes; once the bank is full they replace the oldest."""
@@ -563,11 +573,111 @@ def train_unet(job):
     train_stage("unet", job, optimizer, losses, rng, show)
 
 
+# ── A control network for outlines ──────────────────────────────────────────────────────────────
+# Not a part of `all`: it learns to lead a finished U-Net, which stays as it is (REFERENCE §9).
+
+class OutlinedBank(Bank):
+    """Its captions are pairs: a caption, and outlines (height, width) of uint8."""
+
+    def said(self, scene, picture):
+        return scene.caption, outlines(picture)
+
+
+def control_shapes(setting):
+    """Those of the U-Net's way down without attention, and of what is new before and behind it."""
+    widths, read = setting.unet["block_out_channels"], HINT_CHANNELS
+    blocks = [conv(i, o) for a, b in zip(read, read[1:]) for i, o in ((a, a), (a, b))]
+    skips = [width for width in widths for _ in range(setting.unet["layers_per_block"] + 1)]
+    copied = {name: shape for name, shape in setting.shapes("unet").items()
+              if name.startswith(control.COPIED)}
+    return control.without_attention(copied) | flatten({
+        "controlnet_cond_embedding": {"conv_in": conv(3, read[0]), "blocks": blocks,
+                                      "conv_out": conv(read[-1], widths[0])},
+        "controlnet_down_blocks": [layer(n, n, 1, 1) for n in [widths[0], *skips[:-1]]],
+        "controlnet_mid_block": layer(widths[-1], widths[-1], 1, 1)})
+
+
+def control_parameters(job, unet):
+    """A copy of the U-Net's way down, and zeros where what is new joins it."""
+    shapes = control_shapes(job.setting)
+    zeros = tuple(name for name in shapes if name.startswith(control.OWN[1:]))
+    params = initial(shapes, job.schedule.seed, ("conv_out.weight", *zeros))
+    for name in params:
+        if name.startswith(control.OWN[0]):
+            params[name] *= 2       # silu(x) is about x / 2, seven times in a row
+        params[name] = unet.get(f"unet.{name}", params[name])
+    return params
+
+
+def led_unet(model, weights, lines, x, t, context):
+    """What the U-Net predicts for x, led by outlines (n, height, width) of uint8.
+
+    t: one time, or one of each x. Where there are more x than outlines, these come again.
+    """
+    picture = torch.from_numpy(lines).to(x.device)[..., None].repeat(1, 1, 1, 3) / 255
+    hint = control.hint_features(picture, **weights["controlnet_cond_embedding"])
+    hint = hint.repeat(len(x) // len(hint), 1, 1, 1)
+    added = control.residuals(weights, model, x, hint, t, context)
+    temb = model.embed_time(model, x, np.full(len(x), t))
+    return control.steered(model, x, temb, context, [added])
+
+
+def train_control(job):
+    schedule, rng = job.schedule, np.random.default_rng()
+    whole = job.state.trained("unet", unet_stage_shapes(job.setting))
+    bank, n = OutlinedBank(job, filled=2048, capacity=8192), share_of_batch("control", schedule)
+    params = parameters(control_parameters(job, whole), job.state.device)
+    optimizer, weights = Optimizer(params, schedule), nest(params)
+    model = as_model(job, bank.words, whole)
+    prediction_type = model.config.scheduler.prediction_type
+
+    def loss(x_0, said):
+        captions, lines = zip(*said)
+        with torch.no_grad():       # half without a caption: outlines alone must say what it is
+            context, _ = tiny_sd.embed_prompts(model, tiny_sd.drop_captions(captions, rng, 0.5))
+        t = noisy_times(len(x_0), len(model.alpha_bars), rng)
+        levels = model.alpha_bars[t]
+        predict = functools.partial(led_unet, model, weights, np.stack(lines), t=t,
+                                    context=context)
+        alpha_bar = tiny_sd.array_like(x_0, levels)[:, None, None, None]
+        errors = tiny_sd.diffusion_loss(predict, prediction_type, x_0, alpha_bar,
+                                        torch.randn_like(x_0))
+        return (tiny_sd.array_like(errors, loss_weight(levels)) * errors).mean()
+
+    losses = minimize(loss, optimizer, bank.batches(n, max(1, n // 8), rng))
+    train_stage("control", job, optimizer, losses, rng,
+                lambda: with_and_without(job, model, nest(optimizer.mean)))
+
+
+@torch.no_grad()
+def with_and_without(job, model, weights):
+    """Outlines of scenes that training never shows; what is drawn without and with them.
+
+    Says how far the outlines of what is drawn are those.
+    """
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(job.things, rng, shown=False) for _ in range(12)]
+    captions = [scene.caption for scene in scenes]
+    lines = np.stack([outlines(paint(scene, job.things)) for scene in scenes])
+
+    def led(model, x, t, context):
+        x = tiny_sd.array_like(context, x)
+        return tiny_sd.to_numpy(led_unet(model, weights, lines, x, t, context))
+
+    both = [measure.draw(model, captions, range(len(scenes)), steps=12, predict=predict)
+            for predict in (tiny_sd.predict, led)]
+    alone, follows = (measure.agreement(pictures, lines) for pictures in both)
+    tqdm.write(f"control: the outlines of {len(lines)} pictures correlate by {follows:.2f} with "
+               f"those asked for, without it by {alone:.2f}", sys.stderr)
+    rows = np.stack([lines[..., None].repeat(3, -1), *both], 1)
+    return fitting.grid(np.concatenate(rows), 12)
+
+
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
 
 # How each stage is trained, and its share of `all`.
 STAGES = {"vae": (train_vae, 0.15), "decoder": (train_decoder, 0.05),
-          "clip": (train_clip, 0.04), "unet": (train_unet, 0.76)}
+          "clip": (train_clip, 0.04), "unet": (train_unet, 0.76), "control": (train_control, 0)}
 
 
 def run_stage(stage, job):
@@ -587,11 +697,15 @@ def run_stage(stage, job):
 
 def run_command(args, setting, schedule, state, stack):
     """Do what the command line asks for. stack: what is undone at the end."""
-    data, out = args.data or args.state / "emoji.zip", args.out or args.state / "emoji"
-    exports, first = args.command in ("export", "all"), process()[0] == 0
+    data, leads = args.data or args.state / "emoji.zip", args.command == "control"
+    out = args.out or args.state / ("outlines" if leads else "emoji")
+    exports, first = args.command in ("export", "all", "control"), process()[0] == 0
     asked, kept = args.out is not None, [data, args.state]
+    check = functools.partial(check_replaceable, out, kept)
+    if leads:
+        check = functools.partial(check, mark=("config.json", "ControlNetModel"))
     if exports:
-        check_replaceable(out, kept, asked)
+        check(asked)
     asked = asked and out.exists()      # not what comes to be while this trains
     if args.command in (*STAGES, "all") and first:
         stack.enter_context(held(args.state))
@@ -609,9 +723,15 @@ def run_command(args, setting, schedule, state, stack):
     if args.command == "all":
         for name, (_, share) in STAGES.items():
             part = schedule._replace(minutes=schedule.minutes * share)
-            run_stage(name, job._replace(schedule=part))
+            if share:
+                run_stage(name, job._replace(schedule=part))
     if exports and first:
-        check_replaceable(out, kept, asked)
+        check(asked)
+    if leads and first:
+        params = state.trained("control", control_shapes(setting))
+        write_control(out, params, control_config(setting.unet))
+        print(out)
+    elif exports and first:
         params = state.trained("unet", unet_stage_shapes(setting))
         write_model(out, nest(params), state.vae(setting), things, setting, state)
         print(out)
