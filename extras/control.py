@@ -51,8 +51,8 @@ def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
     if any(name.startswith(start) for name in arrays):
         arrays = {from_original_name("unet", name.removeprefix(start), None, n): array
                   for name, array in arrays.items() if name.startswith(start)}
-    require(all(any(name.startswith(own) for name in arrays) for own in OWN),
-            f"{path} is not a control network")
+    require(all(any(name.startswith(own) for name in arrays) for own in OWN)
+            and max(map(len, arrays)) < 200, f"{path} is not a control network")
     return nest({name: to_backend(array, backend, device, dtype)
                  for name, array in arrays.items()})
 
@@ -156,12 +156,14 @@ class Control:
         pixels = array_like(weights["conv_in"]["bias"], picture[None] / 255)
         try:
             self.hint = hint_features(pixels, **weights["controlnet_cond_embedding"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+                ArithmeticError) as error:
             raise UserError("the control network's controlnet_cond_embedding is not whole: "
                             f"{shorten(str(error))}") from None
         h, w, _ = tiny_sd.latent_shape(model, *picture.shape[1::-1])
-        require(tuple(self.hint.shape[:3]) == (1, h, w), "the control network's picture does not "
-                f"shrink as the model's: {tuple(self.hint.shape)} for {w} x {h} latents")
+        wanted = 1, h, w, len(weights["conv_in"]["bias"])
+        require(tuple(self.hint.shape) == wanted, "the control network's picture does not shrink "
+                f"as the model's: to {tuple(self.hint.shape)}, not {wanted}")
 
     def count(self, step, n):
         """Say that step `step` of n is next, counted from 0."""

@@ -239,6 +239,15 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
     save_file(wide, "wide.safetensors")
     save_file({k: v for k, v in arrays.items() if "mid_block.resnets" not in k}, "cut.safetensors")
     save_file({k: v for k, v in arrays.items() if "down_blocks.11" not in k}, "few.safetensors")
+    eye = "controlnet_cond_embedding"
+    one = {f"{eye}.conv_out.weight": arrays[f"{eye}.conv_out.weight"][:1].copy(),
+           f"{eye}.conv_out.bias": np.zeros(1, np.float32)}
+    save_file(arrays | one, "one.safetensors")
+    none = {f"{eye}.conv_in.weight": np.zeros((0, 3, 3, 3), np.float32),
+            f"{eye}.conv_in.bias": np.zeros(0, np.float32)}
+    save_file(arrays | none, "none.safetensors")
+    save_file(arrays | {eye + ".0" * 3000: np.zeros(1, np.float32)}, "deep.safetensors")
+    save_file(arrays | {f"{eye}.{'9' * 5000}": np.zeros(1, np.float32)}, "count.safetensors")
     arrays.pop("controlnet_cond_embedding.blocks.3.weight")
     save_file(arrays, "blind.safetensors")
     Path("gone.safetensors").write_bytes(b"")
@@ -251,6 +260,10 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
             (["few.safetensors", "edges.png"], "controlnet_down_blocks.11.weight is None"),
             (["blind.safetensors", "edges.png"], "controlnet_cond_embedding"),
             (["gone.safetensors", "edges.png"], "gone.safetensors is empty"),
+            (["one.safetensors", "edges.png"], "does not shrink as the model's"),
+            (["none.safetensors", "edges.png"], "controlnet_cond_embedding is not whole"),
+            (["deep.safetensors", "edges.png"], "deep.safetensors is not a control network"),
+            (["count.safetensors", "edges.png"], "count.safetensors is not a control network"),
             (["outlines.safetensors", "edges.png", "--control-from", "1"], "--control-from 1"),
             (["outlines.safetensors", "edges.png", "--show", "page"], "--show")):
         capsys.readouterr()
