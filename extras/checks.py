@@ -11,7 +11,7 @@ from pathlib import Path
 
 from extras import shapes
 from extras.like_diffusers import noise_levels
-from extras.samplers import SCHEDULERS
+from extras.samplers import SCHEDULERS, solver_steps
 from tiny_sd import (
     ACTIVATIONS,
     CONFIG_DEFAULTS,
@@ -205,7 +205,7 @@ def check_configs(settings, tokenizers):
             f"{what} is not supported, but {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
-    require((scheduler.original_inference_steps or 50) <= scheduler.num_train_timesteps,
+    require(solver_steps(scheduler) <= scheduler.num_train_timesteps,
             "the scheduler's original_inference_steps are more than its num_train_timesteps")
     levels = noise_levels(scheduler)
     require(levels[-2] > 1e-10, "the scheduler's betas leave nothing of a picture: beta_end "

@@ -1,7 +1,7 @@
-"""Prompts from lists and tables, as extensions of AUTOMATIC1111's web UI have them.
+"""Fill in prompts from lists and tables, as extensions of AUTOMATIC1111's web UI do.
 
     {red|green|blue}    one of these; the seed decides which
-    __colour__          a line of colour.txt in a folder; __animals/*__ of any list in there
+    __colour__          a line of colour.txt in a folder; __animals/*__ of any list in animals/
 """
 
 import csv
@@ -18,7 +18,7 @@ from tiny_sd import UserError, require
 
 
 def made(texts, args):
-    """Return prompts with the styles and choices that args ask for, and let them ask no more."""
+    """Return prompts with args' styles and choices filled in; clear these options in args."""
     for file, name in args.styles:
         texts = with_style(*texts, file, name)
     if args.wildcards is not None:
@@ -28,12 +28,12 @@ def made(texts, args):
 
 
 def choose(text, seed, folder):
-    """Return a prompt with one of the choices wherever it has some, those inside others first."""
-    rng, names = random.Random(str(seed)), {}       # hashed: small numbers begin alike
+    """Replace each list of choices in a prompt by one of them, the innermost first."""
+    rng, names = random.Random(str(seed)), {}       # a str is hashed; small ints give similar draws
     require(Path(folder).is_dir(), f"--wildcards {folder} is not a folder")
     for path in sorted(Path(folder).rglob("*.txt")):
         names[path.relative_to(folder).with_suffix("").as_posix()] = path
-    lines = functools.cache(functools.partial(lines_of, names))     # a list may be long
+    lines = functools.cache(functools.partial(lines_of, names))     # read each list once
     for _ in range(1000):
         check_length(text)
         mark = LISTS.search(text)
@@ -41,23 +41,23 @@ def choose(text, seed, folder):
             return text
         options = mark[0][1:-1].split("|") if mark[0][0] == "{" else lines(mark[0])
         text = text[:mark.start()] + rng.choice(options).strip() + text[mark.end():]
-    raise UserError("the prompt has more than a thousand choices: a list may name itself")
+    raise UserError("the prompt has more than a thousand choices: does a list name itself?")
 
 
 def lines_of(names, mark):
-    """Return the lines of the lists that __name__ means. names: {name: its file}."""
+    """Return the lines of all lists that __name__ matches. names: {name: its file}."""
     found = fnmatch.filter(names, mark[2:-2])
-    require(found, f"{mark} in the prompt: there is no such list{nearest(mark[2:-2], names)}")
+    require(found, f"the prompt has {mark}, but there is no such list{nearest(mark[2:-2], names)}")
     lines = [line.strip() for name in found for line in read_text(names[name]).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    require(lines, f"{mark} in the prompt: the list is empty")
+    require(lines, f"the prompt has {mark}, but that list is empty")
     return lines
 
 
 def with_style(prompt, negative, file, name):
-    """Return both prompts with those of a style: a row of a table with its name and two texts.
+    """Add a style, a row of a table with a name and two texts, to both prompts.
 
-    What is written goes where a style says {prompt}, else before it.
+    The prompt replaces {prompt} in the style's text, or else goes before it.
     """
     try:
         rows = [*csv.DictReader(io.StringIO(read_text(file)))]

@@ -1,7 +1,7 @@
-"""What ComfyUI does in its own way: a picture's record, which is a graph, and weights in prompts.
+"""Follow ComfyUI where it differs: the graph recorded in a picture, and weights in prompts.
 
-Such a picture holds, as JSON, the nodes that drew it: {id: {"class_type": ..., "inputs": {name:
-value}}}. A value that is a list, [id, number], is a link to an output of another node.
+A picture contains the nodes that drew it, as JSON: {id: {"class_type": ..., "inputs": {name:
+value}}}. A value that is a list, [id, number], links to an output of another node.
 """
 
 import json
@@ -10,32 +10,32 @@ from pathlib import PurePath
 
 import tiny_sd
 from extras import prompts
-from extras.files import opened, printable
+from extras.files import check_record, opened, printable
 from tiny_sd import array_like, require, shorten
 
 # ── The graph in a picture ──────────────────────────────────────────────────────────────────────
 
-LARGEST, MOST_NODES, MOST_ENDS, MOST_STEPS = 4_000_000, 2000, 20, 10_000
-FROM = ("images", "image", "pixels", "samples", "latent_image")     # inputs that pictures come by
+MOST_NODES, MOST_ENDS, MOST_STEPS = 2000, 20, 10_000
+FROM = ("images", "image", "pixels", "samples", "latent_image")     # inputs that carry pictures
 SAMPLERS, LOADERS = ("KSampler", "KSamplerAdvanced"), ("CheckpointLoaderSimple", "CheckpointLoader")
 ENCODERS = ("VAEEncode", "VAEEncodeTiled", "VAEEncodeForInpaint")
-KNOWN = {       # nodes whose work is repeated, or said in other words than that they are not
+KNOWN = {       # nodes that are repeated here, or reported in a line of their own
     *SAMPLERS, *LOADERS, *ENCODERS, "SaveImage", "PreviewImage", "VAEDecode", "VAEDecodeTiled",
     "SetLatentNoiseMask", "LoadImage", "EmptyLatentImage", "LoraLoader", "LoraLoaderModelOnly",
     "VAELoader", "CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPSetLastLayer", "ControlNetApply",
     "ControlNetApplyAdvanced"}
-TEXTS = ("text", "text_g", "string", "value")       # where nodes have a text
-OTHERS = {"uni_pc", "uni_pc_bh2", "lcm"}            # are other samplers here, of the same names
+TEXTS = ("text", "text_g", "string", "value")       # inputs that hold a text
+OTHERS = {"uni_pc", "uni_pc_bh2", "lcm"}            # ComfyUI's samplers of these names differ
 
 
 def read_graph(path):
-    """Return the Graph in a picture file; one without nodes if there is none."""
+    """Return the Graph in a picture file; it has no nodes if nothing is recorded."""
     with opened(path) as picture:
         texts, size = [picture.info.get("prompt"), *picture.getexif().values()], picture.size
     texts = [re.sub(r"\A\s*prompt:", "", text, count=1, flags=re.IGNORECASE).strip()
              for text in texts if isinstance(text, str)]
     text = next((text for text in texts if text.startswith("{")), "{}")
-    require(len(text) <= LARGEST, f"{path} records {len(text)} letters: too many to be read")
+    check_record(path, text)
     try:
         nodes = json.loads(text, parse_constant=str)
     except (ValueError, RecursionError):
@@ -47,26 +47,26 @@ def read_graph(path):
 
 
 def of_kinds(nodes, kinds):
-    """Return those of some nodes that are of these kinds."""
+    """Return the nodes of these kinds."""
     return [node for node in nodes if node["class_type"] in kinds]
 
 
 class Graph:
-    """The nodes that drew a picture of this size, in pixels, and what can be read off them."""
+    """The nodes that drew a picture, and its size in pixels."""
 
     def __init__(self, path, nodes, size):
         self.path, self.nodes, self.size = path, nodes, size
 
     def source(self, node, names):
-        """Return the node that an input of one of these names, else any, is linked to, or None."""
+        """Return the node linked to an input of one of these names, else to any input, or None."""
         links = {name: self.nodes.get(str(value[0])) for name, value in node["inputs"].items()
                  if isinstance(value, list) and value and isinstance(value[0], (str, int))}
         return next(filter(None, map(links.get, (*names, *links))), None)
 
     def way(self, node, *names, last=None):
-        """Return the nodes on the way back from a node, through inputs of these names.
+        """Return the nodes found by following inputs of these names back from a node.
 
-        It ends behind a node that has an input called `last`.
+        Stop after a node that has an input called `last`.
         """
         passed = {}
         while node and last not in node["inputs"]:
@@ -77,7 +77,7 @@ class Graph:
         return list(passed.values())
 
     def value(self, node, *names):
-        """Return the text or number that a node has under one of these names, or has a link to."""
+        """Return the text or number of an input of one of these names, following a link."""
         found = next((node["inputs"][name] for name in names if name in node["inputs"]), None)
         if isinstance(found, list):
             other = self.source({"inputs": {"": found}}, ()) or {"inputs": {}}
@@ -90,23 +90,23 @@ class Graph:
         return re.split(r"[/\\]", str(self.value(node, name) or ""))[-1]
 
     def stem(self, node, name):
-        """Return that name without its suffix."""
+        """Return the name of that file without its suffix."""
         return PurePath(self.file(node, name)).stem
 
     def drawing(self):
-        """Return the nodes on the way from the picture back to what its sampler begins with."""
+        """Return the nodes from the picture back through its sampler to the sampler's input."""
         ends = of_kinds(self.nodes.values(), ("SaveImage", "PreviewImage")) or of_kinds(
             self.nodes.values(), SAMPLERS)
         ways = ([end, *self.way(end, *FROM)] for end in ends[:MOST_ENDS])
         drawn = next((nodes for nodes in ways if of_kinds(nodes, SAMPLERS)), None)
-        require(drawn, f"{self.path} records a graph of ComfyUI's without a KSampler that leads "
-                       "to a picture")
+        require(drawn, f"{self.path} records a ComfyUI graph in which no KSampler leads to a "
+                       "picture")
         return drawn
 
     def record(self):
         """Return the prompt, the negative prompt, and {fact: value} as in extras/facts.py.
 
-        What is not repeated here are facts that facts.FACTS does not know. UserError where no
+        Facts that cannot be repeated here have names that facts.FACTS lacks. UserError if no
         sampler leads to the picture.
         """
         drawn = self.drawing()
@@ -139,7 +139,8 @@ class Graph:
     def sampling(self, sampler):
         """Return the facts of a sampler.
 
-        Of --strength 0.5, ComfyUI takes all of the steps that it names, out of twice as many.
+        ComfyUI counts the steps it takes: 20 steps at denoise 0.5 are the last 20 of 40, which
+        here are 40 steps at strength 0.5.
         """
         steps, denoise, first = (self.value(sampler, name) for name in (
             "steps", "denoise", "start_at_step"))
@@ -147,7 +148,7 @@ class Graph:
         seed = self.value(sampler, "seed", "noise_seed")
         require({type(steps), type(first or 0), type(seed)} == {int} and 0 < steps <= MOST_STEPS
                 and not isinstance(denoise, str) and 1 / MOST_STEPS <= denoise <= 1,
-                f"{self.path} records a graph of ComfyUI's whose steps and seed are not known")
+                f"{self.path} records a ComfyUI graph whose steps or seed cannot be read")
         total = int(steps / denoise)
         taken = steps - max(0, first or 0)
         name, schedule = (self.value(sampler, key) for key in ("sampler_name", "scheduler"))
@@ -162,7 +163,7 @@ class Graph:
             "Noise Schedule": schedule if schedule == "beta" or uneven else ""}
 
     def beginning(self, nodes):
-        """Return the facts of what a sampler begins with, given the nodes behind it."""
+        """Return the facts of a sampler's input, given the nodes before the sampler."""
         facts = {"Size": "{}x{}".format(*self.size)}
         if of_kinds(nodes, ENCODERS):
             facts["Denoising strength"] = 1
@@ -176,7 +177,7 @@ class Graph:
         return facts
 
     def files(self, model, clip, vae, texts):
-        """Return the facts of the files in use, given the nodes that lead to them."""
+        """Return the facts of the files used, given the nodes on the way to each."""
         facts, loras = {}, of_kinds(model, ("LoraLoader", "LoraLoaderModelOnly"))
         for node in of_kinds(model, LOADERS):
             facts["Model"] = self.stem(node, "ckpt_name")
@@ -195,7 +196,7 @@ class Graph:
         return facts
 
     def control(self, node):
-        """Return what is said of a node that applies a ControlNet."""
+        """Return "network strength picture" of a node that applies a ControlNet."""
         loader = self.source(node, ("control_net",))
         pictures = self.way({"inputs": {"image": node["inputs"].get("image")}}, "image")
         said = [loader and self.stem(loader, "control_net_name"), self.value(node, "strength"),
@@ -209,11 +210,11 @@ ESCAPED = {r"\(": "\1", r"\)": "\2"}
 
 
 def weighted_parts(text, weight=1.0, depth=0):
-    r"""Return [(text, weight), ...] of a prompt, where \( and \) are brackets themselves.
+    r"""Return [(text, weight), ...] of a prompt; \( and \) are literal brackets.
 
-    (word) weighs 1.1 times as much as what is around it, (word:1.3) always 1.3.
+    (word) weighs 1.1 times as much as the text around it, (word:1.3) always 1.3.
     """
-    require(depth < prompts.DEEPEST, f"the prompt opens {depth} brackets in one another")
+    require(depth < prompts.DEEPEST, f"the prompt nests brackets {depth} deep")
     require(abs(weight) < 1e6, f"the prompt weighs {shorten(repr(text), 30)} beyond a million")
     for written, sign in ESCAPED.items():
         text = text.replace(written, sign)
@@ -232,7 +233,7 @@ def weighted_parts(text, weight=1.0, depth=0):
 
 
 def outermost(text):
-    """Return a text cut before and behind its outermost brackets, without empty parts."""
+    """Split a text before and after its outermost brackets; leave out empty parts."""
     parts, opened, start = [], 0, 0
     for mark in re.finditer("[()]", text):
         before, opened = opened, opened + (1 if mark[0] == "(" else -1)
@@ -246,7 +247,8 @@ def outermost(text):
 def chunks_of(tokenizer, text):
     """Return the chunks of a prompt, as prompts.chunks_of does.
 
-    Where one overflows, less than eight tokens of one weight begin the next together; more are cut.
+    A run of fewer than eight tokens of one weight is kept together: if it does not fit, it starts
+    the next chunk. A longer run is split.
     """
     prompts.check_length(text)
     room, chunks = tokenizer.length - 2, [[]]
@@ -267,9 +269,9 @@ def chunks_of(tokenizer, text):
 
 
 def embed_prompts(model, texts, skip=None):
-    """Do what prompts.embed_prompts does, with ComfyUI's weights: z goes to z_0 + w (z - z_0).
+    """Like prompts.embed_prompts, but weight as ComfyUI does: z becomes z_0 + w (z - z_0).
 
-    z_0 is the context of the empty prompt, in the same place.
+    z_0 is the context of the empty prompt at the same position.
     """
     def weigh(model, context, weights):
         empty, _ = tiny_sd.embed_prompts(model, [""], skip)

@@ -12,10 +12,10 @@ from pathlib import Path
 import tiny_sd
 from extras.checks import first_five
 from extras.comfy import read_graph
-from extras.files import EXIF_IFD, USER_COMMENT, opened, printable
+from extras.files import EXIF_IFD, USER_COMMENT, check_record, opened, printable
 from extras.formats import VAES
 from extras.named import file_hash, find_file, known_model, lora_hashes, vae_hash
-from extras.prompts import LONGEST, MOST_TAGS
+from extras.prompts import MOST_TAGS
 from extras.records import CHUNKS as RECORDS
 from extras.records import read_record
 from extras.samplers import SCHEDULED, TITLES, sampler_named
@@ -134,7 +134,7 @@ def recorded_text(path):
         comments = [directory.get(USER_COMMENT) for directory in (exif.get_ifd(EXIF_IFD), exif)]
     texts = map(decoded, (info.get("parameters"), *comments, info.get("comment")))
     text = next(filter(None, texts), "")
-    require(len(text) <= 4 * LONGEST, f"{path} records {len(text)} letters: too many to be read")
+    check_record(path, text)
     program = next((CHUNKS[key] for key in CHUNKS if key in info), "")
     program = "NovelAI" if info.get("Software") == "NovelAI" else program
     return text, "SwarmUI" if '"sui_image_params"' in text[:1000] else program

@@ -30,7 +30,8 @@ from tiny_sd import UserError, require, tell
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of what is written
 PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # and read, in a folder
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
-AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO to which nobody writes yet
+LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
+AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
 
 
 @contextlib.contextmanager
@@ -51,6 +52,12 @@ def opened(path):
     except Exception as error:      # of whatever kind Pillow raises for what a broken file says
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path} is not a picture that can be read: {reason}") from None
+
+
+def check_record(path, text):
+    """UserError if the text that a picture file records is too long."""
+    require(len(text) <= LONGEST_RECORD, f"{path} records {len(text)} characters, more than "
+                                         f"{LONGEST_RECORD}")
 
 
 def eight_bits(picture):

@@ -1,4 +1,4 @@
-"""A sheet of pictures that differ in one option or two: --grid steps=10,20,30 cfg=2,5,8."""
+"""Draw a sheet of pictures over values of one or two options: --grid steps=10,20,30 cfg=2,5,8."""
 
 import csv
 
@@ -13,7 +13,7 @@ MOST = 1000     # pictures
 
 
 def axis(text):
-    """Return NAME=A,B,... as (name of an option, values); ValueError if it does not read so."""
+    """Parse NAME=A,B,... into (name of an option, values); ValueError if it has another form."""
     name, values = text.split("=", 1)
     try:
         return NAMES.get(name, name), next(csv.reader([values]))
@@ -22,10 +22,10 @@ def axis(text):
 
 
 def check_grid(job):
-    """UserError where a sheet of these options cannot be made, or does not go with another."""
+    """UserError if --grid has bad values, or conflicts with another option."""
     counts = [len(values) for _, values in job.grid]
     require(len(counts) <= 2 and min(counts) > 0 and np.prod(counts) <= MOST, "--grid takes one "
-            f"option or two, NAME=A,B,..., and comes to at most {MOST} pictures")
+            f"or two options, NAME=A,B,..., and draws at most {MOST} pictures")
     names = [name for name, _ in job.grid]
     require(len({*names}) == len(names), f"--grid takes two options, and not {names[0]} twice")
     clash = next((name for name in ("prompts", "show", "explain", "film", "play", "merge", "things")
@@ -35,33 +35,34 @@ def check_grid(job):
 
 
 def cells(axes):
-    """Return the flags of each picture, row by row: the first option changes along the rows."""
+    """Return the flags of each picture, row by row; the first option varies along a row."""
     flags = [[f"--{name}={value}" for value in values] for name, values in axes]
     return [[across, *down] for down in (zip(flags[1]) if axes[1:] else [()])
             for across in flags[0]]
 
 
 def jobs_of(first, argv, make_job):
-    """Return the job of each cell. make_job: a function of the command line, and a number."""
+    """Return the job of each cell. make_job(argv, number) makes one."""
     jobs = []
     for number, flags in enumerate(cells(first.grid), 1):
         try:
             jobs.append(make_job([*argv, f"--seed={first.seed}", *flags], number))
-            require(jobs[-1].lora == first.lora, "all have one model, with its LoRAs")
+            require(jobs[-1].lora == first.lora, "all pictures must use the same LoRAs")
         except ValueError as error:
             raise UserError(f"--grid, {' '.join(flags)}: {error}") from None
     return jobs
 
 
 def save(path, axes, names):
-    """Write the sheet, with words above and beside the pictures, and print its name.
+    """Write the sheet, with the values above and beside the pictures, and print its name.
 
-    axes: (name, values) of one option or two. names: of each cell, the names of its picture.
+    axes: (name, values) of one or two options. names: for each cell an iterator over the names of
+    its pictures.
     """
     from extras import show
     names = [next(name) for name in names]
-    require(None not in names, "there is no sheet: its pictures cannot be read again (are they too "
-            "large, or gone?)")
+    require(None not in names, "cannot make the sheet, because a picture cannot be read back (is "
+            "it too large, or gone?)")
     pictures = [files.upright(name).convert("RGB") for name in names]
     size = tuple(max(picture.size[i] for picture in pictures) for i in (0, 1))
     pictures = [ImageOps.pad(picture, size, color="white") for picture in pictures]

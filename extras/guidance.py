@@ -1,21 +1,22 @@
-"""Variations of guidance: rescaled, within an interval of noise levels, several prompts at once.
+"""Variations of guidance: rescaled, in an interval of noise levels only, with several prompts.
 
-Those that combine outputs of the U-Net take the place of tiny_sd.guide in like_diffusers.denoiser:
-functions of the output with the negative prompt, those with the prompts, and the scale.
+`combine` below is a function like tiny_sd.guide, which like_diffusers.denoiser calls instead of
+it: combine(output with the negative prompt, outputs with the prompts ..., scale).
 """
 
 from tiny_sd import guide, split_prediction
 
 
 def combining(make_denoiser, combine):
-    """Return make_denoiser, so that what it makes combines outputs by this function."""
+    """Return make_denoiser, changed so that its denoisers use this combine()."""
     return lambda *args: make_denoiser(*args, combine)
 
 
 def composed(weights):
     """Return a function like guide for several prompts: ε_u + s Σ wᵢ (εᵢ - ε_u) (9.17).
 
-    Liu et al., 2022: what the prompts say is multiplied, where guidance multiplies one with itself.
+    Liu et al., 2022. This multiplies the prompts' distributions; guidance multiplies one
+    distribution with a power of itself.
     """
     def combine(uncond, *conds):
         *conds, scale = conds
@@ -25,9 +26,9 @@ def composed(weights):
 
 
 def rescaled(phi, combine=guide):
-    """Return a function like guide whose result has, to the share phi, cond's deviation (9.18).
+    """Return a function like guide that moves its standard deviation towards cond's by phi (9.18).
 
-    Lin et al., 2024, §3.4: guidance widens the distribution of values, which overexposes pictures.
+    Lin et al., 2024, §3.4: guidance spreads the values, which overexposes pictures. phi: 0 to 1.
     """
     def rescale(*outputs):
         *conditions, _ = outputs
@@ -39,16 +40,17 @@ def rescaled(phi, combine=guide):
 
 
 def within(make_denoiser, low, high):
-    """Return make_denoiser, so that it makes denoisers that guide at times from low to high only.
+    """Return make_denoiser, changed so that its denoisers guide only at times from low to high.
 
-    These are shares of the model's times: 1 is pure noise. Elsewhere the prompt alone is asked for,
-    which halves the work; several prompts are combined at scale 1. Kynkäänniemi et al., 2024.
+    low and high are fractions of the model's times; 1 is pure noise. At other times only the
+    prompt's output is computed, which halves the work; several prompts are combined at scale 1.
+    Kynkäänniemi et al., 2024.
     """
     def make(model, context, guidance=1.0, pooled=None, *others):
         guided = make_denoiser(model, context, guidance, pooled, *others)
         if len(context) == 1:       # no guidance
             return guided
-        first = 1 if len(context) == 2 else 0       # several prompts need the negative one, too
+        first = 1 if len(context) == 2 else 0       # combining prompts needs the negative one, too
         alone = make_denoiser(model, context[first:], 1.0,
                               None if pooled is None else pooled[first:], *others)
 
@@ -60,9 +62,9 @@ def within(make_denoiser, low, high):
 
 
 def with_plain_noise(make_denoiser):
-    """Return make_denoiser, so that what it makes returns x̂_0 as guided, and ε̂ as not (9.19).
+    """Return make_denoiser, changed so that its denoisers guide x̂_0 but not ε̂ (9.19).
 
-    This ε̂ is that with the negative prompt alone. CFG++: Chung et al., 2024.
+    They return the ε̂ of the negative prompt. CFG++: Chung et al., 2024.
     """
     def make(model, context, guidance=1.0, pooled=None, extra_channels=None, combine=guide, **how):
         kind, plain = model.config.scheduler.prediction_type, []

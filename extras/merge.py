@@ -1,8 +1,8 @@
 """Merge models (--merge): each weight of the new one is a weighted mean of theirs.
 
-Models that were trained from the same one lie close enough together for their mean to draw as well
-as they do (Wortsman et al., 2022). And what one learnt beyond another is a difference, which a
-third can be given: a:1 b:1 c:-1 is a + (b - c), the web UI's "add difference".
+Models fine-tuned from the same model are close enough for their mean to work as well as each of
+them (Wortsman et al., 2022). The difference between two models is what one has learnt beyond the
+other, and can be added to a third: a:1 b:1 c:-1 is a + (b - c), the web UI's "add difference".
 """
 
 import json
@@ -22,20 +22,20 @@ KINDS = {np.dtype(code): kind for kind, code in     # uint16 stands for bfloat16
 
 
 def merge(models, output):
-    """Write the mean of models, [(path or name, weight), ...]; return the name written.
+    """Write the weighted mean of models [(path or name, weight), ...]; return the name written.
 
-    The result is like the first model: a .safetensors file or a folder, with its names, its types
-    of numbers and its configs. The weights are divided by their sum. UserError if the models are
-    not of one kind, something is at `output`, or there is no room for it.
+    The result has the form of the first model: a .safetensors file or a folder, with its names,
+    dtypes and configs. The weights are divided by their sum. UserError if the models are of
+    different kinds, `output` exists, or the disk is too full.
     """
     paths, total = [formats.find(path) for path, _ in models], sum(w for _, w in models)
-    require(len(models) > 1, "--merge takes two models or more")
-    require(abs(total) > 1e-6, "the weights of --merge are shares of a whole, and sum to 0")
+    require(len(models) > 1, "--merge needs at least two models")
+    require(abs(total) > 1e-6, "the weights of --merge sum to 0")
     suffix = ".safetensors" if paths[0].is_file() else ""
     require(output.suffix == suffix or not suffix and output.suffix not in (".safetensors", ".png"),
-            f"--output {output} does not name a {suffix or 'folder'}, as {paths[0]} is")
+            f"--output {output} must name a {suffix or 'folder'}, like {paths[0]}")
     check_folder_of(output)
-    require(not os.path.lexists(output), f"{output} is there already, and is kept")
+    require(not os.path.lexists(output), f"{output} exists already")
     read = [formats.read(path) for path in paths]
     check_alike(paths, read)
 
@@ -43,7 +43,8 @@ def merge(models, output):
     files = files_of(paths[0], read[0][1])
     need = sum(array.nbytes for arrays, _ in files.values() for array in arrays.values())
     free = shutil.disk_usage(output.parent).free
-    require(need < free, f"{output} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    require(need < free, f"{output} needs {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+                         "free")
     copied = [] if suffix else other_files(paths[0])    # of before: output may lie in that folder
     with unfinished_name(output) as unfinished:
         for path in copied:
@@ -55,13 +56,16 @@ def merge(models, output):
                               lambda old, places=places: mean(shares, *places[old])
                               if old in places else None)
         if abs(total - 1) > 1e-3:
-            tell(f"the weights of --merge sum to {total:g}: each is divided by that")
+            tell(f"the weights of --merge sum to {total:g}, so each is divided by that")
         return take_free_name(unfinished, output) if suffix else unfinished.replace(output)
 
 
 def check_alike(paths, read):
-    """UserError unless models, as formats.read returns them, have and predict the same."""
-    def shapes(arrays):         # without the sides of 1x1 convolutions, which are also matrices
+    """UserError unless all models have the same weights and predict the same thing.
+
+    read: what formats.read returned for each.
+    """
+    def shapes(arrays):         # without sides of 1: a 1x1 convolution may be stored as a matrix
         return {f"{part}'s {name}": [n for n in array.shape if n != 1]
                 for part in arrays for name, array in arrays[part].items()}
 
@@ -69,15 +73,16 @@ def check_alike(paths, read):
     kinds = [settings["scheduler"].get("prediction_type", "epsilon") for settings, *_ in read]
     for path, theirs, kind in zip(paths, wanted, kinds):
         differ = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-        require(not differ, f"{path} is another kind of model than {paths[0]}: they differ in "
+        require(not differ, f"{path} is not the same kind of model as {paths[0]}: they differ in "
                             f"{first_five(differ)}")
-        require(kind == kinds[0], f"{path} predicts {kind}, and {paths[0]} {kinds[0]}")
+        require(kind == kinds[0], f"{path} predicts {kind}, but {paths[0]} predicts {kinds[0]}")
 
 
 def files_of(path, parts):
     """Return {file: ({name: array}, {name: (part, its name in sort_out() or in diffusers)})}.
 
-    path: of a model with these parts. Only the names of what the networks compute with are known.
+    path: of a model; parts: its arrays from formats.read. The second mapping leaves out arrays
+    that the networks do not use.
     """
     if path.is_file():
         arrays = singlefile.read_names(path)
@@ -93,10 +98,10 @@ def files_of(path, parts):
 
 
 def mean(shares, part, name):
-    """Return the weighted mean of a weight in [(share, {part: {name: array}}), ...], or None.
+    """Return the weighted mean of one array in [(share, {part: {name: array}}), ...], or None.
 
-    None stands for what none of the networks computes with. OpenCLIP's names are of arrays from
-    which singlefile.from_open_clip() has made others.
+    None: the networks do not use it. Names of OpenCLIP's arrays are translated first, as
+    singlefile.from_open_clip() split and transposed those arrays.
     """
     if "in_proj_" in name:
         thirds = [mean(shares, part, name.replace("in_proj_", f"{x}_proj.")) for x in "qkv"]
@@ -110,9 +115,9 @@ def mean(shares, part, name):
 
 
 def write_safetensors(path, arrays, metadata, changed):
-    """Write arrays, {name: array}, as a .safetensors file, one after the other.
+    """Write {name: array} as a .safetensors file, one array at a time.
 
-    changed(name): the float32 numbers to write in place of this array's, or None.
+    changed(name): float32 values to write instead of this array's, or None.
     """
     header, end = {"__metadata__": {"format": "pt"} | {
         key: metadata[key] for key in singlefile.HEADER if key in metadata}}, 0
@@ -128,12 +133,12 @@ def write_safetensors(path, arrays, metadata, changed):
             new = changed(name)
             if new is not None:
                 array = narrowed(new.reshape(array.shape), array.dtype)
-                require(np.isfinite(widen(array)).all(), f"{name} comes out not finite")
+                require(np.isfinite(widen(array)).all(), f"the mean of {name} is not finite")
             file.write(np.ascontiguousarray(array).data)
 
 
 def narrowed(values, dtype):
-    """Return float32 values in a type of numbers, rounded; uint16 is bfloat16."""
+    """Round float32 values to a dtype; uint16 means bfloat16."""
     if dtype != np.uint16:
         return values.astype(dtype)
     bits = np.ascontiguousarray(values).view(np.uint32)

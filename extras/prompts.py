@@ -52,8 +52,7 @@ def weighted_parts(text):
             parts.append([piece[1:], 1.0])
         elif piece in opened:
             opened[piece].append(len(parts))
-            require(len(opened[piece]) < DEEPEST, f"the prompt opens {DEEPEST} brackets in one "
-                                                  "another")
+            require(len(opened[piece]) < DEEPEST, f"the prompt nests brackets {DEEPEST} deep")
         elif weight and opened["("]:
             close("(", number(weight))
         elif piece == ")" and opened["("]:

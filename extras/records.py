@@ -1,35 +1,33 @@
-"""What InvokeAI, Fooocus and NovelAI record of a picture: JSON, each with its own names."""
+"""Read what InvokeAI, Fooocus and NovelAI record in a picture: JSON, with names of their own."""
 
 import json
 import re
 
-from extras.files import opened, printable
-from tiny_sd import require
+from extras.files import check_record, opened, printable
 
-LARGEST = 1_000_000         # letters of a record
 CHUNKS = {"InvokeAI": ("invokeai_metadata", "sd-metadata"), "Fooocus": ("parameters",),
           "NovelAI": ("Comment",)}
 ASIDE = {"positive_prompt", "prompt", "negative_prompt", "uc", "width", "height", "resolution",
          "sampler", "scheduler", "noise_schedule", "loras", "rand_device"}     # read by name below
-NAMES = {       # of a fact there: its name here
+NAMES = {       # {their name of a fact: ours}
     "steps": "Steps", "seed": "Seed", "cfg_scale": "CFG scale", "guidance_scale": "CFG scale",
     "scale": "CFG scale", "cfg_rescale": "CFG rescale", "cfg_rescale_multiplier": "CFG rescale",
     "strength": "Denoising strength", "base_model": "Model", "model": "Model",
     "model_weights": "Model", "vae": "VAE", "refiner_model": "Refiner"}
-NO_MATTER = re.compile(     # what changes nothing in a picture
+NO_MATTER = re.compile(     # facts that do not change the picture
     "created|full_|hide_|request_|signed_|app_id|n_samples|performance|uncond_scale|type$|"
     "model_list|.*(version|hash|mode|scheme)$")
 
 
 def named(value):
-    """Return the name, or the prompt, of an object of JSON; anything else as it is."""
+    """Return the name or the prompt in a JSON object; any other value unchanged."""
     names = ("name", "model_name", "prompt")
     return next((value[name] for name in names if name in value), "") if isinstance(
         value, dict) else value
 
 
 def scalar(value):
-    """Return the text or number that a value of JSON is or has; of a list those of its items."""
+    """Turn a JSON value into a text or number: an object into its name, a list into "a, b"."""
     value = named(value)
     if isinstance(value, list):
         items = [item for item in map(named, value) if isinstance(item, (str, int, float))]
@@ -38,7 +36,7 @@ def scalar(value):
 
 
 def lora(value):
-    """Return "name weight" of a LoRA as InvokeAI and Fooocus have it, or ""."""
+    """Return "name weight" of a LoRA as InvokeAI or Fooocus records it, or ""."""
     match value:
         case [str(name), (int() | float()) as weight, *_]:
             return f"{name.removesuffix('.safetensors')} {weight}"
@@ -48,17 +46,17 @@ def lora(value):
 
 
 def read_record(path, program):
-    """Return the prompt, the negative prompt and {fact: value} of one of CHUNKS' programs.
+    """Return the prompt, the negative prompt and {fact: value}; program: a key of CHUNKS.
 
-    The facts are those of extras/facts.py, and others by their own names; none if the steps, the
-    seed or the size is missing.
+    Facts are named as in extras/facts.py, unknown ones keep their names. There are none if the
+    steps, the seed or the size is missing.
     """
     with opened(path) as picture:
         text = next(filter(None, map(picture.info.get, CHUNKS[program])), "")
-    require(len(text) <= LARGEST, f"{path} records {len(text)} letters: too many to be read")
+    check_record(path, text)
     try:
         said = {**json.loads(text, parse_constant=str)}
-        said |= {**said.pop("image", {})}   # where InvokeAI had them in its first years
+        said |= {**said.pop("image", {})}   # where old versions of InvokeAI put them
     except (ValueError, TypeError, RecursionError):
         said = {}
 

@@ -198,10 +198,14 @@ sampler("plms", "PLMS", "PNDMScheduler", ends_clean=False, follows_set_alpha=Tru
 SIGMA_DATA, TIMESTEP_SCALE = 0.5, 10        # of latent consistency distillation
 
 
+def solver_steps(scheduler):
+    """Return the number of timesteps on which a consistency model was distilled."""
+    return getattr(scheduler, "original_inference_steps", None) or 50
+
+
 def lcm_timesteps(n, scheduler):
-    """Return n of the timesteps, usually 50, of the solver that the model was distilled from."""
-    T, solver = scheduler.num_train_timesteps, getattr(
-        scheduler, "original_inference_steps", None) or 50
+    """Return n of the timesteps on which the model was distilled."""
+    T, solver = scheduler.num_train_timesteps, solver_steps(scheduler)
     require(n <= solver, f"steps {n} is not from 1 to {solver}")
     t = np.arange(1, solver + 1)[::-1] * (T // solver) - 1
     return t[np.arange(n) * solver // n]

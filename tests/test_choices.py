@@ -75,7 +75,7 @@ def test_what_was_chosen_is_recorded(run):
 
 @pytest.mark.parametrize("argv, said", [
     (["__color__", "--wildcards", "lists"], "did you mean colour?"),
-    (["__empty__", "--wildcards", "lists"], "the list is empty"),
+    (["__empty__", "--wildcards", "lists"], "that list is empty"),
     (["__self__", "--wildcards", "lists"], "a list may name itself"),
     (["__../styles__", "--wildcards", "lists"], "no such list"),
     (["a", "--wildcards", "none"], "--wildcards none is not a folder"),

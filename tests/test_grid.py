@@ -1,4 +1,4 @@
-"""--grid: sheets of pictures that differ in one option or two (extras/grid.py)."""
+"""--grid: sheets of pictures over one or two options (extras/grid.py)."""
 
 import os
 from pathlib import Path
@@ -69,4 +69,4 @@ def test_pictures_too_large_for_a_sheet(run, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     status, out, err = run("red", "--grid", "steps=1,2")
     assert (status, out) == (2, ["out-0001.png", "out-0002.png"])
-    assert "there is no sheet: its pictures cannot be read again" in err[-1]
+    assert "cannot make the sheet, because a picture cannot be read back" in err[-1]

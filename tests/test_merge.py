@@ -58,7 +58,7 @@ def test_folders(run):
     assert cli_lines(run, "--merge", "a:1", "b:0.5", "c:-0.5", "-o", "more", model=False)[2] == []
     is_mean("more", ("a", 1), ("b", 0.5), ("c", -0.5))      # a + (b - c) / 2
     assert cli_lines(run, "--merge", "a", "b:3", "-o", "shares", model=False)[2] == [
-        "the weights of --merge sum to 4: each is divided by that"]
+        "the weights of --merge sum to 4, so each is divided by that"]
     is_mean("shares", ("a", 0.25), ("b", 0.75))
 
 
@@ -133,26 +133,26 @@ def test_what_does_not_go_together(run, refuse, monkeypatch):
     def why(*argv):
         return refuse("--merge", *argv).removeprefix("tiny_sd: ")
 
-    start = "xl is another kind of model than a: they differ in text_encoder_2's "
+    start = "xl is not the same kind of model as a: they differ in text_encoder_2's "
     assert why("a", "xl", "-o", "new").startswith(start)
     assert why("a", "wide", "-o", "new") == (
-        "wide is another kind of model than a: they differ in unet's conv_in.weight")
+        "wide is not the same kind of model as a: they differ in unet's conv_in.weight")
     assert why("a", "lacks", "-o", "new").endswith("they differ in unet's conv_in.bias")
-    assert why("a", "v", "-o", "new") == "v predicts v_prediction, and a epsilon"
+    assert why("a", "v", "-o", "new") == "v predicts v_prediction, but a predicts epsilon"
     assert why("a", "f.safetensors", "-o", "new").startswith("f.safetensors is another kind of")
     assert "is a LoRA" in why("a", "lora.safetensors", "-o", "new")
-    assert why("a", "-o", "new") == "--merge takes two models or more"
+    assert why("a", "-o", "new") == "--merge needs at least two models"
     assert why("a:1", "b:-1", "-o", "new") == (
-        "the weights of --merge are shares of a whole, and sum to 0")
-    assert why("a", "b") == "--output out.png does not name a folder, as a is"
+        "the weights of --merge sum to 0")
+    assert why("a", "b") == "--output out.png must name a folder, like a"
     assert why("f.safetensors", "b", "-o", "new") == (
-        "--output new does not name a .safetensors, as f.safetensors is")
+        "--output new must name a .safetensors, like f.safetensors")
     assert why("a", "b", "-o", "kept") == "kept is there already, and is kept"
     assert why("a", "b", "-o", "no/new") == "there is no folder no to write to"
     assert "there is no model none" in why("a", "none", "-o", "new")
-    assert "comes out not finite" in why("huge:1000", "a:-999.99", "-o", "new")
+    assert "is not finite" in why("huge:1000", "a:-999.99", "-o", "new")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2, 1, 1))
-    assert why("a", "b", "-o", "new").startswith("new needs 0.0 GB, and 0.0 GB are free")
+    assert why("a", "b", "-o", "new").startswith("new needs 0.0 GB, but only 0.0 GB are free")
 
 
 @pytest.mark.parametrize("output", ["a/new", "a/unet/new", "a/tokenizer/new"])

@@ -72,7 +72,7 @@ def test_the_weights_of_a_prompt(text, parts):
     ("(a:1.2.3)", "the prompt's weight 1.2.3 is not a number"),
     ("(a:.)", "weight . is not a number"),
     ("(a:" + "9" * 500 + ")", "beyond a million"), ("(" * 150 + "a", "beyond a million"),
-    ("[a" * 200, "opens 200 brackets in one another"),
+    ("[a" * 200, "nests brackets 200 deep"),
     ("a" * 10_001, "has 10001 letters, 10001 of them in one word: at most 100000 and 10000"),
     ("a " * 50_001, "has 100002 letters, 1 of them in one word"),
     ("BREAK " * 1000, "has 1001 chunks: at most 1000")])
