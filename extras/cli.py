@@ -375,7 +375,7 @@ def tagged_loras(args, notes):
     for reason, tags in wrong.items():
         require(args.like, f"{tags[0]} in the prompt: {reason}")
         notes.append(f"--like {args.like}: {', '.join(tags)} {'are' if len(tags) > 1 else 'is'} "
-                     f"not taken up: {reason}")
+                     f"not repeated: {reason}")
     return found
 
 

@@ -159,7 +159,7 @@ class Graph:
         return ({"Denoising strength": taken / total} if taken < total else {}) | {
             "Steps": total, "Sampler": name, "Schedule type": schedule,
             "CFG scale": self.value(sampler, "cfg"), "Seed": seed,
-            "the steps of": name if name in OTHERS or not whole else "",
+            "this version of": name if name in OTHERS or not whole else "",
             "Noise Schedule": schedule if schedule == "beta" or uneven else ""}
 
     def beginning(self, nodes):

@@ -1,6 +1,7 @@
-"""What a job of the command line asks for, as the library takes it.
+"""Turn a job of the command line into calls of the library.
 
-A job is the record of a command's options (cli.Job); once a model is loaded, it is filled in.
+A job is the record of a command's options (cli.Job). Once the model is loaded, filled() replaces
+missing options by the model's own.
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ from tiny_sd import SAMPLERS, require
 
 
 def load_model(job):
-    """Return the model of a job, with its LoRAs, VAE and learnt words."""
+    """Load a job's model, with its LoRAs, VAE and embeddings."""
     vae = None if job.vae is None else formats.read_vae(job.vae)
     model = formats.load(job.model, job.backend, job.device, job.dtype, job.lora, job.low_memory,
                          vae)
@@ -41,7 +42,7 @@ def load_model(job):
 
 
 def filled(model, job):
-    """Return the job with the model's own size, sampler, steps and guidance where it has none."""
+    """Return the job with a missing size, sampler, steps or guidance set to the model's own."""
     width, height = like_diffusers.picture_size(model, job.width, job.height)
     sampler, steps, scale = like_diffusers.defaults(model, job.sampler)
     return job._replace(
@@ -50,7 +51,7 @@ def filled(model, job):
 
 
 def passes_of(jobs):
-    """Return {part of the model: how many times its weights will be read}, for a list of jobs."""
+    """Return {part of the model: how many times these jobs read its weights}."""
     return {"unet": sum(map(steps_of, jobs)), "vae": sum(job.batch_size for job in jobs),
             "text": len(jobs)}
 
@@ -61,7 +62,7 @@ def seeds_of(job):
 
 
 def steps_of(job):
-    """Return how many steps a job takes: from a picture, a share of all."""
+    """Return how many steps a job takes: fewer from a picture, more with --hires."""
     if job.init_img:
         return len(tiny_sd.last_steps(range(job.steps), job.strength))
     return job.steps + ((job.hires[2] or job.steps) if job.hires else 0)
@@ -73,12 +74,12 @@ def words_of(job):
 
 
 def weighted(model, job):
-    """Are brackets in a job's prompts read as weights?"""
+    """Do brackets in a job's prompts mean weights?"""
     return prompts.reads_weights(model) and not job.plain_prompt
 
 
 def as_in_comfyui(model, job):
-    """Are a job's prompts read as in ComfyUI?"""
+    """Does a job read its prompts as ComfyUI does?"""
     return job.program == "comfyui" and prompts.reads_weights(model)
 
 
@@ -91,7 +92,7 @@ def chunks_of(model, job):
 
 
 def remarks(model, job, known):
-    """Yield warnings about what was asked for and cannot be done.
+    """Yield warnings about parts of a job that will not work as expected.
 
     known: see things.known_things.
     """
@@ -100,18 +101,18 @@ def remarks(model, job, known):
         yield from things.remarks(known, words if job.plain_prompt else in_time.all_words(words))
     own = like_diffusers.picture_size(model)
     if known and larger.drawn_size(model, job) != own:
-        yield ("the model learnt pictures of {} x {}: of other sizes it draws poor ones "
-               "(--enlarge N makes its own larger)".format(*own))
+        yield ("the model was trained on pictures of {} x {} and draws other sizes badly "
+               "(--enlarge N enlarges a picture)".format(*own))
     for name in facts.other_files(job.facts, job, model):
-        yield f"--like {job.like}: the {name} is another file than the picture was made with"
+        yield f"--like {job.like}: the {name} is not the file that the picture was made with"
     yield from prompts.remarks(model, [words_of(job), job.negative_prompt or ""],
                                job.plain_prompt)
 
 
 def make_room(model, job):
-    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit.
+    """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit in memory.
 
-    Where there is not room for twice as much, the VAE computes in bands from here on.
+    If twice as much does not fit, switch the VAE to bands.
     """
     width, height = larger.drawn_size(model, job)
     if job.device == "cpu":
@@ -124,7 +125,7 @@ def make_room(model, job):
 
 
 def embedder(model, job):
-    """Return the function that makes contexts of the prompts, as the job wants them read."""
+    """Return the function that embeds a job's prompts."""
     embed = prompts.embed_prompts if weighted(model, job) else tiny_sd.embed_prompts
     embed = comfy.embed_prompts if as_in_comfyui(model, job) else embed
     return prompts.skipping(embed, job.clip_skip) if job.clip_skip else embed
@@ -143,17 +144,17 @@ def controls_of(model, job, notes):
 
 
 def timeline_of(job, embed):
-    """Return the Timeline of prompts that change on the way, or None."""
+    """Return the Timeline of prompts that change during sampling, or None."""
     texts = words_of(job), job.negative_prompt
     if job.plain_prompt or not in_time.changes(*texts):
         return None
-    require(not job.show, "--show takes a prompt that stays the same")
+    require(not job.show, "--show needs a prompt that does not change")
     more = steps_of(job) - job.steps if job.hires else 0
     return in_time.Timeline(*texts, job.steps, embed, more)
 
 
 def start_walk(model, job, denoiser, notes):
-    """Return the generator of a job's latents, and the notes with those on its pictures."""
+    """Return the generator of a job's latents, and the notes plus those about its pictures."""
     init, mask, notes = None, None, [*notes]
     if job.only_masked is not None:
         init, mask = larger.part_of(*larger.whole(job, notes), job)
@@ -186,7 +187,7 @@ def start_walk(model, job, denoiser, notes):
     sampler = SAMPLERS[job.sampler]
     as_program = {"web-ui": samplers.as_web_ui, "comfyui": samplers.as_comfyui}.get(job.program)
     later = sampler = as_program(sampler) if as_program else sampler
-    if timeline:        # whose words do not begin again where it is drawn over
+    if timeline:        # the second pass of --hires continues it
         later = samplers.counting(sampler, lambda step, n: timeline.count(job.steps + step, n))
     sampler = samplers.counting(sampler, *counts) if counts else sampler
     generate = like_diffusers.generate

@@ -1,4 +1,4 @@
-"""How a prompt is read, and what each part of a model gives out, holds and costs: --explain."""
+"""--explain: how a prompt becomes tokens, and the size and cost of each part of the model."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from extras.show import counting, positions_of_words
 
 
 def merging(tokenizer, word):
-    """Yield the word's symbols at first and after each merge, in the order of the ranks."""
+    """Yield the word's symbols, at first and then after each merge, in order of rank."""
     learner, known = copy.copy(tokenizer), [None]
     learner.rank = {}
     while known:
@@ -29,16 +29,16 @@ def merging(tokenizer, word):
 
 
 def places_lines(tokenizer, prompt):
-    """Return lines on the ids of a prompt that is taken literally, and on what is cut."""
+    """Return lines about the ids of a prompt without weights, and about what was cut off."""
     ids, cut = tokenizer.encode(prompt)
     filled, end = len(ids) - 2 - len(tokenizer.tokens(prompt)), tokenizer.vocab[tokenizer.EOS]
-    return [f"The model's {len(ids)} places: {ids[0]} marks the start, {end} the end, and "
+    return [f"The model's {len(ids)} positions: {ids[0]} marks the start, {end} the end, and "
             f"{max(0, filled)} are filled with {tokenizer.pad}.", " ".join(map(str, ids)),
             f"Cut off, because it does not fit: {cut}" if cut else "Nothing is cut off."]
 
 
 def chunks_lines(tokenizer, prompt):
-    """Return lines on the chunks of a prompt that has weights: words with these, and ids."""
+    """Return lines about the chunks of a weighted prompt: words with weights, and ids."""
     chunks = prompts.chunks_of(tokenizer, prompt)
     lines = [f"The text encoder reads {len(chunks)} chunk{'s' * (len(chunks) > 1)} of up to "
              f"{tokenizer.length - 2} tokens, one by one, each with its start, end and padding:"]
@@ -50,7 +50,7 @@ def chunks_lines(tokenizer, prompt):
 
 
 def tokens_text(tokenizer, prompt, weighted=False):
-    """Return how the prompt is read: bytes, symbols, merges, ids, and what is cut."""
+    """Explain how the prompt becomes tokens: bytes, symbols, merges, ids, and what is cut off."""
     words = prompt
     if weighted:
         words = " ".join(part[0] for part in prompts.weighted_parts(prompt)
@@ -58,7 +58,7 @@ def tokens_text(tokenizer, prompt, weighted=False):
     lines, unknown = [], tokenizer.vocab[tokenizer.EOS]
     specials = tokenizer.BOS, tokenizer.EOS, tokenizer.symbol[tokenizer.pad]
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", words):
-        special = piece in specials     # as Tokenizer.tokens has it
+        special = piece in specials     # as in Tokenizer.tokens
         for word in [piece] if special else tokenizer.words(piece):
             data = word.encode(errors="replace").hex(" ")
             lines.append(f"  {word}: " + ("a special token" if special else f"bytes {data}"))
@@ -69,7 +69,7 @@ def tokens_text(tokenizer, prompt, weighted=False):
 
     places = chunks_lines if weighted else places_lines
     return "\n".join(printable(line, control=False) for line in [
-        "Words to tokens. A line for each merge, in the order in which the tokenizer learnt them; "
+        "Words to tokens: one line per merge, in the order in which the tokenizer learnt them, "
         "then the ids.", *lines, "", *places(tokenizer, prompt)])
 
 
@@ -94,8 +94,7 @@ def weights_by_part(model):
 def sizes(model: tiny_sd.Model, prompt: str, width: int, height: int) -> dict:
     """Return {part: record of shape, parameters, flops}, in the order in which the parts run.
 
-    What each part gives out, holds and computes in one pass of one picture through each network,
-    counted by watching that.
+    Run each network once on one picture, and record each part's output shape and operations.
     """
     (owner, table), order = weights_by_part(model), []
 
@@ -131,19 +130,19 @@ def metric(n):
 
 
 def explain(model: tiny_sd.Model, prompt: str, width: int, height: int, weighted=False) -> str:
-    """Return how the prompt is read, and what each part of the model gives out, holds and costs.
+    """Explain how the prompt becomes tokens, and list each part's output, parameters and cost.
 
-    weighted: whether that is by extras.prompts.
+    weighted: whether brackets in the prompt mean weights (extras/prompts.py).
     """
     table = sizes(model, "" if weighted else prompt, width, height)
     lines = [
         tokens_text(model.encoders[0].tokenizer, prompt, weighted), "",
-        f"The parts of {model.name}, for a picture of {width} x {height}: what comes out, the "
-        "parameters, and the multiplications and\nadditions of matrix products (linear layers, "
-        "convolutions, attention). One step of sampling is the U-Net once, and\ntwice with "
-        "guidance; the others run once a picture, the VAE's encoder only to start from a "
-        "picture.", "",
-        f"{'part':40}{'what comes out':>16}{'parameters':>14}{'FLOP':>10}"]
+        f"The parts of {model.name}, for a picture of {width} x {height}: output shape, "
+        "parameters, and the multiplications and\nadditions in matrix products (linear layers, "
+        "convolutions, attention). A sampling step runs the U-Net once, or\ntwice with guidance. "
+        "The other networks run once per picture; the VAE's encoder only if you start from one.",
+        "",
+        f"{'part':40}{'output':>16}{'parameters':>14}{'FLOP':>10}"]
     for network, rows in itertools.groupby(table.items(), lambda item: item[0].split()[0]):
         rows = list(rows)
         total = SimpleNamespace(shape=(), parameters=sum(row.parameters for _, row in rows),

@@ -217,33 +217,33 @@ def named_weights(text):
 # ── A picture drawn again ───────────────────────────────────────────────────────────────────────
 
 HINTS = {   # how the names of facts begin: what they say of the picture; the weightiest first
-    "the model is": "the bundled one draws, unless --model names another",
+    "the model is": "the bundled model draws; choose another with --model",
     "Lora": "give it with --lora",
     "Embedding": "give it with --embedding", "VAE|Module": "give it with --vae",
-    "Denoising strength": "give the picture it began from with --init-img",
+    "Denoising strength": "give its start picture with --init-img",
     "Mask$": "give it with --mask",
-    "Mask|Inpaint|Soft inp": "a part of it was drawn anew: give both with --init-img and --mask",
-    "Hires upscaler": "pixels are resized here, by Lanczos",
-    "Hires|First pass": "the picture was enlarged and drawn over: --hires SCALE does so",
+    "Mask|Inpaint|Soft inp": "part of it was inpainted: give --init-img and --mask",
+    "Hires upscaler": "here Lanczos enlarges the picture",
+    "Hires|First pass": "it was enlarged and drawn over: use --hires SCALE",
     "Ultimate SD|SD upscale|Tiled|MultiDiffusion": "it was enlarged and drawn over in tiles",
     "Refiner": "a second model drew the last steps",
     "ControlNet$": "give it with --control",
-    "Nodes": "what these do in the graph is not done here",
-    "LoRA clip": "one weight is for both networks here, that of the U-Net",
-    "one of a batch": "the first one is drawn",
-    "the steps of": "this sampler takes others there",
-    "ControlNet|T2I|IP.?Adapter": "another picture led the way",
-    "RNG": "the noise came from a graphics card, and is other noise here",
-    "ADetailer|FaceDetailer": "what was found in it, such as faces, was drawn over",
-    "Face restoration": "another program mended the faces",
-    "Schedule|Sigma|Noise Schedule|SGM|Discard|Downcast|Zero": "the noise levels were others",
+    "Nodes": "these nodes have no effect here",
+    "LoRA clip": "the U-Net's weight is used for both networks",
+    "one of a batch": "only the first is drawn",
+    "this version of": "it takes other steps there",
+    "ControlNet|T2I|IP.?Adapter": "another picture guided it",
+    "RNG": "its noise came from a GPU and is different here",
+    "ADetailer|FaceDetailer": "details such as faces were detected and redrawn",
+    "Face restoration": "another network restored the faces",
+    "Schedule|Sigma|Noise Schedule|SGM|Discard|Downcast|Zero": "it used other noise levels",
     "Variation seed|Seed resize": "the noise was mixed from two seeds",
-    "the noise of": "it came from a Brownian tree or a graphics card, and is other noise here",
-    "ENSD": "what a sampler adds on the way came from another seed",
-    "Hypernet": "another network changed the model",
-    "Regional|RP |Latent Couple|Cutoff": "words were kept to parts of the picture",
-    "Dynamic thres|DynThres|CFG Rescale|FreeU|SAG|PAG|NGMS|Skip Early": "guidance was bent",
-    "Emphasis": "weights worked in another way", "Pad conds": "the shorter prompt was filled up",
+    "the noise of": "it came from a Brownian tree or a GPU and is different here",
+    "ENSD": "the sampler's own noise came from another seed",
+    "Hypernet": "a hypernetwork changed the model",
+    "Regional|RP |Latent Couple|Cutoff": "words applied to parts of the picture only",
+    "Dynamic thres|DynThres|CFG Rescale|FreeU|SAG|PAG|NGMS|Skip Early": "guidance was modified",
+    "Emphasis": "weights work differently there", "Pad conds": "the shorter prompt was padded",
     "Token merging|ToMe|HyperTile": "tokens were merged for speed",
 }
 NO_MATTER = re.compile(     # facts that change nothing in the picture, or are looked at elsewhere
@@ -375,7 +375,7 @@ def not_repeated(path, args, left):
     """
     lines, rest = {}, []
     for name, value in left.items():
-        said = name if value is None else shorten(f"{name} {value}", 100) + " is not taken up"
+        said = name if value is None else shorten(f"{name} {value}", 100) + " is not repeated"
         key = next((key for key in HINTS if re.match(key, name)), None)
         options = re.findall("--([a-z-]+)", HINTS.get(key, ""))
         if key is None:
@@ -384,7 +384,7 @@ def not_repeated(path, args, left):
             lines.setdefault(key, f"{said}: {HINTS[key]}")
     lines = [lines[key] for key in HINTS if key in lines]
     if rest:
-        lines.append(f"{first_five(rest)} {'are' if len(rest) > 1 else 'is'} not taken up")
+        lines.append(f"{first_five(rest)} {'are' if len(rest) > 1 else 'is'} not repeated")
     return [f"--like {path}: {line}" for line in lines]
 
 

@@ -1,7 +1,6 @@
-"""Larger pictures: drawn over once more, in bands, without an edge; and a part of one, drawn large.
+"""Larger pictures: --hires, --only-masked, --tiles and --seamless.
 
-Each function takes and returns what those of tiny_sd.py and like_diffusers.py do, or changes one
-into another that does.
+Most functions here wrap one of tiny_sd.py or like_diffusers.py and keep its signature.
 """
 
 import contextlib
@@ -23,18 +22,18 @@ from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu
 
 
 def check_hires(job):
-    """UserError where the numbers of --hires are out of range, or it does not go with another."""
+    """UserError if the numbers of --hires are out of range, or it conflicts with an option."""
     scale, strength, steps = job.hires
     require(1 < scale <= 8 and 0 < strength <= 1 and 0 <= steps <= 999 * strength, "--hires "
-            f"{scale:g}:{strength:g}:{steps} is not a scale above 1 and up to 8, a strength above "
-            "0 and up to 1, and at most 999 steps times the strength")
+            f"{scale:g}:{strength:g}:{steps} needs a scale above 1 and up to 8, a strength above "
+            "0 and up to 1, and at most 999 times the strength as steps")
     clash = next((name for name in ("init_img", "control", "show", "film", "play")
                   if getattr(job, name)), None)
     require(not clash, f"--hires does not go with --{str(clash).replace('_', '-')}")
 
 
 def drawn_size(model, job):
-    """Return the (width, height) that is drawn in the end; UserError where it cannot be."""
+    """Return the final (width, height) of the picture; UserError if the model cannot draw it."""
     scale = job.hires[0] if job.hires else 1
     width, height = (round(side * scale / model.factor) * model.factor
                      for side in (job.width, job.height))
@@ -46,10 +45,10 @@ def drawn_size(model, job):
 
 
 def drawn_over(generate, size, strength, steps, later):
-    """Return like_diffusers.generate, followed by as much again on each picture, enlarged.
+    """Return like_diffusers.generate with a second pass: enlarge each picture and draw over it.
 
-    size: its new (width, height). steps: how many are taken then, after noising to `strength`.
-    later: the sampler for that.
+    size: the new (width, height). The second pass noises the picture to `strength` and takes
+    `steps` steps of the sampler `later`.
     """
     def start(model, prompt, negative, seeds, n, guidance, sampler, schedule, *others):
         total = math.ceil(round((steps or n) / strength, 9))
@@ -76,16 +75,16 @@ def drawn_over(generate, size, strength, steps, later):
 
 
 def whole(job, notes):
-    """Return the picture and the mask of a job at their own size, (h, w, 3) and (h, w) of bool."""
+    """Return a job's picture (h, w, 3) and mask (h, w) at their original size."""
     size = files.upright(job.init_img).size
     mask = files.read_mask(job.mask, job.init_img, *size, notes)
     return files.read_picture(job.init_img, *size), mask
 
 
 def box_around(mask, margin, height, width):
-    """Return (left, top, right, bottom) around what is true in a mask, of the shape to draw.
+    """Return the box (left, top, right, bottom) around a mask, with the proportions to draw.
 
-    margin: pixels around it. Where the picture ends, the box does.
+    margin: pixels to add on each side. The box stays inside the picture.
     """
     ends = [(min(at) - margin, max(at) + 1 + margin) if len(at) else (0, n)
             for at, n in zip(np.nonzero(mask), mask.shape)]
@@ -97,7 +96,7 @@ def box_around(mask, margin, height, width):
 
 
 def part_of(picture, mask, job):
-    """Return the part of a picture and of its mask that a job draws, at the size to draw."""
+    """Crop a picture and its mask to the box that a job draws, and resize both."""
     box, size = box_around(mask, job.only_masked, job.height, job.width), (job.width, job.height)
     picture, hole = (np.asarray(Image.fromarray(array).crop(box).resize(
         size, Image.Resampling.LANCZOS)) for array in (picture, mask.astype(np.uint8) * 255))
@@ -105,7 +104,7 @@ def part_of(picture, mask, job):
 
 
 def pasted(job, pixels):
-    """Return the job's picture with what was drawn, (height, width, 3), where the mask is true."""
+    """Paste the pixels drawn (height, width, 3) into the job's picture where the mask is true."""
     picture, mask = whole(job, [])
     box = left, top, right, bottom = box_around(mask, job.only_masked, job.height, job.width)
     drawn = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
@@ -121,14 +120,15 @@ INSIDE, ONE_AT_A_TIME = threading.local(), threading.RLock()
 
 
 def with_forms(function, forms):
-    """Return a function that computes with other forms of primitives, for either library.
+    """Return the function, changed to compute with other forms of primitives, for either library.
 
-    forms: {name: a function of the form that stands aside, and of the primitive's arguments}.
-    They stand in tables of the whole process, so other threads that get there take the form aside.
+    forms: {name: a function of the original form, then the primitive's arguments}. The tables FAST
+    and TORCH belong to the whole process, so each form checks which thread calls it: other threads
+    get the original form.
     """
     @functools.wraps(function)
     def computing(*args):
-        if "torch" in sys.modules:      # else torch's forms, when they come, would take the places
+        if "torch" in sys.modules:      # load torch's forms now, or they would replace ours later
             TORCH.update(tiny_sd.torch_operations() | dict(TORCH))
         with ONE_AT_A_TIME:
             ours = {name: only_inside(functools.partial(form, known_form(name)), known_form(name))
@@ -141,7 +141,7 @@ def with_forms(function, forms):
 
 @contextlib.contextmanager
 def standing_in(table, forms):
-    """Put forms into a table, and at the end what was there before; it is never without any."""
+    """Put forms into a table; at the end, put the old ones back one by one."""
     before = dict(table)
     table.update(forms)
     try:
@@ -155,7 +155,7 @@ def standing_in(table, forms):
 
 
 def inside(function):
-    """Return a function that does the same, as a part of what computes with other forms."""
+    """Return the function, changed to mark its thread as one that uses the other forms."""
     def run(*args):
         before = is_inside()
         INSIDE.here = True
@@ -167,43 +167,43 @@ def inside(function):
 
 
 def is_inside():
-    """Does this thread compute with other forms?"""
+    """Does this thread use the other forms?"""
     return getattr(INSIDE, "here", False)
 
 
 def only_inside(form, known):
-    """Return a function that is the one form inside, and the known one in other threads."""
+    """Return a function that calls `form` in marked threads and `known` in others."""
     return lambda *args, **how: (form if is_inside() else known)(*args, **how)
 
 
 def each_inside(each):
-    """Return each, whose threads are inside where the one that calls it is."""
+    """Return each, changed so that its threads are marked if the calling thread is."""
     return lambda function, *items: each(inside(function) if is_inside() else function, *items)
 
 
 def known_form(name):
-    """Return a function that computes a primitive as it is computed now."""
+    """Return the form of a primitive in use now, as a function for either library."""
     numpy, torch = FAST.get(name, getattr(tiny_sd, name).formula), dict.get(TORCH, name)
     return lambda x, *args, **how: (numpy if isinstance(x, np.ndarray) else torch)(x, *args, **how)
 
 
 def change_vae(model, forms):
-    """Let the model's VAE compute with these forms."""
+    """Make the model's VAE compute with these forms."""
     for name in ("vae_encode", "vae_decode"):
         setattr(model, name, with_forms(inspect.unwrap(getattr(model, name)), forms))
 
 
 # ── In bands ────────────────────────────────────────────────────────────────────────────────────
 #
-# Much of what fills the memory lies between two convolutions: the normalised image, the activated
-# one. Here a GroupNorm only gathers the statistics of its whole image, and a convolution asks for
-# a band of rows after another, with a row more on either side: it is exact, and has no seams.
+# Most of the memory goes to images between two convolutions: the normalised one, the activated
+# one. Here GroupNorm only computes the statistics of the whole image, and the convolution asks for
+# one band of rows at a time, with an extra row on either side. The result is exact, without seams.
 
 BAND = 2 ** 21      # numbers in a band
 
 
 class Rows:
-    """An image (batch, height, width, channels) whose rows are computed when they are asked for."""
+    """An image (batch, height, width, channels) that computes its rows on demand."""
 
     def __init__(self, shape, compute):
         self.shape, self.compute = shape, compute
@@ -216,17 +216,17 @@ class Rows:
 
 
 def bands(height, width, channels):
-    """Return slices that cover the rows of an image."""
+    """Split the rows of an image into slices of about BAND numbers."""
     size = max(1, BAND // (width * channels))
     return [slice(i, min(i + size, height)) for i in range(0, height, size)]
 
 
 def norm_later(form, x, groups, delta, weight, bias):
-    """Compute the statistics of group_norm now, and the rows when they are asked for."""
+    """Compute the statistics of group_norm now and its rows on demand."""
     B, H, W, C = x.shape
     each, parts = FAST.get("each", map), bands(H, 8 * W, C)
 
-    def average(of):        # over the pixels and channels of a group, for each channel
+    def average(of):        # the mean of each group, repeated for each of its channels
         sums = np.array(list(each(lambda s: to_numpy(of(x[:, s]).sum((1, 2))), parts)), np.float64)
         means = sums.sum(0).reshape(B, groups, -1).mean(2) / (H * W)
         return array_like(x, np.repeat(means, C // groups, 1))[:, None, None]
@@ -236,18 +236,18 @@ def norm_later(form, x, groups, delta, weight, bias):
 
 
 def silu_later(form, x):
-    """silu: at once for an array, later for Rows."""
+    """silu: now for an array, on demand for Rows."""
     return Rows(x.shape, lambda s: silu(x[:, s])) if isinstance(x, Rows) else form(x)
 
 
 def conv_in_bands(form, x, weight, bias=None, stride=1, padding=(1, 1)):
-    """conv2d, one band of rows after the other."""
+    """conv2d, one band of rows at a time."""
     weight, size = wide(weight), weight.shape[1] - sum(padding)
     B, (H, W), C = x.shape[0], ((n - size) // stride + 1 for n in x.shape[1:3]), len(weight)
     new = np.empty if isinstance(weight, np.ndarray) else weight.new_empty
     out = new((B, H, W, C), dtype=weight.dtype)
 
-    def band(s):        # with a row more on either side, where there is one
+    def band(s):        # with an extra row on either side, except at the edges
         first = max(0, s.start - 1)
         y = form(x[:, stride * first:stride * (s.stop + 1)], weight, bias, stride, padding)
         out[:, s] = y[:, s.start - first:][:, :s.stop - s.start]
@@ -262,11 +262,11 @@ IN_BANDS = {"group_norm": norm_later, "silu": silu_later, "conv2d": conv_in_band
 
 
 def conv_around(form, x, weight, bias=None, stride=1, padding=(1, 1)):
-    """conv2d without zeros around the image: past one side it goes on at the other."""
+    """conv2d with the image wrapped around at its edges instead of padded with zeros."""
     before, after = padding
     rows, columns = (np.arange(-before, n + after) % n for n in x.shape[1:3])
     x = x[:, rows[:, None], columns]
-    if stride == 1:     # with zeros around, for which there are quick forms, and then without them
+    if stride == 1:     # the fast forms expect padding: pad, then crop
         return form(x, weight, bias)[:, 1:-1, 1:-1]
     return form(x, weight, bias, stride, (0, 0))
 
@@ -275,5 +275,5 @@ SEAMLESS = {"conv2d": conv_around}
 
 
 def seamless(make_denoiser):
-    """Return make_denoiser, so that pictures laid side by side have no seams."""
+    """Return make_denoiser, changed so that pictures laid side by side have no seams."""
     return lambda *args: with_forms(make_denoiser(*args), SEAMLESS)

@@ -54,8 +54,7 @@ ADVANCED = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=20, 
 GRAPHS = {      # name: the graph, what it changes of USUAL, and what is said of it
     "text to image": (graph(), {}, []),
     "the noise of steps": (graph([("drawn", "sampler_name", "euler_ancestral")]), {5: "euler_a"}, [
-        "the noise of its steps: it came from a Brownian tree or a graphics card, and is other "
-        "noise here"]),
+        "the noise of its steps: it came from a Brownian tree or a GPU and is different here"]),
     "advanced": (graph(drawn=ADVANCED), {2: 5, 5: "euler", 6: "normal"}, []),
     "names of schedules": (graph([("drawn", "scheduler", "sgm_uniform"),
                                   ("drawn", "sampler_name", "ddim")]),
@@ -67,60 +66,57 @@ GRAPHS = {      # name: the graph, what it changes of USUAL, and what is said of
                                  {2: 9}, []),
     "a model between": (graph([("drawn", "model", "@free")], free=node(
         "FreeU_V2", b1=1.3, model="@model")), {}, [
-            "Nodes FreeU_V2 is not taken up: what these do in the graph is not done here"]),
+            "Nodes FreeU_V2 is not repeated: these nodes have no effect here"]),
     "a conditioning between": (graph([("drawn", "positive", "@both")], both=node(
         "ConditioningCombine", conditioning_1="@good", conditioning_2="@bad")), {}, [
-            "Nodes ConditioningCombine is not taken up: what these do in the graph is not done "
-            "here"]),
+            "Nodes ConditioningCombine is not repeated: these nodes have no effect here"]),
     "LoRAs": (graph([("drawn", "model", "@two"), ("good", "clip", "@two")], **LORAS), {}, [
-        "Lora pen 1.0 ink 0.5 is not taken up: give it with --lora",
-        "LoRA clip pen is not taken up: one weight is for both networks here, that of the U-Net"]),
+        "Lora pen 1.0 ink 0.5 is not repeated: give it with --lora",
+        "LoRA clip pen is not repeated: the U-Net's weight is used for both networks"]),
     "a VAE": (graph([("seen", "vae", "@vae")], vae=node("VAELoader", vae_name="v.pt")), {}, [
-        "VAE v.pt is not taken up: give it with --vae"]),
+        "VAE v.pt is not repeated: give it with --vae"]),
     "an embedding": (graph([("bad", "text", "embedding:easy, (embedding:x.pt:1.2)")]),
                      {1: "embedding:easy, (embedding:x.pt:1.2)"},
-                     ["Embedding easy x is not taken up: give it with --embedding"]),
+                     ["Embedding easy x is not repeated: give it with --embedding"]),
     "from a picture": (graph(FROM_A_PICTURE, **LATENTS), {3: 40}, [
-        "Denoising strength 0.5 is not taken up: give the picture it began from with --init-img"]),
+        "Denoising strength 0.5 is not repeated: give its start picture with --init-img"]),
     "from a picture, all of it": (graph(FROM_A_PICTURE[:1], **LATENTS), {}, [
-        "Denoising strength 1 is not taken up: give the picture it began from with --init-img"]),
+        "Denoising strength 1 is not repeated: give its start picture with --init-img"]),
     "from a picture, advanced": (graph(drawn=ADVANCED | {"inputs": ADVANCED["inputs"] | {
         "start_at_step": 5, "latent_image": ["latents", 0]}}, **LATENTS),
         {2: 5, 5: "euler", 6: "normal"}, [
-            "Denoising strength 0.75 is not taken up: give the picture it began from with "
-            "--init-img"]),
+            "Denoising strength 0.75 is not repeated: give its start picture with --init-img"]),
     "a masked one": (graph([("drawn", "latent_image", "@latents")], **LATENTS | {
         "latents": node("VAEEncodeForInpaint", pixels="@photo", mask="@hole", vae="@model"),
         "hole": node("LoadImage", image="hole.png")}), {}, [
-            "Denoising strength 1 is not taken up: give the picture it began from with --init-img",
-            "Mask hole.png is not taken up: give it with --mask"]),
+            "Denoising strength 1 is not repeated: give its start picture with --init-img",
+            "Mask hole.png is not repeated: give it with --mask"]),
     "a ControlNet": (graph([("drawn", "positive", "@led")], led=node(
         "ControlNetApply", conditioning="@good", control_net="@net", image="@lines", strength=0.8),
         net=node("ControlNetLoader", control_net_name="canny.pth"),
         lines=node("LoadImage", image="lines.png")), {}, [
-            "ControlNet canny 0.8 lines.png is not taken up: give it with --control"]),
+            "ControlNet canny 0.8 lines.png is not repeated: give it with --control"]),
     "enlarged": (graph([("seen", "samples", "@over")], large=node(
         "LatentUpscaleBy", scale_by=2, samples="@drawn"), over=node(
         "KSampler", seed=1, steps=9, cfg=3, sampler_name="ddim", scheduler="simple", denoise=0.5,
         model="@model", positive="@good", negative="@bad", latent_image="@large")), {}, [
-            "Hires KSampler is not taken up: the picture was enlarged and drawn over: --hires "
-            "SCALE does so",
-            "Nodes LatentUpscaleBy is not taken up: what these do in the graph is not done here"]),
+            "Hires KSampler is not repeated: it was enlarged and drawn over: use --hires SCALE",
+            "Nodes LatentUpscaleBy is not repeated: these nodes have no effect here"]),
     "half of the steps": (graph(drawn=ADVANCED | {"inputs": ADVANCED["inputs"] | {
         "end_at_step": 10, "return_with_leftover_noise": "enable"}}),
         {2: 5, 5: "euler", 6: "normal"},
-        ["the steps of euler is not taken up: this sampler takes others there"]),
+        ["this version of euler is not repeated: it takes other steps there"]),
     "refined": (graph([("seen", "samples", "@over")], drawn=ADVANCED, over=ADVANCED | {
         "inputs": ADVANCED["inputs"] | {"add_noise": "disable", "start_at_step": 15,
                                         "latent_image": ["drawn", 0]}}),
-                {2: 5, 5: "euler", 6: "normal"}, ["Refiner KSamplerAdvanced is not taken up: a "
+                {2: 5, 5: "euler", 6: "normal"}, ["Refiner KSamplerAdvanced is not repeated: a "
                                                   "second model drew the last steps"]),
     "a batch": (graph([("size", "batch_size", 4)]), {}, [
-        "one of a batch of 4 is not taken up: the first one is drawn"]),
+        "one of a batch of 4 is not repeated: only the first is drawn"]),
     "others of the name": (graph([("drawn", "sampler_name", "uni_pc"),
                                   ("drawn", "scheduler", "beta")]), {5: "unipc", 6: "beta"}, [
-        "the steps of uni_pc is not taken up: this sampler takes others there",
-        "Noise Schedule beta is not taken up: the noise levels were others"])}
+        "this version of uni_pc is not repeated: it takes other steps there",
+        "Noise Schedule beta is not repeated: it used other noise levels"])}
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -244,7 +244,7 @@ def test_like_finds_learnt_words_beside_the_model(run, folder, tmp_path, place):
     _, first, _ = run("a some thing", "--embedding", file, model=small)
     status, again, err = run("--like", first, model=small)
     if place == "models":       # which is above, not beside
-        assert status == 0 and err == [f"--like {first}: Embedding some thing is not taken up: "
+        assert status == 0 and err == [f"--like {first}: Embedding some thing is not repeated: "
                                        "give it with --embedding"]
         status, again, err = run("--like", first, "--embedding", file, model=small)
     assert (status, err) == (0, []) and Path(first).read_bytes() == Path(again).read_bytes()
@@ -256,4 +256,4 @@ def test_like_says_where_a_file_is_another(run):
     save({"emb_params": vectors(4, seed=1)}, Path("thing.safetensors"))
     named.file_hash.cache_clear()     # which in a process of its own is empty
     assert run("--like", first)[::2] == (0, [
-        f"--like {first}: the embedding thing is another file than the picture was made with"])
+        f"--like {first}: the embedding thing is not the file that the picture was made with"])

@@ -561,8 +561,8 @@ def case(folder, rng):
 
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
-         r"|--like \S+: (.* (is|are) (not taken up|another file)|the model is not "
-         r"recorded: |the noise of its steps: )|the seed is \d+$|the model learnt pictures of "
+         r"|--like \S+: (.* (is|are) (not repeated|not the file that .*)|the model is not "
+         r"recorded: |the noise of its steps: )|the seed is \d+$|the model was trained on pictures "
          r"|--output: .* stays as it is; |\S+ is a mask by its transparency: "
          r"|.* on, this is a comment$|no prompt says |.* is read as (it stands|words): "
          r"|the model (knows nothing in|never learnt) "

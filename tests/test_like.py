@@ -59,12 +59,11 @@ def test_like_says_what_it_does_not_take_up(run):
         "another one, with --model"]
     _, _, err = cli_lines(run, "--like", "a.png")
     assert err == ["--like a.png: " + line for line in [
-        "Lora some 0.8 other 1 is not taken up: give it with --lora",
-        "Hires resize 32x0 is not taken up: the picture was enlarged and drawn over: --hires SCALE "
-        "does so",
-        "RNG NV is not taken up: the noise came from a graphics card, and is other noise here",
-        "ENSD 31337 is not taken up: what a sampler adds on the way came from another seed",
-        "Eta 0.5; Foo 1 are not taken up"]]
+        "Lora some 0.8 other 1 is not repeated: give it with --lora",
+        "Hires resize 32x0 is not repeated: it was enlarged and drawn over: use --hires SCALE",
+        "RNG NV is not repeated: its noise came from a GPU and is different here",
+        "ENSD 31337 is not repeated: the sampler's own noise came from another seed",
+        "Eta 0.5; Foo 1 are not repeated"]]
 
 
 def test_like_image_to_image(run):
@@ -72,7 +71,7 @@ def test_like_image_to_image(run):
     write_facts("a.png", "red apple\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, Model: m, "
                 "Denoising strength: 0.5, RNG: CPU, Mask blur: 4")
     assert cli_lines(run, "--like", "a.png")[2] == [
-        "--like a.png: Denoising strength 0.5 is not taken up: give the picture it began from with "
+        "--like a.png: Denoising strength 0.5 is not repeated: give its start picture with "
         "--init-img"]
     status, out, err = cli_lines(run, "--like", "a.png", "-i", "in.png")
     assert (status, err) == (0, [])
@@ -80,15 +79,15 @@ def test_like_image_to_image(run):
 
 
 @pytest.mark.parametrize("facts, line", [
-    ("Version: v1.10.1", "RNG GPU is not taken up"), ("User: me", "RNG GPU is not taken up"),
-    ("Version: f2.0.1v1.10.1-previous", "RNG GPU is not taken up"),
+    ("Version: v1.10.1", "RNG GPU is not repeated"), ("User: me", "RNG GPU is not repeated"),
+    ("Version: f2.0.1v1.10.1-previous", "RNG GPU is not repeated"),
     ("RNG: CPU, Version: v1.10.1", None), ("Version: ComfyUI", None),
-    ("RNG: CPU, Module 1: x", "Module 1 x is not taken up: give it with --vae"),
-    ("RNG: CPU, Postprocess upscale by: 2", "Postprocess upscale by 2 is not taken up"),
-    ("RNG: CPU, Fooocus V2 Expansion: a cat", "Fooocus V2 Expansion a cat is not taken up"),
-    ("RNG: CPU, Refiner: x, Refiner switch at: 0.8", "Refiner x is not taken up: a second model"),
-    ("RNG: CPU, Face restoration: CodeFormer", "Face restoration CodeFormer is not taken up"),
-    ("RNG: CPU, Token merging ratio: 0.5", "Token merging ratio 0.5 is not taken up"),
+    ("RNG: CPU, Module 1: x", "Module 1 x is not repeated: give it with --vae"),
+    ("RNG: CPU, Postprocess upscale by: 2", "Postprocess upscale by 2 is not repeated"),
+    ("RNG: CPU, Fooocus V2 Expansion: a cat", "Fooocus V2 Expansion a cat is not repeated"),
+    ("RNG: CPU, Refiner: x, Refiner switch at: 0.8", "Refiner x is not repeated: a second model"),
+    ("RNG: CPU, Face restoration: CodeFormer", "Face restoration CodeFormer is not repeated"),
+    ("RNG: CPU, Token merging ratio: 0.5", "Token merging ratio 0.5 is not repeated"),
     ("RNG: CPU, Variation seed: 3, Variation seed strength: 0.1", "Variation seed 3 is not taken"),
     ('RNG: CPU, ControlNet 0: "Module: canny, Weight: 1"', "ControlNet 0 Module: canny, Weight: 1"),
     ('RNG: CPU, Hashes: {"model": "ab", "lora:x": "cd"}, Batch size: 2, Batch pos: 1', None)])
@@ -128,8 +127,7 @@ def test_the_noise_of_a_sampler_that_is_other_noise_here():
     write_facts("a.png", "red\nSteps: 2, Sampler: DPM++ 2M SDE Karras, Seed: 3, Size: 64x64, "
                 "Model: emoji, RNG: CPU, Version: v1.10.1")
     note, = cli.make_job(["--like", "a.png"]).notes
-    assert note.endswith("steps: it came from a Brownian tree or a graphics card, and is other "
-                         "noise here")
+    assert note.endswith("steps: it came from a Brownian tree or a GPU and is different here")
 
 
 def test_like_a_picture_of_the_web_ui(model):
@@ -156,9 +154,9 @@ def test_like_without_a_lora_says_so_and_draws(run):
                          "Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
     status, out, err = cli_lines(run, "--like", "a.png")
     assert ((status, out) == (0, ["out.png"]) and err == [
-        "--like a.png: <lora:none:0.8>, <lora:no:1> are not taken up: there is no such LoRA beside "
+        "--like a.png: <lora:none:0.8>, <lora:no:1> are not repeated: there is no such LoRA beside "
         "the model, in " "loras/ or here: --lora FILE names one elsewhere",
-        "--like a.png: <hypernet:x:1> is not taken up: of such tags, <lora:name:weight> is known "
+        "--like a.png: <hypernet:x:1> is not repeated: of such tags, <lora:name:weight> is known "
         "here"])
 
 
@@ -186,7 +184,7 @@ def test_like_takes_no_model_from_a_strangers_picture(run, refuse, here):
     with pytest.raises(UserError, match="drawn by the model 463d6a9, which"):
         cli.make_job(["--like", "a.png"])
     write_facts("a.png", "red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 16x16, RNG: CPU")
-    note = "the model is not recorded: the bundled one draws, unless --model names another"
+    note = "the model is not recorded: the bundled model draws; choose another with --model"
     assert cli.make_job(["--like", "a.png"]).notes == [f"--like a.png: {note}"]
     assert cli_lines(run, "--like", "a.png")[2] == []
 
@@ -255,7 +253,7 @@ def test_each_program_has_its_own_spelling(text):
     args = cli.make_job(["--like", "a.png"])
     assert (args.prompt, args.negative_prompt, args.cfg_scale, args.seed, args.steps, args.width,
             args.sampler) == ("a cat", "dog", 6.5, 42, 20, 512, "euler_a")
-    said = ["what was found in it, such as faces, was drawn over"] * ("ADetailer" in text)
+    said = ["details such as faces were detected and redrawn"] * ("ADetailer" in text)
     assert [note.split(": ")[-1] for note in args.notes] == said
 
 
@@ -288,14 +286,14 @@ def test_pictures_of_other_programs_are_told_apart(refuse, chunks, program):
         f"{program} may do")
 
 
-RECORDS = {     # program: its texts, what sd-parsers needs besides, and what is not taken up
+RECORDS = {     # program: its texts, what sd-parsers needs besides, and what is not repeated
     "InvokeAI": ({"invokeai_metadata": {
         "app_version": "3.7.0", "generation_mode": "txt2img", "positive_prompt": "a cat",
         "negative_prompt": "dog", "width": 64, "height": 128, "seed": 42, "rand_device": "cpu",
         "cfg_scale": 6.5, "steps": 25, "scheduler": "dpmpp_2m_k", "model": {
             "model_name": "emoji", "base_model": "sd-1"}, "controlnets": [], "clip_skip": 0,
         "loras": [{"lora": {"model_name": "ink"}, "weight": 0.5}]}}, {}, [
-            "Lora ink 0.5 is not taken up: give it with --lora"]),
+            "Lora ink 0.5 is not repeated: give it with --lora"]),
     "InvokeAI of its first years": ({"sd-metadata": {
         "model": "stable diffusion", "model_weights": "emoji", "model_hash": "x", "image": {
             "prompt": [{"prompt": "a cat", "weight": 1}], "steps": 25, "cfg_scale": 6.5,
@@ -308,17 +306,17 @@ RECORDS = {     # program: its texts, what sd-parsers needs besides, and what is
         "prompt": "a cat", "refiner_model": "None", "resolution": "(64, 128)",
         "sampler": "dpmpp_2m", "scheduler": "karras", "seed": "42", "sharpness": 2, "steps": 25,
         "styles": "['V2']", "version": "Fooocus v2.3.1"}}, {"fooocus_scheme": "fooocus"}, [
-            "Lora ink 0.5 is not taken up: give it with --lora",
-            "sharpness 2; styles ['V2'] are not taken up"]),
+            "Lora ink 0.5 is not repeated: give it with --lora",
+            "sharpness 2; styles ['V2'] are not repeated"]),
     "NovelAI": ({"Comment": {
         "prompt": "a {cat}", "steps": 25, "height": 128, "width": 64, "scale": 6.5, "seed": 42,
         "uncond_scale": 1.0, "n_samples": 1, "noise_schedule": "karras", "sampler": "k_dpmpp_2m",
         "uc": "dog", "sm": False}},
         {"Software": "NovelAI", "Description": "a {cat}", "Source": "Stable Diffusion F64BA557"}, [
-            "the model is not recorded: the bundled one draws, unless --model names another",
-            "RNG GPU is not taken up: the noise came from a graphics card, and is other noise "
-            "here", "Emphasis NovelAI's is not taken up: weights worked in another way",
-            "sm False is not taken up"])}
+            "the model is not recorded: the bundled model draws; choose another with --model",
+            "RNG GPU is not repeated: its noise came from a GPU and is different here",
+            "Emphasis NovelAI's is not repeated: weights work differently there",
+            "sm False is not repeated"])}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -366,7 +364,7 @@ def test_the_weightiest_comes_first_and_nothing_is_cut(model):
     args = cli.make_job(["--like", "a.png", "-m", str(model)])
     assert [line.split(": ")[1].split(" is not")[0] for line in args.notes] == [
         "Hires upscaler Latent", "ControlNet 0 x", "RNG GPU", "ADetailer model a",
-        "Variation seed 1", "ENSD 3", "Bar 2; Eta 1; Foo 1 are not taken up"]
+        "Variation seed 1", "ENSD 3", "Bar 2; Eta 1; Foo 1 are not repeated"]
 
 
 def test_quoted_facts_of_other_programs():

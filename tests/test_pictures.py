@@ -197,7 +197,7 @@ def test_a_mask_is_recorded(run):
     Image.new("L", (16, 16), 255).save("mask.png")
     assert run("red", "-i", "in.png", "--mask", "mask.png", "-o", "a.png")[0] == 0
     said = cli_lines(run, "--like", "a.png", "-i", "in.png")[2]
-    assert said == ["--like a.png: Mask mask.png is not taken up: give it with --mask"]
+    assert said == ["--like a.png: Mask mask.png is not repeated: give it with --mask"]
     assert cli_lines(run, "--like", "a.png", "-i", "in.png", "--mask", "mask.png")[2] == []
 
 

@@ -483,7 +483,7 @@ def test_hashes_tell_another_file(run, beside, lora, single_file):
     data = Path(lora).read_bytes()
     numbers = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()[:12]
     for hashes, said in [((whole, whole, numbers), []), (("0" * 10, "1" * 10, "2" * 12), [
-            f"--like a.png: the {name} is another file than the picture was made with"
+            f"--like a.png: the {name} is not the file that the picture was made with"
             for name in ("model m", "VAE v", "LoRA l")])]:
         info = PngInfo()
         info.add_text("parameters", f"a <lora:l:1>\n{facts.format(*hashes)}")

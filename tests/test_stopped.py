@@ -75,7 +75,7 @@ def new_program(*argv, under=(), first=""):
 
 def without_bar(status, out, err):
     lines = [line for line in re.split("[\r\n]+", err)
-             if line and not re.search(r"\d+/\d+ \[|the model learnt pictures of", line)]
+             if line and not re.search(r"\d+/\d+ \[|the model was trained on pictures of", line)]
     return status, out, lines
 
 

@@ -66,7 +66,7 @@ def test_a_size_that_was_not_learnt_is_told(model, capsys, tmp_path):
     draw = ["a cat", "-m", str(model), "--steps", "1", "-o", str(tmp_path / "a.png")]
     assert cli.main(draw) == 0 and "pictures of" not in capsys.readouterr().err
     assert cli.main([*draw, "-W", "32"]) == 0
-    assert "the model learnt pictures of 16 x 16: of other sizes it" in capsys.readouterr().err
+    assert "the model was trained on pictures of 16 x 16 and draws" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", ["🐱", "!!!"])

@@ -382,7 +382,7 @@ def test_a_recorded_vae_that_is_not_there_is_told(run, folder, tiny, capsys):
     assert run("--vae", "mine", "-o", "a.png")[0] == 0
     capsys.readouterr()
     assert cli.main(["--like", "a.png", "-m", str(folder), "-o", "b.png"]) == 0
-    assert "VAE mine is not taken up: give it with --vae" in capsys.readouterr().err
+    assert "VAE mine is not repeated: give it with --vae" in capsys.readouterr().err
 
 
 def test_a_recorded_alias_is_taken_up(run):
@@ -393,7 +393,7 @@ def test_a_recorded_alias_is_taken_up(run):
     write_facts("a.png", facts + "../taesd")
     args = cli.make_job(["--like", "a.png"])
     assert args.vae is None and args.notes == [
-        "--like a.png: VAE ../taesd is not taken up: give it with --vae"]
+        "--like a.png: VAE ../taesd is not repeated: give it with --vae"]
 
 
 def test_the_preview_is_the_tiny_vaes(run, tiny):
