@@ -9,12 +9,33 @@ import fnmatch
 import functools
 import io
 import random
+import re
+import shlex
 from pathlib import Path
 
 from extras.checks import nearest
 from extras.files import read_text
 from extras.prompts import LISTS, check_length
 from tiny_sd import UserError, require
+
+
+def split_line(line):
+    """Return the prompt of a line of a list, and the flags after it.
+
+    A prompt may be in quotes. AUTOMATIC1111's web UI writes it after --prompt, among flags with
+    underscores.
+    """
+    words = shlex.split(line) if line.startswith("--") else []
+    if "--prompt" in words[:-1]:
+        i = words.index("--prompt")
+        flags = [word.replace("_", "-").replace("--sampler-name", "--sampler")
+                 if word.startswith("--") else word for word in words[:i] + words[i + 2:]]
+        return words[i + 1], flags
+    prompt, *flags = re.split(r" (?=--?[A-Za-z])", line, maxsplit=1)
+    require(not re.match("--?[A-Za-z]", prompt), "a line starts with its prompt, and flags follow: "
+            f"it cannot start with {prompt.split()[0]}")
+    quoted = len(prompt) > 1 and prompt[0] == prompt[-1] == '"'
+    return prompt[1:-1] if quoted else prompt, shlex.split("".join(flags))
 
 
 def made(texts, args):

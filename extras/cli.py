@@ -1,4 +1,4 @@
-"""The command line: every option of `python tiny_sd.py`, and what is done for them."""
+"""The command line: every option of `python tiny_sd.py`, and the program behind them."""
 
 import argparse
 import contextlib
@@ -8,7 +8,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import sys
 import time
 import warnings
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-# isort: split      (first of all fast: it sets up BLAS before NumPy is loaded)
+# isort: split      (fast comes first: it sets up BLAS before NumPy is loaded)
 from extras import fast  # noqa: F401
 
 # isort: split
@@ -51,13 +50,13 @@ tqdm.monitor_interval = 0       # needs no thread of its own
 
 
 def lora(text):
-    """Return FILE or FILE:WEIGHT as (file, weight)."""
+    """Parse FILE or FILE:WEIGHT into (file, weight)."""
     file, weight = re.fullmatch(r"(.*?)(?::(-?[\d.]+))?", text, re.DOTALL).groups()
     return file, prompts.lora_weight(weight or "1")
 
 
 def known_by(find, names):
-    """Return a function for argparse: what find() knows by a name, or an error with the nearest."""
+    """Return a type for argparse: look a name up with find(), or suggest the nearest name."""
     def read(text):
         found = find(text)
         if found is None:
@@ -68,20 +67,20 @@ def known_by(find, names):
 
 
 def interval(text):
-    """Return LOW:HIGH as two numbers."""
+    """Parse LOW:HIGH into two numbers."""
     low, high = map(float, re.split("[:-]", text))
     return low, high
 
 
 def hires(text):
-    """Return SCALE, SCALE:STRENGTH or SCALE:STRENGTH:STEPS as numbers; 0 steps: as many again."""
+    """Parse SCALE[:STRENGTH[:STEPS]] into numbers; 0 steps means as many as in the first pass."""
     parts = text.split(":")
     scale, strength, steps = *parts, *("", "0.5", "0")[len(parts):]
     return float(scale), float(strength), int(steps)
 
 
 def output(text):
-    """Return the file that -o names: of a folder, written with a slash at its end, out.png."""
+    """Parse -o: FOLDER/ means FOLDER/out.png."""
     return Path(text, "out.png") if text.endswith(("/", os.sep)) else Path(text)
 
 
@@ -92,7 +91,7 @@ EXAMPLES = """examples:
   python tiny_sd.py "rabbit face" -i fox.png --mask ears.png        where the mask is white
   python tiny_sd.py "a (red:1.3) lighthouse, [fog]" -m sd15         words with more and less weight
   python tiny_sd.py "a boat <lora:ink:0.8>" -m model.safetensors    with loras/ink.safetensors
-  python tiny_sd.py --like fox.png -s 8                             again, but for the seed
+  python tiny_sd.py --like fox.png -s 8                             the same from another seed
   python tiny_sd.py --prompts prompts.txt -o cards.png              a picture for each line
 """
 
@@ -103,7 +102,7 @@ REPEATED = {"action": "append", "default": []}
 
 
 def option_parser(**settings):
-    """Return the parser of all options, which it lists as .options."""
+    """Return the parser; its attribute .options lists all options."""
     parser = tiny_sd.Parser(
         description="Draw a picture from a prompt with Stable Diffusion.", allow_abbrev=False,
         usage="python tiny_sd.py PROMPT [option ...]", epilog=EXAMPLES,
@@ -115,135 +114,136 @@ def option_parser(**settings):
         parser.options.append(group.add_argument(*flags, **how))
 
     add("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
-        help="print the version, and end")
+        help="print the version and exit")
 
     group = parser.add_argument_group("what to draw")
     add("words", nargs="?", metavar="PROMPT", help="the prompt")
     add("-p", "--prompt", help="the same, as an option")
     add("-n", "--negative-prompt", metavar="PROMPT", help="what to avoid")
     add("-s", "--seed", default=0, **NUMBER,
-        help="the number that the noise is made from; -1 draws one at random (%(default)s)")
-    add("-b", "--batch-size", default=1, **NUMBER, help="how many pictures, "
-        "out-000.png and so on, of the seeds seed, seed + 1, ... (%(default)s)")
+        help="the seed of the random noise; -1 picks a random one (%(default)s)")
+    add("-b", "--batch-size", default=1, **NUMBER, help="how many pictures: "
+        "out-000.png and so on, from the seeds seed, seed + 1, ... (%(default)s)")
     add("--prompts", **FILE,
-        help="a picture for each line, which may end in flags of its own; # begins a comment")
-    add("--grid", nargs="+", type=grid.axis, default=[], metavar="NAME=A,B,...", help="a sheet of "
-        "pictures for each of some values of one option, or two: steps=10,20 cfg=2,5,8")
-    add("--like", metavar="PNG", help="draw that picture again, but for the flags given")
+        help="draw a picture for each line, which may end in its own flags; # starts a comment")
+    add("--grid", nargs="+", type=grid.axis, default=[], metavar="NAME=A,B,...", help="draw a "
+        "sheet of pictures over values of one or two options: steps=10,20 cfg=2,5,8")
+    add("--like", metavar="PNG", help="draw that picture again, with changes by other flags")
     add("--wildcards", metavar="DIR", help="let the seed choose one of {a|b|c}, and for __name__ a "
         "line of name.txt in this folder")
     add("--styles", nargs=2, metavar=("FILE.csv", "NAME"), **REPEATED,
         help="add the prompts of a style, a row of a table; repeatable")
-    add("--plain-prompt", **SWITCH, help="take brackets, BREAK and <lora:...> in prompts for words")
+    add("--plain-prompt", **SWITCH,
+        help="treat brackets, BREAK and <lora:...> in prompts as plain text")
 
     group = parser.add_argument_group("model")
     add("-m", "--model", help="a folder, a .safetensors or .ckpt file, a name in weights/, "
         f"OWNER/NAME on the Hugging Face hub, or {', '.join(formats.HUB)} (emoji)")
     add("--things", nargs="?", const="", metavar="WORD",
-        help="draw nothing: list what the model can draw, or what of it has WORD in its name")
+        help="draw nothing; list what the model can draw, or only things with WORD in their names")
     add("--models-dir", metavar="DIR",
-        help="where to look for files by their names, too: a web UI's folder of models")
+        help="another folder to search for files by name, such as a web UI's models folder")
     add("--lora", type=lora, metavar="FILE[:WEIGHT]", **REPEATED,
-        help="a LoRA to add, by its file or, in loras/, its name; repeatable")
+        help="add a LoRA: a file, or the name of one in loras/; repeatable")
     add("--vae", metavar="NAME", help="another VAE: a file, a folder, OWNER/NAME on the hub, or "
-        f"{' or '.join(formats.VAES)}, tiny ones (the model's own)")
-    add("--embedding", metavar="FILE", **REPEATED, help="a textual inversion, a "
-        "word for prompts with the name of its file, which may be in embeddings/; repeatable")
+        f"one of the tiny ones, {' or '.join(formats.VAES)} (the model's own)")
+    add("--embedding", metavar="FILE", **REPEATED, help="a textual inversion: adds a word named "
+        "like its file, which may be in embeddings/; repeatable")
     add("--clip-skip", **NUMBER,
         help="stop N - 1 layers before CLIP's last (1; 2 in Stable Diffusion 2 and XL)")
 
-    add("--merge", nargs="+", type=lora, default=[], metavar="MODEL[:WEIGHT]", help="draw nothing: "
-        "write the weighted mean of models, like the first of them, to --output")
+    add("--merge", nargs="+", type=lora, default=[], metavar="MODEL[:WEIGHT]", help="draw nothing; "
+        "write the weighted mean of models to --output, in the form of the first")
 
     group = parser.add_argument_group("sampling")
     add("--steps", **NUMBER,
-        help="how many, from noise to the picture (20, fewer for distilled models)")
+        help="sampling steps (20; fewer for distilled models)")
     add("--cfg-scale", "--guidance-scale", **AMOUNT,
-        help="guidance: how much to stress the prompt (7.5, or the model's own)")
+        help="guidance scale: how strongly to follow the prompt (7.5, or the model's own)")
     add("--cfg-rescale", default=0.0, **AMOUNT,
         help="how much to undo the contrast that guidance adds, 0 to 1 (%(default)s)")
     add("--cfg-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, "
-        "0:1 from picture to noise; elsewhere steps take half as long")
+        "from 0 (picture) to 1 (noise); other steps take half as long")
     add("--sampler", type=known_by(samplers.sampler_named, SAMPLERS), metavar="NAME",
-        help=f"{', '.join(SAMPLERS)}, by these names or those of other programs (the model's own)")
+        help=f"{', '.join(SAMPLERS)}; other programs' names work too (the model's own)")
     add("--prediction", choices=("epsilon", "v", "sample"),
-        help="what the U-Net predicts (as the model's config says)")
+        help="what the U-Net predicts (from the model's config)")
     add("--scheduler", type=known_by(schedule_named, NAMES), dest="schedule", metavar="NAME",
-        help=f"which noise levels to visit: {', '.join(NAMES)} (as the model's config says)")
+        help=f"which noise levels to visit: {', '.join(NAMES)} (from the model's config)")
     add("--karras", action="store_const", dest="schedule", const="karras",
-        help="--scheduler karras")
-    add("--as", choices=facts.PROGRAMS, dest="program", help="noise levels as in AUTOMATIC1111's "
-        "web UI; or these and prompts as in ComfyUI, with no signs but weights; --like sets it")
-    add("--web-ui", action="store_const", dest="program", const="web-ui", help="--as web-ui")
+        help="same as --scheduler karras")
+    add("--as", choices=facts.PROGRAMS, dest="program", help="use the noise levels of "
+        "AUTOMATIC1111's web UI, or ComfyUI's noise levels and prompt syntax; --like sets it")
+    add("--web-ui", action="store_const", dest="program", const="web-ui",
+        help="same as --as web-ui")
 
     group = parser.add_argument_group("size")
-    add("-W", "--width", **NUMBER, help="columns of pixels (the model's own)")
-    add("-H", "--height", **NUMBER, help="rows of pixels (the model's own)")
-    add("--hires", type=hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge what was "
-        "drawn so many times, and draw over it (strength 0.5, as many steps again)")
-    add("--seamless", **SWITCH,
-        help="let the picture go on at its other side, to be laid side by side with itself")
-    add("--tiles", **SWITCH, help="decode it piece by piece, exactly, in half of the memory; where "
-        "that is short, this is done by itself")
+    add("-W", "--width", **NUMBER, help="in pixels (the model's own)")
+    add("-H", "--height", **NUMBER, help="in pixels (the model's own)")
+    add("--hires", type=hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge the picture "
+        "SCALE times and draw over it (strength 0.5, the same number of steps)")
+    add("--seamless", **SWITCH, help="draw a picture that tiles: its opposite edges match")
+    add("--tiles", **SWITCH, help="decode the picture in pieces, in half of the memory, to the "
+        "same pixels; automatic if memory is short")
 
     group = parser.add_argument_group("from a picture")
     add("-i", "--init-img", **FILE, help="a picture to start from")
-    add("--resize", choices=files.RESIZE, default="crop", help="what to do with a picture of "
-        "another shape: cut it, stretch it, or repeat its edges (%(default)s)")
+    add("--resize", choices=files.RESIZE, default="crop", help="how to change the shape of that "
+        "picture: crop it, stretch it, or repeat its edges (%(default)s)")
     add("--strength", **AMOUNT, help="how much to change it, 0 to 1 (0.75, or 1 with --mask)")
-    add("--mask", **FILE, help="a picture, white where the first is to be replaced")
+    add("--mask", **FILE, help="a picture that is white where the first one should change")
     add("--only-masked", nargs="?", const=32, type=int, metavar="PIXELS",
-        help="draw only what is masked and so many pixels around it (32), as large as a picture, "
-        "and paste it back")
+        help="draw only the masked part and this many pixels around it (32), at the size of a "
+        "whole picture, and paste it back")
     add("--control", nargs=2, metavar=("FILE[:WEIGHT]", "PICTURE"), **REPEATED,
-        help="a ControlNet, and the picture that it follows, such as outlines; repeatable")
+        help="a ControlNet and the picture that it follows, such as outlines; repeatable")
     add("--control-from", default=0.0, **AMOUNT,
-        help="the share of the steps from which it does (%(default)s)")
-    add("--control-until", default=1.0, **AMOUNT, help="and to which (%(default)s)")
+        help="the fraction of the steps where it starts (%(default)s)")
+    add("--control-until", default=1.0, **AMOUNT, help="and where it stops (%(default)s)")
 
     group = parser.add_argument_group("output")
     add("-o", "--output", type=output, default=Path("out.png"), **FILE,
         help="the .png, .jpg or .webp to write, or a folder/; {seed} and {prompt} in the name are "
-        "filled in; a file that is there is kept, and out-1.png taken (%(default)s)")
+        "filled in; existing files are kept: then it is out-1.png (%(default)s)")
     add("--enlarge", default=1, **NUMBER,
-        help="write pictures N times as large, smoothed (%(default)s)")
+        help="save pictures N times as large, smoothed (%(default)s)")
     add("--preview", type=Path, metavar="PNG",
-        help="a file that shows, blurred, what the picture looks like after each step")
+        help="a file that shows a blurred guess of the picture after each step")
     add("--film", type=Path, **FILE,
-        help="a .gif or .png that moves: the guess of each step, decoded, which takes time")
+        help="an animated .gif or .png of the guesses of all steps, decoded (slow)")
     add("--show", type=Path, metavar="DIR",
-        help="a new folder for pictures of what is computed on the way")
-    add("--play", **SWITCH, help="a page to play with, in the browser")
-    add("--port", default=0, **NUMBER, help="where --play listens (any that is free)")
-    add("--no-browser", **SWITCH, help="print the address of --play, and open no browser")
+        help="a new folder for a page that shows how the picture was computed")
+    add("--play", **SWITCH, help="open a page to play with in the browser")
+    add("--port", default=0, **NUMBER, help="the port of --play (any free one)")
+    add("--no-browser", **SWITCH, help="only print the address of --play")
     add("--explain", **SWITCH,
-        help="draw nothing: print the prompt's tokens and the model's parts")
+        help="draw nothing; print the prompt's tokens and the model's parts")
 
     group = parser.add_argument_group("hardware")
     add("--backend", choices=("numpy", "torch"),
-        help="what computes (numpy, unless a GPU is asked for)")
+        help="the library that computes (numpy, or torch for a GPU)")
     add("--device", choices=("cpu", "cuda", "mps"), default="cpu",
         help="where to compute (%(default)s)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-        help="the numbers to compute with (%(default)s); the VAE's are float32")
-    add("--low-memory", **SWITCH, help="keep the weights in their file, widening each "
-        "as it is used: 2 GB do for Stable Diffusion 1.5, up to twice as slowly")
-    add("--formulas", **SWITCH, help="compute by tiny_sd.py's formulas alone, slowly")
+        help="the number type to compute in (%(default)s); the VAE always uses float32")
+    add("--low-memory", **SWITCH, help="read weights from the file as they are needed: 2 GB are "
+        "enough for Stable Diffusion 1.5, but it is up to twice as slow")
+    add("--formulas", **SWITCH, help="use only tiny_sd.py's own formulas (slow)")
     return parser
 
 
 def their_option(flag):
-    """Return what to say of an option that another program is known to have, or ""."""
+    """Return a hint about an option of another program, or ""."""
     flag = flag.replace("_", "-").lower() if flag.startswith("--") else flag
     theirs = json.loads(Path(__file__).with_name("theirs.json").read_text(encoding="utf-8"))
     for flags, ours in theirs.items():
         if flag in flags.split():
-            return f": here, {ours}" if ours else ": has no counterpart here"
+            return f": here, {ours}" if ours else ": there is nothing like it here"
     return ""
 
 
 def parse_known(parser, argv):
-    """Return the parsed arguments; UserError, with a hint, if something is left over."""
+    """Return the parsed arguments; UserError, with a hint, for unknown ones."""
     args, left = parser.parse_known_args(argv)
     flags = [word for word in left if word.startswith("-")]
     if left and not flags and isinstance(args.words, str):
@@ -258,13 +258,13 @@ def parse_known(parser, argv):
 
 # ── Jobs ────────────────────────────────────────────────────────────────────────────────────────
 
-# What a command, or a line of a list, asks for: the options, and whether the seed was drawn at
-# random, what the picture of --like records, and lines to print as soon as drawing begins.
+# The options of a command or of a line of a list, plus: was the seed random, the facts in the
+# picture of --like, and lines to print when drawing starts.
 Job = namedtuple("Job", [*vars(option_parser().parse_args([])), "any_seed", "facts", "notes"])
 
 
 def output_names(job):
-    """Return the name of each picture, numbered unless it has its seed in it."""
+    """Return the name of each picture: with {seed} filled in, or numbered."""
     path, seeds = job.output, drawing.seeds_of(job)
     words = re.sub(r"[^\w-]+", "-", job.prompt).strip("-").encode()[:100].decode(errors="ignore")
     stem = path.stem.replace("{prompt}", words or "picture")
@@ -276,12 +276,11 @@ def output_names(job):
 
 
 def check_outputs(job):
-    """UserError where a file could not be written at the end."""
+    """UserError if an output file could not be written at the end."""
     require(not job.output.is_dir() or job.output == Path(),
             f"--output {job.output} is a folder: {job.output}/ writes into it")
     suffix = job.output.suffix.lower()
-    require(suffix in files.SUFFIXES, f"--output {job.output} does not end in .png (nor in .jpg "
-                                      "or .webp)")
+    require(suffix in files.SUFFIXES, f"--output {job.output} does not end in .png, .jpg or .webp")
     require(suffix != ".webp" or features.check("webp"), "this Pillow cannot write WebP")
     require(job.preview is None or job.preview.suffix.lower() == ".png",
             f"--preview {job.preview} does not end in .png")
@@ -292,61 +291,67 @@ def check_outputs(job):
         files.check_folder_of(path)
         free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
-            free.lstat()        # fails where a name is too long
+            free.lstat()        # fails if a name is too long
         page, place = (other and Path(os.path.realpath(other)) for other in (job.show, path))
         require(page not in (place, *place.parents),        # Path.resolve fails on a link to itself
-                f"--show {job.show} needs a folder of its own, without {path}")
+                f"--show {job.show} needs a separate folder, without {path}")
 
 
 RANGES = {"steps": (1, 999), "cfg_scale": (0, 100), "cfg_rescale": (0, 1), "batch_size": (1, 1000),
           "clip_skip": (1, 100), "enlarge": (1, 16), "only_masked": (0, 4096)}
 
 
+CLASHES = {     # options that exclude each other
+    "control": ("show", "play"), "play": ("show", "film", "preview"), "tiles": ("seamless",),
+    "hires": ("init_img", "control", "show", "film", "play"), "only_masked": ("control", "play"),
+    "explain": ("show", "prompts"), "prompts": ("show", "play", "film"),
+    "grid": ("prompts", "show", "explain", "film", "play", "merge", "things")}
+
+
+def flag_of(name):
+    """Return an option's flag: --only-masked for only_masked."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_ranges(values, ranges):
-    """UserError where an option's value, unless it is None, is not in the range of its name."""
+    """UserError if an option's value is out of range; None is allowed."""
     for name, (low, high) in ranges.items():
         value = getattr(values, name)
         require(value is None or low <= value <= high,
-                f"--{name.replace('_', '-')} {value} is not from {low:g} to {high:g}")
+                f"{flag_of(name)} {value} is not from {low:g} to {high:g}")
 
 
 def check_job(job):
-    """UserError where an option is out of range, or does not go with another."""
+    """UserError if an option is out of range, or excludes another."""
+    given = {name for name, value in job._asdict().items()
+             if value is not None and value is not False and value != []}
+    for name, others in CLASHES.items():
+        for other in others:
+            require(not {name, other} <= given, f"{flag_of(name)} does not go with "
+                                                f"{flag_of(other)}")
     plain = (job.device, job.dtype) == ("cpu", "float32")
     require(job.backend == "torch" or plain,
             f"NumPy computes in float32 on the CPU: --device {job.device} "
             f"--dtype {job.dtype} need --backend torch")
-    require(job.backend == "numpy" or not job.low_memory, "--low-memory goes with NumPy alone")
+    require(job.backend == "numpy" or not job.low_memory, "--low-memory needs --backend numpy")
     check_ranges(job, RANGES)
     require(0 <= job.seed < 2 ** 64, f"--seed {job.seed} is not from 0 to 2^64 - 1")
     require(job.seed + job.batch_size <= 2 ** 64, f"the seeds of --batch-size {job.batch_size} "
-            f"from --seed {job.seed} on go beyond 2^64 - 1")
+            f"and --seed {job.seed} exceed 2^64 - 1")
     require(0 < job.strength <= 1, f"--strength {job.strength} is not above 0 and up to 1 (near 0 "
-                                   "the picture stays what it is, at 1 little is left of it)")
+                                   "keeps the picture, 1 keeps little of it)")
     low, high = job.cfg_interval or (0, 1)
-    require(0 <= low < high <= 1, f"--cfg-interval {low:g}:{high:g} is not two rising numbers from "
-                                  "0 to 1")
+    require(0 <= low < high <= 1, f"--cfg-interval {low:g}:{high:g} must be two rising numbers "
+                                  "from 0 to 1")
     require(0 <= job.control_from < job.control_until <= 1,
-            f"--control-from {job.control_from:g} and --control-until {job.control_until:g} are "
-            "not two rising numbers from 0 to 1")
-    require(not job.control or not (job.show or job.play),
-            "--show and --play do not go with --control")
-    require(not job.play or not (job.show or job.film or job.preview),
-            "--play shows all that --show, --film and --preview do: give it without them")
-    if job.hires:
-        larger.check_hires(job)
-    require(not (job.tiles and job.seamless), "--tiles does not go with --seamless")
-    require(job.mask is None or job.init_img is not None,
-            "--mask needs --init-img, the picture that it belongs to")
-    if job.only_masked is not None:
-        require(job.mask is not None, "--only-masked needs --mask")
-        require(not (job.control or job.play),
-                "--only-masked does not go with --control, nor with --play")
+            f"--control-from {job.control_from:g} and --control-until {job.control_until:g} must "
+            "be two rising numbers from 0 to 1")
+    require(job.mask is None or job.init_img is not None, "--mask needs --init-img, its picture")
+    require(job.only_masked is None or job.mask is not None, "--only-masked needs --mask")
     require(not job.schedule or job.sampler in (None, *samplers.SCHEDULED),
             f"--scheduler {job.schedule} does not go with --sampler {job.sampler}")
-    require(not job.show or not job.explain, "--explain draws nothing that --show could show")
-    require(not job.prompts or not (job.show or job.explain or job.play or job.film),
-            "--show, --explain, --film and --play take one prompt, not --prompts")
+    if job.hires:
+        larger.check_hires(job)
     if job.grid:
         grid.check_grid(job)
     for text in filter(None, (job.prompt, job.negative_prompt)):
@@ -356,10 +361,9 @@ def check_job(job):
 
 
 def tagged_loras(args, notes):
-    """Return [(file, weight), ...] of the LoRAs that the prompt names as <lora:name:weight>.
+    """Return [(file, weight), ...] of the tags <lora:name:weight> in the prompt.
 
-    UserError for what cannot be found, or, with --like, a note. What --lora names is not looked
-    for.
+    UserError, or with --like a note, if a LoRA is not found. Those given with --lora are skipped.
     """
     found, wrong, given = [], {}, {facts.stem(file) for file, _ in args.lora}
     for tag, name, weight in prompts.tags(args.prompt):
@@ -380,9 +384,9 @@ def tagged_loras(args, notes):
 
 
 def make_job(argv, prompt=None, **settings):
-    """Return the Job of a command line, checked and filled in as far as no model is needed for it.
+    """Return the Job of a command line, checked as far as possible without the model.
 
-    prompt: that of a line of --prompts. settings: of the parser.
+    prompt: from a line of --prompts. settings: for the parser.
     """
     parser, found, notes = option_parser(**settings), {}, []
     args = parse_known(parser, argv)
@@ -391,7 +395,7 @@ def make_job(argv, prompt=None, **settings):
     enough = (given or args.prompts or args.like or args.play or args.things is not None
               or args.merge)
     if len(given) > 1 or both or not enough:
-        other = ", or a list: --prompts and a prompt exclude each other" if args.prompts else ""
+        other = ", or a list with --prompts, not both" if args.prompts else ""
         parser.error(f"give one prompt, in quotes{other}")
     if args.like:
         options, found, notes = facts.read_again(args.like, args)
@@ -431,7 +435,8 @@ def make_job(argv, prompt=None, **settings):
     args.backend = args.backend or ("numpy" if args.device == "cpu" else "torch")
     for name in re.findall(r"\{\w*\}|\[\w+\]", args.output.stem):
         if name not in ("{seed}", "{prompt}"):
-            notes.append(f"--output: {name} stays as it is; {{seed}} and {{prompt}} are filled in")
+            notes.append(f"--output: {name} stays as it is; only {{seed}} and {{prompt}} are "
+                         "filled in")
     job = Job(**vars(args), any_seed=any_seed, facts=found, notes=notes)
     check_job(job)
     return job
@@ -440,43 +445,25 @@ def make_job(argv, prompt=None, **settings):
 # ── Lists of prompts ────────────────────────────────────────────────────────────────────────────
 
 
-def split_line(line):
-    """Return the prompt of a line and its flags, which follow it.
-
-    A prompt may be in quotes. The lists of AUTOMATIC1111's web UI have it behind --prompt, among
-    flags with underscores.
-    """
-    words = shlex.split(line) if line.startswith("--") else []
-    if "--prompt" in words[:-1]:
-        i = words.index("--prompt")
-        flags = [word.replace("_", "-").replace("--sampler-name", "--sampler")
-                 if word.startswith("--") else word for word in words[:i] + words[i + 2:]]
-        return words[i + 1], flags
-    prompt, *flags = re.split(r" (?=--?[A-Za-z])", line, maxsplit=1)
-    require(not re.match("--?[A-Za-z]", prompt), f"a line begins with its prompt, not with "
-            f"{prompt.split()[0]}; flags follow it")
-    quoted = len(prompt) > 1 and prompt[0] == prompt[-1] == '"'
-    return prompt[1:-1] if quoted else prompt, shlex.split("".join(flags))
-
 
 def job_of_line(first, argv, number, prompt=None):
-    """Return the Job of a line, or of a cell of a grid; UserError where it needs another model.
+    """Return the Job of a line, or of a cell of a grid; first: the command's own Job.
 
-    Or where a picture that it begins with is not there. first: the command's own.
+    UserError if it needs another model than `first`, or an input picture is missing.
     """
     target = first.output.with_stem(f"{first.output.stem}-{number:04d}")
     job = make_job([*argv, f"--output={target}"], prompt, add_help=False)
     for file in filter(None, (job.init_img, job.mask, *(net[2] for net in job.control))):
-        require(Path(file).exists(), f"{file} is not there")
+        require(Path(file).exists(), f"there is no file {file}")
     fixed = ("model", "vae", "embedding", "backend", "device", "dtype", "prediction", "preview",
              "formulas", "low_memory", "seamless", "tiles")
     other = next((name for name in fixed if getattr(job, name) != getattr(first, name)), None)
-    require(not other, f"--{str(other).replace('_', '-')} is the same for all lines")
+    require(not other, f"{flag_of(str(other))} must be the same for all lines")
     return job
 
 
 def read_prompts(first, argv):
-    """Return the Job of each line of --prompts that holds a prompt; first: the command's own."""
+    """Return the Job of each prompt in --prompts; first: the command's own Job."""
     jobs, text = [], files.read_text(Path(first.prompts))
     for number, line in enumerate(text.split("\n"), 1):
         words = " ".join(line.split())
@@ -484,22 +471,23 @@ def read_prompts(first, argv):
         if not kept.strip():
             continue
         try:
-            prompt, flags = split_line(kept.strip())
+            prompt, flags = choices.split_line(kept.strip())
             job = job_of_line(first, [*argv, f"--prompts={first.prompts}", *flags], number, prompt)
-            require(not jobs or job.lora == jobs[0].lora, "its LoRAs are not those of the first "
-                    f"prompt, and all have one model: {tiny_sd.shorten(job.prompt, 100)}")
+            require(not jobs or job.lora == jobs[0].lora, "all prompts must use the same LoRAs as "
+                    f"the first: {tiny_sd.shorten(job.prompt, 100)}")
         except ValueError as error:
             raise UserError(f"{first.prompts}, line {number}: {error}") from None
         if mark and comment[:1].strip():
-            said = f"{first.prompts}, line {number}: from #{comment} on, this is a comment"
+            said = f"{first.prompts}, line {number}: #{comment} is read as a comment"
             job = job._replace(notes=[*job.notes, said])
         jobs.append(job)
-    require(jobs, f"--prompts {first.prompts} has no prompt in it")
+    require(jobs, f"--prompts {first.prompts} has no prompts")
     return jobs
 
 
 def drawn_names(job):
-    """Yield the name of each picture of a line that is there, its options in it, or else None."""
+    """Yield for each picture of a job the file that already has it, with the same options, or None.
+    """
     for seed, path in zip(drawing.seeds_of(job), output_names(job)):
         wanted = job._replace(seed=None if job.any_seed else seed)
         taken = itertools.takewhile(os.path.lexists, files.free_names(path))
@@ -510,7 +498,7 @@ def drawn_names(job):
 
 
 def say(text):
-    """Print a text as far as stdout is read: what `| head` leaves out is no error."""
+    """Print a text; that a reader such as `| head` stops early is not an error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -518,7 +506,7 @@ def say(text):
 
 
 def watchers(job):
-    """Return the film of --show, or None, a list for the frames of --film, and the denoiser."""
+    """Return the Film of --show or None, a list to fill with the frames of --film, the denoiser."""
     film, frames, denoiser = None, [], like_diffusers.denoiser
     if job.show or job.preview or job.film:
         from extras import show
@@ -532,7 +520,7 @@ def watchers(job):
 
 
 def queue_title(number, total, seconds):
-    """Return "3 of 7, 01:20 left": what the bar says of a list of prompts, None of one picture."""
+    """Return "3 of 7, 01:20 left", the progress bar's title in a list of prompts, or None."""
     if total == 1:
         return None
     left = f", {tqdm.format_interval(seconds / number * (total - number))} left" if number else ""
@@ -540,7 +528,7 @@ def queue_title(number, total, seconds):
 
 
 def torchrun_rank():
-    """Return (rank, number of processes) as torchrun tells them."""
+    """Return (rank, number of processes), which torchrun puts into the environment."""
     rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
         return 0, 1
@@ -548,7 +536,7 @@ def torchrun_rank():
 
 
 def wait_for_other_ranks():
-    """Wait, however long it takes: torchrun ends all processes when one ends."""
+    """Wait as long as it takes, because torchrun ends all processes when one ends."""
     if "MASTER_ADDR" not in os.environ:     # it was not torchrun
         return
     import torch.distributed as dist
@@ -557,15 +545,15 @@ def wait_for_other_ranks():
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
         dist.destroy_process_group()
-    tell("this process has drawn its share, and waits for the others")
+    tell("this process is done and waits for the others")
     try:
-        ThreadPoolExecutor(1).submit(meet).result()     # torch's own waiting hears no Ctrl-C
+        ThreadPoolExecutor(1).submit(meet).result()     # waiting inside torch would block Ctrl-C
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
 def save_pictures(model, job, x, texts):
-    """Decode, save and name the pictures, one after the other, so that none waits for the last."""
+    """Decode and save the pictures one by one, and print each name."""
     unheard = None
     for latents, path, text in zip(x, output_names(job), texts):
         pixels, = tiny_sd.decode(model, latents[None])
@@ -574,7 +562,7 @@ def save_pictures(model, job, x, texts):
         name = files.save_picture(pixels, path, text, job.enlarge)
         try:
             print(name, flush=True)
-        except OSError as error:        # stdout is full or closed, which is no picture's fault
+        except OSError as error:        # stdout is full or closed: save the other pictures first
             unheard = error
     if unheard:
         raise unheard
@@ -583,8 +571,8 @@ def save_pictures(model, job, x, texts):
 def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, title=None):
     """Draw and save the pictures of a filled job; return their latents.
 
-    notes: lines to print as soon as it is sure that drawing begins. last: these are the last
-    pictures, so each network is dropped when it has done its work, to free memory.
+    notes: lines to print once nothing can stop the drawing from starting. last: whether no job
+    follows, so that each network can be dropped after its work, to free memory.
     """
     drawing.make_room(model, job)
     formats.check_unchanged(model)
@@ -606,7 +594,7 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
 
 
 def save_grid(first, queue):
-    """Write the sheet of --grid, if one is asked for."""
+    """Write the sheet of --grid, if there is one."""
     if first.grid:
         grid.save(output_names(first)[0], first.grid, map(drawn_names, queue))
 
@@ -628,12 +616,12 @@ def run(argv):
         tiny_sd.FAST.clear()
     rank, ranks = torchrun_rank()
     jobs = queue = [first]
-    if first.prompts or first.grid:     # shared out first: what is drawn changes while others start
+    if first.prompts or first.grid:     # share first: other processes may draw before we look
         make = functools.partial(job_of_line, first)
         queue = read_prompts(first, argv) if first.prompts else grid.jobs_of(first, argv, make)
         jobs = [job for job in queue[rank::ranks] if not all(drawn_names(job))]
     if not jobs and ranks == 1:
-        tell(f"{first.prompts or '--grid'}: every picture is there already")
+        tell(f"{first.prompts or '--grid'}: every picture exists already")
         return save_grid(first, queue)
 
     film, frames, denoiser = watchers(first)
@@ -664,7 +652,7 @@ def run(argv):
     return save_grid(first, queue) if rank == 0 else None
 
 
-FLAGS = {       # what the library says of its parameters, as options
+FLAGS = {       # parameters in the library's messages: the options that set them
     "^(steps|strength|width|height) ": r"--\1 ", "^guidance ": "--cfg-scale ",
     "^schedule ": "--scheduler ",
     "with sampler ": "with --sampler ", "a picture and a mask$": "--init-img and --mask",
@@ -672,12 +660,12 @@ FLAGS = {       # what the library says of its parameters, as options
 
 
 def main(argv=None, run=run):
-    """Run the program; return 0, 2 after one line that says what is wrong, or 130 after Ctrl-C."""
+    """Run the program; return 0, 2 after printing an error in one line, or 130 after Ctrl-C."""
     try:
-        with warnings.catch_warnings():     # NumPy's: numbers that are not finite get a line
+        with warnings.catch_warnings():     # of NumPy: decode() reports numbers that are not finite
             warnings.simplefilter("ignore", RuntimeWarning)
             run(sys.argv[1:] if argv is None else argv)
-        print(end="", flush=True)       # here, so that it can fail here
+        print(end="", flush=True)       # a failure to write must happen here, where it is caught
     except MemoryError as error:
         tell(str(error) or "there is not enough memory")
         return 2

@@ -22,16 +22,13 @@ def axis(text):
 
 
 def check_grid(job):
-    """UserError if --grid has bad values, or conflicts with another option."""
+    """UserError if --grid has bad values, or comes with --batch-size."""
     counts = [len(values) for _, values in job.grid]
     require(len(counts) <= 2 and min(counts) > 0 and np.prod(counts) <= MOST, "--grid takes one "
             f"or two options, NAME=A,B,..., and draws at most {MOST} pictures")
     names = [name for name, _ in job.grid]
-    require(len({*names}) == len(names), f"--grid takes two options, and not {names[0]} twice")
-    clash = next((name for name in ("prompts", "show", "explain", "film", "play", "merge", "things")
-                  if getattr(job, name)), None)
-    require(not clash and job.batch_size == 1,
-            f"--grid does not go with --{clash or 'batch-size'}")
+    require(len({*names}) == len(names), f"--grid takes two options, but not {names[0]} twice")
+    require(job.batch_size == 1, "--grid does not go with --batch-size")
 
 
 def cells(axes):

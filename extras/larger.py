@@ -22,14 +22,11 @@ from tiny_sd import FAST, TORCH, array_like, decode, latent_shape, require, silu
 
 
 def check_hires(job):
-    """UserError if the numbers of --hires are out of range, or it conflicts with an option."""
+    """UserError if the numbers of --hires are out of range."""
     scale, strength, steps = job.hires
     require(1 < scale <= 8 and 0 < strength <= 1 and 0 <= steps <= 999 * strength, "--hires "
             f"{scale:g}:{strength:g}:{steps} needs a scale above 1 and up to 8, a strength above "
-            "0 and up to 1, and at most 999 times the strength as steps")
-    clash = next((name for name in ("init_img", "control", "show", "film", "play")
-                  if getattr(job, name)), None)
-    require(not clash, f"--hires does not go with --{str(clash).replace('_', '-')}")
+            "0 and up to 1, and at most 999 steps times the strength")
 
 
 def drawn_size(model, job):

@@ -40,7 +40,7 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     )  # no need to wait for a model if nothing is to be drawn
     capsys.readouterr()
     assert (cli.main(run) == 0
-            and capsys.readouterr() == ("", f"tiny_sd: {lines}: every picture is there already\n"))
+            and capsys.readouterr() == ("", f"tiny_sd: {lines}: every picture exists already\n"))
     for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"),
                        ("red --preview x.png", "--preview"), ("red -m x", "--model"),
                        ("red --seamless", "--seamless"),
@@ -105,7 +105,7 @@ def test_other_options_draw_a_line_again(run, option):
 @pytest.mark.parametrize("text", ["", "# none\n\n"])
 def test_a_list_without_prompts(refuse, text):
     Path("p.txt").write_text(text)
-    assert refuse("--prompts", "p.txt") == "tiny_sd: --prompts p.txt has no prompt in it"
+    assert refuse("--prompts", "p.txt") == "tiny_sd: --prompts p.txt has no prompts"
 
 
 def test_seeds_at_random_are_drawn_once(run):
@@ -124,7 +124,7 @@ def test_which_of_how_many(run):
 def test_a_number_sign_in_a_prompt(run):
     Path("p.txt").write_text("a house, #1 in the list\nred  # a comment\na#b\n")
     said = [line for line in run("--prompts", "p.txt")[2] if line.startswith("tiny_sd: ")]
-    assert said == ["tiny_sd: p.txt, line 1: from #1 in the list on, this is a comment"]
+    assert said == ["tiny_sd: p.txt, line 1: #1 in the list is read as a comment"]
     assert parse(Image.open("out-0001.png"))[0] == "a house,"
     assert parse(Image.open("out-0003.png"))[0] == "a#b"
 
@@ -169,7 +169,7 @@ def test_lines_end_where_files_say(run):
 def test_a_picture_that_is_missing_is_found_before_anything_is_drawn(refuse, line):
     PLAIN.save("in.png")
     Path("p.txt").write_text(f"apple\n{line}\n")
-    assert refuse("--prompts", "p.txt") == "tiny_sd: p.txt, line 2: none.png is not there"
+    assert refuse("--prompts", "p.txt") == "tiny_sd: p.txt, line 2: there is no file none.png"
 
 
 def test_a_line_of_a_million_spaces(run):

@@ -278,7 +278,8 @@ def test_names_filled_in(run, flags, names):
 def test_what_is_not_filled_in_is_told(run, name):
     what = name[:name.index("{", 1)].rstrip("-")
     said = cli_lines(run, "red", "-o", f"{name}.png")[2]
-    assert said == [f"--output: {what} stays as it is; {{seed}} and {{prompt}} are filled in"]
+    assert said == [
+        f"--output: {what} stays as it is; only {{seed}} and {{prompt}} are filled in"]
 
 
 def test_larger_pictures(run):

@@ -450,8 +450,7 @@ def test_all_lines_of_a_list_have_the_same_loras(run, beside, lora):
     assert (status, out, err) == (0, ["out-0001.png", "out-0002.png"], [])
     Path("p.txt").write_text("apple <lora:l:0.5>\n\npear <lora:l:0.4>\n")
     assert run("--prompts", "p.txt", model=beside) == (2, [], [
-        "p.txt, line 3: its LoRAs are not those of the first prompt, and all have one model: "
-        "pear <lora:l:0.4>"])
+        "p.txt, line 3: all prompts must use the same LoRAs as the first: pear <lora:l:0.4>"])
     Path("p.txt").write_text("apple <lora:none>\n")
     assert run("--prompts", "p.txt", model=beside)[2][0].startswith("p.txt, line 1: <lora:none> in")
 

@@ -288,7 +288,7 @@ def test_a_page_needs_a_folder_of_its_own(run, flags):
     Path("link").symlink_to("sub")
     before = sorted(Path().rglob("*"))
     status, out, err = run("apple", *flags.split())
-    assert (status, out) == (2, []) and len(err) == 1 and "a folder of its own" in err[0]
+    assert (status, out) == (2, []) and len(err) == 1 and "a separate folder" in err[0]
     assert sorted(Path().rglob("*")) == before
 
 
