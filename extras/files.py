@@ -1,7 +1,4 @@
-"""Pictures in and out.
-
-Read any picture; write one whole or not at all, and never over another.
-"""
+"""Read any picture and any text file; write files completely or not at all, replacing nothing."""
 
 import contextlib
 import functools
@@ -17,7 +14,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:     # on Windows, where nothing keeps two processes apart
+except ImportError:     # on Windows, where two processes can use one folder
     fcntl = None
 
 import numpy as np
@@ -27,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from extras.checks import first_five
 from tiny_sd import UserError, require, tell
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of what is written
-PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # and read, in a folder
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of pictures that we write
+PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # of pictures to train on
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
@@ -36,20 +33,20 @@ AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer ye
 
 @contextlib.contextmanager
 def opened(path):
-    """Open a picture file; UserError if it is none, or a decompression bomb."""
+    """Open a picture file; UserError if it is not a picture, or is a decompression bomb."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-                raise ValueError("it is not a file")        # a pipe could be waited for, for ever
+                raise ValueError("it is not a file")        # a pipe might never deliver anything
             with Image.open(path) as picture:
-                if picture.format == "EPS":     # for which Pillow starts Ghostscript
-                    raise ValueError("PostScript is a program, which need not come to an end")
+                if picture.format == "EPS":     # Pillow would start Ghostscript
+                    raise ValueError("PostScript is a program, which might never end")
                 yield picture
     except MemoryError:
         raise
-    except Exception as error:      # of whatever kind Pillow raises for what a broken file says
+    except Exception as error:      # Pillow raises many kinds for broken files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path} is not a picture that can be read: {reason}") from None
 
@@ -61,7 +58,7 @@ def check_record(path, text):
 
 
 def eight_bits(picture):
-    """Return a picture of 16 or 32 bits or of floats as one of 8, which Pillow would clip."""
+    """Convert a picture of 16 or 32 bits or of floats to 8 bits (Pillow would clip it)."""
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
@@ -75,13 +72,13 @@ def eight_bits(picture):
 
 
 def upright(path):
-    """Return a picture file as RGBA of 8 bits, turned upright."""
+    """Read a picture file as 8-bit RGBA, turned upright."""
     with opened(path) as file:
         return eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
 
 
 def with_edges(picture, size, resample):
-    """Return all of a picture at this size, its edges repeated where it has another shape."""
+    """Fit a whole picture into this size, and repeat its edges to fill the rest."""
     scale = min(new / old for new, old in zip(size, picture.size))
     picture = picture.resize([max(1, round(old * scale)) for old in picture.size], resample)
     rows, columns = (new - old for new, old in zip(size[::-1], picture.size[::-1]))
@@ -93,7 +90,7 @@ RESIZE = {"crop": ImageOps.fit, "fit": Image.Image.resize, "fill": with_edges}
 
 
 def fitted(picture, width, height, ground, resize="crop"):
-    """Return an RGBA picture laid on a ground, brought to this size, as uint8 of RGB."""
+    """Lay an RGBA picture on a background colour and resize it; return RGB as uint8."""
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
     if picture.size != (width, height):
         picture = RESIZE[resize](picture, (width, height), Image.Resampling.LANCZOS)
@@ -101,44 +98,44 @@ def fitted(picture, width, height, ground, resize="crop"):
 
 
 def read_picture(path, width, height, notes=None, resize="crop"):
-    """Return a picture file as (height, width, 3) uint8.
+    """Read a picture file as (height, width, 3) uint8.
 
-    It is turned upright and laid on white where it is transparent. resize: what to do if it has
-    another shape: cut it at the centre, stretch it to fit, or fill up by repeating its edges.
-    notes: a list that gets a line if something is cut off.
+    It is turned upright; transparent pixels become white. resize: how to change its shape: "crop"
+    it around the centre, stretch it to "fit", or "fill" by repeating its edges. notes: a list that
+    gets a line if something is cropped.
     """
     picture = upright(path)
     w, h = picture.size
     if notes is not None and resize == "crop" and abs(w * height - h * width) >= max(w, h):
-        notes.append(f"{path}, {w} x {h}, is cut to the shape of {width} x {height}")
+        notes.append(f"{path}, {w} x {h}, is cropped to the shape of {width} x {height}")
     return fitted(picture, width, height, "white", resize)
 
 
 def read_mask(path, init, width, height, notes, resize="crop"):
-    """Return a mask file as (height, width) of bool, true where init is to be replaced.
+    """Read a mask file as (height, width) of bool, true where init should be replaced.
 
-    That is where it is white. But where it is a picture itself, with a hole in it, as ComfyUI's
-    editor leaves it, that is the hole. init: the picture file that it belongs to, whose proportions
-    it must have.
+    White pixels are true. If the file is not black and white but a picture with a hole, as
+    ComfyUI's editor saves it, the hole is true. init: the picture file to mask, which must have the
+    same proportions.
     """
     picture = upright(path)
     (w, h), (init_w, init_h) = picture.size, upright(init).size
     require(abs(w * init_h - h * init_w) < max(w, h, init_w, init_h),
-            f"--mask {path} is {w} x {h}, and {init} is {init_w} x {init_h}: they must have the "
+            f"--mask {path} is {w} x {h}, but {init} is {init_w} x {init_h}: they must have the "
             "same shape")
     alpha = picture.getchannel("A")
     itself = os.path.samefile(path, init) or not looks_like_mask(picture)
     if itself and alpha.getextrema()[0] < 128:
-        notes.append(f"{path} is a mask by its transparency: the hole in it is replaced")
+        notes.append(f"{path} is used as a mask by its transparency: its hole is replaced")
         picture = Image.eval(alpha, lambda a: 255 - a).convert("RGBA")
     mask = fitted(picture, width, height, "black", resize).mean(axis=-1) > 127.5
     if not mask.any():
-        notes.append(f"{path} has no white, and so nothing is replaced")
+        notes.append(f"{path} has no white, so nothing is replaced")
     return mask
 
 
 def looks_like_mask(picture):
-    """Are at least 95 % of an RGBA picture's visible pixels nearly black or white, as in masks?"""
+    """Are at least 95 % of an RGBA picture's visible pixels nearly black or nearly white?"""
     pixels = np.asarray(picture)
     seen = pixels[pixels[..., 3] > 127][:, :3]
     plain = (seen < 32).all(axis=1) | (seen > 223).all(axis=1)
@@ -146,9 +143,9 @@ def looks_like_mask(picture):
 
 
 def read_captioned(folder, caption=None):
-    """Return [(path, caption)] of a folder's pictures; caption: of those that have no .txt file.
+    """Return [(path, caption)] of a folder's pictures; caption: for pictures without a .txt file.
 
-    UserError if there is no picture, one that cannot be read, or one without a caption.
+    UserError if there is no picture, or one cannot be read or has no caption.
     """
     require(folder.is_dir(), f"there is no folder {folder}")
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -160,40 +157,40 @@ def read_captioned(folder, caption=None):
     captions = [read_caption(path.with_suffix(".txt"), path, caption) for path in pictures]
     used = {*pictures, *(path.with_suffix(".txt") for path in pictures)}
     if unused := [path.name for path in paths if path not in used]:
-        tell(f"{folder}: ignored, neither pictures nor their captions: {first_five(unused)}")
+        tell(f"{folder}: ignored, as neither a picture nor its caption: {first_five(unused)}")
     return list(zip(pictures, captions))
 
 
 def read_caption(file, picture, caption):
-    """Return what this file says, or else the caption, on one line."""
+    """Return the text of this file, or else the caption, on one line."""
     require(file.is_file() or not file.exists(), f"{file} is not a file")
     words = " ".join((read_text(file, 2 ** 13) if file.exists() else caption or "").split())
-    require(words, f"{picture} has no caption: write one into {file} (for a LoRA, teach.py also "
-                   "takes one --caption for all)")
+    require(words, f"{picture} has no caption: write one in {file} (or, for a LoRA, give teach.py "
+                   "one --caption for all)")
     return words
 
 
 def first_byte(file):
-    """Return the first byte of a FIFO on which one had to wait, b"" of anything else.
+    """Wait until a FIFO has a writer; return the byte read while waiting, b"" for other files.
 
-    UserError if nobody opens it to write within two seconds.
+    UserError if it has no writer within two seconds.
     """
     first = b""
     if not AT_ONCE:
         return first
     if not select.select([file], [], [], 2)[0]:
-        first = file.read(1)        # None: there is somebody, who has written nothing yet
-        require(first != b"", f"{file.name} is a FIFO, and nobody writes to it")
+        first = file.read(1)        # None: a writer has opened it but written nothing yet
+        require(first != b"", f"{file.name} is a FIFO that nobody writes to")
     os.set_blocking(file.fileno(), True)
     return first or b""
 
 
 def read_text(file, limit=2 ** 24):
-    """Return a file's text; UserError if it cannot be read, or has more bytes than the limit."""
+    """Return a file's text; UserError if it cannot be read or exceeds the limit in bytes."""
     try:
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | AT_ONCE)) as stream:
             content = first_byte(stream.raw) + stream.read(limit + 1)
-        require(len(content) <= limit, f"{file} is larger than a text of {limit:,} bytes")
+        require(len(content) <= limit, f"{file} is larger than {limit:,} bytes")
         return content.decode("utf-8-sig")
     except UserError:
         raise
@@ -204,7 +201,7 @@ def read_text(file, limit=2 ** 24):
 
 @functools.cache
 def sweep(folder):
-    """Remove what this program left unfinished in a folder a day ago or longer, once a process."""
+    """Remove this program's unfinished files that are older than a day, once per process."""
     for path in folder.iterdir():
         if re.fullmatch(r"\.tiny_sd-[0-9a-f]{16}\.part", path.name):
             with contextlib.suppress(OSError):
@@ -213,7 +210,7 @@ def sweep(folder):
 
 
 def remove(path):
-    """Remove a file, or a folder with all that is in it, where that is possible."""
+    """Remove a file, or a folder and its contents, if possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -222,9 +219,9 @@ def remove(path):
 
 @contextlib.contextmanager
 def unfinished_name(path, inside=False):
-    """Yield a new name to write a file or folder to; what is still there at the end is removed.
+    """Yield a temporary name for a file or folder, and remove it at the end if it still exists.
 
-    The name is beside path; with inside, it is in the folder path, which itself is not replaced.
+    The name is next to path or, if `inside`, in the folder path.
     """
     name = f".tiny_sd-{secrets.token_hex(8)}.part"
     unfinished = path / name if inside else path.with_name(name)
@@ -239,7 +236,7 @@ def unfinished_name(path, inside=False):
 
 @contextlib.contextmanager
 def replace_atomically(path):
-    """Yield a name to write to, which then becomes path: nobody sees a half-written file."""
+    """Yield a temporary name to write to, then rename it to path, so path is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_name(path) as unfinished:
         yield unfinished
@@ -257,7 +254,7 @@ def held(folder):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{folder} is in use: another process trains this") from None
+                raise UserError(f"{folder} is in use by another training process") from None
             except OSError:     # a file system without locks
                 pass
         try:
@@ -268,17 +265,17 @@ def held(folder):
 
 
 def check_folder_of(path, what=""):
-    """UserError, which begins with `what`, unless there is a folder to write this file to."""
+    """UserError, starting with `what`, unless this file's folder exists and is writable."""
     require(path.parent.is_dir(), f"{what}there is no folder {path.parent} to write to")
     require(os.access(path.parent, os.W_OK),
             f"{what}the folder {path.parent} cannot be written to")
 
 
 def save_picture(pixels, path, parameters, enlarge=1):
-    """Write a picture whole or not at all, under the first free name of a.png, a-1.png, ...
+    """Save a picture completely or not at all, as the first free name of a.png, a-1.png, ...
 
-    parameters: the text to record in it. enlarge: how many times as large to write it, smoothed.
-    Returns the name taken.
+    parameters: the text to record in it. enlarge: save it this many times as large, smoothed.
+    Returns the name used.
     """
     picture = Image.fromarray(pixels)
     if enlarge > 1:
@@ -288,7 +285,7 @@ def save_picture(pixels, path, parameters, enlarge=1):
 
 
 def save_film(frames, path):
-    """Write pictures as a GIF or an animated PNG, by path's suffix; return the name taken."""
+    """Save pictures as a GIF or an animated PNG, by path's suffix; return the name used."""
     first, *others = map(Image.fromarray, frames)
     return save_new(path, lambda file: first.save(
         file, path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
@@ -296,7 +293,7 @@ def save_film(frames, path):
 
 
 def save_new(path, write):
-    """Let write(file) write a file, and give it the first free name of a.png, ...; return that."""
+    """Write a file with write(file), as the first free name of a.png, a-1.png, ...; return it."""
     with unfinished_name(path) as unfinished:
         with open(unfinished, "xb") as file:
             write(file)
@@ -307,8 +304,8 @@ def take_free_name(unfinished, path):
     """Rename a finished file to the first free name of a.png, a-1.png, ...; return that name."""
     for target in free_names(path):
         try:
-            os.link(unfinished, target)     # which, unlike renaming, refuses a taken name
-        except OSError:     # it is taken, or this file system, as on USB sticks, has no links
+            os.link(unfinished, target)     # unlike renaming, this refuses an existing name
+        except OSError:     # it exists, or the file system has no links (USB sticks)
             try:
                 open(target, "xb").close()
             except FileExistsError:
@@ -325,7 +322,7 @@ def free_names(path):
 
 
 def write_picture(picture, file, suffix, parameters):
-    """Write a picture to an open file as PNG, JPEG or WebP, with a text that tools look for."""
+    """Write a picture to an open file as PNG, JPEG or WebP, with its text where tools look."""
     if suffix == ".png":
         info = PngInfo()
         info.add_text("parameters", parameters)
@@ -340,9 +337,9 @@ def write_picture(picture, file, suffix, parameters):
 
 
 def printable(text, control=True):
-    """Return a text that can be written: lone surrogates become question marks.
+    """Replace lone surrogates in a text by question marks, so that it can be written.
 
-    control: whether it may have letters that control a terminal, else spaces.
+    control: keep control characters; if false, they become spaces.
     """
     text = text.encode(errors="replace").decode()
     return text if control else "".join(c if c.isprintable() else " " for c in text)

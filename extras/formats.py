@@ -1,7 +1,7 @@
 """Load models: folders, single files, names on the Hugging Face hub, with LoRAs, with another VAE.
 
-tiny_sd.load reads a plain folder; load() here reads all the rest too, and checks beforehand that
-everything fits.
+tiny_sd.load reads a plain folder; load() here reads all other forms too, and first checks that
+everything fits together.
 """
 
 import functools
@@ -42,12 +42,12 @@ from tiny_sd import (
 
 def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=(),
          low_memory=False, vae=None) -> tiny_sd.Model:
-    """Return the Model at this path, as tiny_sd.load does, checked before it is used.
+    """Return the Model at this path, as tiny_sd.load does, after checking it.
 
-    path: a folder as diffusers writes it, a single .safetensors or .ckpt file in the original
-    layout, a name in weights/, or a repository of the Hugging Face hub or its alias in HUB,
-    fetched if need be. loras: pairs (file, weight) to add. low_memory: see extras/narrow.py.
-    vae: what read_vae returns, to use instead of the model's own.
+    path: a diffusers folder, a single .safetensors or .ckpt file in the original layout, a name in
+    weights/, or a repository on the Hugging Face hub or its alias in HUB, downloaded if necessary.
+    loras: pairs (file, weight) to add. low_memory: see extras/narrow.py. vae: a Vae from read_vae
+    to use instead of the model's own.
     """
     name, path = Path(path), find(path)
     settings, arrays, tokenizers, digest, notes = read(path)
@@ -63,7 +63,7 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
     if not low_memory:
         check_size(arrays, device, dtype, name)
     for part in arrays:
-        if part != "vae" or not tiny:       # whose are checked already
+        if part != "vae" or not tiny:       # config_of has checked a tiny VAE
             check_weights(part, arrays[part], config[part])
     words = add_adapters(arrays, loras) if loras else {}
 
@@ -84,16 +84,16 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32", loras=()
 
 
 def find(name):
-    """Return the path of a model, as load takes it, fetched if need be."""
+    """Return the path of a model named as for load(), downloaded if necessary."""
     name = Path(name)
     places = [name, tiny_sd.HERE / "weights" / name]
-    if name.parts[:1] == ("weights",):      # so that weights/emoji is found from everywhere
+    if name.parts[:1] == ("weights",):      # so that weights/emoji works in any folder
         places.append(tiny_sd.HERE / name)
     return next(filter(Path.exists, places), None) or fetch_model(name)
 
 
 def read(path):
-    """Return configs, arrays, tokenizers, digest and lines for the user of a folder or a file."""
+    """Read a folder or file: return configs, arrays, tokenizers, digest, and notes for the user."""
     require(path.is_dir() or path.is_file(), f"{path} is neither a folder nor a file")
     try:
         if path.is_dir():
@@ -129,13 +129,13 @@ def mapped_files(model):
 def check_unchanged(model):
     """UserError if a file of the model was changed in place.
 
-    A file that is cut short while it is read still ends the process: the system gives no other
-    sign (SIGBUS). So replace a file in use, rather than write into it.
+    If a mapped file is truncated while in use, the system kills the process (SIGBUS). So replace a
+    file in use by renaming; do not write into it.
     """
     for path, known in model.files.items():
         now = os.stat(path) if os.path.exists(path) else known
         same = (now.st_size, now.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
-        require(same or not os.path.samestat(now, known),       # else it is another file by now
+        require(same or not os.path.samestat(now, known),       # a new file of that name is fine
                 f"{path} was changed while it was in use: run this again")
 
 
@@ -144,25 +144,25 @@ def check_size(arrays, device, dtype, name):
     largest = max(sum(array.size for array in arrays[part].values())
                   * (2 if dtype.endswith("16") and part != "vae" else 4) for part in arrays)
     check_memory(largest * (device == "cpu"), f"the model {name}",
-                 "take --low-memory, which NumPy has")
+                 "use --low-memory, with NumPy")
 
 
 # ── Folders ─────────────────────────────────────────────────────────────────────────────────────
 
 PIPELINES = re.compile(r"(StableDiffusion(XL)?|LatentConsistencyModel)(Img2Img|Inpaint)?Pipeline")
-LONGEST_WORDS = 10 ** 5     # letters of a tokenizer's added words, which become one pattern
+LONGEST_WORDS = 10 ** 5     # characters of a tokenizer's added words, which become one pattern
 
 
 def read_folder(folder):
-    """Return what read() does, of a folder as diffusers writes it."""
+    """Do what read() does, for a diffusers folder."""
     index = optional_json(folder / "model_index.json")
     two = (folder / "text_encoder_2").exists()
     refines = index.get("requires_aesthetics_score")
     require(not refines and (not two or (folder / "text_encoder").exists()),
-            f"{folder} is the refiner of SDXL, which does not draw by itself")
+            f"{folder} is the refiner of SDXL, which cannot draw alone")
     kind, notes = index.get("_class_name"), []
     if isinstance(kind, str) and not PIPELINES.fullmatch(kind):
-        notes.append(f"{folder} is said to be a {kind}: here it draws as a Stable Diffusion does")
+        notes.append(f"{folder} says that it is a {kind}: it is used as a Stable Diffusion here")
     whole, settings, arrays = f"{folder} is not a whole Stable Diffusion folder", {}, {}
     for part in ["scheduler", *WEIGHT_FILES, *["text_encoder_2"] * two]:
         name = "scheduler/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
@@ -173,7 +173,7 @@ def read_folder(folder):
             arrays[part] = {current_name(name): array for name, array in arrays[part].items()}
             arrays[part].pop("embeddings.position_ids", None)
             notes += told
-    match index.get("scheduler"):       # diffusers takes the class that is named here
+    match index.get("scheduler"):       # diffusers uses the class named here
         case [_, str(kind)]:
             settings["scheduler"]["_class_name"] = kind
     if index.get("force_zeros_for_empty_prompt") is False:
@@ -185,7 +185,7 @@ def read_folder(folder):
 
 
 def read_json(file, whole):
-    """Return the object in a JSON file; UserError, which begins with `whole`, if it is none."""
+    """Return the object in a JSON file; UserError, starting with `whole`, if there is none."""
     try:
         return {**json.loads(read_text(file))}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -194,12 +194,12 @@ def read_json(file, whole):
 
 
 def optional_json(file):
-    """Return the object in a JSON file, an empty one where there is no such file."""
+    """Return the object in a JSON file, or an empty one if there is no such file."""
     return read_json(file, f"{file.parent} is not whole") if file.exists() else {}
 
 
 def read_weights(folder, whole):
-    """Return {name: array} of a part's folder, in one file or more, and lines for the user."""
+    """Return {name: array} from the files in a part's folder, and notes for the user."""
     for start in "diffusion_pytorch_model", "model", "pytorch_model":
         for end in (f"{variant}{suffix}" for suffix in (".safetensors", ".bin")
                     for variant in ("", ".fp16")):
@@ -220,23 +220,23 @@ def read_weights(folder, whole):
 
 
 SPECIALS = {"bos_token": Tokenizer.BOS, "eos_token": Tokenizer.EOS, "unk_token": Tokenizer.EOS,
-            "padding_side": "right", "truncation_side": "right",    # what others may not change
+            "padding_side": "right", "truncation_side": "right",    # the only values supported
             "split_special_tokens": False}
 FURTHER = ("sep_token", "cls_token", "mask_token", "additional_special_tokens",
-           "extra_special_tokens")      # which become words, in this order
+           "extra_special_tokens")      # these become added words, in this order
 
 
 def read_tokenizer(folder, first, whole):
-    """Return the tokenizer of a folder, with words that were added to it; as transformers does.
+    """Return the tokenizer of a folder with its added words, as transformers reads it.
 
-    What is not there is taken from the folder of the first tokenizer.
+    Missing files are taken from the folder `first`, the first tokenizer's.
     """
     facts = read_json(folder / "tokenizer_config.json", whole)
     kind = str(facts.get("tokenizer_class") or "CLIPTokenizer")
     require(kind.removesuffix("Fast") == "CLIPTokenizer",
             f"{folder} holds a {shorten(kind)}, which is not known here")
     added = facts.get("added_tokens_decoder")
-    if added is None:       # which replaces both
+    if added is None:       # it would replace both of these files
         facts |= optional_json(folder / "special_tokens_map.json")
         added = {i: {"content": word} for word, i in
                  optional_json(folder / "added_tokens.json").items()}
@@ -269,14 +269,14 @@ def read_tokenizer(folder, first, whole):
     words = {word: token | {"id": vocab.get(word, token["id"])} for word, token in special.items()
              if word not in ("", Tokenizer.BOS, Tokenizer.EOS)}
     require(sum(map(len, words)) <= LONGEST_WORDS, f"{folder} adds words of more than "
-            f"{LONGEST_WORDS} letters together")
+            f"{LONGEST_WORDS} characters in total")
     return AddedTokenizer(tokenizer, words) if words else tokenizer
 
 
 class AddedTokenizer(Tokenizer):
-    """A tokenizer with further words, found wherever they are in a text, each with an id.
+    """A tokenizer with added words, each with its id, found anywhere in a text.
 
-    words: {word: what transformers' tokenizer.json says of it}.
+    words: {word: its entry in transformers' tokenizer.json}.
     """
 
     def __init__(self, tokenizer, words):
@@ -321,11 +321,11 @@ HUB = {     # alias: repository on the hub, revision, licence
     "sdxl-turbo": ("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304",
                    "sai-nc-community"),
 }
-PADS = "tokenizer/special_tokens_map.json"      # each of these has one, and it may name the padding
+PADS = "tokenizer/special_tokens_map.json"      # all of these have it; it may name the padding
 VAES = {"taesd": ("madebyollin/taesd", "main", "mit"),
         "taesdxl": ("madebyollin/taesdxl", "main", "mit")}
 
-FOLDER = [      # the files of a model; from each line, the first that exists, or none for None
+FOLDER = [      # the files of a model; of each line we need the first that exists; None: optional
     ["scheduler/scheduler_config.json"], ["model_index.json", None],
     *([f"{part}/config.json"] for part in WEIGHT_FILES),
     *([f"{part}/{stem}{end}.safetensors" for end in (".fp16", "")]
@@ -335,7 +335,7 @@ FOLDER = [      # the files of a model; from each line, the first that exists, o
     ["tokenizer/vocab.json", "tokenizer/tokenizer.json"],
     ["tokenizer/merges.txt", "tokenizer/tokenizer.json"],
 ]
-SECOND = [      # the first of these tells that a model has the others, for a second text encoder
+SECOND = [      # for a second text encoder, which a model has if the first of these exists
     ["text_encoder_2/config.json"], ["tokenizer_2/tokenizer_config.json"],
     ["tokenizer_2/special_tokens_map.json", None],
     ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/model.safetensors"],
@@ -344,21 +344,21 @@ VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def first_of(lines, has):
-    """Return of each line the first file that has(file) is true of, else the last."""
+    """Return from each line the first file for which has(file) is true, else the last."""
     return [*filter(None, (next((file for file in line if file and has(file)), line[-1])
                            for line in lines))]
 
 
 def files_of(has):
-    """Return the files of a model to take where has(file) tells which there are."""
+    """Return the files of a model to download; has(file) says which exist."""
     return first_of(SECOND + FOLDER if has(SECOND[0][0]) else FOLDER, has)
 
 
 def fetch(what, name, known, files_of, listed, place, aliases=""):
-    """Return the folder of a repository of the hub, downloaded if the cache does not hold it.
+    """Return the folder of a hub repository, downloaded unless it is in the cache.
 
-    known: {alias: (repository, revision, licence)}; files_of: see download. Where it cannot be
-    had, the error says to put the files that are listed into a place.
+    known: {alias: (repository, revision, licence)}; files_of: see download. If the download fails,
+    the error tells the user to put the files `listed` into `place`.
     """
     repository, pin, licence = known.get(name, (name, "main", None))
     nothing = f"there is no {what} {name}: no such file or folder"
@@ -367,7 +367,7 @@ def fetch(what, name, known, files_of, listed, place, aliases=""):
             f"{nothing}{aliases}{nearest(name, known)}")
     try:
         return download(repository, pin, licence, files_of)
-    except Exception as error:      # of whatever kind the HTTP library below raises
+    except Exception as error:      # the HTTP library below raises many kinds
         pip = isinstance(error, ImportError) * f"pip install huggingface_hub fetches {name}; now "
         raise UserError(f"{pip}{nothing}, and it could not be fetched ({error}); put {listed} of "
                         f"{repository} into {place}") from None
@@ -390,9 +390,9 @@ def fetch_vae(name):
 
 
 def download(repository, pin, licence, files_of):
-    """Return the folder of a repository of the hub, downloaded if the cache does not hold it.
+    """Return the folder of a hub repository, downloaded unless it is in the cache.
 
-    pin: the revision; files_of(has): the files to take, where has(file) tells which there are.
+    pin: the revision. files_of(has): the files to download; has(file) says which exist.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     for revision in (pin, "main"):
@@ -400,11 +400,11 @@ def download(repository, pin, licence, files_of):
         files = files_of(lambda f, c=cached: isinstance(c(f), str))
         found = [cached(file) for file in files]
         if all(isinstance(file, str) for file in found):
-            if pin != "main" and not isinstance(cached(PADS), str):     # as older versions left it
+            if pin != "main" and not isinstance(cached(PADS), str):     # cached by an old version
                 try:
                     hf_hub_download(repository, PADS, revision=revision)
-                except Exception as error:      # of whatever kind the HTTP library below raises
-                    tell(f"{repository} lacks {PADS} in the cache, and may draw another picture: "
+                except Exception as error:      # the HTTP library below raises many kinds
+                    tell(f"{repository} lacks {PADS} in the cache, so pictures may differ: "
                          f"it could not be fetched ({error})")
             return Path(found[0]).parents[files[0].count("/")]
 
@@ -425,36 +425,36 @@ def download(repository, pin, licence, files_of):
 
 
 class Vae(NamedTuple):
-    """What stands in for a model's own VAE: its config, and arrays under diffusers' names."""
+    """A VAE to use instead of a model's own: its config, and arrays under diffusers' names."""
     name: str
     settings: dict
     arrays: dict
 
 
 def in_place_of(own, vae):
-    """Return the config to use with a Vae instead of a model's own one.
+    """Return the config to use with a Vae instead of the model's own config.
 
-    Settings missing there are the model's own. UserError if it is for other latents.
+    The model's own settings fill gaps. UserError if the Vae is for other latents.
     """
     own = checked_config("vae", own)
     settings, what = vars(own) | vae.settings, f"the VAE {vae.name}"
     ours, theirs = (f"{config.latent_channels} numbers for "
                     f"{2 ** (len(config.block_out_channels) - 1)} pixels"
                     for config in (checked_config("vae", settings), own))
-    require(ours == theirs, f"{what} is for another model: its latents have {ours}, and the "
+    require(ours == theirs, f"{what} is for another model: its latents have {ours}, the "
                             f"model's {theirs}")
     scale = next((scale for key, scale in tiny_vae.SCALES.items() if key in vae.name), None)
     if scale and abs(scale / own.scaling_factor - 1) > 0.1:
-        tell(f"{what} knows latents with a scale of {scale}, and the model's have "
+        tell(f"{what} was trained on latents with a scale of {scale}, but the model's have "
              f"{own.scaling_factor}: colours may be wrong")
     return settings
 
 
 def read_vae(name):
-    """Return the Vae that a name in VAES, OWNER/NAME on the hub, a folder or a file stands for.
+    """Read the Vae named by a name in VAES, OWNER/NAME on the hub, a folder or a file.
 
-    A folder is one of diffusers, or has a vae/ in it; a file has weights under diffusers' names or
-    the original ones, or one half of a TAESD, whose other half lies beside it.
+    A folder is a diffusers VAE or contains one in vae/. A file has diffusers' names or
+    the original ones, or is one half of a TAESD with the other half next to it.
     """
     path, settings = Path(name) if Path(name).exists() else fetch_vae(name), {}
     try:
@@ -481,7 +481,7 @@ def read_vae(name):
 
 
 def named_today(path, arrays):
-    """Return a VAE's arrays under the names that diffusers has today."""
+    """Return a VAE's arrays under diffusers' current names."""
     start = "first_stage_model."
     arrays = {key.removeprefix(start): array for key, array in arrays.items()
               if key.startswith(start)} or arrays
@@ -491,5 +491,5 @@ def named_today(path, arrays):
                                                  for key, array in arrays.items()})
     if others:
         others = [key.removeprefix(start) for key in others]
-        tell(f"{path} holds more than a VAE, which is left out: {first_five(others)}")
+        tell(f"{path} holds more than a VAE; ignored: {first_five(others)}")
     return sorted_out["vae"]

@@ -51,7 +51,7 @@ def test_what_is_neither_a_folder_nor_a_file(refuse, name, model, here):
         copy = Path(shutil.copytree(model, f"m{len(list(here.iterdir()))}"))
         (copy / file).unlink()
         os.mkfifo(copy / file)
-        said = "is not a file" if file == UNET else "is a FIFO, and nobody writes to it"
+        said = "is not a file" if file == UNET else "is a FIFO that nobody writes to"
         assert f"{file} {said}" in refuse("red", "-m", str(copy))
     assert "neither a folder nor a file" in refuse("red", "-m", name)
     assert f"the LoRA {name} is not a file" in refuse("red", "--lora", name)

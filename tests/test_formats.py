@@ -207,7 +207,7 @@ def test_a_folder_whose_vae_is_taesd(small, tmp_path):
 
 
 @pytest.mark.parametrize("file, fields, named", [
-    ("model_index.json", {"_class_name": "FluxPipeline"}, "is said to be a FluxPipeline"),
+    ("model_index.json", {"_class_name": "FluxPipeline"}, "says that it is a FluxPipeline"),
     ("unet/config.json", {"strange_new_thing": 3}, "the unet's strange_new_thing is not known"),
     ("vae/config.json", {"strange_new_thing": True}, "the vae's strange_new_thing is not known"),
     ("scheduler/scheduler_config.json", {"strange": "x"}, "the scheduler's strange is not known"),

@@ -563,11 +563,11 @@ def case(folder, rng):
 NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
          r"|--like \S+: (.* (is|are) (not repeated|not the file that .*)|the model is not "
          r"recorded: |the noise of its steps: )|the seed is \d+$|the model was trained on pictures "
-         r"|--output: .* stays as it is; |\S+ is a mask by its transparency: "
+         r"|--output: .* stays as it is; |\S+ is used as a mask by its transparency: "
          r"|.* is read as a comment$|no prompt says |.* is read as (it stands|words): "
          r"|the model (knows nothing in|never learnt) "
-         r"|--strength does nothing without |\S+ has no white, and so nothing is replaced"
-         r"|\S+ holds more than |\S+, \d+ x \d+, is cut to the shape of "
+         r"|--strength does nothing without |\S+ has no white, so nothing is replaced"
+         r"|\S+ holds more than |\S+, \d+ x \d+, is cropped to the shape of "
          r"|the prompt is too long to be recorded)")
 
 

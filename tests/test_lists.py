@@ -144,7 +144,7 @@ def test_lines_of_the_web_uis_lists(run):
 
 def test_a_list_without_end_is_refused(refuse):
     assert refuse("--prompts", "/dev/zero") == (
-        "tiny_sd: /dev/zero is larger than a text of 16,777,216 bytes")
+        "tiny_sd: /dev/zero is larger than 16,777,216 bytes")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
@@ -152,7 +152,7 @@ def test_a_list_from_a_pipe(run):
     """Its writer may take its time; where there is none, a line says so instead of waiting."""
     os.mkfifo("list.txt")
     assert run("--prompts", "list.txt") == (2, [], [
-        "tiny_sd: list.txt is a FIFO, and nobody writes to it"])
+        "tiny_sd: list.txt is a FIFO that nobody writes to"])
     writer = subprocess.Popen(["sh", "-c", "exec > list.txt; sleep 3; echo red; echo apple"])
     assert len(run("--prompts", "list.txt", "--steps", "1")[1]) == 2
     assert writer.wait() == 0

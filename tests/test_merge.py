@@ -139,7 +139,7 @@ def test_what_does_not_go_together(run, refuse, monkeypatch):
         "wide is not the same kind of model as a: they differ in unet's conv_in.weight")
     assert why("a", "lacks", "-o", "new").endswith("they differ in unet's conv_in.bias")
     assert why("a", "v", "-o", "new") == "v predicts v_prediction, but a predicts epsilon"
-    assert why("a", "f.safetensors", "-o", "new").startswith("f.safetensors is not the same kind of")
+    assert "f.safetensors is not the same kind of" in why("a", "f.safetensors", "-o", "new")
     assert "is a LoRA" in why("a", "lora.safetensors", "-o", "new")
     assert why("a", "-o", "new") == "--merge needs at least two models"
     assert why("a:1", "b:-1", "-o", "new") == (

@@ -123,7 +123,7 @@ def test_what_is_cut_off_is_said(run):
     """From one pixel of the picture drawn on, here 20 of 320."""
     for width, height, cut in (48, 16, True), (344, 320, True), (338, 320, False):
         Image.new("RGB", (width, height), "red").save("in.png")
-        line = f"tiny_sd: in.png, {width} x {height}, is cut to the shape of 16 x 16"
+        line = f"tiny_sd: in.png, {width} x {height}, is cropped to the shape of 16 x 16"
         assert (line in run("red", "-i", "in.png")[2]) == cut
 
 
@@ -133,7 +133,7 @@ def test_a_mask_has_the_shape_of_its_picture(run, refuse):
     assert run("red", "-i", "in.png", "--mask", "mask.png")[0] == 0
     Image.new("L", (16, 16), 255).save("mask.png")
     assert refuse("red", "-i", "in.png", "--mask", "mask.png") == (
-        "tiny_sd: --mask mask.png is 16 x 16, and in.png is 32 x 16: they must have the same shape")
+        "tiny_sd: --mask mask.png is 16 x 16, but in.png is 32 x 16: they must have the same shape")
 
 
 def test_a_mask_is_black_where_it_is_transparent(run):
@@ -148,7 +148,7 @@ def test_a_mask_is_black_where_it_is_transparent(run):
     np.testing.assert_array_equal(drawn["L"], drawn["RGBA"])
     Image.new("RGBA", (16, 16)).save("mask.png")
     err = run("red", "-i", "in.png", "--mask", "mask.png")[2]
-    assert "tiny_sd: mask.png has no white, and so nothing is replaced" in err
+    assert "tiny_sd: mask.png has no white, so nothing is replaced" in err
 
 
 def test_a_mask_by_transparency(run):
@@ -164,7 +164,7 @@ def test_a_mask_by_transparency(run):
     one, *others = (np.asarray(Image.open(out[0])) for _, out, _ in drawn)
     for (_, _, err), other, name in zip(drawn[1:], others, ("in.png", "copy.png")):
         assert np.array_equal(one, other)
-        assert f"tiny_sd: {name} is a mask by its transparency: the hole in it is replaced" in err
+        assert f"tiny_sd: {name} is used as a mask by its transparency: its hole is replaced" in err
 
 
 def test_pipes_are_not_waited_for(run, refuse):

@@ -434,7 +434,7 @@ def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
             time.sleep(0.01)
         status, _, (line,) = run("--steps", 1)
         first.kill()
-    assert found and status == 2 and "another process trains this" in line
+    assert found and status == 2 and "by another training process" in line
     assert run("--steps", 1)[0] == 0        # once that is gone
 
 
@@ -583,7 +583,7 @@ def test_pictures_are_cut_to_the_size(pictures, tiny, capsys):
     Image.new("RGB", (30, 40)).save(pictures / "1.png")
     latents, captions = shown(tiny)
     assert latents.shape == (3, 8, 8, 4) and captions == ["apple 0", "apple 1", "apple 2"]
-    assert "1.png, 30 x 40, is cut to the shape of 16 x 16" in capsys.readouterr().err
+    assert "1.png, 30 x 40, is cropped to the shape of 16 x 16" in capsys.readouterr().err
     assert shown(tiny, "-W", "32", "-H", "24")[0].shape == (3, 12, 16, 4)
 
 
@@ -681,7 +681,7 @@ def there(name):
 
 
 @pytest.mark.parametrize("prepare, said", [
-    (broken, "b.png is not a picture"), (no_caption, "1.png has no caption: write one into"),
+    (broken, "b.png is not a picture"), (no_caption, "1.png has no caption: write one in"),
     (empty_caption, "1.png has no caption"), (latin, "1.txt cannot be read"),
     (empty, "has no pictures"), (missing, "there is no folder"),
     (unending("1.txt"), "1.txt is not a file"),

@@ -472,8 +472,8 @@ def test_what_is_no_vae_is_refused_in_one_line(run, folder, tiny, other, tmp_pat
         write(tmp_path / "3", changed(tiny, **{weight: torch.zeros(3, 8, 1, 1)}), **config): weight,
         write(tmp_path / "4", changed(tiny), **config | {"act_fn": "silu"}): "act_fn 'silu'",
         write(tmp_path / "5", changed(tiny), **config | {"scaling_factor": 2.0}): "scaling_factor",
-        tmp_path / "small": "4 numbers for 2 pixels, and the model's 4 numbers for 8",
-        tmp_path / "wide": "16 numbers for 8 pixels, and the model's 4",
+        tmp_path / "small": "4 numbers for 2 pixels, the model's 4 numbers for 8",
+        tmp_path / "wide": "16 numbers for 8 pixels, the model's 4",
         tmp_path / "groups": "norm_num_groups",
     }
     for vae, named in cases.items():

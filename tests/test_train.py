@@ -959,7 +959,7 @@ def test_a_kill_while_a_model_is_replaced_loses_none(tmp_path):
 def test_two_trainings_do_not_share_a_state(tmp_path, capsys):
     with files.held(tmp_path / "state"):
         said = refused(capsys, "vae", tmp_path / "state", "--steps", 1)
-    assert "state is in use: another process trains this" in said
+    assert "state is in use by another training process" in said
 
 
 def test_a_model_is_replaced(state, tmp_path):
