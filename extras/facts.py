@@ -1,7 +1,7 @@
-"""How a picture was made: recorded in it, and read back from it (--like).
+"""Record in a picture how it was made, and read that back (--like).
 
-The text is the one that AUTOMATIC1111's web UI introduced: the prompt, the negative prompt, and a
-line of facts, "Steps: 20, Sampler: Euler a, ...". Many programs write it, each in its own way.
+The format comes from AUTOMATIC1111's web UI: the prompt, the negative prompt, and a line of facts,
+"Steps: 20, Sampler: Euler a, ...". Many programs write it, each with variations.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tiny_sd import SAMPLERS, UserError, require, shorten
 
 
 def plain(text):
-    """Return a text as the value of a fact: without commas and colons."""
+    """Return a text without commas and colons, so that it can be the value of a fact."""
     return re.sub("[,:]", " ", printable(str(text)))
 
 
@@ -37,16 +37,15 @@ def stem(file):
 
 
 def hashes(files, hash_of):
-    """Return '"name: hash, name: hash"' of some files: quotes protect what is in them."""
+    """Return '"name: hash, name: hash"' of some files, quoted because it has commas and colons."""
     pairs = [f"{plain(stem(file))}: {hash_of(file)}".replace('"', "'") for file in files]
     return json.dumps(", ".join(pairs), ensure_ascii=False) if pairs else ""
 
 
 PROGRAMS = {"web-ui": "web UI", "comfyui": "ComfyUI"}      # of --as
 
-FACTS = {       # in the order in which they are recorded
-    # What is recorded, a function of a job and the model, or None before that is loaded: "" for
-    # nothing, None for what the model will decide.
+FACTS = {       # {name: value(job, model)}, in the order recorded
+    # model is None before it is loaded. A value of "" is not recorded; None: the model decides.
     "Steps": lambda job, _: job.steps,
     "Sampler": lambda job, _: job.sampler and (
         plain(f"{TITLES.get(job.sampler, job.sampler)} {schedule_title(job.schedule)}".strip())),
@@ -83,7 +82,7 @@ FACTS = {       # in the order in which they are recorded
     "Enlarged": lambda job, _: job.enlarge if job.enlarge > 1 else "",
     "RNG": lambda job, model: model and "CPU",
     "Version": lambda job, model: model and f"tiny_sd {tiny_sd.__version__}"}
-OPTIONS = {     # those that take the same value again
+OPTIONS = {     # {fact: the option that takes its value unchanged}
     "Steps": "steps", "CFG scale": "cfg-scale", "CFG rescale": "cfg-rescale",
     "CFG interval": "cfg-interval", "Seed": "seed", "Denoising strength": "strength",
     "Resize": "resize", "Masked area padding": "only-masked", "Clip skip": "clip-skip",
@@ -91,22 +90,22 @@ OPTIONS = {     # those that take the same value again
 
 
 def parameters_text(job, model):
-    """Return how a picture was made, as other programs read it from a PNG's `parameters`."""
+    """Return the text for a PNG's `parameters` chunk, which other programs read, too."""
     values = {name: text(job, model) for name, text in FACTS.items()}
     line = ", ".join(f"{name}: {value}" for name, value in values.items() if value != "")
     return words_text(job.prompt, job.negative_prompt) + line
 
 
 def words_text(prompt, negative):
-    """Return the prompts' lines of a picture's text: "Negative prompt:" begins only the last."""
+    """Return the lines with the prompts; only the last line starts with "Negative prompt:"."""
     negative = (negative or "").replace("\nNegative prompt:", " Negative prompt:")
     return f"{prompt}\nNegative prompt: {negative}\n"
 
 
 def records(path, job):
-    """Does a picture file say that it was made by this job?
+    """Does a picture file record the settings of this job?
 
-    What the job leaves to the model may be anything; so may the seed, if it is None.
+    Settings that the job leaves to the model may have any value, and so may a seed of None.
     """
     try:
         words, facts = split_text(recorded_text(path)[0])
@@ -123,12 +122,12 @@ CHUNKS = {"workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "Invo
           "sd-metadata": "InvokeAI", "Dream": "InvokeAI", "fooocus_scheme": "Fooocus"}
 VERSIONS = {"tiny_sd": "tiny_sd", "ComfyUI": "ComfyUI", "Fooocus": "Fooocus", r"f\d|neo": "Forge",
             r"v?\d+\.": "AUTOMATIC1111"}
-WEB_UI = {"AUTOMATIC1111", "Forge", ""}      # "": of its first years
-ON_THE_CPU = {"tiny_sd", "ComfyUI", "SwarmUI", "InvokeAI", "Fooocus"}     # where noise is drawn
+WEB_UI = {"AUTOMATIC1111", "Forge", ""}      # "": old versions of AUTOMATIC1111
+ON_THE_CPU = {"tiny_sd", "ComfyUI", "SwarmUI", "InvokeAI", "Fooocus"}     # draw noise on the CPU
 
 
 def recorded_text(path):
-    """Return what this program, or another, left in a picture, and the program's name, or ""."""
+    """Return the text recorded in a picture, and the name of the program if it tells, or ""."""
     with opened(path) as picture:
         info, exif = picture.info, picture.getexif()
         comments = [directory.get(USER_COMMENT) for directory in (exif.get_ifd(EXIF_IFD), exif)]
@@ -141,9 +140,9 @@ def recorded_text(path):
 
 
 def decoded(text):
-    """Return a text that may be the bytes of EXIF's UserComment: a code of 8 bytes, then letters.
+    """Decode a text; bytes are EXIF's UserComment: 8 bytes naming the encoding, then the text.
 
-    UNICODE is UTF-16 of either order by the book, and UTF-8 in some programs.
+    UNICODE means UTF-16 in either byte order, but some programs write UTF-8.
     """
     if not isinstance(text, bytes):
         return text if isinstance(text, str) else ""
@@ -162,10 +161,10 @@ NAMES = {name.lower(): name for name in FACTS} | {"guidance scale": "CFG scale"}
 
 
 def split_text(text):
-    """Return the prompts in a picture's text and {name: value} of the line of facts behind them.
+    """Return the prompts in a picture's text, and {name: value} from the line of facts after them.
 
-    That line is the last one that begins with "Steps: " and has a seed and a size in it; or all is
-    in one line, as some sites leave it. Without facts, all of the text is prompts.
+    That is the last line that starts with "Steps: " and has a seed and a size. Some sites join all
+    lines into one. Without facts, the whole text is returned as prompts.
     """
     starts = [mark.start() for mark in STEPS.finditer(text)][-9:]
     starts.sort(key=lambda start: (start == 0 or text[start - 1] == "\n", start))
@@ -177,7 +176,7 @@ def split_text(text):
 
 
 def read_facts(line):
-    """Return {name: value} of "Steps: 20, Sampler: ...", where JSON in a value keeps its commas."""
+    """Parse "Steps: 20, Sampler: ..." into {name: value}; a value may be JSON with commas."""
     facts, start, decoder = {}, 0, json.JSONDecoder()
     while start < len(line):
         key = KEY.match(line, start)
@@ -203,7 +202,7 @@ def named_hashes(facts, fact):
 
 
 def named_weights(text):
-    """Return [(name, weight), ...] of the fact "Lora": names, with spaces perhaps, and numbers."""
+    """Parse the fact "Lora" into [(name, weight), ...]; names may contain spaces."""
     pairs, words = [], []
     for word in text.split(" "):
         if words and re.fullmatch(r"-?\d+(\.\d+)?", word):
@@ -216,7 +215,7 @@ def named_weights(text):
 
 # ── A picture drawn again ───────────────────────────────────────────────────────────────────────
 
-HINTS = {   # how the names of facts begin: what they say of the picture; the weightiest first
+HINTS = {   # {start of a fact's name: what to tell the user}, the most important first
     "the model is": "the bundled model draws; choose another with --model",
     "Lora": "give it with --lora",
     "Embedding": "give it with --embedding", "VAE|Module": "give it with --vae",
@@ -246,15 +245,15 @@ HINTS = {   # how the names of facts begin: what they say of the picture; the we
     "Emphasis": "weights work differently there", "Pad conds": "the shorter prompt was padded",
     "Token merging|ToMe|HyperTile": "tokens were merged for speed",
 }
-NO_MATTER = re.compile(     # facts that change nothing in the picture, or are looked at elsewhere
+NO_MATTER = re.compile(     # facts that do not change the picture, or are handled elsewhere
     "Version|App$|User$|Hashes|Batch|Created Date|Civitai|.*Template|Wildcard|Init image hash|"
     "Mask blur|Image CFG|Source|Schedule type")
 
 
 def read_again(path, args):
-    """Return ({option: its values}, {fact: value}, lines on what is not repeated) of a picture.
+    """Return ({option: its values}, {fact: value}, lines about facts not repeated) of a picture.
 
-    args: the options given, as a namespace; they make up for what is missing here.
+    args: the options that the user gave, which supply what the picture does not record.
     """
     text, program = recorded_text(path)
     words, facts = split_text(text)
@@ -273,7 +272,7 @@ def read_again(path, args):
 
     options = {"prompt": [prompt]} | {option: [facts[name]] for name, option in OPTIONS.items()
                                       if name in facts}
-    if negative or "Empty negative" in facts:       # else none was given
+    if negative or "Empty negative" in facts:       # otherwise there was no negative prompt
         options["negative-prompt"] = [negative]
     options |= zip(("width", "height"), ([side.strip()] for side in facts["Size"].split("x", 1)))
     if not args.mask:
@@ -293,7 +292,7 @@ def read_again(path, args):
         if facts.get("Hires upscaler") != "Lanczos":
             left["Hires upscaler"] = facts.get("Hires upscaler", "")
     if any(re.match("Hires|First pass", name) for name in left):
-        options.pop("strength", None)       # that of the second drawing
+        options.pop("strength", None)       # it belongs to the second pass
     elif "strength" in options:
         left["Denoising strength"] = facts["Denoising strength"]
     left |= {name: facts[name] for name in ("Mask", "ControlNet") if name in facts}
@@ -306,7 +305,7 @@ def program_of(facts):
     """Return the name of the program that wrote these facts, or ""."""
     version = facts.get("Version", "")
     if not version and re.fullmatch("[a-z0-9_]+( [a-z_]+)?", facts.get("Sampler", "")):
-        return "ComfyUI"        # whose samplers have such names
+        return "ComfyUI"        # its samplers have such names
     return next((name for start, name in VERSIONS.items() if re.match(start, version)), "")
 
 
@@ -322,10 +321,10 @@ def split_words(words):
 
 
 def sampler_again(path, facts, args, left, program):
-    """Return the options for a picture's sampler, and add to left what they do not say."""
+    """Return the options for a picture's sampler, and add to `left` what they cannot repeat."""
     title, asked = facts.get("Sampler", ""), facts.get("Schedule type", "Automatic")
     sampler, schedule = sampler_named(title) or args.sampler or (None, None)
-    require(sampler, f"{path} was drawn with {title or 'no sampler'}, which is not known here: "
+    require(sampler, f"{path} was drawn with {title or 'no sampler'}, which does not exist here: "
                      "add --sampler NAME")
     asks_for_noise = SAMPLERS[sampler].__defaults__ is None
     if program == "ComfyUI" and asks_for_noise or program != "tiny_sd" and sampler.endswith("sde"):
@@ -334,21 +333,21 @@ def sampler_again(path, facts, args, left, program):
     if not schedule and asked != "Automatic":
         left["Schedule type"] = asked
     if program == "ComfyUI" and asked == "Automatic":
-        schedule = schedule or "normal"     # which it does not record
+        schedule = schedule or "normal"     # its default, which it does not record
     takes = (args.sampler or [sampler])[0] in SCHEDULED
     options = {"sampler": [sampler]} | ({"scheduler": [schedule]} if schedule and takes else {})
     if sampler == "ddim_cfg++" and program in WEB_UI:
-        with contextlib.suppress(KeyError, ValueError):     # its scale is from 0 to 12.5, not to 1
+        with contextlib.suppress(KeyError, ValueError):     # the web UI's scale goes to 12.5, not 1
             options["cfg-scale"] = [str(float(facts["CFG scale"]) / 12.5)]
     return options
 
 
 def files_again(path, facts, args, left):
-    """Return the options for the files that a picture names; add those that are missing to left."""
+    """Return the options for the files that a picture names; add missing ones to `left`."""
     model = args.model or known_model(facts.get("Model", ""), args.models_dir)
     name = facts.get("Model") or facts.get("Model hash")
-    require(model or not name, f"{path} was drawn by the model {shorten(str(name), 60)}, which is "
-                               "not in weights/ nor here: give it, or another one, with --model")
+    require(model or not name, f"{path} was drawn by the model {shorten(str(name), 60)}, which was "
+                               "not found: give it, or another one, with --model")
     if not model:
         left["the model is not recorded"] = None
     wanted = [("lora", "Lora", *pair) for pair in named_weights(facts.get("Lora", ""))]
@@ -369,9 +368,9 @@ def files_again(path, facts, args, left):
 
 
 def not_repeated(path, args, left):
-    """Return lines on recorded facts that neither --like nor another flag repeats.
+    """Return lines about recorded facts that neither --like nor another flag repeats.
 
-    One line for each hint, the weightiest first, and one for all facts without a hint.
+    One line for each hint, the most important first, and one for all facts without a hint.
     """
     lines, rest = {}, []
     for name, value in left.items():
@@ -389,10 +388,10 @@ def not_repeated(path, args, left):
 
 
 def other_files(facts, job, model):
-    """Yield the names of the files in use that are not those which a picture was made with."""
+    """Yield the names of files whose hashes differ from those recorded in a picture."""
     model_hash, ours = facts.get("Model hash", ""), vae_hash(job.vae)
     if model.digest and len(model_hash) >= 10 and model_hash[:10] != model.digest:
-        yield f"model {model.name}"     # shorter ones are older, and not of SHA-256
+        yield f"model {model.name}"     # a shorter hash is an old one, not SHA-256
     if ours and facts.get("VAE hash", ours)[:10] != ours:
         yield f"VAE {stem(job.vae)}"
     for kind, files, hashes_of in (("Lora", [file for file, _ in job.lora], lora_hashes),

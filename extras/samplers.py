@@ -1,30 +1,30 @@
-"""More samplers, the facts by which each follows diffusers, and the names people know them by.
+"""More samplers, the details in which each follows diffusers, and their names in other programs.
 
-Importing this adds the samplers to tiny_sd.SAMPLERS. A fact is an attribute of the function:
+Importing this adds the samplers to tiny_sd.SAMPLERS. Each detail is an attribute of the function:
 
-    name, title         as in SAMPLERS, and as pictures record it
+    name, title         as in SAMPLERS, and as recorded in pictures
     spacing             how its timesteps are always spaced: "leading", "trailing" or "linspace"
-    default_spacing     likewise, where the scheduler's config does not say ("leading")
-    timesteps           a function (n, scheduler) that chooses them instead; no schedule can
+    default_spacing     the same, used if the scheduler's config does not say ("leading")
+    timesteps           a function (n, scheduler) that chooses them; schedules do not apply then
     configured          a function (scheduler, steps, alpha_bars, from_noise) that returns the
-                        sampler with what a config sets
+                        sampler adapted to a config
     drops_last          1 if it takes the first n of n + 1 timesteps (0)
-    fractional          its times need not be whole
-    plain_noise         it takes denoisers of guidance.with_plain_noise (False)
-    guidance            the scale that suits it, whatever the model (the model's own)
-    scaled              x_T has the standard deviation of its noise (False)
-    from_the_mean       a picture to start from is encoded without noise (False)
-    range               what a schedule such as Karras' extends over: "model", all levels that the
-                        model knows, or "steps", those that the sampler would take ("model")
-    follows_config      takes the schedule that the config asks for (whether it has a range)
+    fractional          its times need not be integers (False)
+    plain_noise         it needs denoisers from guidance.with_plain_noise (False)
+    guidance            its default guidance scale (the model's own)
+    scaled              x_T has the standard deviation of its noise, not 1 (False)
+    from_the_mean       a start picture is encoded without noise (False)
+    range               the range of a schedule such as Karras': "model", all levels of the model,
+                        or "steps", the levels that the sampler would take ("model")
+    follows_config      it uses the schedule that the config asks for (True if it has a range)
     ends_clean          the last step ends at ᾱ = 1, not at the model's first level (True)
     follows_set_alpha   ... unless the config's set_alpha_to_one says otherwise (False)
-    strides             each step ends T // n times below its own, wherever the next begins (False)
-    from_nothing        it can begin at ᾱ = 0, and not just above (False)
-    continuous          its times are log σ / 4 where the config says so (False)
+    strides             each step ends T // n times lower, even if the next starts elsewhere (False)
+    from_nothing        it can start at ᾱ = 0 exactly (False)
+    continuous          its times are log σ / 4 if the config says so (False)
 
-Some ask the model at levels between those of the steps. They find the time of a level in
-denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
+Some samplers call the model at levels between those of the steps. They look up the time of a level
+in denoise.alpha_bars, which like_diffusers.generate adds to the denoiser.
 """
 
 import functools
@@ -51,7 +51,7 @@ TITLES, SCHEDULERS = {}, {}     # {name: title}, {diffusers' class: name}
 
 
 def sampler(name, title, scheduler=None, **facts):
-    """Register a sampler under these names, with its facts."""
+    """Register a sampler under these names, with its attributes."""
     def register(function):
         vars(function).update(facts, name=name, title=title)
         SAMPLERS[name], TITLES[name] = function, title
@@ -61,9 +61,9 @@ def sampler(name, title, scheduler=None, **facts):
     return register
 
 
-SIGMA = {"default_spacing": "linspace", "fractional": True, "scaled": True,     # that think in σ
+SIGMA = {"default_spacing": "linspace", "fractional": True, "scaled": True,     # samplers in σ
          "range": "steps"}
-LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     # ... in log σ
+LAMBDA = {"default_spacing": "linspace", "drops_last": 1, "range": "model"}     # in log σ
 sampler("ddim", "DDIM", "DDIMScheduler", follows_set_alpha=True, strides=True,
         from_nothing=True)(ddim)
 sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2m)
@@ -72,9 +72,9 @@ sampler("dpm++2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **LAMBDA)(dpm_pp_2
 @sampler("ddim_cfg++", "DDIM CFG++", strides=True, from_nothing=True, follows_set_alpha=True,
          plain_noise=True, guidance=0.6)
 def ddim_cfg_pp(denoise, x, steps, noise=None):
-    """Take ddim's steps: from the guided x̂_0, along the ε̂ of no guidance (9.19).
+    """Take ddim's steps with a guided x̂_0 and an unguided ε̂ (9.19).
 
-    Chung et al., 2024. Its guidance is from 0 to 1.
+    Chung et al., 2024. Its guidance scale is from 0 to 1.
     """
     return ddim(denoise, x, steps, noise)
 
@@ -108,7 +108,7 @@ def euler_ancestral(denoise, x, steps, noise):
 
 
 def ddpm_large(denoise, x, steps, noise):
-    """Do what ddpm does, but with noise of variance β, the other bound that Ho et al. give."""
+    """Like ddpm, but add noise of variance β, the upper bound in Ho et al."""
     for t, alpha_bar, alpha_bar_next in steps:
         alpha = alpha_bar / alpha_bar_next
         *_, mean = ddpm(denoise, x, [(t, alpha_bar, alpha_bar_next)], lambda: 0)
@@ -125,16 +125,16 @@ ADAMS_BASHFORTH = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
 
 
 def ddim_step(x, output, alpha_bar, alpha_bar_next, kind="epsilon"):
-    """Return x at the next level, along a model's output of this kind."""
+    """Take ddim's step, given the model's output of this kind."""
     x_0, eps = split_prediction(kind, output, x, alpha_bar)
     return add_noise(x_0, alpha_bar_next, eps)
 
 
 def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
-    """Return PLMS, which extrapolates ε̂, or the velocities that a model predicts.
+    """Return PLMS, which extrapolates ε̂ or, if `velocities`, the velocity that the model predicts.
 
-    level(t): ᾱ of a time; stride: how far apart the times are; with these it begins as diffusers'
-    does. runge_kutta: begin with three steps of Runge and Kutta's, as Liu et al. do.
+    level(t): ᾱ of a time; stride: the distance between times; with these the first step is that of
+    diffusers. runge_kutta: start with three Runge-Kutta steps, as Liu et al. do.
     """
     def what(guess, alpha_bar):
         return velocity(guess[0], alpha_bar, guess[1]) if velocities else guess[1]
@@ -142,10 +142,10 @@ def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
     step = functools.partial(ddim_step, kind="v_prediction" if velocities else "epsilon")
 
     def mean_of_four(denoise, x, first, t, alpha_bar, t_next):
-        """Return Runge and Kutta's mean of the directions over a step: first is that at its start.
+        """Return the Runge-Kutta mean of the directions over a step; `first`: the one at its start.
 
-        Halfway, x is taken to t - half, and the model asked at t_next + half: not the same time
-        where the stride is odd.
+        Halfway, x moves to t - half but the model is called at t_next + half, a different time if
+        the stride is odd.
         """
         half, direction, total = stride // 2, first, first
         for end, at, weight in ((t - half, t_next + half, 2), (t_next + half, t_next + half, 2),
@@ -156,10 +156,10 @@ def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
         return total / 6
 
     def plms(denoise, x, steps, noise=None):
-        """Take ddim's step along ε̂, extrapolated from up to four steps by Adams and Bashforth.
+        """Take ddim's step along ε̂, extrapolated from up to four steps by Adams-Bashforth.
 
-        Liu et al., 2022. The first step, having no history yet, goes along the mean of the noise
-        here and at the next level (Heun).
+        Liu et al., 2022. The first step, having no history yet, uses the mean of the noise here and
+        at the next level (Heun).
         """
         past = []
         for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
@@ -183,7 +183,7 @@ def plms_of(velocities=False, level=None, stride=0, runge_kutta=False):
 
 
 def plms_configured(scheduler, steps, alpha_bars, from_noise):
-    """Return PLMS as diffusers does it with a config."""
+    """Return PLMS as diffusers runs it with this config."""
     T, own = len(alpha_bars), scheduler._class_name == "PNDMScheduler"
     return plms_of(scheduler.prediction_type == "v_prediction",
                    lambda t: float(alpha_bars[min(int(t), T - 1)]), T // len(steps),
@@ -213,9 +213,9 @@ def lcm_timesteps(n, scheduler):
 
 @sampler("lcm", "LCM", "LCMScheduler", timesteps=lcm_timesteps, from_nothing=True)
 def lcm(denoise, x, steps, noise):
-    """Consistency sampling: each step leaps to the picture, all but the last noise it again.
+    """Consistency sampling: each step jumps to the clean picture; all but the last noise it again.
 
-    Luo et al., 2023. x_t keeps a share in the leap, so that the one from t = 0 is the identity.
+    Luo et al., 2023. The jump mixes in x_t, so that at t = 0 it is the identity.
     """
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
@@ -227,7 +227,7 @@ def lcm(denoise, x, steps, noise):
 
 
 def time_of_level(denoise, alpha_bar):
-    """Return the time t that the model knows this level by."""
+    """Return the model's time t for this level."""
     return float(time_of(sigma_of(alpha_bar), sigma_of(denoise.alpha_bars)))
 
 
@@ -249,9 +249,9 @@ def heun(denoise, x, steps, noise=None):
 
 @sampler("restart", "Restart", **SIGMA)
 def restart(denoise, x, steps, noise):
-    """Heun's steps; where they pass σ = 0.1, noise x up to σ = 2 and come down again (9.11).
+    """Heun's steps, but after passing σ = 0.1 noise x up to σ = 2 and come down again (9.11).
 
-    Xu et al., 2023. How often, and in how many steps, is the web UI's choice, which begins at 20.
+    Xu et al., 2023. The number of restarts and their steps are the web UI's, from 20 steps on.
     """
     n, highest = len(steps), min(2, sigma_of(steps[0][1]))
     times, again = (2, n // 4) if n >= 36 else (1, 9) if n >= 20 else (0, 0)
@@ -279,7 +279,7 @@ def lam(alpha_bar):
 
 
 def slope(past):
-    """Return by how much x̂_0 grew with λ between the first two of [(λ, x̂_0), ...]."""
+    """Return the slope of x̂_0 over λ between the first two of [(λ, x̂_0), ...]."""
     (lam_0, x_0), (lam_1, x_1), *_ = past
     return (x_0 - x_1) / (lam_0 - lam_1)
 
@@ -299,9 +299,9 @@ def dpm_pp_2m_sde(denoise, x, steps, noise):
 
 @sampler("dpm++3msde", "DPM++ 3M SDE", **LAMBDA)
 def dpm_pp_3m_sde(denoise, x, steps, noise):
-    """Take ddpm's step with the mean over it of a curve through three guesses x̂_0 (9.13).
+    """Take ddpm's step with the mean, over the step, of a parabola through three x̂_0 (9.13).
 
-    Crowson, 2023. As there, of the curvature half is taken.
+    Crowson, 2023, who takes half of the curvature.
     """
     past = []
     for t, alpha_bar, alpha_bar_next in steps:
@@ -321,10 +321,10 @@ def dpm_pp_3m_sde(denoise, x, steps, noise):
 
 @sampler("dpm++sde", "DPM++ SDE", "DPMSolverSDEScheduler", **SIGMA)
 def dpm_pp_sde(denoise, x, steps, noise):
-    """Take ddpm's step with x̂_0 from halfway in λ, where half a step leads (9.14).
+    """Take half a step in λ, and use the x̂_0 found there for ddpm's whole step (9.14).
 
-    Lu et al., 2022, as in k-diffusion: along σ the noise is a Brownian motion, so that a step's
-    noise contains that of its first half.
+    Lu et al., 2022, as in k-diffusion: the noise is a Brownian motion in σ, so a step's noise
+    contains the noise of its first half.
     """
     for t, alpha_bar, alpha_bar_next in steps:
         x_0, _ = denoise(x, t, alpha_bar)
@@ -359,9 +359,9 @@ def unipc(denoise, x, steps, noise=None):
 
 
 def corrected(past, lam_1, x_1):
-    """Return the mean of x̂_0 over the last step, once the guess x_1 at its end is known (9.15).
+    """Return the mean of x̂_0 over the last step, given the guess x_1 at its end (9.15).
 
-    past: (λ, x̂_0) at its start, and perhaps of the step before.
+    past: (λ, x̂_0) at its start, then that of the step before, if any.
     """
     lam_0, x_0 = past[0]
     if len(past) == 1:
@@ -373,12 +373,12 @@ def corrected(past, lam_1, x_1):
     return x_0 + rho * h * slope(past) + (b_1 - rho) * (x_1 - x_0)
 
 
-GAMMA = 0.3     # how far below the next time each of tcd's steps leaps, as a share of that time
+GAMMA = 0.3     # how far below the next time tcd jumps, as a fraction of that time
 
 
 @sampler("tcd", "TCD", "TCDScheduler", timesteps=lcm_timesteps, ends_clean=False)
 def tcd(denoise, x, steps, noise):
-    """Leap along ε̂ to below the next level, then noise x up to it (9.16). Zheng et al., 2024."""
+    """Jump along ε̂ below the next level, then noise x up to it (9.16). Zheng et al., 2024."""
     for (t, alpha_bar, alpha_bar_next), following in zip_longest(steps, steps[1:]):
         t_next = following[0] if following else 0
         level = float(denoise.alpha_bars[int((1 - GAMMA) * t_next)])
@@ -390,10 +390,10 @@ def tcd(denoise, x, steps, noise):
 
 
 def as_web_ui(function):
-    """Return a sampler with the levels that AUTOMATIC1111's web UI and Forge give it.
+    """Return a sampler that visits the levels of AUTOMATIC1111's web UI and Forge.
 
-    k-diffusion's are linspace(T - 1, 0, n), with the noise's standard deviation in x_T; the
-    others' timesteps are "leading".
+    Samplers from k-diffusion take linspace(T - 1, 0, n), and their x_T has the standard deviation
+    of the noise; for the others the timesteps are "leading".
     """
     same = functools.partial(function)
     vars(same).update(vars(function), spacing="leading")
@@ -404,10 +404,10 @@ def as_web_ui(function):
 
 
 def as_comfyui(function):
-    """Return a sampler with the levels and times that ComfyUI gives it.
+    """Return a sampler that visits ComfyUI's levels and times.
 
-    Schedules extend over all levels of the model, which is asked at whole times; x_T is noise of
-    variance 1, and a picture to start from is the mean that the VAE sees in it.
+    Schedules cover all levels of the model, and it is called at integer times. x_T is noise of
+    variance 1, and a start picture is encoded without noise, to the VAE's mean.
     """
     def rounding(denoise, x, steps, noise=None):
         def ask(x_t, t, alpha_bar):
@@ -422,7 +422,7 @@ def as_comfyui(function):
 
 
 def counting(sampler, *counts):
-    """Return the sampler, calling each of counts with (i, n) before step i of n, from 0."""
+    """Return the sampler, changed to call count(i, n) of each in counts before step i of n."""
     @functools.wraps(sampler)
     def counted(denoise, x, steps, noise=None):
         def count(i):
@@ -439,7 +439,7 @@ def counting(sampler, *counts):
 
 # ── The names of samplers ───────────────────────────────────────────────────────────────────────
 
-# those whose levels a schedule can choose
+# samplers that work with any schedule
 SCHEDULED = tuple(name for name, function in SAMPLERS.items() if not hasattr(function, "timesteps"))
 
 SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multistep", ""),
@@ -448,7 +448,7 @@ SPELLINGS = (("dpmpp", "dpm++"), ("ancestral", "a"), ("discrete", ""), ("multist
 
 
 def bare(name):
-    """Return a name in lower case, without what programs disagree on."""
+    """Return a name in lower case, with the programs' different spellings made equal."""
     name = re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("scheduler").removesuffix("gpu")
     for old, new in SPELLINGS:
         name = name.replace(old, new)
@@ -456,9 +456,9 @@ def bare(name):
 
 
 def sampler_named(text):
-    """Return (sampler, schedule or None) for a name that people know it by, or None.
+    """Return (sampler, schedule or None) for its name in any program, or None if unknown.
 
-    "DPM++ 2M Karras", "dpmpp_2m", "k_euler_a" and "EulerDiscreteScheduler" are such names.
+    For example "DPM++ 2M Karras", "dpmpp_2m", "k_euler_a" or "EulerDiscreteScheduler".
     """
     known = {bare(name): name for name in SAMPLERS}
     known |= {bare(title): name for name, title in TITLES.items() if name in SAMPLERS}

@@ -1,8 +1,8 @@
-"""Which noise levels to visit, by the names that other programs have for them.
+"""Schedules: which noise levels to visit, under the names of other programs.
 
-A schedule is a function of n and the model's σ (T,), rising with t; it returns n levels σ, the
-noisiest first. The last step goes from there to 0. Those of SPACINGS space the times t of the
-model instead, as samplers do by default (timesteps in extras/like_diffusers.py).
+A schedule is a function of n and the model's σ (T,), which rises with t; it returns n levels σ, the
+noisiest first. The last step goes from the last level to 0. The names in SPACINGS space the model's
+times t instead, as samplers do by default (timesteps in extras/like_diffusers.py).
 """
 
 import re
@@ -51,9 +51,9 @@ def beta(n, sigmas):
 
 
 def beta_quantile(p, a=0.6):
-    """Return where the beta distribution, of density u^(a-1) (1-u)^(a-1), reaches the shares p.
+    """Return the quantiles p of the beta distribution with density u^(a-1) (1-u)^(a-1).
 
-    Half of it is integrated over w = u^a, in which the density has no pole; the rest is symmetry.
+    Integrate one half over w = u^a, which removes the pole of the density; the rest is symmetry.
     """
     w = np.linspace(0, 0.5 ** a, 10001)
     density = (1 - w ** (1 / a)) ** (a - 1)
@@ -82,7 +82,7 @@ def sgm_uniform(n, sigmas):
 
 @schedule
 def simple(n, sigmas):
-    """Take every (T / n)th time, the noisiest among them."""
+    """Take every (T / n)th time, starting at the noisiest."""
     return sigmas[len(sigmas) - 1 - np.arange(n) * len(sigmas) // n]
 
 
@@ -92,7 +92,7 @@ def ddim_uniform(n, sigmas):
     return sigmas[1 + np.arange(n)[::-1] * (len(sigmas) // n)]
 
 
-ALIGNED = {     # optimised for ten steps, which end at the last time; XL has its own
+ALIGNED = {     # {SDXL?: times optimised for ten steps, and the end of the last}
     False: (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
     True: (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0)}
 
@@ -107,7 +107,7 @@ def align_your_steps(n, sigmas, xl=False):
 
 @schedule
 def align_your_steps_xl(n, sigmas):
-    """Do what align_your_steps does, with the times optimised for SDXL."""
+    """Like align_your_steps, with the times optimised for SDXL."""
     return align_your_steps(n, sigmas, xl=True)
 
 
@@ -123,9 +123,9 @@ KNOWN |= {"automatic": "", "default": ""}       # the sampler's own, or the conf
 
 
 def schedule_named(text):
-    """Return the one of NAMES that people know by this name, too, "" for none of them, or None.
+    """Return the name in NAMES for a schedule's name in any program, or None if unknown.
 
-    "Karras", "sgm_uniform" and "Align Your Steps" are such names.
+    For example "Karras", "sgm_uniform" or "Align Your Steps". "Automatic" gives "".
     """
     return KNOWN.get(plain(text))
 

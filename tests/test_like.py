@@ -55,7 +55,7 @@ def test_like_says_what_it_does_not_take_up(run):
                 "Foo: 1, Hires resize: 32x0, ENSD: 31337, RNG: NV")
     status, out, err = cli_lines(run, "--like", "a.png", model=False)
     assert (status, out) == (2, []) and err == [
-        "a.png was drawn by the model /etc/other, which is not in weights/ nor here: give it, or "
+        "a.png was drawn by the model /etc/other, which was not found: give it, or "
         "another one, with --model"]
     _, _, err = cli_lines(run, "--like", "a.png")
     assert err == ["--like a.png: " + line for line in [
