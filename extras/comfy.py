@@ -215,7 +215,8 @@ def weighted_parts(text, weight=1.0, depth=0):
     (word) weighs 1.1 times as much as the text around it, (word:1.3) always 1.3.
     """
     require(depth < prompts.DEEPEST, f"the prompt nests brackets {depth} deep")
-    require(abs(weight) < 1e6, f"the prompt weighs {shorten(repr(text), 30)} beyond a million")
+    require(abs(weight) < 1e6, f"the weight of {shorten(repr(text), 30)} in the prompt is beyond "
+                               "a million")
     for written, sign in ESCAPED.items():
         text = text.replace(written, sign)
     found = []

@@ -1,11 +1,11 @@
-"""Prompts that change from step to step, and several at once, as in AUTOMATIC1111's web UI.
+"""Prompts that change during sampling, or are combined, as in AUTOMATIC1111's web UI.
 
     [from:to:when]   [to:when]   [from::when]   one text until step `when`, then another
-    [one|two|...]                               one after the other, at each step the next
+    [one|two|...]                               alternate: each step takes the next one
     one AND two :0.5                            both at once, each with a weight
 
-`when` with a decimal point is a share of the steps, else a number of steps. What does not read like
-that is text, as are brackets that only weigh (extras/prompts.py reads those).
+`when` is a fraction of the steps if it has a decimal point, else a number of steps. Anything else
+is text, including brackets for weights, which extras/prompts.py reads.
 """
 
 import functools
@@ -14,7 +14,7 @@ import re
 from extras.guidance import composed
 from tiny_sd import guide, require, shorten
 
-DEEPEST = 50        # brackets within one another; deeper ones are text
+DEEPEST = 50        # levels of nested brackets; deeper ones are text
 NUMBER = re.compile(r"\s*([+-]?(\d+\.?\d*|\.\d+))\s*")
 
 
@@ -30,13 +30,13 @@ def parts_of(text):
 
 
 def texts_of(text, n, more=0):
-    """Return what a prompt says at each of n steps, and at `more` steps that follow these."""
+    """Return a prompt's text at each of n steps, and at `more` steps after these."""
     tree = tree_of(text)
     return ["".join(at(tree, step, n)) for step in range(1, n + more + 1)]
 
 
 def at(tree, step, n):
-    """Yield the pieces of a parsed prompt as it is at a step, from 1 to n."""
+    """Yield the pieces of a parsed prompt's text at a step, 1 to n."""
     for node in tree:
         if isinstance(node, str):
             yield node
@@ -49,10 +49,10 @@ def at(tree, step, n):
 
 
 def parsed(text, depth=0):
-    """Return a prompt as a list of texts, lists of alternatives and (before, after, when).
+    """Parse a prompt into a list of texts, lists of alternatives and triples (before, after, when).
 
-    Alternatives, before and after are such lists too. Raises ValueError if all of it is text, as
-    it is where a "|" stands alone.
+    Alternatives, before and after are such lists, too. ValueError if the whole prompt is plain
+    text because of a "|" outside brackets.
     """
     tree, i, ends = [], 0, closing(text)
     for mark in re.finditer(r"\\.|[\[|]", text, re.DOTALL):
@@ -78,7 +78,7 @@ def closing(text):
 
 
 def bracket(inside, depth):
-    """Return the nodes of what stands between "[" and "]"."""
+    """Return the nodes for the text between "[" and "]"."""
     options, parts = separated(inside, "|"), separated(inside, ":")
     if len(options) > 1 and len(parts) == 1:
         return [[parsed(option, depth) for option in options]]
@@ -90,7 +90,7 @@ def bracket(inside, depth):
 
 
 def separated(text, separator):
-    """Split a text at the separators outside of brackets; never, where these do not match."""
+    """Split a text at separators outside brackets; do not split if the brackets do not match."""
     parts, opened, start = [], [], 0
     for mark in re.finditer(r"\\.|[\[\]():|]", text, re.DOTALL):
         if mark[0] in "[(":
@@ -104,7 +104,7 @@ def separated(text, separator):
 
 
 def tree_of(text):
-    """Return what parsed() does, or the text alone where all of it is text."""
+    """Return parsed(text), or the text alone if it is plain."""
     try:
         return parsed(text)
     except ValueError:
@@ -112,13 +112,13 @@ def tree_of(text):
 
 
 def changes(*texts):
-    """Does any of these prompts (or None) change in time or have parts?"""
+    """Does any of these prompts (some may be None) change during sampling or have parts?"""
     return any(len(parts_of(text)) > 1 or not all(isinstance(node, str) for node in tree_of(text))
                for text in texts if text)
 
 
 def all_words(text):
-    """Return everything that a prompt says at some step, without the signs for when."""
+    """Return all words that a prompt has at any step."""
     def words(tree):
         for node in tree:
             if isinstance(node, str):
@@ -130,10 +130,10 @@ def all_words(text):
 
 
 class Timeline:
-    """What two prompts say at each of n steps, and of those that follow; each text is encoded once.
+    """The texts of two prompts at each of n + more steps; each distinct text is encoded once.
 
-    embed and denoiser(make_denoiser) are for like_diffusers.generate, count for
-    samplers.counting, combine for extras/guidance.py.
+    Pass embed and denoiser(make_denoiser) to like_diffusers.generate, count to samplers.counting
+    and combine to extras/guidance.py.
     """
 
     def __init__(self, prompt, negative, n, embed, more=0):
@@ -143,12 +143,12 @@ class Timeline:
             require(text.count("[") + len(parts) <= 1000, "the prompt changes in more than a "
                     f"thousand places: {shorten(text, 30)}")
         weights = [weight for _, weight in parts]
-        require(max(map(abs, weights)) <= 1e6, "a weight behind AND is beyond a million: "
+        require(max(map(abs, weights)) <= 1e6, "a weight after AND is beyond a million: "
                                                f"{shorten(prompt, 30)}")
         self.combine = composed(weights) if len(weights) > 1 else guide
         texts = [[None] * (n + more) if negative is None else texts_of(negative, n, more),
                  *(texts_of(text, n, more) for text, _ in parts)]
-        self.steps = list(zip(*texts))      # of each, the negative prompt's text and the prompts'
+        self.steps = list(zip(*texts))      # for each step (negative text, text of each part ...)
         self.texts = list(dict.fromkeys(text for step in self.steps for text in step))
 
     def embed(self, model, texts):
@@ -157,7 +157,7 @@ class Timeline:
         return self.inner(model, self.texts)
 
     def denoiser(self, make_denoiser):
-        """Return make_denoiser, given the contexts of the step that is next."""
+        """Return make_denoiser, changed to use the contexts of the current step."""
         def make(model, context, guidance=1.0, pooled=None, *others):
             @functools.cache
             def asking(*rows):
@@ -172,5 +172,5 @@ class Timeline:
         return make
 
     def count(self, step, n):
-        """Say that step `step` is next, counted from 0."""
+        """Note that step `step` is next, counted from 0."""
         self.step = min(step, len(self.steps) - 1)

@@ -1,8 +1,8 @@
-"""Draw what diffusers draws: its timesteps, which depend on the scheduler, and torch's numbers.
+"""Draw the same pictures as diffusers, with its timesteps and torch's random numbers.
 
-generate() here takes a seed, a number of steps and a sampler's name, and calls tiny_sd.generate()
-with the levels and the noise that diffusers would take: the same prompt, seed and settings give the
-same picture there. Distilled models also get their guidance as diffusers gives it.
+generate() here takes seeds, a number of steps and a sampler's name, and calls tiny_sd.generate()
+with the levels and the noise that diffusers would use: the same prompt, seed and settings give the
+same picture. Distilled models also get the guidance scale as an input, as in diffusers.
 """
 
 import functools
@@ -20,14 +20,13 @@ from tiny_sd import SAMPLERS, Model, array_like, guide, latent_shape, linear, re
 
 
 def defaults(model, sampler=None):
-    """Return the sampler, the model's own if None, and the steps and the guidance that suit both.
-    """
+    """Return the sampler (the model's own if None), and the default steps and guidance for it."""
     own, steps, scale = own_defaults(model)
     return sampler or own, steps, getattr(function_of(sampler or own), "guidance", scale)
 
 
 def own_defaults(model):
-    """Return the model's own sampler, and the steps and the guidance that it was made for."""
+    """Return the model's own sampler, steps and guidance."""
     scheduler = model.config.scheduler
     sampler = SCHEDULERS.get(scheduler._class_name, "dpm++2m")
     if scheduler._class_name == "LCMScheduler":
@@ -39,7 +38,7 @@ def own_defaults(model):
 
 
 def picture_size(model, width=None, height=None):
-    """Return (width, height) in pixels, the model's own where they are None."""
+    """Return (width, height) in pixels; None means the model's own."""
     h, w, _ = latent_shape(model, width, height)
     return w * model.factor, h * model.factor
 
@@ -50,11 +49,11 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
              width: int | None = None, height: int | None = None, init: np.ndarray | None = None,
              strength=0.75, mask: np.ndarray | None = None, make_denoiser=None,
              embed=tiny_sd.embed_prompts) -> Iterator[np.ndarray]:
-    """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step, as diffusers'.
+    """Return a generator of the latents x_t (len(seeds), h, w, 4) after each step, as in diffusers.
 
-    Where steps, guidance, sampler, width or height are None, the model's own are taken. sampler: a
-    name in SAMPLERS, or a function like those. init: a picture to start from; the rest is as in
-    tiny_sd.generate. Raises UserError for values out of range.
+    steps, guidance, sampler, width, height: None means the model's own. sampler: a name in
+    SAMPLERS, or a function like those. init: a picture to start from. The other arguments are
+    those of tiny_sd.generate. Raises UserError for values out of range.
     """
     sampler, own_steps, own_guidance = defaults(model, sampler)
     guidance = own_guidance if guidance is None else guidance
@@ -68,7 +67,7 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
             f"seeds must be a list of whole numbers, not {seeds}")
     check_start(model, init, mask)
     if negative is None and not getattr(model.config.scheduler, "_force_zeros", True):
-        negative = ""       # as the folder's model_index.json asks for
+        negative = ""       # the folder's model_index.json asks for this
     if init is not None:
         height, width = init.shape[:2]
 
@@ -85,7 +84,7 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
         scale = initial_scale(sampler, model.config.scheduler, levels)
         sampler_here = from_scaled_noise(sampler_here, scale)
     plain_noise = getattr(sampler, "plain_noise", False)
-    scale = 0.0 if plain_noise else guidance        # at 1, there would be no negative prompt
+    scale = 0.0 if plain_noise else guidance        # at 1 the negative prompt would be left out
     if model.config.unet.time_cond_proj_dim:
         scale = 1.0     # a distilled model takes the scale as an input instead
     own = with_plain_noise(denoiser) if plain_noise else denoiser
@@ -95,7 +94,7 @@ def generate(model: Model, prompt: str, negative: str | None = None, seeds: Sequ
 
 
 def check_start(model, picture, mask):
-    """UserError unless a picture to start from and its mask suit each other and the model."""
+    """UserError unless a start picture and its mask fit each other and the model."""
     require(mask is not None or not model.inpaints, f"{model.name} is a model for inpainting, "
             "which needs a picture and a mask")
     is_array = isinstance(picture, np.ndarray)
@@ -104,7 +103,7 @@ def check_start(model, picture, mask):
             f"{picture.shape if is_array else type(picture).__name__}")
     floats = picture is not None and picture.dtype.kind == "f"
     require(not floats or not 0 < np.max(picture, initial=0) <= 1, "a picture to start from has "
-            "values from 0 to 255, and this one only up to 1")
+            "values from 0 to 255, but this one only up to 1")
     require(mask is None or isinstance(mask, np.ndarray) and mask.dtype == bool,
             "a mask is an array of bool")
     require(mask is None or picture is not None and mask.shape == picture.shape[:2],
@@ -112,7 +111,7 @@ def check_start(model, picture, mask):
 
 
 def with_guidance(make_denoiser, guidance, model, context, _, *others):
-    """Make a denoiser with this guidance, whatever generate() made of it, and .alpha_bars."""
+    """Make a denoiser with this guidance, not the one that generate() passes; add .alpha_bars."""
     denoise = functools.partial(make_denoiser(model, context, guidance, *others))
     denoise.alpha_bars = model.alpha_bars
     return denoise
@@ -120,13 +119,13 @@ def with_guidance(make_denoiser, guidance, model, context, _, *others):
 
 def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None,
              combine=guide, predict=None) -> Callable:
-    """Do what tiny_sd.denoiser does, but ask with both contexts at once.
+    """Like tiny_sd.denoiser, but run the U-Net on both contexts at once.
 
-    NumPy gives each a core where extras/fast.py is loaded; torch gets both in one batch, as does
-    NumPy where weights are prepared at each use (extras/narrow.py), to do so once for both.
-    combine: see extras/guidance.py, for which there may be more than two contexts. predict: what to
-    ask instead of tiny_sd.predict. Without these two, tiny_sd.denoiser itself is used where
-    extras/fast.py found it edited, or is not loaded; with them, an edit of it has no effect.
+    With extras/fast.py, NumPy runs each context on its own cores. Torch gets both in one batch, and
+    so does NumPy if weights are prepared at every use (extras/narrow.py), so that this happens only
+    once. combine: see extras/guidance.py; it may take more than two contexts. predict: a
+    replacement for tiny_sd.predict. If both are left out, and extras/fast.py is not loaded or finds
+    tiny_sd.denoiser edited, tiny_sd.denoiser itself is used; otherwise an edit has no effect.
     """
     if combine is guide and predict is None and "denoiser" not in tiny_sd.FAST:
         return tiny_sd.denoiser(model, context, guidance, pooled, extra_channels)
@@ -168,13 +167,13 @@ def noise_levels(scheduler):
         signal = alpha_bars ** 0.5
         signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
         alpha_bars = signal ** 2
-        if scheduler.prediction_type == "epsilon":      # which says nothing where all is noise
+        if scheduler.prediction_type == "epsilon":      # ε says nothing about x_0 if ᾱ = 0
             alpha_bars[-1] = 2 ** -24
     return alpha_bars
 
 
 def as_pipelines_have_it(settings, two_encoders):
-    """Return a scheduler's config with what diffusers' classes, then its pipelines, make of it."""
+    """Return a scheduler's config as diffusers' scheduler class and pipeline complete it."""
     kind, linear_schedule = str(settings.get("_class_name")), {}
     if kind in SCHEDULERS and kind not in ("LCMScheduler", "TCDScheduler"):
         linear_schedule = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -184,7 +183,7 @@ def as_pipelines_have_it(settings, two_encoders):
 
 
 def function_of(sampler):
-    """Return the sampler of a name; a function is one already."""
+    """Return the sampler of this name, or a function unchanged."""
     require(callable(sampler) or sampler in SAMPLERS,
             f"there is no sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS.get(sampler, sampler)
@@ -212,13 +211,13 @@ def timesteps(sampler, n, scheduler, spacing=None):
 
 
 def own_schedule(schedule, model):
-    """Return the name of the schedule for this model: SDXL has its own of one."""
+    """Return the name of the schedule for this model: one of them has a version for SDXL."""
     xl = schedule == "align your steps" and len(model.encoders) == 2
     return "align your steps xl" if xl else schedule
 
 
 def schedule_of(sampler, scheduler):
-    """Return the schedule that the config asks for, where diffusers' sampler would follow it."""
+    """Return the schedule that the config asks for, if diffusers' sampler would follow it."""
     follows = hasattr(sampler, "range") and getattr(sampler, "follows_config", True)
     return next((name for name in ("karras", "exponential", "beta")
                  if follows and getattr(scheduler, f"use_{name}_sigmas", False)), None)
@@ -266,9 +265,9 @@ def sampling_steps(sampler, n, scheduler, alpha_bars, schedule=None):
 def scheduled_levels(name, n, sampler, sigma, sigmas, scheduler):
     """Return a schedule's levels and their times.
 
-    sigma: the levels that the sampler would take, over whose range some schedules extend; sigmas:
-    all of the model's. Three schedules are also diffusers', whose times are whole with samplers
-    that think in log σ; for them a scheduler's config may have a range of its own.
+    sigma: the levels that the sampler would take, whose range some schedules cover; sigmas: all
+    levels of the model. Three of the schedules are also in diffusers: there a config may set the
+    range, and samplers in log σ round the times to integers.
     """
     in_diffusers = name in ("karras", "exponential", "beta") and getattr(sampler, "range", None)
     known = sigma[::-1] if in_diffusers == "steps" else sigmas
@@ -278,20 +277,20 @@ def scheduled_levels(name, n, sampler, sigma, sigmas, scheduler):
     sigma = SCHEDULES[name](n, known)
     t = time_of(sigma, sigmas)
     if in_diffusers == "model":
-        # it cuts the others', whose first comes out as 998.9999
+        # diffusers truncates the others; the first comes out as 998.9999
         t = t.round() if name == "karras" else np.floor(t - 1e-4).clip(0)
     return sigma, t
 
 
 def initial_scale(sampler, scheduler, steps):
-    """Return the standard deviation of x_T: 1, or that of the noise in it alone."""
+    """Return the standard deviation of x_T: 1, or only that of its noise."""
     if getattr(sampler, "scaled", False) and timestep_spacing(sampler, scheduler) != "leading":
         return (1 - steps[0][1]) ** 0.5
     return 1.0
 
 
 def from_scaled_noise(sampler, scale):
-    """Return the sampler, starting from x_T times this scale."""
+    """Return the sampler, changed to start from x_T times this scale."""
     def scaled(denoise, x, steps, noise):
         return sampler(denoise, scale * x, steps, noise)
     return scaled
@@ -303,7 +302,7 @@ def from_scaled_noise(sampler, scale):
 def embed_time_and_guidance(model, x, t, pooled=None, guidance=1.0):
     """Return the time embedding of a model that takes the guidance scale as an input.
 
-    Meng et al., 2023. What tiny_sd.time_mlp computes, with the scale's embedding added (9.5).
+    Meng et al., 2023. Like tiny_sd.time_mlp, with the scale's embedding added (9.5).
     """
     weights = model.unet["time_embedding"]
     times = tiny_sd.timestep_embedding(t, weights["linear_1"]["weight"].shape[1])
@@ -360,7 +359,8 @@ def torch_noise(seeds, shape):
 
 
 def after_zeros(noise, shape):
-    """Return noise() whose first numbers, with which tiny_sd.generate encodes a picture, are 0."""
+    """Return noise(), changed to return zeros first: tiny_sd.generate encodes a picture with them.
+    """
     def numbers():
         yield np.zeros(shape, np.float32)
         while True:

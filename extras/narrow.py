@@ -1,9 +1,9 @@
-"""Weights that stay in their file, in the type that they have there, until they are used.
+"""Keep weights in their file, with their dtype there, until they are used.
 
-The arrays' class does this; the layers know nothing of it. extras/fast.py prepares each weight at
-its first use, on all cores, and keeps the result. The weights of networks that run fewer than PAYS
-times, and all with --low-memory, are prepared at every use instead, and the system can drop the
-file's pages and read them again.
+The arrays' class does this, so the layers need not know. extras/fast.py prepares each weight at its
+first use, on all cores, and keeps the result. Networks that run fewer than PAYS times, and all with
+--low-memory, have their weights prepared at every use instead; the system can then drop the file's
+pages and read them again.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from tiny_sd import widen
 class Narrow(np.ndarray):
     """An array of float32, float16, or bfloat16 kept as uint16, that computes as float32.
 
-    fleeting: whether what is prepared from it is discarded after each use.
+    fleeting: discard after each use what was prepared from it.
     """
     fleeting = False
 
@@ -36,14 +36,15 @@ def wide(x):
     return np.asarray(widen(x.view(np.ndarray)), np.float32) if isinstance(x, Narrow) else x
 
 
-PAYS = 5        # passes from which on it is quicker to keep what was prepared
+PAYS = 5        # from this many passes on, it is faster to keep the prepared weights
 
 
 def keep_what_pays(model, passes):
-    """Let the weights of networks that run fewer than PAYS times be prepared at each use.
+    """Prepare the weights of networks that run fewer than PAYS times at each use.
 
-    passes: {part of the model: how many times its weights will be read}. What is prepared is kept
-    in float32, and the first touch of so much memory takes longer than preparing it a few times.
+    passes: {part of the model: how many times its weights will be read}. Prepared weights are
+    float32, and touching so much memory for the first time costs more than preparing them a few
+    times.
     """
     def fleeting(tree):
         if isinstance(tree, dict):
@@ -62,7 +63,7 @@ def keep_what_pays(model, passes):
 
 
 def to_backend(array, backend, device="cpu", dtype="float32", kind=Narrow):
-    """Do what tiny_sd.to_backend does, but leave NumPy's matrices as they are in the file."""
+    """Like tiny_sd.to_backend, but for NumPy leave matrices in the file."""
     if backend == "torch" or array.ndim < 2 or array.dtype.itemsize > 4:
         return tiny_sd.to_backend(array, backend, device, dtype)
     array = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array

@@ -1,13 +1,11 @@
-r"""Prompts as people write them: with weights, of any length, with LoRAs and learnt words by name.
+r"""Long prompts with weights, LoRAs and learnt words, as in AUTOMATIC1111's web UI.
 
-What they mean here is what they mean in AUTOMATIC1111's web UI:
-
-    (word)   (word:1.3)   [word]    1.1, 1.3 and 1 / 1.1 times the weight; nested, they multiply
+    (word)   (word:1.3)   [word]    1.1, 1.3 and 1 / 1.1 times the weight; nested ones multiply
     \(   \)   \[   \]   \\          the character itself
-    BREAK                           what follows begins a chunk of its own
+    BREAK                           starts a new chunk
     <lora:name:0.8>                 adds the LoRA in the file of that name
 
-embed_prompts() here takes the place of the one in tiny_sd: generate(..., embed=...).
+Use embed_prompts() here instead of tiny_sd's: generate(..., embed=...).
 """
 
 import dataclasses
@@ -30,15 +28,15 @@ from tiny_sd import Tokenizer, UserError, array_like, concat, require, shorten, 
 MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
 PAUSE = re.compile(r"\bBREAK\b")
 BREAK = ("BREAK", -1)
-LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes for ever
+LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes forever
 LONGEST_NAME, MOST_TAGS = 200, 100
 
 
 def weighted_parts(text):
     """Return [(text, weight), ...] of a prompt, with (BREAK, -1) between chunks.
 
-    A bracket that is never closed reaches to the end; one that was never opened is text. As in the
-    web UI, a BREAK inside brackets gets their weight, so it counts as a word.
+    An opening bracket without its pair extends to the end; a closing one is text. As in the web UI,
+    a BREAK inside brackets gets their weight, which makes it an ordinary word.
     """
     parts, opened = [], {"(": [], "[": []}
 
@@ -72,18 +70,19 @@ def weighted_parts(text):
 
 
 def number(text):
-    """Return a weight written in a prompt as a float."""
+    """Parse a weight in a prompt."""
     try:
         return float(text)
     except ValueError:
         raise UserError(f"the prompt's weight {shorten(text, 30)} is not a number (--plain-prompt "
-                        "takes a prompt as it is)") from None
+                        "reads brackets as plain text)") from None
 
 
 def merged(parts):
-    """Join neighbours of the same weight, which are one text to the tokenizer."""
+    """Join neighbours of the same weight, so that the tokenizer sees one text."""
     for text, weight in parts:
-        require(abs(weight) < 1e6, f"the prompt weighs {shorten(repr(text), 30)} beyond a million")
+        require(abs(weight) < 1e6, f"the weight of {shorten(repr(text), 30)} in the prompt is "
+                                   "beyond a million")
     runs = itertools.groupby(parts or [("", 1.0)], key=lambda part: part[1])
     return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
@@ -92,18 +91,19 @@ def merged(parts):
 
 
 def check_length(text):
-    """UserError if a prompt, or one of its words, is longer than anybody needs."""
+    """UserError if a prompt, or one of its words, is too long."""
     longest = max(map(len, text.split()), default=0)
     require(len(text) <= LONGEST and longest <= LONGEST_WORD,
-            f"the prompt {shorten(repr(text), 30)} has {len(text)} letters, {longest} of them in "
-            f"one word: at most {LONGEST} and {LONGEST_WORD}")
+            f"the prompt {shorten(repr(text), 30)} has {len(text)} characters, {longest} of them "
+            f"in one word: at most {LONGEST} and {LONGEST_WORD} are allowed")
 
 
 def chunks_of(tokenizer, text, weighted=True):
-    """Return the chunks of a prompt: lists of (id, weight), as long as the model has room for.
+    """Return the chunks of a prompt: lists of (id, weight) that fit into the model.
 
-    Where one overflows, what follows a comma among its last 20 tokens goes to the next. Unless it
-    is weighted, it is read as Tokenizer.encode reads it: one chunk, and the rest is cut.
+    If a chunk overflows and has a comma among its last 20 tokens, the text after the comma moves
+    to the next chunk. Without `weighted` the prompt is read as by Tokenizer.encode: one chunk, and
+    the rest is cut off.
     """
     if not weighted:
         start = re.sub(rf"[{tokenizer.SPACE}]+", " ", text)[:40 * tokenizer.length]
@@ -133,7 +133,7 @@ def chunks_of(tokenizer, text, weighted=True):
 
 
 def words_of(tokenizer, text):
-    """Yield the ids of a text as lists: a token each, or all vectors of a learnt word."""
+    """Yield the ids of a text as lists: one token, or all vectors of a learnt word."""
     ids, lengths, i = tokenizer.tokens(text), getattr(tokenizer, "lengths", {}), 0
     while i < len(ids):
         n = lengths.get(ids[i], 1)
@@ -144,7 +144,7 @@ def words_of(tokenizer, text):
 def weigh(model, context, weights):
     """Multiply each row of a context (chunks, 77, width) by its weight, and restore the means.
 
-    These are those of each chunk, and of each text encoder's part of it.
+    The mean of each chunk is restored, separately for each text encoder's part.
     """
     ends = np.cumsum([encoder.config.hidden_size for encoder in model.encoders])
     return concat(*(weigh_part(context[..., start:end], weights)
@@ -155,17 +155,16 @@ def weigh_part(z, weights):
     """Multiply each row of z (chunks, 77, width) by its weight, then restore each chunk's mean."""
     weighted = z * array_like(z, weights)[..., None]
     before, after = (x.reshape(len(x), -1).mean(axis=1) for x in (z, weighted))
-    ratio = before / (after + (after == 0))         # of an absent prompt, all is zero
+    ratio = before / (after + (after == 0))         # without a prompt, all values are zero
     return weighted * ratio[:, None, None]
 
 
 def embed_prompts(model, texts, skip=None, chunks_of=chunks_of, weigh=weigh):
-    """Do what tiny_sd.embed_prompts does, for texts of any length with weights in them.
+    """Like tiny_sd.embed_prompts, for weighted texts of any length.
 
-    Each chunk is encoded alone, and the contexts follow one another. Texts of fewer chunks are
-    repeated, which attention does not notice: softmax divides the weight among the copies. A
-    second encoder's pooled vector is that of the first chunk. chunks_of, weigh: what to use instead
-    of these functions.
+    Encode each chunk separately and concatenate the contexts. Repeat texts with fewer chunks, which
+    attention does not notice: softmax divides the weight among the copies. A second encoder's
+    pooled vector is that of the first chunk. chunks_of, weigh: replacements for these functions.
     """
     tokenizer = model.encoders[0].tokenizer
     texts = [text if text is None else chunks_of(tokenizer, text) for text in texts]
@@ -180,7 +179,7 @@ def embed_prompts(model, texts, skip=None, chunks_of=chunks_of, weigh=weigh):
 
     lengths = [1 if text is None else len(text) for text in texts]
     n = math.lcm(*lengths)
-    if n > 60:      # first for prompts of 7 and 9 chunks: the copies are uneven, then
+    if n > 60:      # from 7 and 9 chunks on: accept uneven copies
         n = max(lengths)
     rows = np.stack([end - length + np.arange(n) % length
                      for end, length in zip(np.cumsum(lengths), lengths)])  # (texts, n)
@@ -189,7 +188,7 @@ def embed_prompts(model, texts, skip=None, chunks_of=chunks_of, weigh=weigh):
 
 
 def reader_of_ids(model):
-    """Return the model with tokenizers whose encode() takes the ids of a chunk for a text."""
+    """Return the model with tokenizers whose encode() takes the ids of a chunk, not a text."""
     def framing(tokenizer):
         bos, eos = tokenizer.vocab[Tokenizer.BOS], tokenizer.vocab[Tokenizer.EOS]
 
@@ -206,8 +205,8 @@ def reader_of_ids(model):
 def skipping(embed, n):
     """Return embed_prompts with CLIP skip n: without the last n - 1 layers of each text encoder.
 
-    Of Stable Diffusion 2 and XL one is left out already, so that 2 changes nothing there. The
-    final norm, where there is one, and a second encoder's pooled vector stay.
+    Stable Diffusion 2 and XL already skip one layer, so 2 changes nothing there. The final norm, if
+    any, and a second encoder's pooled vector are unaffected.
     """
     def skipped(model, texts):
         two = len(model.encoders) == 2
@@ -221,16 +220,16 @@ def skipping(embed, n):
 
 
 def reads_weights(model):
-    """Does the model read prompts through CLIP's own tokenizer, for which weights are usual?"""
+    """Does the model use CLIP's own tokenizer? Then weights in prompts are common."""
     tokenizer = model.encoders[0].tokenizer
     return tokenizer.length == 77 and len(tokenizer.vocab) >= 49408
 
 
-LISTS = re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}|__[\w/*.-]{1,60}?__")     # of extensions
+LISTS = re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}|__[\w/*.-]{1,60}?__")     # see extras/choices.py
 
 
 def remarks(model, texts, plain=False):
-    """Yield warnings: what in the prompts has no effect here, and learnt words that none uses.
+    """Yield warnings about parts of the prompts that have no effect, and about unused learnt words.
 
     texts: the prompt and the negative prompt, without tags.
     """
@@ -238,38 +237,38 @@ def remarks(model, texts, plain=False):
     for text in texts:
         check_length(text)
         if weighted and (found := LISTS.search(text)):
-            yield (f"{shorten(found[0], 60)} in the prompt is read as words: --wildcards DIR draws "
-                   "from lists")
+            yield (f"{shorten(found[0], 60)} in the prompt is read as plain text: --wildcards DIR "
+                   "would choose from lists")
         if mark := not weighted and not plain and re.search(r"\([^()]*:[\d.]+\)", text):
-            yield f"{mark[0]} is read as it stands: this model's prompts have no weights"
+            yield f"{mark[0]} is read as plain text: this model's prompts have no weights"
     tokenizer = model.encoders[0].tokenizer
     if learnt := getattr(tokenizer, "names", {}):
         said = {i for text in texts for chunk in chunks_of(tokenizer, text, weighted)
                 for i, _ in chunk}
         if silent := [" or ".join(names) for first, names in learnt.items() if first not in said]:
-            yield f"no prompt says {first_five(silent)}, which --embedding is for"
+            yield f"no prompt uses {first_five(silent)}, given with --embedding"
 
 
 # ── Learnt words ────────────────────────────────────────────────────────────────────────────────
 #
 # Textual inversion (Gal et al., 2022) learns a word: one or more rows of the table of token
-# embeddings, in a small file. To the network they are tokens as any other.
+# embeddings, stored in a small file. The network treats them like other tokens.
 
 
 class LearntTokenizer(Tokenizer):
-    """A tokenizer with more words, each of which stands for a run of ids of its own.
+    """A tokenizer with learnt words, each of which stands for a run of new ids.
 
-    words: {word: its ids}. Wherever the tokens of a word follow one another, its ids take their
-    place, as in the web UI; of words that begin alike, the longest counts. One in angle brackets
-    is found in the text, as in diffusers: the comma of "<cat>," would be in one token with ">".
-    Before a word, "embedding:" goes with it, as in ComfyUI.
+    words: {word: its ids}. As in the web UI, the ids replace the word's own tokens wherever those
+    occur in sequence; the longest match wins. A word in angle brackets is matched in the text, as
+    in diffusers, because the comma of "<cat>," would share a token with ">". As in ComfyUI,
+    "embedding:" before a word belongs to it.
     """
 
     def __init__(self, tokenizer, words):
         vars(self).update(vars(tokenizer))
         self.inner = tokenizer
         called = {start + word: ids for word, ids in words.items() if tokenizer.tokens(word)
-                  for start in ("embedding:", "")}      # as ComfyUI, and as all others
+                  for start in ("embedding:", "")}      # in ComfyUI, and in other programs
         self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in called.items()}
         self.bracketed = {word.lower(): ids for word, ids in called.items()
                           if re.fullmatch("(embedding:)?<.+>", word)}
@@ -283,7 +282,7 @@ class LearntTokenizer(Tokenizer):
             self.names[first].append(word)
 
     def tokens(self, text):
-        """Return the ids of a text, those of the learnt words among them."""
+        """Return the ids of a text, with those of learnt words."""
         longest_first = sorted(self.bracketed, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
         pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
@@ -291,7 +290,7 @@ class LearntTokenizer(Tokenizer):
                 for i in self.bracketed.get(piece.lower()) or self.learnt_tokens(piece)]
 
     def learnt_tokens(self, text):
-        """Return the ids of a text, where only tokens tell learnt words."""
+        """Return the ids of a text, finding learnt words by their tokens."""
         spelt, ids, i = self.inner.tokens(text), [], 0
         sizes = [*sorted({len(word) for word in self.learnt}, reverse=True), 1]
         while i < len(spelt):
@@ -303,10 +302,11 @@ class LearntTokenizer(Tokenizer):
 
 
 def with_embeddings(model, files):
-    """Return the model with the words that textual inversions, in these files, have learnt.
+    """Return the model with the learnt words of these textual inversion files.
 
-    A word is the file's name, and in diffusers' files the one inside. Instead of a file, (its name,
-    {name: array}) will do. UserError if a file is none, or of another family of models.
+    The word is the file's name, and in diffusers' files also the name inside. Instead of a file,
+    (its name, {name: array}) works too. UserError if a file is not an embedding, or is for another
+    family of models.
     """
     tables = [wide(encoder.weights["embeddings"]["token_embedding"]["weight"])
               for encoder in model.encoders]
@@ -331,8 +331,8 @@ def with_embeddings(model, files):
 def read_embedding(file, widths, room):
     """Return the names of a learnt word, and its vectors (n, width) for each text encoder.
 
-    file: or (name, {name: array}). widths: of the model's text encoders. room: for how many vectors
-    a prompt has room.
+    file: a path, or (name, {name: array}). widths: of the model's text encoders. room: the number
+    of vectors that fit in a prompt.
     """
     if isinstance(file, tuple):
         file, found = file
@@ -346,18 +346,20 @@ def read_embedding(file, widths, room):
                      ([array.shape[1] for array in vectors], widths))
     require(given == wanted, f"{file} is for another model: its vectors have {given} numbers, "
                              f"the model's {wanted}")
-    require(len({len(array) for array in vectors}) == 1, f"{file} has unlike numbers of vectors")
-    require(all(np.isfinite(array).all() for array in vectors), f"{file} holds no finite numbers")
+    require(len({len(array) for array in vectors}) == 1,
+            f"{file} has different numbers of vectors for the two text encoders")
+    require(all(np.isfinite(array).all() for array in vectors),
+            f"{file} has numbers that are not finite")
     n = len(vectors[0])
-    require(n <= room, f"{file} is a word of {n} vectors, too many for a prompt")
+    require(n <= room, f"{file} has {n} vectors, too many for a prompt")
     return names, vectors
 
 
 def embedding_arrays(file, name, found):
-    """Return the names of a learnt word, and the arrays in what its file holds: two for SDXL.
+    """Return the names of a learnt word, and the arrays in its file: two for SDXL.
 
     The web UI writes {"string_to_param": {"*": array}, "name": name} or {"emb_params": array},
-    diffusers {name: array}, and for SDXL all {"clip_l": array, "clip_g": array}.
+    diffusers {name: array}, and for SDXL every program {"clip_l": array, "clip_g": array}.
     """
     names = [name]
     if web_ui := isinstance(found.get("string_to_param"), dict):
@@ -382,14 +384,14 @@ TAG = re.compile(r"<(\w+):([^<>]+)>")
 
 
 def without_tags(text):
-    """Return a prompt without <lora:name:0.8> and what is written like it."""
+    """Return a prompt without tags like <lora:name:0.8>."""
     return TAG.sub("", text)
 
 
 def tags(text):
-    """Yield (tag, name of the LoRA, weight) of each tag in a prompt.
+    """Yield (tag, name of the LoRA, weight) for each tag in a prompt.
 
-    Of one that does not read <lora:name:weight>, the name is None, and the third says why.
+    If a tag is not of the form <lora:name:weight>, yield (tag, None, why not).
     """
     found = [*TAG.finditer(text)]
     require(len(found) <= MOST_TAGS,
@@ -397,17 +399,17 @@ def tags(text):
     for tag in found:
         name, *weights = tag[2].split(":")
         if tag[1] not in ("lora", "lyco"):
-            yield tag[0], None, "of such tags, <lora:name:weight> is known here"
+            yield tag[0], None, "only tags <lora:name:weight> work here"
             continue
         try:
             weight, = {lora_weight(text) for text in weights} or {1.0}
             yield tag[0], name, weight
         except ValueError:
-            yield tag[0], None, "it does not read <lora:name:weight>"
+            yield tag[0], None, "it is not of the form <lora:name:weight>"
 
 
 def lora_weight(text):
-    """Return the weight of a LoRA, written as text; ValueError if it is none, or beyond 1000."""
+    """Parse the weight of a LoRA; ValueError if it is not a number, or beyond 1000."""
     weight = float(text)
     if not -1000 <= weight <= 1000:
         raise ValueError(f"a LoRA's weight is at most 1000, not {weight}")

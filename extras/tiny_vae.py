@@ -1,9 +1,9 @@
-"""TAESD, an autoencoder so small that a picture costs next to nothing.
+"""TAESD, a tiny autoencoder that decodes almost for free.
 
     python tiny_sd.py "a lighthouse in a storm" -m sd15 --vae taesd
 
-Ollin Boer Bohan trained it to do what Stable Diffusion's VAE does, with layers in a row and without
-norms and attention: https://github.com/madebyollin/taesd. formats.read_vae() reads it.
+Ollin Boer Bohan trained it to imitate Stable Diffusion's VAE with a plain sequence of layers,
+without norms or attention: https://github.com/madebyollin/taesd. formats.read_vae() reads it.
 """
 
 import math
@@ -15,8 +15,8 @@ from tiny_sd import array_like, conv2d, flatten, require, shorten, sigmoid, upsa
 
 # ── What it computes ────────────────────────────────────────────────────────────────────────────
 #
-# A letter for each layer, in diffusers' order: C a convolution, c one without bias, s the same with
-# stride 2, B a block, r a ReLU, u doubling.
+# One letter per layer, in diffusers' order: C a convolution, c one without bias, s the same with
+# stride 2, B a block, r a ReLU, u upsampling.
 
 ENCODER = "CB" + "sBBB" * 3 + "C"
 DECODER = "Cr" + "BBBuc" * 3 + "BC"
@@ -45,16 +45,16 @@ def run_layers(x, letters, layers):
 
 
 def encode(picture, vae, groups):
-    """Return what tiny_sd.vae_encode does: latents, which need no scale, and log 0 for variance."""
-    require("encoder" in vae, "this VAE cannot read a picture to start from: put its encoder's "
-                              "file beside its decoder's")
+    """Like tiny_sd.vae_encode: return latents, which need no scale, and log variance -∞."""
+    require("encoder" in vae, "this VAE cannot encode a start picture: put its encoder's file "
+                              "next to its decoder's")
     layers = vae["encoder"]["layers"]
     mean = run_layers(array_like(layers[0]["bias"], picture) / 2 + 0.5, ENCODER, layers)
     return mean, 0 * mean - math.inf
 
 
 def decode(z, vae, groups):
-    """Return what tiny_sd.vae_decode does, of latents as the U-Net has them."""
+    """Like tiny_sd.vae_decode, for latents with the U-Net's scale."""
     layers = vae["decoder"]["layers"]
     z = 6 * sigmoid(array_like(layers[0]["bias"], z) * (2 / 3)) - 3     # 3 tanh(z / 3)
     return 2 * run_layers(z, DECODER, layers) - 1
@@ -71,8 +71,8 @@ def tiny_shapes(letters, i, width, o):
 
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
-SCALES = {"taesdxl": 0.13025, "taesd": 0.18215}     # of the latents that it knows, by its name
-FIXED = {   # what the config of a TAESD may say
+SCALES = {"taesdxl": 0.13025, "taesd": 0.18215}     # {name: scale of the latents it is for}
+FIXED = {   # the only values supported in a TAESD's config
     "act_fn": "relu", "scaling_factor": 1, "shift_factor": 0, "upsample_fn": "nearest",
     "upsampling_scaling_factor": 2, "in_channels": 3, "out_channels": 3}
 
@@ -83,9 +83,9 @@ def is_tiny(arrays):
 
 
 def joined(path, read):
-    """Return the arrays of a VAE's file; if it is half of a TAESD, both halves', if they are there.
+    """Return the arrays of a VAE's file; for half of a TAESD, also those of the other half's file.
 
-    They get diffusers' names. In the files, the decoder's tanh is counted as a layer.
+    A TAESD's arrays get diffusers' names. The original files count the decoder's tanh as a layer.
     """
     arrays = read(path)
     if not all(key[:1].isdigit() for key in arrays):
@@ -103,7 +103,7 @@ def joined(path, read):
 
 
 def config_of(name, settings, arrays):
-    """Return the config of a TAESD, whose arrays are checked; its encoder may be missing."""
+    """Check the arrays of a TAESD and return its config; the encoder may be missing."""
     for key, value in FIXED.items():
         given = settings.get(key, value)
         require(given == value, f"{name}: the {key} {shorten(repr(given))} is not supported")

@@ -68,7 +68,7 @@ def test_what_was_chosen_is_recorded(run):
     flags = ["--wildcards", "lists", "--styles", "styles.csv", "ink", "-s", "5"]
     _, out, err = run("{red|apple} {1|2|3}", *flags)
     assert parse(Image.open(out[0]))[:2] == (f"{job.prompt}, ink, black", "")
-    assert not any("read as words" in line for line in err) and "{" not in job.prompt
+    assert not any("read as plain text" in line for line in err) and "{" not in job.prompt
     assert run("x {1|2|3|4}", "--wildcards", "lists", "--grid", "seed=1,2,3")[0] == 0
     assert len({parse(Image.open(f"out-000{i}.png"))[0] for i in (1, 2, 3)}) > 1
 

@@ -169,8 +169,8 @@ def test_the_model_given_stays_what_it_was(folder, tmp_path):
     ({"emb_params": torch.zeros(2, 2, WIDTH)}, "is for another model"),
     ({"emb_params": torch.zeros(0, WIDTH)}, "is for another model"),
     ({"emb_params": torch.tensor(1.0)}, "is for another model"),
-    ({"emb_params": vectors(76)}, "is a word of 76 vectors, too many for a prompt"),
-    ({"emb_params": vectors(1) * torch.inf}, "holds no finite numbers")])
+    ({"emb_params": vectors(76)}, "has 76 vectors, too many for a prompt"),
+    ({"emb_params": vectors(1) * torch.inf}, "has numbers that are not finite")])
 def test_a_file_that_does_not_fit(folder, tmp_path, arrays, said):
     path = save(arrays, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=re.escape(f"{path} {said}")):
@@ -217,12 +217,12 @@ def test_a_learnt_word_draws_another_picture(run):
 def test_a_word_that_no_prompt_says_gets_a_line(run):
     save({"<inside>": vectors(1)}, Path("thing.safetensors"))
     argv = ["--embedding", "thing.safetensors"]
-    assert run("a cat", *argv)[2] == ["no prompt says thing or <inside>, which --embedding is for"]
+    assert run("a cat", *argv)[2] == ["no prompt uses thing or <inside>, given with --embedding"]
     for prompt in ["a (thing:1.2)"], ["a", "-n", "(<inside>)"], ["a thing", "--plain-prompt"]:
         assert run(*prompt, *argv)[::2] == (0, [])
     save({"emb_params": vectors(1)}, Path("other.safetensors"))
     assert run("a cat", *argv, "--embedding", "other.safetensors")[2] == [
-        "no prompt says other; thing or <inside>, which --embedding is for"]
+        "no prompt uses other; thing or <inside>, given with --embedding"]
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -564,7 +564,7 @@ NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is n
          r"|--like \S+: (.* (is|are) (not repeated|not the file that .*)|the model is not "
          r"recorded: |the noise of its steps: )|the seed is \d+$|the model was trained on pictures "
          r"|--output: .* stays as it is; |\S+ is used as a mask by its transparency: "
-         r"|.* is read as a comment$|no prompt says |.* is read as (it stands|words): "
+         r"|.* is read as a comment$|no prompt uses |.* is read as plain text: "
          r"|the model (knows nothing in|never learnt) "
          r"|--strength does nothing without |\S+ has no white, so nothing is replaced"
          r"|\S+ holds more than |\S+, \d+ x \d+, is cropped to the shape of "

@@ -179,7 +179,7 @@ def test_alternatives():
     assert in_time.texts_of("[a|(b:1.1)]", 5) == ["a", "(b:1.1)"] * 2 + ["a"]
     assert in_time.texts_of("[fe|]male", 3) == ["female", "male", "female"]
     assert in_time.texts_of(f"[a:b:{'9' * 400}]", 2) == ["a", "a"]
-    with pytest.raises(sd.UserError, match="behind AND is beyond a million"):
+    with pytest.raises(sd.UserError, match="after AND is beyond a million"):
         in_time.Timeline(f"a AND b:{'9' * 400}", "", 2, None)
     assert in_time.texts_of("[a|b|[c:d:3]]", 6) == ["a", "b", "c", "a", "b", "d"]
 

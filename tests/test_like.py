@@ -155,9 +155,8 @@ def test_like_without_a_lora_says_so_and_draws(run):
     status, out, err = cli_lines(run, "--like", "a.png")
     assert ((status, out) == (0, ["out.png"]) and err == [
         "--like a.png: <lora:none:0.8>, <lora:no:1> are not repeated: there is no such LoRA beside "
-        "the model, in " "loras/ or here: --lora FILE names one elsewhere",
-        "--like a.png: <hypernet:x:1> is not repeated: of such tags, <lora:name:weight> is known "
-        "here"])
+        "the model, in loras/ or here: --lora FILE names one elsewhere",
+        "--like a.png: <hypernet:x:1> is not repeated: only tags <lora:name:weight> work here"])
 
 
 def test_like_with_a_sampler_instead_of_one_unknown_here(run, refuse):

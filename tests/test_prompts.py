@@ -73,8 +73,8 @@ def test_the_weights_of_a_prompt(text, parts):
     ("(a:.)", "weight . is not a number"),
     ("(a:" + "9" * 500 + ")", "beyond a million"), ("(" * 150 + "a", "beyond a million"),
     ("[a" * 200, "nests brackets 200 deep"),
-    ("a" * 10_001, "has 10001 letters, 10001 of them in one word: at most 100000 and 10000"),
-    ("a " * 50_001, "has 100002 letters, 1 of them in one word"),
+    ("a" * 10_001, "has 10001 characters, 10001 of them in one word: at most 100000 and 10000 are allowed"),
+    ("a " * 50_001, "has 100002 characters, 1 of them in one word"),
     ("BREAK " * 1000, "has 1001 chunks: at most 1000")])
 def test_what_no_prompt_can_mean_is_refused(tokenizer, text, said):
     with pytest.raises(UserError, match=re.escape(said)):
@@ -316,10 +316,10 @@ def test_clip_skip_on_the_command_line(run):
 
 
 @pytest.mark.parametrize("prompt, said", [
-    ("a {red|blue} cat", ["{red|blue} in the prompt is read as words: --wildcards DIR draws from "
-                          "lists"]),
-    ("a __animal__", ["__animal__ in the prompt is read as words: --wildcards DIR draws from "
-                      "lists"]),
+    ("a {red|blue} cat", ["{red|blue} in the prompt is read as plain text: --wildcards DIR "
+                          "would choose from lists"]),
+    ("a __animal__", ["__animal__ in the prompt is read as plain text: --wildcards DIR would "
+                      "choose from lists"]),
     (r"a \[red|blue\] box", []), ("a | b: 3 {c} _ d", []),
     ("a [cat] (dog:0.5) and SAND", [])])
 def test_what_is_drawn_from_lists_elsewhere_gets_a_line(run, prompt, said):
@@ -346,15 +346,15 @@ def test_too_many_tags_are_refused(run):
 
 def test_a_model_with_a_tokenizer_of_its_own_says_that_it_has_no_weights(run):
     picture, err = draw(run, "a (red:1.5) apple", model="emoji")
-    assert "(red:1.5) is read as it stands: this model's prompts have no weights" in err
+    assert "(red:1.5) is read as plain text: this model's prompts have no weights" in err
     literal, _ = draw(run, "a (red:1.5) apple", "--plain-prompt", model="emoji")
     assert np.array_equal(picture, literal)
 
 
 @pytest.mark.parametrize("prompt, said", [
     ("(a:1.2.3)",
-     "the prompt's weight 1.2.3 is not a number (--plain-prompt takes a prompt as it is)"),
-    ("(" * 160 + "a", "the prompt weighs 'a' beyond a million")])
+     "the prompt's weight 1.2.3 is not a number (--plain-prompt reads brackets as plain text)"),
+    ("(" * 160 + "a", "the weight of 'a' in the prompt is beyond a million")])
 def test_bad_weights_are_refused_in_one_line(run, tmp_path, prompt, said):
     for argv in [prompt], ["a", "-n", prompt]:
         assert run(*argv) == (2, [], [said])
@@ -418,10 +418,10 @@ def test_the_flag_wins_over_the_tag():
     ("<lora:none:1>", "there is no such LoRA beside the model, in loras/ or here: --lora FILE "
                       "names one elsewhere"),
     ("<lora:../l:1>", "there is no such LoRA"), ("<lora:..:1>", "there is no such LoRA"),
-    ("<lora:/etc/passwd>", "there is no such LoRA"), ("<lora:l:x>", "it does not read <lora:name"),
+    ("<lora:/etc/passwd>", "there is no such LoRA"), ("<lora:l:x>", "it is not of the form <lora:name"),
     ("<lora:l:nan>", "it does not read"),
     ("<lora:l:1e308>", "it does not read"), ("<lora:l:1:0.5>", "it does not read"),
-    ("<hypernet:l:1>", "of such tags, <lora:name:weight> is known here")])
+    ("<hypernet:l:1>", "only tags <lora:name:weight> work here")])
 def test_a_tag_that_cannot_be_followed_is_refused(run, beside, lora, tmp_path, tag, said):
     shutil.copy(lora, tmp_path / "models" / "l.safetensors")
     status, out, err = run(f"apple {tag}", model=beside)
