@@ -1,18 +1,18 @@
-"""Add LoRAs and their kin to a model's weights: small files that change large ones.
+"""Add LoRAs and similar adapters to a model's weights: small files that change large ones.
 
-For a weight W, as many numbers as it has are made from few, and added: W + weight * scale * ΔW.
+An adapter computes ΔW, of the size of a weight W, from few numbers: W + weight * scale * ΔW.
 
     LoRA      ΔW = B A, of two narrow matrices; scale = alpha / r, where r is the height of A
     LoCon     the same for a convolution, perhaps with a small convolution between the two
     LoHa      ΔW = (B A) * (D C), number by number
-    LoKr      ΔW = the Kronecker product of two matrices, each of which may be a product itself
-    full      ΔW as it is, and one for the bias; so for norms
-    DoRA      any of these, after which each output's weights get a length that was learnt
+    LoKr      ΔW = the Kronecker product of two matrices; each may itself be a product
+    full      ΔW itself, and one for the bias; used for norms
+    DoRA      any of these, then each output's weights are scaled to a learnt length
     IA3       W times a learnt factor for each output or input
 
 Hu et al., 2021; Hyeon-Woo et al., 2022; Yeh et al., 2024; Liu et al., 2024; Liu et al., 2022.
-Programs name them differently. With every dot as an underscore, a name has a prefix for the
-network, W's own name (of a U-Net perhaps that of the original layout), and an ending:
+Programs name them differently. Once every dot is an underscore, a name has a prefix for the
+network, W's own name (in the original layout perhaps, for a U-Net), and an ending:
 
     kohya, LyCORIS    lora_unet_W_lora_down.weight        lora_te_text_model_W.alpha
     peft              unet.W.lora_A.weight                base_model.model.unet.W.lora_B.weight
@@ -41,7 +41,7 @@ ENDING = re.compile(
     r"weight)(?:_default(?:_\d+)?)?\Z")
 KINDS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b", "up bias": "up_b",
          "B bias": "up_b", "weight": "factor"}
-PARTS = {       # part: how names of its weights begin; the first that fits counts
+PARTS = {       # {part: pattern of its prefix}; the first match counts
     "text_encoder_2": r"te2_|text_encoder_2_|(text_encoders_)?clip_g_(transformer_)?",
     "text_encoder": r"te1?_|text_encoder_|(text_encoders_)?clip_[lh]_(transformer_)?"
                     r"|(?=text_model_|encoder_layers_)",
@@ -49,9 +49,9 @@ PARTS = {       # part: how names of its weights begin; the first that fits coun
 
 
 def module_of(name, n):
-    """Return (part, W's name without ".weight", with underscores), of a name without its ending.
+    """Return (part, W's name with underscores, without "_weight") for a name without its ending.
 
-    n: ResBlocks a level of the U-Net's way up.
+    n: ResBlocks per level on the U-Net's way up.
     """
     name = re.sub(r"^(base_model_model_|lora_|lycoris_|model_(?=diffusion))*", "",
                   name.replace(".", "_"))
@@ -66,9 +66,9 @@ def module_of(name, n):
 
 
 def add_adapters(arrays, files):
-    """Add to each weight what the LoRAs and their kin, pairs (file, weight), hold for it.
+    """Add adapters, pairs (file, weight), to a model's arrays, in place.
 
-    Return {name: [vectors]} of the embeddings that such files bring along.
+    Return {name: {what: vectors}} of embeddings bundled in the files.
     """
     known = {(part, name.removesuffix(".weight").replace(".", "_")): name.removesuffix(".weight")
              for part in arrays.keys() - {"vae"} for name in arrays[part]
@@ -93,11 +93,11 @@ def add_adapters(arrays, files):
 
 
 def with_names(path, tensors, arrays):
-    """Return a file's tensors, with names for those that cloneofsimo's program numbers.
+    """Return a file's tensors, naming those that cloneofsimo's program only numbers.
 
-    The numbers are the order of the layers in a network. Older versions of diffusers have a block's
-    gate before cross-attention, and some files leave it out: the shapes say which order it is. A
-    learnt word among them is called <...>.
+    The numbers follow the order of the layers in a network. Older versions of diffusers put a
+    block's gate before cross-attention, and some files leave it out: the shapes tell which order it
+    is. A learnt word among them is called <...>.
     """
     numbered, named = {}, {}
     for name, array in tensors.items():
@@ -115,7 +115,7 @@ def with_names(path, tensors, arrays):
             (i, side): arrays[part][f"{layer}.weight"].shape[axis] for i, layer
             in enumerate(order) for side, axis in (("up", 0), ("down", 1))}), None)
         require(order, f"{path} does not fit the model: it numbers {len({i for i, _ in found})} "
-                f"layers of the {part}, and these do not have the shapes of the model's attention")
+                f"layers of the {part}, but their shapes are not those of the model's attention")
         named |= {f"{part}.{order[i]}.lora_{side}.weight": array
                   for (i, side), array in found.items()}
     return named
@@ -136,9 +136,9 @@ def orders(part, weights):
 
 
 def sort_out(path, tensors, known, n, words):
-    """Return {(part, W's name): {what: array}} of a file; UserError if there is anything else.
+    """Return {(part, W's name): {what: array}} of a file; UserError if it has anything else.
 
-    known: {what module_of returns: W's name}. words: gets the embeddings that lie inside.
+    known: {what module_of returns: W's name}. words: a dict that gets the embeddings in the file.
     """
     modules, wrong, unknown = {}, [], set()
     for name, array in tensors.items():
@@ -160,17 +160,17 @@ def sort_out(path, tensors, known, n, words):
 
     kind = kind_of(tensors)
     require(modules or words or kind is None or "LoRA" in kind,
-            f"{path} is {kind}, and not a LoRA")
-    require(modules or wrong or unknown or words, f"{path} is not a LoRA: it holds no weights")
-    require(not unknown, f"{path} is an adapter of a kind that is not known here: its tensors are "
-            f"called {first_five(unknown)}")
+            f"{path} is {kind}, not a LoRA")
+    require(modules or wrong or unknown or words, f"{path} is not a LoRA: it has no weights")
+    require(not unknown, f"{path} is an unknown kind of adapter: its tensors are called "
+            f"{first_five(unknown)}")
     require(not wrong, f"{path} does not fit the model, which has nothing for {first_five(wrong)}")
     return modules
 
 
-# ── What a file says besides its tensors ────────────────────────────────────────────────────────
+# ── Settings in a file ──────────────────────────────────────────────────────────────────────────
 
-FIXED = {       # fields of peft's configs that change what is computed, and the value for which not
+FIXED = {       # fields of peft's configs that change the result, with the only value supported
     "fan_in_fan_out": False, "layer_replication": None, "use_qalora": False, "use_bdlora": None,
     "alora_invocation_tokens": None, "trainable_token_indices": None, "arrow_config": None,
     "modules_to_save": None, "corda_config": None, "velora_config": None, "monteclora_config": None,
@@ -179,9 +179,9 @@ INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "pissa
 
 
 def read_facts(path, tensors):
-    """Return what peft says of a file: in its header, or in adapter_config.json beside it.
+    """Return peft's settings for a file, from its header or from adapter_config.json next to it.
 
-    Those of one part lie under "PART.".
+    Settings for one part are under "PART.".
     """
     text, beside = metadata_of(path).get("lora_adapter_metadata"), Path(path).parent
     place = f"{path}: its lora_adapter_metadata"
@@ -201,18 +201,18 @@ def read_facts(path, tensors):
             require(fields.get(name) in (value, None, [], {}), f"{place}: the {name} "
                     f"{shorten(repr(fields.get(name)))} is not supported")
         start = fields.get("init_lora_weights")
-        require(start in INITIAL, f"{place}: the init_lora_weights {shorten(repr(start))} changes "
-                "the model in a way that is not known here")
+        require(start in INITIAL, f"{place}: the init_lora_weights {shorten(repr(start))} is not "
+                "supported, as it changes the model")
     return facts
 
 
 def own_fact(facts, name, module):
-    """Return a peft fact, "rank" or "alpha", of a module: its pattern's, or the file's, or None.
+    """Return peft's "rank" or "alpha" of a module: from its pattern, or the file's, or None.
 
-    A pattern's key is the end of a module's name, or after ^ all of it.
+    A pattern's key is the end of a module's name or, after ^, the whole name.
     """
     patterns = facts.get(f"{name}_pattern") or {}
-    require(isinstance(patterns, dict), f"its {name}_pattern is not one")
+    require(isinstance(patterns, dict), f"its {name}_pattern is not an object")
     for key, value in patterns.items():
         bare = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         require(re.fullmatch(r"[\w.]+", bare), f"the {name}_pattern {shorten(repr(key))} is not a "
@@ -225,26 +225,26 @@ def own_fact(facts, name, module):
     return next((facts[name] for name in names if name in facts), None)
 
 
-# ── What it comes to ────────────────────────────────────────────────────────────────────────────
+# ── Computing ΔW ────────────────────────────────────────────────────────────────────────────────
 
 
-LARGEST = 2 ** 27       # numbers of a weight: SDXL's have at most half as many
+LARGEST = 2 ** 27       # numbers in a weight; SDXL's have at most half as many
 
 
 def check_size(n):
-    """UserError before a file of a few bytes, multiplied out, fills the memory."""
-    require(n <= LARGEST, f"multiplied out, it has {n} numbers")
+    """UserError if the product of small arrays would fill the memory."""
+    require(n <= LARGEST, f"its product has {n} numbers")
 
 
 def matrix(array):
-    """Return an array (n, ...) as (n, all the rest)."""
+    """Reshape an array (n, ...) to (n, -1)."""
     return array.reshape(len(array), -1)
 
 
 def product(b, a, middle=None):
-    """Return B A, (out, ...), or where there is a middle (r, r, height, width), Σ B[i] M[ij] A[j].
+    """Return B A, (out, ...), or with a middle M (r, r, height, width) Σ B[i] M[ij] A[j].
 
-    b: (out, r), with a middle (r, out); a: (r, ...).
+    b: (out, r), or (r, out) with a middle; a: (r, ...).
     """
     check_size(matrix(b).shape[0 if middle is None else 1] * matrix(a).shape[1]
                * (1 if middle is None else math.prod(middle.shape[2:])))
@@ -254,7 +254,7 @@ def product(b, a, middle=None):
 
 
 def difference(has):
-    """Return (ΔW, r) of an adapter; r is None where ΔW needs no scale."""
+    """Return (ΔW, r) of an adapter; r is None if ΔW needs no scale."""
     if "down" in has or "up" in has:
         up, down, middle = has["up"], has["down"], has.get("mid")
         require(len(down), "its rank is 0")
@@ -277,7 +277,7 @@ def difference(has):
 
 
 def scale_of(has, facts, module, r):
-    """Return alpha / r, by what the adapter itself says, or peft; 1 where neither does."""
+    """Return alpha / r from the adapter itself or from peft's settings; 1 if neither has them."""
     alpha, rank = own_fact(facts, "alpha", module), r or own_fact(facts, "rank", module)
     if "alpha" in has and r:
         require(has["alpha"].size == 1, f"the alpha of {module} is not one number")
@@ -292,28 +292,28 @@ def add_adapter(arrays, module, has, facts, weight):
     has = {name: np.asarray(array, np.float32) for name, array in has.items()}
     name, before = f"{module}.weight", widen(arrays[f"{module}.weight"])
     require(has.keys() - {"alpha", "dora_scale", "magnitude_vector", "mid"},
-            "it has an alpha or a scale, and nothing to scale")
-    with np.errstate(all="ignore"):     # numbers that are not finite get their line below
+            "it has an alpha or a scale, but nothing to scale")
+    with np.errstate(all="ignore"):     # numbers that are not finite are reported below
         delta, r = difference(has)
         scale = weight * scale_of(has, facts, module, r)
         after = before
         if delta is not None:
             flat = "down" not in has and delta.shape == matrix(before).shape
             require(core(delta.shape) == core(before.shape) or flat,
-                    f"it has shape {before.shape}, and its LoRA {delta.shape}")
+                    f"its shape is {before.shape}, but the LoRA's {delta.shape}")
             if facts.get("init_lora_weights") == "pissa":
                 after = before - principal(matrix(before), r).reshape(before.shape)
             after = after + np.float32(scale) * delta.reshape(before.shape)
         if "on_input" in has:
             factor, axis = has["factor"], 1 if has["on_input"].item() else 0
-            require(factor.size == before.shape[axis], f"its factors are {factor.size}")
+            require(factor.size == before.shape[axis], f"there are {factor.size} factors")
             lies = [-1 if i == axis else 1 for i in range(before.ndim)]
             after = after * (1 + np.float32(weight) * factor.reshape(lies))
         if lengths := [has[name] for name in ("dora_scale", "magnitude_vector") if name in has]:
             after = with_lengths(after, lengths[0], "dora_scale" in has)
         changed = {name: after, **dict(bias_of(arrays, module, has, weight, scale))}
     require(all(np.isfinite(array).all() for array in changed.values()),
-            f"with weight {weight} it leaves numbers that are not finite")
+            f"with weight {weight} the result is not finite")
     arrays |= changed
 
 
@@ -322,21 +322,21 @@ def bias_of(arrays, module, has, weight, scale):
     for kind, factor in ("diff_b", weight), ("up_b", scale):
         if kind in has:
             bias = widen(arrays[f"{module}.bias"])
-            require(bias.shape == has[kind].shape, f"its bias has shape {has[kind].shape}")
+            require(bias.shape == has[kind].shape, f"the LoRA's bias has shape {has[kind].shape}")
             yield f"{module}.bias", bias + np.float32(factor) * has[kind]
 
 
 def with_lengths(after, lengths, kohya):
-    """Return a weight, for each output (LyCORIS: or each input) of the length that was learnt."""
+    """Scale the weights of each output (in LyCORIS, or each input) to the learnt lengths."""
     by_input = kohya and lengths.ndim > 1 and len(lengths) == 1 and after.shape[0] != 1
     axis = 1 if by_input else 0
-    require(lengths.size == after.shape[axis], f"its lengths are {lengths.size}")
+    require(lengths.size == after.shape[axis], f"there are {lengths.size} lengths")
     others = tuple(i for i in range(after.ndim) if i != axis)
     now = np.sqrt((after * after).sum(axis=others, keepdims=True))
     return after * (lengths.reshape(now.shape) / now)
 
 
 def principal(w, r):
-    """Return the best approximation of rank r to a matrix, which PiSSA took out of it."""
+    """Return the best rank-r approximation of a matrix, which PiSSA subtracts from it."""
     u, s, v = np.linalg.svd(np.asarray(w, np.float32), full_matrices=False)
     return (u[:, :r] * s[:r]) @ v[:r]

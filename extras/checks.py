@@ -1,6 +1,6 @@
-"""Check a model before it is used: its configs, the shapes of its weights, and the memory at hand.
+"""Check a model before use: its configs, the shapes of its weights, and the free memory.
 
-Whatever is wrong raises tiny_sd.UserError, a line that names it.
+Each problem raises tiny_sd.UserError with one line that names it.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from tiny_sd import (
 
 # ── Configs ─────────────────────────────────────────────────────────────────────────────────────
 #
-# What each field may say: (low, high) a number from low to high, a whole one if these are; {...}
-# one of these; [...] a list of 1 to 8 such values; str a text. A config may leave out what may be
-# None. The shapes of the weights say more.
+# Allowed values of each field: (low, high) a number from low to high, an integer if these are
+# integers; {...} one of these; [...] a list of 1 to 8 such values; str a text. Fields that may be
+# None may be missing. check_weights() checks the rest, by the shapes of the weights.
 
 SIZE, FEW = (1, 2 ** 24), (1, 100)
 CONFIG_FIELDS = {
@@ -63,12 +63,12 @@ CONFIG_FIELDS = {
         "_guidance_scale": (0.0, 100.0)}}
 CONFIG_FIELDS["text_encoder_2"] = CONFIG_FIELDS["text_encoder"] | {"projection_dim": SIZE}
 
-FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one value for them
+FIXED = {   # fields that tiny_sd.py does not read, as its formulas assume these values
     "text_encoder": {"layer_norm_eps": 1e-5, "model_type": "clip_text_model",
-                     "use_attention_mask": False},      # which is the pipeline's
+                     "use_attention_mask": False},      # read by the pipeline
     "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
             "use_quant_conv": True, "use_post_quant_conv": True, "in_channels": 3,
-            "out_channels": 3, "down_block_types": "DownEncoderBlock2D",    # at each level
+            "out_channels": 3, "down_block_types": "DownEncoderBlock2D",    # on every level
             "up_block_types": "UpDecoderBlock2D",
             **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"))},
     "unet": {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5,
@@ -86,7 +86,7 @@ FIXED = {   # fields that tiny_sd.py does not read, since its formulas have one 
                               "reverse_transformer_layers_per_block"))},
     "scheduler": {"trained_betas": None}}
 FIXED["text_encoder_2"] = FIXED["text_encoder"]
-REPLACED = {    # fields of a scheduler, in the classes that have them, with the one value followed
+REPLACED = {    # {start of a scheduler's class: {field: the only value that we follow}}
     "": {"thresholding": False, "clip_sample": False, "use_flow_sigmas": False},
     "DPMSolverMultistep": {
         "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
@@ -99,20 +99,20 @@ REPLACED = {    # fields of a scheduler, in the classes that have them, with the
         "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
         "disable_corrector": [], "solver_p": None, "final_sigmas_type": "zero"},
     "DDPM": {"variance_type": "fixed_small"}}
-UNREAD = {      # fields that change no picture
+UNREAD = {      # fields that do not change the picture
     "vae": "force_upcast sample_size",
     "unet": "dropout upcast_attention use_linear_projection attention_head_dim num_attention_heads "
             "addition_embed_type_num_heads",
     "scheduler": "dynamic_thresholding_ratio sample_max_value clip_sample_range flow_shift rho "
                  "time_shift_type shift_terminal "
                  + " ".join(name for fields in REPLACED.values() for name in fields)}
-OTHER_INPUTS = {    # what else the U-Net sees, by the number of its channels
+OTHER_INPUTS = {    # {number of extra input channels: what they are}
     1: ", one of them depth,", 3: ", three of them a smaller picture,",
     4: ", four of them a picture to edit (InstructPix2Pix),"}
 
 
 def allows(allowed, value):
-    """Is the value one that a field of CONFIG_FIELDS allows?"""
+    """Is the value one of those allowed, written as in CONFIG_FIELDS?"""
     if isinstance(allowed, list):
         return isinstance(value, list) and 1 <= len(value) <= 8 and all(
             allows(allowed[0], v) for v in value)
@@ -126,7 +126,7 @@ def allows(allowed, value):
 
 
 def checked_config(part, settings):
-    """Return the record of a part's config, with every field's type and range checked."""
+    """Check the type and range of every field of a part's config; return it as a record."""
     fields = CONFIG_FIELDS[part]
     settings = {name: None for name in fields if allows(fields[name], None)} | CONFIG_DEFAULTS[
         part] | settings
@@ -152,7 +152,7 @@ def checked_config(part, settings):
 
 
 def replaced_settings(settings):
-    """Return a line for each setting of a scheduler's config that is not followed here."""
+    """Return a line for each setting in the configs that is not followed here."""
     scheduler, lines = settings["scheduler"], []
     kind = scheduler.get("_class_name") or ""
     for start, fields in REPLACED.items():
@@ -163,25 +163,25 @@ def replaced_settings(settings):
                 lines.append(f"the scheduler's {name} is {value!r} here, not "
                              f"{shorten(repr(given))}")
     if kind and kind not in SCHEDULERS:
-        lines.append(f"the scheduler {shorten(kind)} is not known here: dpm++2m draws instead")
+        lines.append(f"the scheduler {shorten(kind)} does not exist here: dpm++2m draws instead")
     for part, unread in UNREAD.items():
         known = {*CONFIG_FIELDS[part], *FIXED[part], *unread.split()}
         for name, value in settings[part].items():
             if name not in known and name[0] != "_" and value not in (None, False, [], {}):
-                lines.append(f"the {part}'s {shorten(name, 40)} is not known here, and not "
-                             f"followed: {shorten(repr(value), 60)}")
+                lines.append(f"the {part}'s {shorten(name, 40)} is unknown here and ignored: "
+                             f"{shorten(repr(value), 60)}")
     return lines
 
 
 def nearest(word, known):
-    """Return "; did you mean ...?" if one of the known words is like this one."""
+    """Return "; did you mean ...?" if one of the known words is similar, or ""."""
     found = [other for other in known if other.strip("-") == word.strip("-")]       # --W: -W
     found = found or difflib.get_close_matches(word[:60].lower(), list(known), 1, 0.79)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def check_configs(settings, tokenizers):
-    """Check each part's config, and that the parts fit each other."""
+    """Check each part's config, and that the parts fit together."""
     config = {part: checked_config(part, settings[part]) for part in settings}
     vae, unet, scheduler = (config[part] for part in ("vae", "unet", "scheduler"))
 
@@ -196,17 +196,17 @@ def check_configs(settings, tokenizers):
             "the unet's channels do not divide into its heads")
     for side in (unet.down_block_types, unet.up_block_types, unet.transformer_layers_per_block):
         require(len(side) == len(unet.block_out_channels), "the unet's block types, or its "
-                "transformer_layers_per_block, are not as many as its block_out_channels")
+                "transformer_layers_per_block, differ in number from its block_out_channels")
     z = vae.latent_channels
     require(unet.out_channels == z,
-            f"the unet gives {unet.out_channels} channels, the vae takes {z}")
+            f"the unet returns {unet.out_channels} channels, but the vae takes {z}")
     what = OTHER_INPUTS.get(unet.in_channels - z, "")
     require(unet.in_channels in (z, 2 * z + 1), f"a unet with {unet.in_channels} input channels"
-            f"{what} is not supported, but {z}, or {2 * z + 1} for inpainting")
+            f"{what} is not supported, only {z}, or {2 * z + 1} for inpainting")
     require(scheduler.beta_start <= scheduler.beta_end, "the scheduler's beta_end is below its "
                                                         "beta_start")
     require(solver_steps(scheduler) <= scheduler.num_train_timesteps,
-            "the scheduler's original_inference_steps are more than its num_train_timesteps")
+            "the scheduler's original_inference_steps exceed its num_train_timesteps")
     levels = noise_levels(scheduler)
     require(levels[-2] > 1e-10, "the scheduler's betas leave nothing of a picture: beta_end "
                                f"{scheduler.beta_end} is too large")
@@ -222,7 +222,7 @@ def check_text_encoders(config, tokenizers):
                 f"the {part}'s hidden_size does not divide into its num_attention_heads")
         ids = tokenizer.vocab.values()
         require({*map(type, ids)} == {int} and 0 <= min(ids) and max(ids) < text.vocab_size, "the "
-                f"tokenizer's vocabulary is not one of numbers below the {part}'s vocab_size")
+                f"ids in the tokenizer's vocabulary are not all below the {part}'s vocab_size")
         end = getattr(text, "eos_token_id", None)       # 2 in old configs, whatever the tokenizer's
         require(end in (None, 2, tokenizer.vocab[tokenizer.EOS]), f"the {part}'s eos_token_id "
                 f"{shorten(repr(end))} is not the tokenizer's")
@@ -230,24 +230,24 @@ def check_text_encoders(config, tokenizers):
         require(allows((3, limit), length) or allows((1e6, math.inf), length),
                 f"the {part} has no room for the tokenizer's {shorten(repr(length))} tokens")
         require((limit, length) == (texts["text_encoder"].max_position_embeddings,
-                                    tokenizers[0].length), "the text encoders do not take equally "
-                                                           "many tokens")
+                                    tokenizers[0].length), "the text encoders take different "
+                                                           "numbers of tokens")
 
     unet, widths = config["unet"], [text.hidden_size for text in texts.values()]
     given = " + ".join(map(str, widths))
     require(unet.cross_attention_dim == sum(widths),
-            f"the unet attends to words of {unet.cross_attention_dim} numbers "
-            f"(cross_attention_dim), and those of the {' and '.join(texts)} have {given}")
+            f"the unet's cross_attention_dim is {unet.cross_attention_dim}, but the width of the "
+            f"{' and '.join(texts)} is {given}")
     check_added_conditions(unet, config.get("text_encoder_2"))
 
 
 def check_added_conditions(unet, second):
-    """Check that the U-Net takes pooled text and sizes if and only if a second encoder gives it."""
+    """Check that the U-Net takes pooled text and sizes if and only if there is a second encoder."""
     size = unet.addition_time_embed_dim
     added = unet.addition_embed_type, bool(size), unet.projection_class_embeddings_input_dim
     if second is None:
         require(added == (None, False, None), "the unet expects an added condition "
-                "(addition_embed_type), and there is no text_encoder_2 to give it")
+                "(addition_embed_type), but there is no text_encoder_2 to compute it")
         return
     width = second.projection_dim + 6 * (size or 0)
     require(added == ("text_time", True, width), "with this text_encoder_2, the unet needs "
@@ -260,17 +260,17 @@ def check_added_conditions(unet, second):
 
 
 def check_weights(part, arrays, config):
-    """Raise UserError unless the weights of a part are those that its config describes."""
+    """Raise UserError unless the weights of a part match its config."""
     check_shapes(f"the {part}", arrays, flatten(shapes.SHAPES[part](config)))
 
 
 def core(shape):
-    """Return a shape, that of a 1x1 convolution as of a matrix: files differ on which it is."""
+    """Return a shape; a 1x1 convolution's as that of a matrix, since files store either."""
     return tuple(shape[:2] if {*shape[2:]} <= {1} else shape)
 
 
 def check_shapes(what, arrays, expected):
-    """Raise UserError where weights are missing, unknown or misshapen, naming five at most.
+    """Raise UserError if weights are missing, unknown or of the wrong shape; name at most five.
 
     expected: {name: shape}.
     """
@@ -283,7 +283,7 @@ def check_shapes(what, arrays, expected):
 
 
 def first_five(problems):
-    """Return some problems in one line, of many the first five."""
+    """Join problems into one line; name only the first five."""
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(sorted(problems)[:5]) + more
 
@@ -292,17 +292,16 @@ def first_five(problems):
 
 
 def numbers_in(file, pattern=r"(\d+)"):
-    """Return all matches of a pattern in a file of the system; none if there is no such file."""
+    """Return all matches of a pattern in a system file; none if the file does not exist."""
     with contextlib.suppress(OSError):
         return re.findall(pattern, Path(file).read_text())
     return []
 
 
 def free_memory():
-    """Return the bytes that this process can still come to hold, swap included.
+    """Return how many bytes this process can hold, including swap; infinity if not on Linux.
 
-    Counts what is free, its own limit, and that of its control group, as far as Linux tells;
-    infinite elsewhere.
+    This is the smallest of the free memory plus its own, its own limit and its control group's.
     """
     free, swap, held = (1024 * sum(map(int, numbers_in(file, rf"{name}:\s+(\d+)")))
                         for file, name in (("/proc/meminfo", "MemAvailable"),
@@ -315,8 +314,8 @@ def free_memory():
     return min([free + held if free else math.inf, *map(int, limits)]) + swap
 
 
-def check_memory(need, what, instead="take a smaller picture"):
-    """Raise UserError if there are not `need` bytes, a lower bound of what a run comes to."""
+def check_memory(need, what, instead="draw a smaller picture"):
+    """Raise UserError if `need` bytes, a lower bound for a run, do not fit into memory."""
     room = free_memory()
-    require(need <= room, f"{what} needs at least {need / 1e9:.1f} GB of memory, and there are "
-            f"{room / 1e9:.1f} GB: close other programs, or {instead}")
+    require(need <= room, f"{what} needs at least {need / 1e9:.1f} GB of memory, but only "
+            f"{room / 1e9:.1f} GB are free: close other programs, or {instead}")

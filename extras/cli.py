@@ -178,8 +178,8 @@ def option_parser(**settings):
         help="same as --as web-ui")
 
     group = parser.add_argument_group("size")
-    add("-W", "--width", **NUMBER, help="in pixels (the model's own)")
-    add("-H", "--height", **NUMBER, help="in pixels (the model's own)")
+    add("-W", "--width", **NUMBER, help="width in pixels (the model's own)")
+    add("-H", "--height", **NUMBER, help="height in pixels (the model's own)")
     add("--hires", type=hires, metavar="SCALE[:STRENGTH[:STEPS]]", help="enlarge the picture "
         "SCALE times and draw over it (strength 0.5, the same number of steps)")
     add("--seamless", **SWITCH, help="draw a picture that tiles: its opposite edges match")

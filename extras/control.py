@@ -1,9 +1,8 @@
-"""ControlNet: a second network that sees another picture, and steers the U-Net (REFERENCE §9).
+"""ControlNet: a second network that sees another picture and steers the U-Net (REFERENCE §9).
 
 Zhang et al., 2023. It is a copy of the U-Net's way down, with a few convolutions in front for the
-other picture, such as its outlines, and a 1x1 convolution behind each skip. Those began as zeros,
-so that training began with the U-Net as it was. What they return is added to the U-Net's skips and
-to its middle.
+other picture, such as outlines, and a 1x1 convolution after each skip. Their outputs are added to
+the U-Net's skips and middle. They started as zeros, so training started from the unchanged U-Net.
 """
 
 import functools

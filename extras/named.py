@@ -1,4 +1,4 @@
-"""Files by name: models, LoRAs, embeddings and VAEs where people keep them, and their hashes."""
+"""Find models, LoRAs, embeddings and VAEs by name in the usual folders, and hash them."""
 
 import functools
 import hashlib
@@ -15,9 +15,9 @@ FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models
 
 
 def find_model(name, models_dir=None):
-    """Return what formats.load takes for a model that people call by this name; None: bundled.
+    """Return a model's path or name for formats.load; None means the bundled model.
 
-    models_dir: see places. UserError for a folder of models, which lists them.
+    models_dir: see places. UserError, which lists the models, if the name is a folder of models.
     """
     if name is None:
         return str(tiny_sd.HERE / "weights" / "emoji")
@@ -26,7 +26,7 @@ def find_model(name, models_dir=None):
         inside = sorted(file.name for file in path.iterdir() if may_be_model(file))
         if inside:
             more = ", ..." if len(inside) > 10 else ""
-            raise UserError(f"{name} is a folder of models, not one: choose one of "
+            raise UserError(f"{name} is a folder of models, not a model: choose one of "
                             f"{', '.join(inside[:10])}{more}")
     if path.exists() or (tiny_sd.HERE / "weights" / name).exists() or name in formats.HUB:
         return name
@@ -34,17 +34,18 @@ def find_model(name, models_dir=None):
 
 
 def may_be_model(path):
-    """Is a file one of weights, and not known to be of something else than a whole model?"""
+    """Could a file be a model? Its suffix fits, and its contents are not known to be another kind.
+    """
     try:
         return path.suffix in SUFFIXES and kind_of(read_contents(path)) in (None, WHOLE_MODEL)
-    except UserError:       # it is said of the one that is chosen
+    except UserError:       # report it only if this file is chosen
         return True
 
 
 def known_model(name, models_dir=None):
     """Return the path of a model of this name in weights/ or in one of places(), or None.
 
-    A name with a slash finds nothing: a picture may name any path.
+    A name with a slash finds nothing: it may come from a stranger's picture.
     """
     if not is_name(name):
         return None
@@ -54,15 +55,15 @@ def known_model(name, models_dir=None):
 
 
 def is_name(name):
-    """Could a folder have a file of this name? A stranger's picture may name anything."""
+    """Is this a plain file name? A stranger's picture may name anything."""
     letters = name.encode(errors="replace")
     return name.strip(".") != "" and len(letters) <= 200 and not {*b"/\\\0"} & {*letters}
 
 
 def find_file(kind, name, model=None, models_dir=None):
-    """Return the path of a file of a kind in FOLDERS, by its name or its name's stem, or None.
+    """Return the path of a file of a kind in FOLDERS, by its name with or without suffix, or None.
 
-    It is looked for in the folders that places() returns.
+    Look in the folders that places() returns.
     """
     if not is_name(name):
         return None
@@ -75,14 +76,14 @@ def find_file(kind, name, model=None, models_dir=None):
 
 
 def find(kind, name, model, models_dir=None):
-    """Return the path of a file that an option names: a path, or a name to look for."""
+    """Return the path of a file given in an option: as a path, or as a name to look for."""
     return name if Path(name).exists() else find_file(kind, name, model, models_dir) or name
 
 
 def places(kind, model=None, models_dir=None):
-    """Return the folders in which to look for files of a kind that goes with a model.
+    """Return the folders in which to look for files of a kind, given the model in use.
 
-    models_dir: another, with the folders of AUTOMATIC1111's web UI or of ComfyUI in it.
+    models_dir: a folder laid out like those of AUTOMATIC1111's web UI or ComfyUI.
     """
     paths = [tiny_sd.HERE / "weights" / "x"]
     if model:
@@ -98,8 +99,7 @@ def places(kind, model=None, models_dir=None):
 
 @functools.cache
 def file_hash(file, skip_header=False):
-    """Return the first 12 digits of the SHA-256 of a file, without a .safetensors' header if asked.
-    """
+    """Return the first 12 digits of a file's SHA-256; skip_header: of a .safetensors' data only."""
     with open(file, "rb") as data:
         if skip_header:
             data.seek(8 + int.from_bytes(data.read(8), "little"))
@@ -107,12 +107,12 @@ def file_hash(file, skip_header=False):
 
 
 def lora_hashes(file):
-    """Return the hashes by which the web UI knows a LoRA: of its numbers, and the one inside."""
+    """Return the hashes that the web UI may record for a LoRA: of its data, and its header's."""
     if not str(file).endswith(".safetensors"):
         return [file_hash(file)]
     return [file_hash(file, skip_header=True), metadata_of(file).get("sshs_model_hash", "")[:12]]
 
 
 def vae_hash(name):
-    """Return the first 10 digits of the SHA-256 of a VAE's file, or "" where it is no file."""
+    """Return the first 10 digits of the SHA-256 of a VAE's file, or "" if it is not a file."""
     return file_hash(name)[:10] if name and Path(name).is_file() else ""

@@ -1,4 +1,4 @@
-"""Start the program: python tiny_sd.py hands over to this before NumPy is loaded."""
+"""Start the program: `python tiny_sd.py` calls this before it loads NumPy."""
 
 import contextlib
 import importlib
@@ -8,22 +8,22 @@ import sys
 import time
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]        # those that end a program
+           if hasattr(signal, name)]        # the ones that end a program
 
 
 class Unfailing:
-    """stderr that drops what it cannot write: a full disk there is no reason to lose a picture."""
+    """stderr that ignores write errors: a full disk there must not cost a picture."""
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
-        """Write the text if that is possible."""
+        """Write the text if possible."""
         with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
 
     def flush(self):
-        """Write what is held back, if that is possible."""
+        """Flush the stream if possible."""
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
@@ -32,18 +32,18 @@ class Unfailing:
 
 
 def set_up_streams():
-    """Open /dev/null where a standard stream is closed, so that no other file gets its number."""
+    """Replace closed standard streams by /dev/null, so that no other file gets their numbers."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="backslashreplace")   # not every terminal has every letter
+    sys.stdout.reconfigure(errors="backslashreplace")   # for terminals that lack some characters
     sys.stderr = Unfailing(sys.stderr)
 
 
 def set_up_signals():
-    """Let Ctrl-C, SIGTERM and SIGHUP end the program by an exception: unfinished files are removed.
+    """Make Ctrl-C, SIGTERM and SIGHUP raise an exception, so that unfinished files get removed.
 
-    For a second, no other signal disturbs that; from then on, another one ends the program at once.
+    For one second further signals are ignored; after that, another one ends the program at once.
     """
     stopped = []
 
@@ -60,13 +60,13 @@ def set_up_signals():
 
 
 def quiet_interrupt(kind, *error):
-    """On Ctrl-C before main() is there to catch it, print no traceback."""
+    """Print no traceback for Ctrl-C before main() can catch it."""
     if kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, *error)
 
 
 def import_problem(error):
-    """Return what an ImportError says in one line, and how to install a package that is missing."""
+    """Return an ImportError's message in one line, and how to install a missing package."""
     text, name = " ".join(str(error).split()), getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name and "." not in name:
         text += f": pip install {'pillow' if name == 'PIL' else name}"
@@ -74,17 +74,17 @@ def import_problem(error):
 
 
 def program(name="extras.cli"):
-    """Run the main() of this module and end the process with its status."""
+    """Run main() of the module of this name and end the process with its status."""
     sys.excepthook = quiet_interrupt
     set_up_streams()
     set_up_signals()
     if sys.version_info < (3, 11):
-        print("tiny_sd: this needs Python 3.11 or later, and is", sys.version.split()[0],
+        print("tiny_sd: this needs Python 3.11 or later; this is", sys.version.split()[0],
               file=sys.stderr)
         sys.exit(2)
     try:
         status = importlib.import_module(name).main()
-    except SystemExit as end:       # after --help, a signal, or a line that was changed
+    except SystemExit as end:       # after --help or a signal, or from an edited line
         status = end.code
         if isinstance(status, str):
             print(status, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a small model knows how to draw, where its folder says so: things.json."""
+"""What a small model can draw, as listed in its folder's things.json."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ KEYS = ("things", "styles", "backgrounds", "places")
 
 
 def known_things(model):
-    """Return the things.json of a folder, or of one of this name in weights/, None without it."""
+    """Return the things.json of a folder, or of a name in weights/; None if there is none."""
     for folder in Path(model), HERE / "weights" / model:
         file = folder / "things.json"
         try:
@@ -28,7 +28,7 @@ def known_things(model):
 
 
 def texts(values):
-    """Return the values of a list as texts without what controls a terminal."""
+    """Return the values of a list as texts without control characters."""
     return [printable(str(value), control=False) for value in values]
 
 
@@ -37,9 +37,9 @@ def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
 
 
-# What captions say beside things, styles, backgrounds and places.
+# Words of captions besides things, styles, backgrounds and places.
 FRAME = "a an small and next to above below in the style on background"
-# What many say for a thing that is known by another name.
+# Common words for things that the model knows by another name.
 SAME = dict(pair.split("=") for pair in (
     "sofa=couch kitten=cat kitty=cat puppy=dog plane=airplane jet=airplane cellphone=phone "
     "pc=computer tv=television home=house burger=hamburger bunny=rabbit ape=monkey auto=car "
@@ -50,7 +50,7 @@ SAME = dict(pair.split("=") for pair in (
 
 
 def singular(word):
-    """Return a word without the ending of a plural."""
+    """Return a word without a plural ending."""
     for ending, other in ("ies", "y"), ("ses", "s"), ("xes", "x"), ("hes", "h"), ("s", ""):
         if word.endswith(ending) and not word.endswith("ss"):
             return word.removesuffix(ending) + other
@@ -58,7 +58,7 @@ def singular(word):
 
 
 def like(word, names):
-    """Return the known name that is nearest to a word, or None; names: {words: name}."""
+    """Return the known name nearest to a word, or None; names: {words: name}."""
     for said in word, singular(word):
         if inside := [name for words, name in names.items() if said in words]:
             return min(inside, key=len)
@@ -74,7 +74,7 @@ def by_words(things):
 
 
 def remarks(known, prompt):
-    """Yield a line if a prompt names none of the known things, or has words beside them."""
+    """Yield a line if a prompt names none of the known things, or has unknown words."""
     words, names = split_words(prompt), by_words(known["things"])
     lengths = {*map(len, names)}
     named = any(tuple(words[i:i + n]) in names for n in lengths for i in range(len(words)))
@@ -83,13 +83,13 @@ def remarks(known, prompt):
     said = ", ".join(f'"{word[:60]}"' + f" (it knows {nearest[word]})" * bool(nearest[word])
                      for word in new[:5]) + ", ..." * (len(new) > 5)
     if named and new or any(nearest.values()):
-        yield (f"the model never learnt {said}: {'they' if len(new) > 1 else 'it'} can spoil the "
+        yield (f"the model never learnt {said}: {'they' if len(new) > 1 else 'it'} may spoil the "
                "picture")
     elif prompt.strip() and not named:
         near = next(filter(None, (like(word[:60], names) for word in words[:50]
                                   if word not in FRAME.split())), None)
         yield (f"the model knows nothing in \"{prompt[:100]}\"{f', but {near}' if near else ''}: "
-               f"--things lists the {len(known['things'])} things that it can draw")
+               f"--things lists the {len(known['things'])} things it can draw")
 
 
 def unknown_words(known, prompt):
@@ -102,13 +102,13 @@ def unknown_words(known, prompt):
 
 
 def describe_things(known, word=""):
-    """Return what a model knows as text: things with their aliases, then the rest.
+    """Describe what a model knows: things with their aliases, then the rest.
 
-    word: list only what has it in its name.
+    word: list only things with this in their names.
     """
     if known is None:
-        raise UserError("this model does not say what it knows: it has no things.json, or "
-                        "one that cannot be read")
+        raise UserError("this model does not list what it knows: its things.json is missing or "
+                        "cannot be read")
     names = sorted(known["things"], key=lambda names: names[0].lower())
     if word:
         near = like(word.lower(), by_words(names))

@@ -20,7 +20,7 @@ from helpers_cli import SCHEDULER, UNET, change, parse, start, write_lora
 # ── Models ────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("settings, said", [
-    ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not known here: dpm++2m"),
+    ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler does not exist here: dpm++2m"),
     ({"thresholding": True}, "thresholding is False here, not True"),
     ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
      "algorithm_type is 'dpmsolver++' here"),
@@ -197,7 +197,7 @@ DAMAGED = {     # what is done to the folder, and what the line must name
     "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
     "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
     "tokenizer, an id that is none": (write("tokenizer/vocab.json", b'{"<|startoftext|>": true, '
-                                            b'"<|endoftext|>": 1}'), "is not one of numbers")}
+                                            b'"<|endoftext|>": 1}'), "are not all below")}
 CHANGED = {     # a part, what its config says, and what the line must name
     "text_encoder": [
         ({"num_attention_heads": 5}, "text_encoder"), ({"hidden_act": "relu"}, "relu"),
@@ -207,8 +207,8 @@ CHANGED = {     # a part, what its config says, and what the line must name
         ({"out_channels": 4}, "out_channels"), ({"act_fn": "gelu"}, "act_fn")],
     "unet": [
         ({"cross_attention_dim": None}, "cross_attention_dim"),
-        ({"cross_attention_dim": 16}, "words of 16"), ({"block_out_channels": [8, 24]}, "unet"),
-        ({"num_attention_heads": [2]}, "heads"), ({"out_channels": 3}, "gives 3 channels"),
+        ({"cross_attention_dim": 16}, "cross_attention_dim is 16"), ({"block_out_channels": [8, 24]}, "unet"),
+        ({"num_attention_heads": [2]}, "heads"), ({"out_channels": 3}, "returns 3 channels"),
         ({"in_channels": 8}, "8 input channels"), ({"in_channels": 5}, "5 input channels"),
         ({"norm_eps": 1e-6}, "norm_eps"), ({"act_fn": "mish"}, "mish"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos"), ({"only_cross_attention": True}, "only_c"),

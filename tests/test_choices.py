@@ -76,7 +76,7 @@ def test_what_was_chosen_is_recorded(run):
 @pytest.mark.parametrize("argv, said", [
     (["__color__", "--wildcards", "lists"], "did you mean colour?"),
     (["__empty__", "--wildcards", "lists"], "that list is empty"),
-    (["__self__", "--wildcards", "lists"], "a list may name itself"),
+    (["__self__", "--wildcards", "lists"], "does a list name itself?"),
     (["__../styles__", "--wildcards", "lists"], "no such list"),
     (["a", "--wildcards", "none"], "--wildcards none is not a folder"),
     (["a", "--styles", "styles.csv", "fim"], "did you mean film?"),

@@ -232,8 +232,8 @@ def test_samplers_by_the_names_of_other_programs(draw, flags, recorded):
     ("red --num_inference_steps=9", "here, --steps N"), ("red --zzzz 1", "--zzzz 1 (--help lists"),
     ("red --sampler 'DPM adaptive'", "unipc, tcd (--help"),
     ("--prompts p.txt red", "or a list with --prompts, not both"),
-    (f"red -b 2 -s {2 ** 64 - 1}", "the seeds of --batch-size 2 from --seed"),
-    ("red -i in.png --strength 0", "near 0 the picture stays what it is"),
+    (f"red -b 2 -s {2 ** 64 - 1}", "the seeds of --batch-size 2 and --seed"),
+    ("red -i in.png --strength 0", "near 0 keeps the picture"),
     ("red --lora x:1001", "--lora"), ("red --W 8", "did you mean -W?"),
     ("red -m sd1.5", "did you mean sd15?"), ("red -m sdxl-trubo", "did you mean sdxl-turbo?"),
     ("red -m emogi", "did you mean emoji?"), ("red --clip_skip 2", "did you mean --clip-skip?"),
@@ -273,7 +273,7 @@ def test_files_by_their_names(run, model, here, monkeypatch):
     assert Path(word).samefile("embeddings/word.pt")
     assert Path(cli.make_job(["red", "-m", "other"]).model).samefile("checkpoints/other.ckpt")
     assert run.bare("red", "-m", "checkpoints")[2] == [
-        "tiny_sd: checkpoints is a folder of models, not one: choose one of one.safetensors, "
+        "tiny_sd: checkpoints is a folder of models, not a model: choose one of one.safetensors, "
         "other.ckpt"]
     save_file({"emb_params": np.zeros((1, 8), np.float32)}, "checkpoints/aa_word.safetensors")
     line, = run.bare("red", "-m", "checkpoints")[2]

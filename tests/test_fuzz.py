@@ -560,7 +560,7 @@ def case(folder, rng):
 
 
 # What may be said beside the one line: of a scheduler, of --like, of a list, of a prompt.
-NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ is not known here"
+NOTES = (r"tiny_sd: (the scheduler's \S+ is .* here, not |the scheduler \S+ does not exist here"
          r"|--like \S+: (.* (is|are) (not repeated|not the file that .*)|the model is not "
          r"recorded: |the noise of its steps: )|the seed is \d+$|the model was trained on pictures "
          r"|--output: .* stays as it is; |\S+ is used as a mask by its transparency: "

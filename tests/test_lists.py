@@ -44,7 +44,7 @@ def test_prompts_from_a_file(tmp_path, capsys, monkeypatch):
     for line, said in (("red --steps 0", "--steps 0"), ("red -h 64", "-h"),
                        ("red --preview x.png", "--preview"), ("red -m x", "--model"),
                        ("red --seamless", "--seamless"),
-                       ("--seed 3 red", "not with --seed")):
+                       ("--seed 3 red", "it cannot start with --seed")):
         lines.write_text(line, encoding="utf-8")
         assert cli.main(run) == 2
         err = capsys.readouterr().err

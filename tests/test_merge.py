@@ -147,7 +147,7 @@ def test_what_does_not_go_together(run, refuse, monkeypatch):
     assert why("a", "b") == "--output out.png must name a folder, like a"
     assert why("f.safetensors", "b", "-o", "new") == (
         "--output new must name a .safetensors, like f.safetensors")
-    assert why("a", "b", "-o", "kept") == "kept is there already, and is kept"
+    assert why("a", "b", "-o", "kept") == "kept exists already"
     assert why("a", "b", "-o", "no/new") == "there is no folder no to write to"
     assert "there is no model none" in why("a", "none", "-o", "new")
     assert "is not finite" in why("huge:1000", "a:-999.99", "-o", "new")

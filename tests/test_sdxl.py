@@ -325,8 +325,8 @@ def test_in_half_precision(folder):
     ("text_encoder_2", {"num_attention_heads": 3}, "text_encoder_2's hidden_size does not divide"),
     ("text_encoder_2", {"vocab_size": 49407}, "below the text_encoder_2's vocab_size"),
     ("text_encoder_2", {"max_position_embeddings": 76}, "text_encoder_2 has no room for"),
-    ("text_encoder_2", {"max_position_embeddings": 78}, "do not take equally many tokens"),
-    ("tokenizer_2", {"model_max_length": 60}, "do not take equally many tokens"),
+    ("text_encoder_2", {"max_position_embeddings": 78}, "take different numbers of tokens"),
+    ("tokenizer_2", {"model_max_length": 60}, "take different numbers of tokens"),
     ("tokenizer_2", {"pad_token": "!?!"}, "vocabulary has no '!.!'"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
 def test_configs_are_checked(part, changes, named, folder_with):

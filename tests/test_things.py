@@ -40,7 +40,7 @@ def test_a_prompt_is_known_if_it_names_a_thing(prompt, known):
     ("1 2 3 4 5 6 cat", '"1", "2", "3", "4", "5", ...')])
 def test_words_that_were_never_learnt(prompt, new):
     it = "they" if ", " in new else "it"
-    said = [f"the model never learnt {new}: {it} can spoil the picture"] if new else []
+    said = [f"the model never learnt {new}: {it} may spoil the picture"] if new else []
     assert [*things.remarks(KNOWN, prompt)] == said
 
 
