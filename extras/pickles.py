@@ -1,9 +1,9 @@
 """Read torch's .ckpt, .pt, .pth and .bin files without torch, and without running anything in them.
 
-Such a file is a zip of data.pkl, the structure, and data/N, the numbers. A pickle is a program
-for a machine with a stack, some of whose instructions import and call functions. The one below is
-Python's own without these: it makes dicts, lists, numbers and memory-mapped arrays, and whatever
-else a pickle names stays a name.
+Such a file is a zip of data.pkl, the structure, and data/N, the numbers. A pickle is a program for
+a stack machine, and some of its instructions import and call functions. The machine below is
+Python's own without these: it builds dicts, lists, numbers and memory-mapped arrays, and anything
+else that a pickle imports remains a mere name.
 """
 
 import io
@@ -20,11 +20,11 @@ import numpy as np
 from tiny_sd import UserError, require, shorten
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-LONGEST = 2 ** 22       # bytes of a data.pkl; that of Stable Diffusion 1.5 has some 200,000
+LONGEST = 2 ** 22       # bytes of a data.pkl; Stable Diffusion 1.5's has about 200,000
 STORAGES = {f"torch.{name}Storage": np.dtype(code) for name, code in {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4",
     "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}.items()}
-SWALLOWED = re.compile(     # what checkpoints contain besides weights: becomes Nothing
+SWALLOWED = re.compile(     # other objects in checkpoints, which become Nothing
     r"(pytorch_lightning|lightning|lightning_fabric)\..+|(__builtin__|builtins)\.set"
     r"|_codecs\.encode|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)")
 CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
@@ -34,7 +34,7 @@ CONVERT = ("python -c 'import sys, torch, safetensors.torch as s; f = sys.argv[1
 
 
 class Nothing:
-    """What stands for an object whose arguments, items and attributes were dropped."""
+    """A placeholder for an object that is not needed; its contents are dropped."""
 
     def drop(self, *_):
         """Do nothing."""
@@ -43,7 +43,7 @@ class Nothing:
 
 
 class ParameterDict(dict):
-    """torch.nn.ParameterDict, as old textual inversions hold one."""
+    """torch.nn.ParameterDict, found in old textual inversions."""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Storage:
 def read_pickle(path):
     """Return what torch saved in a file: dicts, lists, tuples, texts, numbers and arrays.
 
-    Arrays are mapped into memory, and cannot be written to; bfloat16 stays uint16, as in
-    tiny_sd.read_safetensors. UserError if the file is not whole, or would call a function.
+    Arrays are mapped into memory, read-only; bfloat16 stays uint16, as in tiny_sd.read_safetensors.
+    UserError if the file is damaged, or would call a function.
     """
     require(Path(path).is_file(), f"there is no file {path}")
     try:
@@ -124,8 +124,8 @@ class Archive:
 def rebuild_tensor(storage, offset, size, stride, *_):
     """Return a view of a storage: what torch._utils._rebuild_tensor_v2 does, with bounds checked.
 
-    offset and stride count numbers. No number may be in the array twice: an array of a few bytes
-    could otherwise be as large as one likes.
+    offset and stride count numbers. Strides must not overlap, or a few bytes could make an array of
+    any size.
     """
     require(isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
             and len(size) == len(stride) <= 8, "a tensor's size or stride is not a list of numbers")
@@ -148,10 +148,10 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 def set_item(target, key, value):
-    """Set target[key] of a dict; leave out what has no text as its key, as no weights have.
+    """Set target[key] of a dict; leave out keys that are not texts, which weights never have.
 
-    A tuple could hold itself a million times, and its hash take for ever; and numbers can be
-    chosen so that a dict of them does.
+    Otherwise hashing could take forever: a tuple may contain itself a million times, and numbers
+    can be chosen to collide.
     """
     require(isinstance(target, dict), "it puts an item into something that is not a dict")
     require(isinstance(key, (str, bytes, int, float, Name, type(None))),
@@ -168,7 +168,7 @@ def text_dict(pairs=()):
     return found
 
 
-CALLS = {   # what stands here for the functions and classes that torch's files call
+CALLS = {   # {function or class that torch's files call: ours}
     "collections.OrderedDict": text_dict, "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch.nn.modules.container.ParameterDict": lambda *arguments: ParameterDict()}
@@ -176,7 +176,7 @@ CALLS = {   # what stands here for the functions and classes that torch's files 
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle imports: here its name alone, which some weights may need to call."""
+    """A name that a pickle imports; calling it works only for those in CALLS."""
     text: str
 
     def __call__(self, *arguments):
@@ -188,7 +188,7 @@ class Name:
 
 
 class Memo(dict):
-    """A pickle's memo, whose numbers follow one another, so that none can be chosen."""
+    """A pickle's memo; its numbers must be consecutive, so that none can be chosen to collide."""
 
     def __setitem__(self, number, value):
         require(number <= len(self), "its pickle skips numbers of its memo")
@@ -196,9 +196,9 @@ class Memo(dict):
 
 
 class Machine(pickle._Unpickler):
-    """Python's pickle machine, with what could run or grow taken out.
+    """Python's pickle machine without the instructions that could run code or fill the memory.
 
-    The class in C would look up names itself, so it has to be the one written in Python.
+    The C class looks up names itself, so this is the one written in Python.
     """
 
     def __init__(self, archive):
@@ -209,12 +209,12 @@ class Machine(pickle._Unpickler):
     def find_class(self, module, name):
         return Name(f"{module}.{name}")
 
-    def push_call(self):        # of a name, with a tuple
+    def push_call(self):        # call a name with a tuple
         arguments, function = self.stack.pop(), self.stack.pop()
         require(isinstance(function, Name), "it calls something that it made itself")
         self.append(function(*arguments))
 
-    def push_call_with_options(self):       # which no weights need
+    def push_call_with_options(self):       # ignore the options; weights do not need them
         self.stack.pop()
         self.push_call()
 
@@ -243,7 +243,7 @@ class Machine(pickle._Unpickler):
         state = self.stack.pop()
         if isinstance(self.stack[-1], ParameterDict):
             self.stack[-1].update(text_dict(state["_parameters"].items()))
-        else:       # a state_dict has attributes, which say nothing of its weights
+        else:       # a state_dict's attributes do not matter
             require(isinstance(self.stack[-1], (dict, Nothing)),
                     "its pickle changes something that is not a dict")
 

@@ -1,13 +1,12 @@
-"""The shapes of each network's weights as a checkpoint holds them, to check files and make some.
+"""The shapes of each network's weights in a checkpoint, to check files and to make new ones.
 
-A name in a file is the path to the array: down_blocks.0.resnets.1.conv1.weight. flatten() of what
-is returned here is {name: shape}.
+A name in a file is the path to the array: down_blocks.0.resnets.1.conv1.weight. The functions
+return nested shapes; flatten() turns them into {name: shape}.
 """
 
 
 def layer(*shape):
-    """Return the shapes of a norm (n,), a linear layer (out, in) or a convolution (out, in, h, w).
-    """
+    """Return the shapes of a norm (n,), linear layer (out, in) or convolution (out, in, h, w)."""
     return {"weight": shape, "bias": shape[:1]}
 
 
@@ -40,7 +39,7 @@ def attention_shapes(width, context, project=bare):
 def transformer_shapes(width, context, depth=1):
     """Return the shapes of a transformer of `width` channels and words of `context` numbers.
 
-    depth: how many blocks it has.
+    depth: its number of blocks.
     """
     feed_forward = [{"proj": layer(8 * width, width)}, None, layer(width, 4 * width)]
     block = {"norm1": layer(width), "attn1": attention_shapes(width, width),
@@ -51,7 +50,7 @@ def transformer_shapes(width, context, depth=1):
 
 
 def level_shapes(inputs, width, resampler, temb=None, transformer=None):
-    """Return the shapes of a level: ResBlocks from these inputs to `width` channels, and the rest.
+    """Return the shapes of a level: ResBlocks from these input channels to `width`, and the rest.
 
     resampler: "downsamplers", "upsamplers", or False on the last level.
     """
@@ -104,8 +103,8 @@ def depths(config):
 def unet_shapes(config):
     """Return the shapes of the U-Net with this config.
 
-    Each ResBlock on the way down leaves a skip for the way up, and so does each downsampler. In
-    Stable Diffusion 1, with 320, 640, 1280, 1280 channels and 2 ResBlocks a level, the skips have
+    Each ResBlock and each downsampler on the way down leaves a skip for the way up. In Stable
+    Diffusion 1, with 320, 640, 1280, 1280 channels and 2 ResBlocks per level, the skips have
     320 | 320 320 320 | 640 640 640 | 1280 1280 1280 | 1280 1280 channels, from conv_in on. On the
     way up each level takes 3 from the end: the last level's ResBlocks get 1280 + 1280 channels
     three times, the next one's 1280 + 1280, 1280 + 1280 and 1280 + 640, and so on.
@@ -150,5 +149,5 @@ def unet_shapes(config):
 
 SHAPES = {
     "text_encoder": text_shapes, "vae": vae_shapes, "unet": unet_shapes,
-    "text_encoder_2": lambda config: text_shapes(config) | {    # which has a projection at its end
+    "text_encoder_2": lambda config: text_shapes(config) | {    # it ends with a projection
         "text_projection": bare(config.projection_dim, config.hidden_size)}}

@@ -1,6 +1,6 @@
-"""Read checkpoints in one file, in the layout of the original programs: Stable Diffusion 1, 2, XL.
+"""Read single-file checkpoints in the original layout: Stable Diffusion 1, 2 and XL.
 
-Names are translated to those of diffusers, and configs read off the arrays.
+Translate the names to those of diffusers, and infer the configs from the arrays.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from extras.checks import first_five
 from extras.tensors import kind_of, metadata_of, not_but, read_tensors
 from tiny_sd import Tokenizer, UserError, require
 
-TEXT_NAMES = [      # what to replace by what, in this order
+TEXT_NAMES = [      # (pattern, replacement), applied in this order
     (r"^text_model\.", ""), (r"^(token|positional)_embedding", r"embeddings.\g<0>"),
     (r"positional_embedding$", "position_embedding.weight"),     # from here on OpenCLIP's names
     (r"^transformer\.resblocks", "encoder.layers"), (r"\.ln_(\d)\.", r".layer_norm\1."),
@@ -46,12 +46,12 @@ UNET_NAMES = [
 def from_original_name(part, name, levels, n):
     """Return the diffusers name of a weight in the original layout.
 
-    levels: of the VAE; n: ResBlocks a level of the U-Net's way up.
+    levels: of the VAE; n: ResBlocks per level on the U-Net's way up.
     """
     for old, new in {"vae": VAE_NAMES, "unet": UNET_NAMES}.get(part, TEXT_NAMES):
         name = re.sub(old, new, name)
     numbers = re.match(r"(\w+)\.(\d{1,3})\.(\d{1,3})\.(?:(op|conv)(?=\.))?", name)
-    if part == "vae":       # whose decoder counts its levels from below
+    if part == "vae":       # its decoder counts levels from the bottom
         return re.sub(r"^decoder\.up_blocks\.(\d{1,3})",
                       lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
     if part != "unet" or not numbers:
@@ -75,28 +75,28 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
              "set_alpha_to_one": False, "steps_offset": 1}
 PNDM = SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 EULER = SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}
-FAMILIES = {    # what the arrays do not say: sample_size, channels a head (None: 8 heads),
+FAMILIES = {    # what the arrays do not tell: sample_size, channels per head (None: 8 heads),
     # scaling_factor of the latents, scheduler
     "Stable Diffusion 1": (64, None, 0.18215, PNDM),
     "Stable Diffusion 2": (96, 64, 0.18215, PNDM | {"prediction_type": "v_prediction"}),
     "Stable Diffusion 2, inpainting": (64, 64, 0.18215, PNDM),
     "SD Turbo": (64, 64, 0.18215, EULER | {"timestep_spacing": "trailing"}),
     "SDXL": (128, 64, 0.13025, EULER | {"timestep_spacing": "leading"})}
-PARTS = {       # how the names of a part's weights begin; those of OpenCLIP end in ".model."
+PARTS = {       # {prefix of names: part}; prefixes of OpenCLIP's encoders end in ".model."
     "cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",
     "conditioner.embedders.0.model.": "text_encoder",
     "conditioner.embedders.1.model.": "text_encoder_2", "first_stage_model.": "vae",
     "model.diffusion_model.": "unet"}
 USUAL_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-             "latent_channels": 4}        # of a file that comes without
+             "latent_channels": 4}        # for a file without a VAE
 TEXT_INSIDE = r"(embeddings|encoder|final_layer_norm)\.(?!position_ids)"
-INSIDE = {      # how the names of what a network computes with begin, in the layout of diffusers
+INSIDE = {      # {part: pattern of the names of weights in use, in the diffusers layout}
     "text_encoder": TEXT_INSIDE, "text_encoder_2": rf"text_projection|{TEXT_INSIDE}",
     "vae": r"(encoder|decoder|quant_conv|post_quant_conv)\.", "unet": ""}
-FLAGS = {       # a tensor that is a fact by being there: what it sets of the scheduler's config
+FLAGS = {       # {empty tensor: what its presence sets in the scheduler's config}
     "v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": True}}
-HEADER = {      # so is a text in the header
+HEADER = {      # {field of the header: {its text: the same}}
     "modelspec.prediction_type": {"v": {"prediction_type": "v_prediction"},
                                   "v_prediction": {"prediction_type": "v_prediction"},
                                   "epsilon": {"prediction_type": "epsilon"}},
@@ -104,7 +104,7 @@ HEADER = {      # so is a text in the header
                                "stable-diffusion-v2-768-v": {"prediction_type": "v_prediction"}},
     "ss_zero_terminal_snr": {"True": {"rescale_betas_zero_snr": True}}}
 OTHER_NOISE = r"edm_mean|edm_std|edm_vpred\.\w+"     # of Playground 2.5, CosXL
-USUAL = re.compile(     # what published files contain besides the networks
+USUAL = re.compile(     # other tensors that are common, and ignored without a note
     r"(betas|.*alphas_cumprod\w*|posterior_\w+|logvar|model_ema\.(decay|num_updates)|"
     r"v_pred|ztsnr|global_step|.*scaled_fp8|.*position_ids|"
     r"cond\w+(\.embedders\.\d)?\.model\.(logit_scale|text_projection))$")
@@ -117,54 +117,70 @@ def read_names(path):
 
 
 def read_single_file(path):
-    """Return configs, arrays, padding tokens, digest and lines for the user, of a checkpoint.
+    """Return configs, arrays, padding tokens, digest and notes for the user of a checkpoint.
 
-    Names are translated, sizes read off the arrays; the rest is that of the family. What belongs
-    to none of the networks is left out, with a line that names it.
+    Translate the names and read sizes off the arrays; the rest comes from the model's family.
+    Arrays that belong to no network are ignored, with a note.
     """
     file = read_names(path)
-    others_noise = list(filter(re.compile(OTHER_NOISE).fullmatch, file))
-    require(not others_noise, f"{path} was trained on other levels of noise, which are not known "
-                              f"here: it has {first_five(others_noise)}")
     arrays, others, open_clip = sort_out(file)
-    missing = [part for part in ("text_encoder", "unet") if not arrays.get(part)]
     turbo = "conditioner.embedders.0.model." in open_clip.values()
-    refiner = turbo and any(name.startswith("add_embedding") for name in arrays["unet"])
-    require(not missing and not refiner, f"{path} is not a Stable Diffusion 1, 2 or XL: "
-            + ("it is the refiner of SDXL" if refiner else f"it has no {', no '.join(missing)}"
-               + not_but(None if any(arrays.values()) else kind_of(file))))
-    notes = [f"{path} holds more than a model, which is left out: {first_five(others)}"]
+    check_family(path, file, arrays, turbo)
     try:
         for part in open_clip:
             arrays[part] = from_open_clip(arrays[part])
         family = family_of(arrays, open_clip, turbo)
-        n = count(arrays["text_encoder"], "encoder.layers")
-        if "text_encoder" in open_clip and n != 23:     # which are without the last, unused one
-            last = f"encoder.layers.{max(0, n - 1)}."
-            arrays["text_encoder"] = {name: array for name, array in arrays["text_encoder"].items()
-                                      if not name.startswith(last)}
+        if "text_encoder" in open_clip:
+            arrays["text_encoder"] = without_last_layer(arrays["text_encoder"])
         settings = read_off(*FAMILIES[family], open_clip, arrays)
     except (KeyError, IndexError) as error:
         which = error.args[0] if isinstance(error, KeyError) else "one of its weights"
         raise UserError(f"{path} is not a Stable Diffusion 1, 2 or XL: {which} is missing or "
                         "misshapen") from None
-    header = metadata_of(path)
+    follow_facts(settings, file, metadata_of(path))
+    with open(path, "rb") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
+    pads_with_0 = family not in ("Stable Diffusion 1", "SDXL")
+    pads = ["!" if pads_with_0 or part == "text_encoder_2" else Tokenizer.EOS
+            for part in settings if part.startswith("text")]
+    notes = [f"{path} holds more than a model; ignored: {first_five(others)}"] if others else []
+    return settings, arrays, pads, digest, notes
+
+
+def check_family(path, file, arrays, turbo):
+    """UserError unless a checkpoint's arrays are a Stable Diffusion 1, 2 or XL."""
+    other_noise = list(filter(re.compile(OTHER_NOISE).fullmatch, file))
+    require(not other_noise, f"{path} was trained with other noise levels, not supported here: "
+                             f"it has {first_five(other_noise)}")
+    missing = [part for part in ("text_encoder", "unet") if not arrays.get(part)]
+    refiner = turbo and any(name.startswith("add_embedding") for name in arrays["unet"])
+    require(not missing and not refiner, f"{path} is not a Stable Diffusion 1, 2 or XL: "
+            + ("it is the refiner of SDXL" if refiner else f"it has no {', no '.join(missing)}"
+               + not_but(None if any(arrays.values()) else kind_of(file))))
+
+
+def without_last_layer(arrays):
+    """Return an OpenCLIP text encoder's arrays without the last layer, which is never used.
+
+    Files with 23 layers have left it out already.
+    """
+    n = count(arrays, "encoder.layers")
+    last = f"encoder.layers.{max(0, n - 1)}."
+    return {name: array for name, array in arrays.items() if n == 23 or not name.startswith(last)}
+
+
+def follow_facts(settings, file, header):
+    """Change configs, in place, as a checkpoint's flags and header say."""
     for facts in [*(FLAGS.get(name, {}) for name in file),
                   *(values.get(header.get(name), {}) for name, values in HEADER.items())]:
         settings["scheduler"] = settings["scheduler"] | facts
     if size := re.fullmatch(r"(\d{2,4})x\1", header.get("modelspec.resolution", "")):
         factor = 2 ** (len(settings["vae"]["block_out_channels"]) - 1)
         settings["unet"]["sample_size"] = int(size[1]) // factor
-    with open(path, "rb") as whole:
-        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:10]
-    pads_with_0 = family not in ("Stable Diffusion 1", "SDXL")
-    pads = ["!" if pads_with_0 or part == "text_encoder_2" else Tokenizer.EOS
-            for part in settings if part.startswith("text")]
-    return settings, arrays, pads, digest, notes * bool(others)
 
 
 def family_of(arrays, open_clip, turbo):
-    """Return the name in FAMILIES of a file's arrays: mostly what their shapes say."""
+    """Return the name in FAMILIES of a checkpoint, mostly by the shapes of its arrays."""
     if "text_encoder_2" in arrays:
         return "SDXL"
     width = arrays["text_encoder"]["embeddings.token_embedding.weight"].shape[1]
@@ -175,9 +191,9 @@ def family_of(arrays, open_clip, turbo):
 
 
 def sort_out(file):
-    """Return {part: {name today: array}}, the names in no part, and {part: prefix} of OpenCLIP's.
+    """Return {part: {current name: array}}, unknown names, and {part: prefix} of OpenCLIP encoders.
 
-    Of names in no part, the usual ones are not worth a line.
+    Names in USUAL are left out.
     """
     downs = map(re.compile(r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.0\.op\.").match, file)
     levels = count(file, "first_stage_model.decoder.up")
@@ -198,9 +214,9 @@ def sort_out(file):
 
 
 def from_open_clip(arrays):
-    """Return OpenCLIP's text encoder as transformers has it.
+    """Convert OpenCLIP's text encoder to the layout of transformers.
 
-    There q, k and v lie in one array, and the projection is multiplied from the other side.
+    OpenCLIP keeps q, k and v in one array, and its projection is transposed.
     """
     split = {}
     for name, array in arrays.items():
@@ -216,20 +232,20 @@ def from_open_clip(arrays):
 
 
 def count(arrays, numbered):
-    """Return how many different numbers follow the text `numbered` in the arrays' names."""
+    """Count the different numbers that follow the text `numbered` in the arrays' names."""
     found = map(re.compile(rf"{re.escape(numbered)}\.(\d{{1,3}})\.").match, arrays)
     return len({match[1] for match in found if match})
 
 
 def widths(arrays, side):
-    """Return the channels of the levels of one side of a VAE or U-Net."""
+    """Return the channels of each level on one side of a VAE or U-Net."""
     return [len(arrays[f"{side}.{i}.resnets.0.conv1.weight"]) for i in range(count(arrays, side))]
 
 
 def read_off(sample_size, head_size, scaling_factor, scheduler, open_clip, arrays):
-    """Return the configs that the arrays of a single file imply; KeyError if one is missing.
+    """Infer the configs from the arrays of a single file; KeyError if one is missing.
 
-    open_clip: the text encoders that are OpenCLIP's.
+    open_clip: the text encoders from OpenCLIP.
     """
     unet = arrays["unet"]
     second = "text_encoder_2" not in arrays and head_size       # Stable Diffusion 2
@@ -253,7 +269,7 @@ def read_off(sample_size, head_size, scaling_factor, scheduler, open_clip, array
 
 
 def read_off_vae(arrays):
-    """Return the config of a VAE, but for the scale of its latents."""
+    """Infer the config of a VAE, without the scale of its latents."""
     return {
         "block_out_channels": widths(arrays, "encoder.down_blocks"),
         "layers_per_block": count(arrays, "encoder.down_blocks.0.resnets"),
@@ -261,7 +277,7 @@ def read_off_vae(arrays):
 
 
 def read_off_text(arrays, open_clip):
-    """Return the config of a text encoder."""
+    """Infer the config of a text encoder."""
     tokens = arrays["embeddings.token_embedding.weight"].shape
     return {
         "vocab_size": tokens[0], "hidden_size": tokens[1],
@@ -273,7 +289,7 @@ def read_off_text(arrays, open_clip):
 
 
 def read_off_unet(sample_size, size, arrays):
-    """Return the config of a U-Net, without its added conditions."""
+    """Infer the config of a U-Net, without added conditions."""
     down = widths(arrays, "down_blocks")
     depth = [count(arrays, f"down_blocks.{i}.attentions.0.transformer_blocks")
              for i in range(len(down))]

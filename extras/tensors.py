@@ -1,6 +1,6 @@
-"""Read files of tensors, by whatever program, and say of a file what it is.
+"""Read tensor files written by any program, and recognise what a file contains.
 
-Torch's files are read by extras/pickles.py, which runs nothing in them.
+extras/pickles.py reads torch's files without running anything in them.
 """
 
 import json
@@ -15,7 +15,7 @@ from tiny_sd import DTYPES, UserError, require, shorten, widen
 SUFFIXES = (".safetensors", *pickles.SUFFIXES)
 SAFETENSORS, TORCH = "a safetensors file", "a zip, as torch writes"
 OLD_TORCH = "a pickle, as torch wrote before version 1.6"
-CONTENTS = {    # what a file is: how it begins
+CONTENTS = {    # {kind of file: pattern of its first bytes}
     SAFETENSORS: rb".{4}\0{4}\s*\{", TORCH: rb"PK\x03\x04", "empty": rb"\Z",
     OLD_TORCH: rb"\x80[\x02-\x05]",
     "a pointer of Git LFS to a file that was not fetched (git lfs pull)": rb"version https://git-l",
@@ -23,7 +23,7 @@ CONTENTS = {    # what a file is: how it begins
     "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a GGUF file": rb"GGUF",
     "an archive": rb"\x1f\x8b|7z\xbc\xaf|Rar!", "a text, such as a config": rb"[\t\r\n -~]+\Z"}
 WHOLE_MODEL = "a whole model: --model"
-KINDS = {   # what a file is: how a name of its tensors reads
+KINDS = {   # {what a file contains: pattern of a tensor's name in it}
     "a LoRA: --lora": r"lora_|\w+:\d+:|"
                       r".*[._](lora_\w+|hada_w\w+|lokr_w\w+|oft_\w+|dora_scale)(\.|$)",
     "an embedding: --embedding": r"(emb_params|string_to_\w+|clip_[lg]|<[^<>.]+>)$",
@@ -49,7 +49,7 @@ def kind_of(names):
 
 
 def content_of(path):
-    """Return what a file is by how it begins, or None."""
+    """Return the kind of a file by its first bytes, or None."""
     with open(path, "rb") as file:
         start = file.read(500)
     return next((what for what, pattern in CONTENTS.items()
@@ -57,17 +57,17 @@ def content_of(path):
 
 
 def check_content(path):
-    """UserError unless a file begins as its name says, if it is known how it begins."""
+    """UserError if a file's first bytes contradict its suffix."""
     require(Path(path).exists(), f"there is no file {path}")
     require(Path(path).is_file(), f"{path} is not a file")
     pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
-    other = "whatever its name says" if what in (SAFETENSORS, TORCH) else "and not one of weights"
+    other = "whatever its name says" if what in (SAFETENSORS, TORCH) else "not a file of weights"
     require(what in ((TORCH, OLD_TORCH) if pickled else (SAFETENSORS,)) or not what,
             f"{path} is {what}, {other}")
 
 
 def read_contents(path):
-    """Return {name: what it is} of a .safetensors file, or of one that torch wrote."""
+    """Return {name: value} of a .safetensors file, or of one that torch wrote."""
     check_content(path)
     if Path(path).suffix.lower() not in pickles.SUFFIXES:
         return read_safetensors(path)
@@ -82,7 +82,7 @@ def read_contents(path):
 def read_tensors(path):
     """Return {name: array} of a .safetensors file, or of one that torch wrote.
 
-    There, the arrays may lie in a "state_dict" among other things. bfloat16 stays uint16.
+    In torch's files the arrays may be in a "state_dict". bfloat16 stays uint16.
     """
     found = read_contents(path)
     if Path(path).suffix.lower() not in pickles.SUFFIXES:
@@ -90,17 +90,17 @@ def read_tensors(path):
     inner = found.get("state_dict")
     arrays = {name: array for name, array in (inner if isinstance(inner, dict) else found).items()
               if isinstance(name, str) and isinstance(array, np.ndarray)}
-    require(arrays, f"{path} holds no tensors with names" + not_but(kind_of(found)))
+    require(arrays, f"{path} has no named tensors" + not_but(kind_of(found)))
     return arrays
 
 
 def not_but(kind):
-    """Return ": it is KIND", or nothing where the kind is None."""
+    """Return ": it is KIND", or "" if the kind is None."""
     return f": it is {kind}" if kind else ""
 
 
 def metadata_of(path):
-    """Return {name: text} of what a .safetensors file says besides its tensors."""
+    """Return the metadata {name: text} in a .safetensors file's header."""
     if Path(path).suffix.lower() in pickles.SUFFIXES:
         return {}
     from safetensors import SafetensorError, safe_open
@@ -114,9 +114,9 @@ TYPES = DTYPES | {"U64": "<u8", "U32": "<u4", "U16": "<u2", "F8_E4M3": "u1", "F8
 
 
 def read_safetensors(path):
-    """Return {name: array} of a .safetensors file, mapped into memory where NumPy has its type.
+    """Return {name: array} of a .safetensors file, mapped into memory if NumPy has the dtype.
 
-    float8 becomes float16, and float32 where a scale goes with it, NAME.scale_weight.
+    float8 becomes float16, or float32 if NAME.scale_weight has a scale for it.
     """
     metadata_of(path)       # checks the header
     data = np.memmap(path, np.uint8, "r")
@@ -129,15 +129,15 @@ def read_safetensors(path):
         require(dtype in TYPES, f"{path}: {name} is {dtype}, not one of {', '.join(TYPES)}")
         try:
             array = data[start + begin:start + end].view(TYPES[dtype]).reshape(entry["shape"])
-        except ValueError as error:     # too many axes, or too long beside one of 0
-            raise UserError(f"{path}: {shorten(name)} has no shape of NumPy's: {error}") from None
+        except ValueError as error:     # too many axes, or one of 0 and a huge one
+            raise UserError(f"{path}: NumPy cannot shape {shorten(name)}: {error}") from None
         array = array.astype("<u4") if dtype == "U16" else array    # uint16 stands for bfloat16
         arrays[name] = from_float8(array, dtype) if dtype.startswith("F8") else array
     for name in [name for name in arrays if name.endswith(".scale_weight")]:
         weight = name.removesuffix("scale_weight") + "weight"
         scale = widen(arrays.pop(name)).astype(np.float32)
         require(weight in arrays and scale.size in (1, len(arrays[weight])),
-                f"{path}: {name} fits no weight")
+                f"{path}: {name} does not fit a weight")
         scale = scale.reshape(-1, *[1] * (arrays[weight].ndim - 1))
         arrays[weight] = widen(arrays[weight]).astype(np.float32) * scale
         arrays.pop(name.replace("scale_weight", "scale_input"), None)
@@ -145,10 +145,10 @@ def read_safetensors(path):
 
 
 def from_float8(array, dtype):
-    """Return bytes of float8 as float16, which holds every one of them.
+    """Convert float8 to float16, exactly.
 
-    e5m2 is the upper half of a float16. e4m3 has one exponent bit less, three bits of fraction and
-    no infinity: moved into the bits of a float16, it is 2**8 too small.
+    e5m2 is the upper half of a float16. e4m3 has one exponent bit less, three fraction bits and no
+    infinity: shifted into a float16, its value is 2**8 too small.
     """
     bits = array.astype(np.uint16)
     if dtype == "F8_E5M2":

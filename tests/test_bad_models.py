@@ -207,7 +207,8 @@ CHANGED = {     # a part, what its config says, and what the line must name
         ({"out_channels": 4}, "out_channels"), ({"act_fn": "gelu"}, "act_fn")],
     "unet": [
         ({"cross_attention_dim": None}, "cross_attention_dim"),
-        ({"cross_attention_dim": 16}, "cross_attention_dim is 16"), ({"block_out_channels": [8, 24]}, "unet"),
+        ({"cross_attention_dim": 16}, "cross_attention_dim is 16"),
+        ({"block_out_channels": [8, 24]}, "unet"),
         ({"num_attention_heads": [2]}, "heads"), ({"out_channels": 3}, "returns 3 channels"),
         ({"in_channels": 8}, "8 input channels"), ({"in_channels": 5}, "5 input channels"),
         ({"norm_eps": 1e-6}, "norm_eps"), ({"act_fn": "mish"}, "mish"),

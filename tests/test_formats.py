@@ -340,7 +340,7 @@ FILES = {       # name: (bytes or tensors, what is said)
                              torch.zeros(2, 2)}, "the refiner of SDXL"),
     "lora.safetensors": ({"lora_unet_a.lora_up.weight": torch.zeros(2, 2)}, "a LoRA: --lora"),
     "flux.safetensors": ({"double_blocks.0.a": torch.zeros(2)}, "a Flux"),
-    "playground.safetensors": ({"edm_mean": torch.zeros(2)}, "other levels of noise"),
+    "playground.safetensors": ({"edm_mean": torch.zeros(2)}, "other noise levels"),
     "model.yaml": (b"model:\n  target: ldm.models.diffusion.ddpm\n", "a text, such as a config"),
     "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n",
                         "Git LFS"),

@@ -254,7 +254,7 @@ def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, 
     same_weights(formats.load(path), plain)
     names = f"{'; '.join(sorted(OTHERS)[:5])}; and {len(OTHERS) - 5} more"
     assert capsys.readouterr().err == (
-        f"tiny_sd: {path} holds more than a model, which is left out: {names}\n")
+        f"tiny_sd: {path} holds more than a model; ignored: {names}\n")
 
 
 @pytest.mark.slow
