@@ -1,11 +1,10 @@
 """A page to play with, in the browser: python tiny_sd.py --play
 
-There are two processes. This one, the server, hands out play.html and passes on what the page asks
-for. The other, extras/studio.py, imports tiny_sd and draws. When tiny_sd.py is saved, the server
-starts it again, and it finds the weights in the system's memory.
+There are two processes. This one is the server, which serves play.html and passes requests on. The
+other, extras/studio.py, imports tiny_sd and draws. When tiny_sd.py is saved, the server restarts
+it; the weights are still in the system's cache.
 
-The server listens on the loopback address alone, and answers nobody but the page: see
-Handler.refusal.
+The server listens only on the loopback address and answers only the page: see Handler.refusal.
 """
 
 import ast
@@ -35,14 +34,14 @@ LESSON = HERE / "tiny_sd.py"
 PAGE = HERE / "extras" / "play.html"
 STUDIO = "from extras.start import program; program('extras.studio')"
 LARGEST_REQUEST, LARGEST_PICTURE = 100_000, 20_000_000      # bytes
-LONGEST_ANSWER, LONGEST_LINE = 2 ** 26, 10_000     # bytes; twelve million pixels have as many
-KEPT = 4        # of the pictures that the page sent, the last ones
+LONGEST_ANSWER, LONGEST_LINE = 2 ** 26, 10_000     # bytes; enough for twelve million pixels
+KEPT = 4        # pictures from the page, the last ones
 
 
 def play(argv, port=0, browser=True):
-    """Serve the page until Ctrl-C; UserError if the port is taken or the model cannot be loaded.
+    """Serve the page until Ctrl-C; UserError if the port is in use or the model cannot be loaded.
 
-    argv: the command line, whose options are what the page begins with.
+    argv: the command line, whose options are the page's initial settings.
     """
     with tempfile.TemporaryDirectory(prefix="tiny_sd-") as folder:
         worker = Worker(argv)
@@ -71,14 +70,14 @@ def tell_changes(worker):
     while True:
         time.sleep(0.2)
         now = stamp(LESSON)
-        if now != saved and now == seen and now:    # it is there, and no longer being written
+        if now != saved and now == seen and now:    # it exists, and is no longer being written
             saved = now
             worker.start()
         seen = now
 
 
 def stamp(path):
-    """Return what changes when a file is saved, None while it is not there."""
+    """Return a value that changes when a file is saved; None while it does not exist."""
     try:
         status = path.stat()
         return status.st_mtime_ns, status.st_size, status.st_ino
@@ -104,16 +103,16 @@ def definitions(source):
 
 
 def changed_names(before, after):
-    """Return the names of what differs between two sources, [] if one does not parse."""
+    """Return the names whose code differs between two sources, [] if one does not parse."""
     try:
         old, new = definitions(before), definitions(after)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):      # the last where it is deep
+    except (SyntaxError, ValueError, RecursionError, MemoryError):      # the last if deeply nested
         return []
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def lines_of(stream, longest):
-    """Yield the lines of a stream, longer ones in pieces: a changed line may print without end."""
+    """Yield the lines of a stream, long ones in pieces: an edited line may print without end."""
     return iter(functools.partial(stream.readline, longest), b"")
 
 
@@ -121,9 +120,9 @@ def lines_of(stream, longest):
 
 
 class Worker:
-    """The process that draws, as it is and as it will be after the next change of tiny_sd.py.
+    """The process that draws, restarted after each change of tiny_sd.py.
 
-    What it says of itself is its state; answers to a request go to the queue of whoever asked.
+    Its messages about itself update the state; answers go to the queue of their request.
     """
 
     def __init__(self, argv):
@@ -132,7 +131,7 @@ class Worker:
         self.changed, self.state, self.version = threading.Condition(), {"state": "loading"}, 0
 
     def start(self):
-        """Start the process, in place of one that runs."""
+        """Start the process, or restart it."""
         self.end()
         try:
             self.launch()
@@ -166,7 +165,7 @@ class Worker:
             self.tell("broken", text="".join(said))
 
     def end(self):
-        """End the process, and tell those who wait for it."""
+        """End the process, and notify those who wait for it."""
         process, self.process = self.process, None
         if process:
             process.kill()
@@ -176,14 +175,14 @@ class Worker:
             answers.put({"event": "end"})
 
     def tell(self, state=None, **news):
-        """Change the state, and wake those who wait for news."""
+        """Change the state, and wake those who wait for it."""
         with self.changed:
             self.state = {**self.state, **news, "state": state or self.state["state"]}
             self.version += 1
             self.changed.notify_all()
 
     def news(self, version=None, state=None, timeout=None):
-        """Wait until the version or the state is another one; return the state."""
+        """Wait until both differ from this version and state; return the state."""
         with self.changed:
             self.changed.wait_for(lambda: self.version != version and self.state["state"] != state,
                                   timeout)
@@ -203,11 +202,11 @@ class Worker:
             self.tell(notes=[*self.state["notes"], line][-20:])
 
     def read_answers(self, process, said):
-        """Pass on what the process answers."""
+        """Pass on the process's answers."""
         for line in lines_of(process.stdout, LONGEST_ANSWER):
             try:
                 answer = json.loads(line) | {}
-            except (ValueError, TypeError, RecursionError):     # printed by the module's import
+            except (ValueError, TypeError, RecursionError):     # printed during import
                 self.note(process, line.decode(errors="replace"))
                 continue
             if "pid" in answer:
@@ -217,7 +216,7 @@ class Worker:
                 answers.put(answer)
 
     def ask(self, request):
-        """Send a request; return its number and the queue of its answers, which "end" ends."""
+        """Send a request; return its number and a queue of its answers, the last one "end"."""
         if self.process is None:
             self.start()
         number, answers = next(self.numbers), queue.SimpleQueue()
@@ -230,13 +229,13 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        except (AttributeError, OSError, ValueError):       # it is no more
+        except (AttributeError, OSError, ValueError):       # the process is gone
             if answers := self.queues.get(request["id"]):
                 answers.put({"event": "error", "text": "the process that draws has ended"})
                 answers.put({"event": "end"})
 
     def forget(self, number):
-        """End a request that nobody waits for."""
+        """Stop a request that nobody waits for."""
         if self.queues.pop(number, None):
             self.send({"id": 0, "ask": "stop", "run": number})
 
@@ -245,7 +244,7 @@ class Worker:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page on the loopback address; a thread for each connection."""
+    """Serve the page on the loopback address, with a thread for each connection."""
 
     daemon_threads, request_queue_size, allow_reuse_address = True, 128, os.name != "nt"
 
@@ -257,7 +256,7 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://{self.hosts[0]}/{self.token}/"
 
     def handle_error(self, request, client_address):
-        """Be quiet where a connection breaks."""
+        """Ignore broken connections."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -272,30 +271,30 @@ HEADERS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request of the page."""
+    """Answer one request of the page."""
 
-    timeout = 10        # seconds that a connection may say nothing; those that wait have threads
+    timeout = 10        # seconds that a connection may be silent
 
     def log_message(self, *args):
-        """Say nothing: every request is a line otherwise."""
+        """Do not print a line for every request."""
 
     def refusal(self, token):
-        """Return why a request is not answered, or None.
+        """Return why a request is refused, or None.
 
-        Only the page knows the token. A site whose name was made to lead here has another Host, and
-        a request that another site sends from the same browser has another Origin.
+        Only the page knows the token. A site whose name was made to resolve to this address sends
+        another Host, and a request from another site in the same browser has another Origin.
         """
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in self.server.hosts:
             return "this page has another address"
         if origin not in (None, f"http://{host}"):
-            return "another site asks"
+            return "the request comes from another site"
         if not hmac.compare_digest(token.encode(errors="replace"), self.server.token.encode()):
-            return "the address lacks its token: take the one that was printed"
+            return "the address lacks its token: use the address that was printed"
         return None
 
     def admitted(self, names):
-        """Return what is asked for, one of these names; None after a refusal."""
+        """Return the name requested, one of these; None after a refusal."""
         token, _, name = self.path.removeprefix("/").partition("/")
         if reason := self.refusal(token):
             return self.respond(403, reason)
@@ -304,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         return name
 
     def respond(self, status, text, kind="text/plain"):
-        """Send a whole response."""
+        """Send a complete response."""
         self.begin(status, kind)
         self.wfile.write(text if isinstance(text, bytes) else f"{text}\n".encode())
 
@@ -334,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.line(state)
 
     def do_POST(self):
-        """Take a picture up, or pass a request on and stream its answers."""
+        """Receive a picture, or pass a request on and stream its answers."""
         name = self.admitted(["picture", "draw", "look", "save"])
         length, most = self.headers.get("Content-Length", ""), LARGEST_REQUEST
         if name == "picture":
@@ -348,15 +347,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.respond(200, json.dumps(self.take_picture(body)), "application/json")
         try:
             request = json.loads(body) | {"ask": name}
-            for key in "init_img", "mask":      # the page only knows their numbers
+            for key in "init_img", "mask":      # the page sends only their numbers
                 if request.get(key) is not None:
                     request[key] = str(self.server.pictures[request[key]])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return self.respond(400, "this is no request of the page")
+            return self.respond(400, "this is not a request of the page")
         return self.stream(*self.server.worker.ask(request))
 
     def take_picture(self, data):
-        """Keep a picture in the folder, under a number; return that."""
+        """Save a picture in the folder under a new number; return the number."""
         number = next(self.server.numbers)
         path = self.server.folder / f"picture-{number}.png"
         path.write_bytes(data)
@@ -366,7 +365,7 @@ class Handler(BaseHTTPRequestHandler):
         return number
 
     def stream(self, number, answers):
-        """Send the answers as they come; stop the work if nobody waits for them any more."""
+        """Send the answers as they arrive; stop the work if the page no longer waits."""
         try:
             self.begin(200, "application/x-ndjson")
             answer = {"event": ""}
@@ -380,6 +379,6 @@ class Handler(BaseHTTPRequestHandler):
             self.server.worker.forget(number)
 
     def is_gone(self):
-        """Was the connection closed at the other end?"""
+        """Has the other end closed the connection?"""
         readable, *_ = select.select([self.connection], [], [], 0)
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)

@@ -1,9 +1,9 @@
-"""What tiny_sd computes on the way to a picture: pictures of every stage.
+"""Show what tiny_sd computes on the way to a picture.
 
     python tiny_sd.py "red apple" --show DIR        the picture, and a page about it: DIR/index.html
 
-An example of tiny_sd as a library: generate() is given a denoiser that asks tiny_sd's and writes
-down the answers, and while it does, the functions it watches are wrapped.
+This is also an example of tiny_sd as a library: it passes generate() a denoiser that calls
+tiny_sd's and records the results, and it wraps the functions that it watches meanwhile.
 """
 
 import contextlib
@@ -39,7 +39,10 @@ from tiny_sd import require
 
 @contextlib.contextmanager
 def watching(module=tiny_sd, **watchers):
-    """While it lasts, tell each call of a module's functions of these names to f(result, *args)."""
+    """Within this context, call f(result, *args) after each call of a module's function `name`.
+
+    watchers: name=f.
+    """
     def watched(function, watcher):
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
@@ -54,10 +57,10 @@ def watching(module=tiny_sd, **watchers):
 
 
 def counting(tell):
-    """While it lasts, call tell(flops, result, weight) for each operation that has a weight.
+    """Within this context, call tell(flops, result, weight) after each operation with a weight.
 
-    And for attention, whose weight is None. flops: the multiplications and additions of its matrix
-    products, which are next to everything.
+    Also after attention, with weight None. flops: the multiplications and additions in its matrix
+    products, which are nearly all there are.
     """
     def product(y, x, weight, *_, **__):
         tell(2 * math.prod(y.shape) * math.prod(weight.shape[1:]), y, weight)
@@ -73,15 +76,15 @@ def counting(tell):
 
 
 def probabilities(q, k):
-    """Return softmax(q kᵀ / √d) (batch, heads, queries, keys), which attention need not hold."""
+    """Return softmax(q kᵀ / √d) (batch, heads, queries, keys)."""
     q, k = tiny_sd.to_numpy(q), tiny_sd.to_numpy(k)
     return tiny_sd.softmax.formula(q @ k.mT / math.sqrt(q.shape[-1]))
 
 
 def attention_maps(maps, height, width):
-    """Return {(h', w'): (batch, tokens, h', w')}: the attention that each pixel gives each token.
+    """Return {(h', w'): (batch, tokens, h', w')}: how much each pixel attends to each token.
 
-    maps: of each layer, (batch, pixels, tokens), of a height x width image; those of one
+    maps: one per layer, (batch, pixels, tokens), for latents of height x width. Maps of the same
     resolution are averaged.
     """
     attention = {}
@@ -95,13 +98,13 @@ def attention_maps(maps, height, width):
 
 
 def check_folder(folder, path):
-    """UserError unless --show can make a page in this folder, as given and as a whole path."""
+    """UserError unless --show can write a page to this folder; path: the same, absolute."""
     if path.exists():
         empty = path.is_dir() and not any(path.iterdir())
-        require(empty, f"--show {folder} is there already: name a new folder, or an empty one")
+        require(empty, f"--show {folder} exists already: name a new folder, or an empty one")
         require(os.access(path, os.W_OK), f"--show {folder} cannot be written to")
     else:
-        check_folder_of(path, f"--show {folder} cannot be made: ")
+        check_folder_of(path, f"--show {folder} cannot be created: ")
 
 
 def put_folder(folder, path):
@@ -110,18 +113,17 @@ def put_folder(folder, path):
         try:
             if not os.path.lexists(target):
                 return folder.rename(target)
-        except OSError:     # unless the name was taken just now
+        except OSError:     # try the next name if this one appeared meanwhile
             if not os.path.lexists(target):
                 raise
 
 
 class Film:
-    """What a run computes at each step: generate() takes it as make_denoiser, then save().
+    """Record what a run computes at each step. Pass it to generate() as make_denoiser, then save().
 
-    steps: for each guess t, alpha_bar = ᾱ_t, x = x_t and x_0 = x̂_0 (batch, h, w, channels), push
-    = ε̂_c - ε̂_∅ of the same shape (None unless there are two contexts), and attention, see
-    attention_maps.
-    UserError if the folder to save to is in use, or cannot be made.
+    steps: one record for each call of the denoiser: t, alpha_bar = ᾱ_t, x = x_t, x_0 = x̂_0 (batch,
+    h, w, channels), push = ε̂_c - ε̂_∅ of that shape (None without guidance), and attention (see
+    attention_maps). UserError if the folder to save to is not empty, or cannot be created.
     """
 
     def __init__(self, folder=None):
@@ -130,21 +132,21 @@ class Film:
             check_folder(folder, self.folder)
 
     def __call__(self, model, context, *args):
-        """Return a denoise() for samplers, which remembers what it sees."""
+        """Return a denoise() for samplers that records each step."""
         self.model, kind = model, model.config.scheduler.prediction_type
         denoise = like_diffusers.denoiser(model, context, *args)
         prompt = tiny_sd.to_numpy(context[-1])
 
         def watched(x, t, alpha_bar):
-            heard, answers, n = defaultdict(list), {}, len(x)      # by thread, perhaps one a half
+            heard, answers, n = defaultdict(list), {}, len(x)      # by thread: each context has one
 
             def see_attention(y, q, k, *_, **__):
-                maps = heard[get_ident()]       # of a block's two calls the second is to the words
+                maps = heard[get_ident()]       # a block's second attention is to the words
                 maps.append(probabilities(q, k).mean(1) if len(maps) % 2 else None)
 
             def see_output(y, _model, _x, _t, contexts, *_):
                 maps = heard.pop(get_ident(), [])[1::2]
-                for i in range(0, len(y), n):       # torch answers for both contexts at once
+                for i in range(0, len(y), n):       # torch computes both contexts in one batch
                     with_prompt = np.array_equal(tiny_sd.to_numpy(contexts[i]), prompt)
                     _, eps = tiny_sd.split_prediction(kind, y[i:i + n], x, alpha_bar)
                     answers[with_prompt] = eps, [m[i:i + n] for m in maps]
@@ -154,7 +156,7 @@ class Film:
             cond, maps = answers[True]
             push = None
             if len(context) == 2:
-                uncond, _ = answers.get(False, answers[True])   # both ask the same, perhaps
+                uncond, _ = answers.get(False, answers[True])   # the prompts may be the same
                 push = cond - uncond
             self.steps.append(SimpleNamespace(
                 t=t, alpha_bar=alpha_bar, x=x, x_0=x_0, push=push,
@@ -163,11 +165,11 @@ class Film:
         return watched
 
     def save(self, x, prompt, chunks, seeds):
-        """Write the folder, whole or not at all, and return the path of its page.
+        """Write the folder, completely or not at all, and return the path of its page.
 
-        x: the last latents. chunks: those in which the prompt is read (prompts.chunks_of). An empty
-        folder that is there already, perhaps a disk's own, is filled. What others put there in the
-        meantime stays, and the page goes beside it.
+        x: the last latents. chunks: the prompt's, from prompts.chunks_of. An existing empty folder,
+        such as a mounted disk, is filled. If it is no longer empty by then, its files stay and the
+        page goes into a new folder in it.
         """
         fill = self.folder.is_dir()
         with unfinished_name(self.folder, inside=fill) as unfinished:
@@ -182,7 +184,7 @@ class Film:
 
 
 def seeing(viewer_of, inside=like_diffusers.denoiser) -> Callable:
-    """Return a denoiser that shows each guess x̂_0 to viewer_of(model)."""
+    """Return make_denoiser for denoisers that pass each guess x̂_0 to viewer_of(model)."""
     def make(model, *args, **settings):
         see, denoise = viewer_of(model), inside(model, *args, **settings)
 
@@ -195,12 +197,12 @@ def seeing(viewer_of, inside=like_diffusers.denoiser) -> Callable:
 
 
 def as_pixels(picture):
-    """Return a picture of floats from 0 to 255, or what is near, as one of uint8."""
+    """Clip and round a picture of floats to uint8."""
     return np.nan_to_num(picture).clip(0, 255).round().astype(np.uint8)
 
 
 def colour_map(model):
-    """Return the matrix (channels + 1, 3) that takes latents, and a 1, nearest to their colours."""
+    """Fit a matrix (channels + 1, 3) that maps latents, and a 1, to their colours."""
     colours, size = np.random.default_rng(0).integers(0, 256, (8, 8, 3)), 2 * model.factor
     latents = tiny_sd.encode(model, np.kron(colours, np.ones((size, size, 1))), np.float32(0))
     latents = latents.reshape(8, 2, 8, 2, -1).mean((1, 3)).reshape(64, -1)
@@ -209,10 +211,7 @@ def colour_map(model):
 
 
 def quick_decoder(model):
-    """Return a function from latents to pixels: that of a tiny VAE, or a map of single latents.
-
-    The map is the linear one that fits 64 colours best.
-    """
+    """Return a fast function from latents to pixels: a tiny VAE, or else the linear colour_map."""
     if inspect.unwrap(model.vae_decode) is not tiny_sd.vae_decode:
         return functools.partial(tiny_sd.decode, model)
     fit = colour_map(model)
@@ -220,18 +219,18 @@ def quick_decoder(model):
 
 
 def check_preview(path):
-    """UserError if there is a file that --preview must not replace: one that it did not write."""
+    """UserError if --preview would replace a file that it did not write."""
     ours = not os.path.lexists(path)
     if path.is_file():
         with open(path, "rb") as file:
             ours = b"tiny_sd preview" in file.read(99)
-    require(ours, f"--preview {path} is there already, and no preview: name another file")
+    require(ours, f"--preview {path} exists already and is not a preview: name another file")
 
 
 def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
-    """Return a denoiser that writes x̂_0 to a PNG at each step, decoded quickly and smoothed.
+    """Return make_denoiser for denoisers that write x̂_0 to a PNG, quickly decoded and smoothed.
 
-    UserError if there is such a file already, or comes to be, unless it is a preview too.
+    UserError if the file exists, or appears meanwhile, and is not a preview.
     """
     mark = PngInfo()
     mark.add_text("Software", "tiny_sd preview")
@@ -242,7 +241,7 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
 
         def see(x_0):
             picture = Image.fromarray(as_pixels(np.concatenate(small(x_0), axis=1)))
-            scale = model.factor * x_0.shape[1] // picture.height   # 1 of a tiny VAE's
+            scale = model.factor * x_0.shape[1] // picture.height   # 1 with a tiny VAE
             picture = ImageOps.scale(picture, scale, Image.Resampling.BICUBIC)
             with unfinished_name(path) as unfinished:
                 picture.save(unfinished, "PNG", pnginfo=mark)
@@ -253,7 +252,7 @@ def previewer(path: Path, inside=like_diffusers.denoiser) -> Callable:
 
 
 def recorder(frames: list, inside=like_diffusers.denoiser) -> Callable:
-    """Return a denoiser that adds to frames what each guess x̂_0 looks like, decoded."""
+    """Return make_denoiser for denoisers that append each guess x̂_0, decoded, to frames."""
     def viewer(model):
         return lambda x_0: frames.append(np.concatenate(tiny_sd.decode(model, x_0), axis=1))
     return seeing(viewer, inside)
@@ -265,20 +264,20 @@ HEAT = np.array([(0, 0, 0), (80, 20, 110), (190, 55, 85), (250, 145, 20), (255, 
 
 
 def heat(values, most=None):
-    """Return an array (h, w) from 0 to `most` as a picture, from black to pale yellow."""
+    """Draw an array (h, w) of values from 0 (black) to `most` (pale yellow)."""
     v = np.clip(values / (most or values.max() or 1), 0, 1)
     colours = np.stack([np.interp(v, np.linspace(0, 1, 5), c) for c in HEAT.T], -1)
     return Image.fromarray(colours.round().astype(np.uint8))
 
 
 def grey(values, most):
-    """Return an array (h, w) as a picture, from -most, black, to most, white."""
+    """Draw an array (h, w) of values from -most (black) to most (white)."""
     pixels = (np.clip(values / most / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels).convert("RGB")
 
 
 def over(picture, values, most=None, smooth=True):
-    """Return a heat map of values (h, w) over a picture (height, width, 3)."""
+    """Draw a heat map of values (h, w) over a picture (height, width, 3)."""
     picture = Image.fromarray(picture)
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(picture.size, how))
@@ -286,13 +285,13 @@ def over(picture, values, most=None, smooth=True):
 
 
 def enlarged(picture, size):
-    """Return a picture larger by the whole factor that brings its width nearest to size."""
+    """Enlarge a picture by the integer that brings its width closest to size."""
     n = max(1, round(size / picture.width))
     return picture.resize((n * picture.width, n * picture.height), Image.Resampling.NEAREST)
 
 
 def sheet(rows, across=(), down=(), size=96, gap=4):
-    """Return rows of pictures of one size as one, with words above columns and before rows."""
+    """Join rows of equally large pictures into one, with labels above columns and before rows."""
     rows = [[enlarged(cell, size) for cell in row] for row in rows]
     write, (w, h) = ImageFont.load_default(13), rows[0][0].size
     left = max([0, *(math.ceil(write.getlength(word)) + 12 for word in down)])
@@ -310,14 +309,14 @@ def sheet(rows, across=(), down=(), size=96, gap=4):
     return page
 
 
-# ── What a film shows ───────────────────────────────────────────────────────────────────────────
+# ── Maps of attention and guidance ──────────────────────────────────────────────────────────────
 
 
 def positions_of_words(tokenizer, chunks, n):
-    """Return [(word, its positions)] in a context of n tokens, (start) first and the rest last.
+    """Return [(word, its positions)] in a context of n tokens, from (start) to (end and padding).
 
-    chunks: those of extras.prompts, which the context holds one or more times. A word has its
-    weight beside it, unless that is 1.
+    chunks: from extras.prompts; the context has them one or more times. A word's weight follows it,
+    unless it is 1.
     """
     length, words, used = tokenizer.length, [], []
     specials = tokenizer.BOS, tokenizer.EOS, ""     # "": all but the first vector of a learnt word
@@ -342,7 +341,7 @@ def positions_of_words(tokenizer, chunks, n):
 
 
 def enlarge(values, size):
-    """Return an array (h, w) at another size (height, width), its mean kept."""
+    """Resize an array (h, w) to (height, width), keeping its mean."""
     picture = Image.fromarray(values.astype(np.float32))
     return np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -350,7 +349,7 @@ def enlarge(values, size):
 def word_maps(steps, positions, k):
     """Return {resolution: (steps, h, w)}, the attention to a word in picture k, and their mean.
 
-    The mean is over the resolutions, at the largest of them.
+    The mean over the resolutions has the size of the largest.
     """
     sizes = list(steps[0].attention)
     maps = {size: np.array([step.attention[size][k, positions].sum(0) for step in steps])
@@ -359,7 +358,7 @@ def word_maps(steps, positions, k):
 
 
 def push_maps(steps, k):
-    """Return (steps, h, w), the length over the channels of what guidance adds to picture k.
+    """Return (steps, h, w): how much guidance changes picture k, as a norm over the channels.
 
     It is 0 at steps without guidance.
     """
@@ -368,12 +367,12 @@ def push_maps(steps, k):
 
 
 def push_lengths(steps, k):
-    """Return (steps,), the length of what guidance adds over the whole picture."""
+    """Return (steps,): how much guidance changes the whole picture, as a norm."""
     return np.sqrt(np.square(push_maps(steps, k)).sum((1, 2)))
 
 
 def sigma(step):
-    """Return the noise-to-signal ratio of a step, finite where all is noise."""
+    """Return the noise-to-signal ratio of a step; finite even for pure noise."""
     return tiny_sd.sigma_of(max(step.alpha_bar, 2 ** -24))
 
 
@@ -381,7 +380,7 @@ def sigma(step):
 
 
 class Page:
-    """An HTML page and the pictures beside it, written to a folder."""
+    """An HTML page with its pictures, written to a folder."""
 
     def __init__(self, folder):
         self.folder, self.body, self.prefix = folder, [], ""
@@ -391,7 +390,7 @@ class Page:
         self.body += lines
 
     def image(self, picture, name, words):
-        """Save a picture; return the tag that shows it."""
+        """Save a picture; return its HTML tag."""
         path = self.folder / f"{self.prefix}{name}.png"
         picture.save(path)
         return f'<img src="{path.name}" alt="{html.escape(words)}">'
@@ -413,16 +412,16 @@ class Page:
 
 
 def film_section(page, steps, pairs, result):
-    """Show x_t and the guess at each step, and the same as one moving picture."""
+    """Show x_t and the guess at each step, and an animation of them."""
     frames = [sheet([pair], size=128) for pair in [*pairs, (result, result)]]
     frames[0].save(page.folder / f"{page.prefix}film.png", save_all=True, loop=0,
                    append_images=frames[1:], duration=[300] * len(pairs) + [2000])
     page.say(
-        "<h3>The film</h3><p>At each step the program holds a noisy x<sub>t</sub> (left). From it "
-        "the network guesses the clean picture x̂<sub>0</sub> (right): the mean of all that could "
-        "hide in the noise, a blur at first. The sampler goes a part of the way there, and asks "
-        "again. σ is the noise-to-signal ratio. Both are shown as the decoder sees them.</p>",
-        f'<img class="wide" src="{page.prefix}film.png" alt="the same, moving">',
+        "<h3>The film</h3><p>At each step the program has a noisy x<sub>t</sub> (left). From it "
+        "the network guesses the clean picture x̂<sub>0</sub> (right): the mean of all pictures "
+        "that the noise could hide, a blur at first. The sampler goes part of the way there and "
+        "calls the network again. σ is the noise-to-signal ratio. Both pictures are decoded.</p>",
+        f'<img class="wide" src="{page.prefix}film.png" alt="the same, animated">',
         '<div class="row">')
     for i, (step, pair) in enumerate(zip(steps, pairs), 1):
         tags = [page.image(picture, f"film-{i:03d}-{name}", f"{name} at step {i}")
@@ -433,15 +432,15 @@ def film_section(page, steps, pairs, result):
 
 
 def words_section(page, film, k, picture, chunks):
-    """Show the attention to each word: over all, at each resolution, in each third of the way."""
+    """Show the attention to each word: in total, per resolution, and per third of the steps."""
     sizes = list(film.steps[0].attention)
     thirds = [part for part in np.array_split(np.arange(len(film.steps)), 3) if len(part)]
     page.say(
-        "<h3>What each pixel listens to</h3><p>In cross-attention every pixel of the latents "
-        "divides its attention among the tokens of the prompt. A row shows where a word was "
-        "listened to: first over all steps and resolutions, then at each resolution, then in each "
-        "third of the way. Black is none, pale yellow the most in that map; the numbers are "
-        "the mean and the largest share. Start and padding take what no word wants.</p>",
+        "<h3>What each pixel attends to</h3><p>In cross-attention every pixel of the latents "
+        "divides its attention among the tokens of the prompt. Each row shows which pixels attend "
+        "to a word: over all steps and resolutions, then at each resolution, then in each third of "
+        "the steps. Black is none, pale yellow the maximum of that map; the numbers are the mean "
+        "and the largest share. Attention that no word attracts goes to start and padding.</p>",
         '<div class="scroll"><table><tr><th>word<th>mean',
         *(f"<th>at {h} × {w}" for h, w in sizes),
         *(f"<th>steps {part[0] + 1} to {part[-1] + 1}" for part in thirds), "</tr>")
@@ -460,7 +459,7 @@ def words_section(page, film, k, picture, chunks):
 
 
 def curve(values, names):
-    """Return an SVG of a line through values, from 0 up, with names under some of its points."""
+    """Return an SVG plot of values, starting at 0, with names under some points."""
     top, every = max(values) or 1, -(-len(values) // 10)
     points = [(60 + 550 * i / max(1, len(values) - 1), 160 - 140 * v / top)
               for i, v in enumerate(values)]
@@ -475,15 +474,15 @@ def curve(values, names):
 
 
 def guidance_section(page, steps, k):
-    """Show where the prompt has something to say at each step, and how much over all."""
+    """Show where, and how much, the prompt changes the output at each step."""
     pushes = push_maps(steps, k)
     lengths = push_lengths(steps, k)
     page.say(
-        "<h3>What the prompt changes</h3><p>The network answers twice, with the prompt "
+        "<h3>What the prompt changes</h3><p>The network runs twice, with the prompt "
         "(ε<sub>c</sub>) and with the negative one (ε<sub>∅</sub>). Guidance exaggerates the "
-        "difference. Its length ‖ε<sub>c</sub> − ε<sub>∅</sub>‖, over the channels, shows where "
-        "the prompt has something to say at each step; all maps have one scale. The curve is the "
-        "length over the whole picture.</p>", curve(lengths, [f"t = {s.t:.0f}" for s in steps]))
+        "difference. Its norm ‖ε<sub>c</sub> − ε<sub>∅</sub>‖ over the channels shows where the "
+        "prompt matters at each step; all maps have the same scale. The curve is the norm over the "
+        "whole picture.</p>", curve(lengths, [f"t = {s.t:.0f}" for s in steps]))
     page.figures((heat(push, pushes.max()), f"guidance-{i:03d}", f"step {i}: {length:.3g}")
                  for i, (push, length) in enumerate(zip(pushes, lengths), 1))
 
@@ -492,9 +491,9 @@ def latents_section(page, film, k, latents):
     """Show the channels of the latents."""
     h, w, n = latents.shape
     page.say(
-        "<h3>The latent picture</h3><p>The channels of the result, which the decoder turns into "
-        f"the picture: {h} × {w} × {n} numbers for {film.model.factor ** 2 * 3 * h * w:,}. Black "
-        "is −3, white 3; the scale of the model makes their spread about 1.</p>")
+        "<h3>The latents</h3><p>The channels of the result, which the decoder turns into the "
+        f"picture: {h} × {w} × {n} numbers become {film.model.factor ** 2 * 3 * h * w:,}. Black is "
+        "−3, white 3; latents are scaled to a standard deviation of about 1.</p>")
     channels = np.moveaxis(latents, -1, 0)
     page.figures((grey(channel, 3), f"latent-{i}",
                   f"channel {i}: mean {channel.mean():.2f}, spread {channel.std():.2f}")
@@ -502,14 +501,13 @@ def latents_section(page, film, k, latents):
 
 
 def write_page(film, x, prompt, chunks, seeds, folder):
-    """Write index.html and its pictures, a part for each seed."""
+    """Write index.html and its pictures, with a section for each seed."""
     page, final = Page(folder), tiny_sd.decode(film.model, x)
     decoded = [[tiny_sd.decode(film.model, latents) for latents in (s.x, s.x_0)]
                for s in tqdm(film.steps, desc="pictures", unit="step")]
     page.say(f"<h1>{html.escape(prompt) or '(no prompt)'}</h1>",
-             f"<p>What happened in {len(film.steps)} steps, drawn by tiny_sd "
-             f"{tiny_sd.__version__} with the model {html.escape(film.model.name)}. NOTES.md has "
-             "the mathematics.</p>")
+             f"<p>Drawn in {len(film.steps)} steps by tiny_sd {tiny_sd.__version__} with the model "
+             f"{html.escape(film.model.name)}. NOTES.md explains the mathematics.</p>")
     for k, seed in enumerate(seeds):
         page.prefix = f"{seed}-" if len(seeds) > 1 else ""
         page.say(f"<h2>Seed {seed}</h2>",

@@ -1,7 +1,7 @@
 """The process that draws for the page of extras/play.py.
 
-Requests come as lines of JSON on stdin, and answers go to stdout; an answer has the number of its
-request. What the program prints, perhaps from a line that was changed, is a note on the page.
+Requests arrive as lines of JSON on stdin, and answers go to stdout with the request's number.
+Anything that the program prints, for example in an edited line, appears as a note on the page.
 """
 
 import base64
@@ -32,11 +32,11 @@ from extras.samplers import SCHEDULED, TITLES
 from extras.schedules import NAMES, title
 from tiny_sd import UserError, require, tell
 
-LIVE = 256 ** 2     # pixels of a picture that the page draws again whenever a control moves
-KEPT = 4            # the last drawings, which can be looked into
+LIVE = 256 ** 2     # pixels up to which the page redraws whenever a control moves
+KEPT = 4            # the last drawings, kept to inspect
 FIELDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "cfg_scale": float,
           "sampler": str, "schedule": str, "width": int, "height": int, "strength": float}
-ELSEWHERE = {      # options that the picture does not depend on, or that the page has no use for
+ELSEWHERE = {      # options that do not affect the picture, or that the page does not need
     "version", "words", "prompt", "prompts", "batch_size", "like", "things", "output",
     "preview", "film", "show", "play", "port", "no_browser", "explain", "low_memory", "formulas"}
 
@@ -48,10 +48,10 @@ def main():
 
 def work(argv):
     """Answer the requests on stdin until it is closed, then end at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the server hears it, and closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the server gets it, too, and closes stdin
     sys.stdout.flush()
     answers, inbox, lock = os.fdopen(os.dup(1), "wb", 0), queue.SimpleQueue(), threading.Lock()
-    os.dup2(2, 1)       # nothing else that prints disturbs the answers
+    os.dup2(2, 1)       # other prints must not end up among the answers
 
     def read():
         for line in sys.stdin.buffer:
@@ -73,7 +73,7 @@ class Notes(io.TextIOBase):
         self.tell, self.rest = tell, ""
 
     def write(self, text):
-        """Pass on whole lines, and keep the rest."""
+        """Pass on complete lines, and keep the rest."""
         *lines, rest = (self.rest + text).split("\n")
         self.rest = rest[:1000]
         for line in filter(None, lines):
@@ -82,7 +82,7 @@ class Notes(io.TextIOBase):
 
 
 class Studio:
-    """The model, and the last few drawings with all that was computed on the way."""
+    """The model, and the last few drawings with everything computed for them."""
 
     def __init__(self, argv, inbox, send):
         self.inbox, self.send, self.runs = inbox, send, {}
@@ -95,7 +95,7 @@ class Studio:
         self.quick = show.quick_decoder(self.model)
 
     def run(self):
-        """Say what the model is, then answer requests."""
+        """Describe the model, then answer requests."""
         self.send(model=self.model.name, factor=self.model.factor, live=LIVE, pid=os.getpid(),
                   samplers={name: TITLES.get(name, name) for name in tiny_sd.SAMPLERS},
                   schedules={name: title(name) for name in NAMES},
@@ -108,7 +108,7 @@ class Studio:
             self.answer(request)
 
     def receive(self, request):
-        """Answer a request at once, unless it is to draw: the newest of these waits."""
+        """Answer a request now, or queue it if it asks to draw; only the newest stays queued."""
         if request["ask"] == "draw":
             if self.next:
                 self.send(id=self.next["id"], event="stopped")
@@ -122,13 +122,13 @@ class Studio:
             self.answer(request)
 
     def interrupted(self, number):
-        """Receive what has come; is there a reason not to go on with this drawing?"""
+        """Receive new requests; is there a reason to stop this drawing?"""
         while not self.inbox.empty():
             self.receive(self.inbox.get())
         return self.next or self.stopped == number
 
     def answer(self, request):
-        """Do what a request asks for; what goes wrong is an answer too."""
+        """Do what a request asks for; errors are answers, too."""
         def send(event, **answer):
             self.send(id=request["id"], event=event, **answer)
 
@@ -143,7 +143,7 @@ class Studio:
         except (UserError, OSError, MemoryError) as error:
             text = re.sub(r"(?<![^\s(])--(?=[a-z])", "", str(error))     # the page has no options
             send("error", text=text or "there is not enough memory")
-        except Exception as error:      # most likely in a line that was changed
+        except Exception as error:      # most likely in an edited line
             send("error", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         send("end")
 
@@ -152,7 +152,7 @@ class Studio:
         job, model, begun = job_of(self.job, request), self.model, time.monotonic()
         drawing.make_room(model, job)
         if prompts.TAG.search(job.prompt) and not job.plain_prompt:
-            tell("tags such as <lora:name> are read when the page is started: --play --lora FILE")
+            tell("tags like <lora:name> do not work on the page: start it with --play --lora FILE")
         film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)
         run.chunks = chunks_of(model, job)
         walk, notes = drawing.start_walk(model, job, film, drawing.remarks(model, job, self.known))
@@ -175,14 +175,14 @@ class Studio:
         return self.sharpen(request["id"], run, send)
 
     def send_step(self, run, seconds, send):
-        """Send the newest step, blurred, and how long the others will take."""
+        """Send the newest step, quickly decoded, and the time left."""
         n, of, step = len(run.steps), drawing.steps_of(run.job), run.steps[-1]
         run.guesses.append(show.as_pixels(self.quick(step.x_0)[0]))
         send("step", n=n, of=of, t=step.t, sigma=show.sigma(step), left=seconds / n * (of - n),
              x=png(self.quick(step.x)[0]), x_0=png(run.guesses[-1]))
 
     def sharpen(self, number, run, send):
-        """Decode the guesses of a small picture, which on the way would have doubled the time."""
+        """Decode a small picture's guesses; doing so during sampling would double the time."""
         for i, step in enumerate(run.steps):
             if run.job.width * run.job.height > LIVE or self.interrupted(number):
                 return
@@ -205,9 +205,9 @@ class Studio:
                    "unknown": word in unknown}
 
     def look(self, request, send):
-        """Send a heat map over a picture: where a word was listened to, or what guidance added.
+        """Send a heat map over a picture: the attention to a word, or what guidance added.
 
-        At one step over its guess, or the mean of all over the result.
+        For one step it lies over that step's guess; the mean of all steps lies over the result.
         """
         run, n, word = self.run_of(request), request.get("step"), request.get("word")
         whole = n is None or not 0 <= n < len(run.steps)
@@ -222,7 +222,7 @@ class Studio:
         send("look", picture=png(picture), mean=float(values.mean()), most=float(values.max()))
 
     def save(self, request, send):
-        """Save a picture as the command line does, and send its name."""
+        """Save a picture as the command line would, and send its name."""
         run = self.run_of(request)
         text = facts.parameters_text(run.job, self.model)
         name, = cli.output_names(run.job)
@@ -232,19 +232,19 @@ class Studio:
     def run_of(self, request):
         """Return the drawing that a request is about."""
         run = self.runs.get(request.get("run"))
-        require(run, f"only the last {KEPT} drawings can be looked into: draw this one again")
+        require(run, f"only the last {KEPT} drawings are kept: draw this one again")
         return run
 
 
 def job_of(base, request):
-    """Return the job that the page asks for; UserError as for a command line."""
+    """Return the job of a request; UserError as for a command line."""
     given = {"init_img": request.get("init_img"), "mask": request.get("mask")}
     for name, kind in FIELDS.items():
         value = request.get(name)
         if value is None:
             continue
         value = float(value) if kind is float and type(value) is int else value
-        require(type(value) is kind, f"{name} {value!r:.50} is not what it should be")
+        require(type(value) is kind, f"{name} {value!r:.50} is not of type {kind.__name__}")
         given[name] = files.printable(value) if kind is str else value
     job = base._replace(**given, notes=[], facts={})
     job = job._replace(negative_prompt=job.negative_prompt or None, schedule=job.schedule or None)
@@ -253,15 +253,15 @@ def job_of(base, request):
 
 
 def chunks_of(model, job):
-    """Return the chunks in which the model reads the prompt, [] if they change on the way."""
+    """Return the chunks of the prompt, [] if it changes during sampling."""
     if not job.plain_prompt and in_time.changes(drawing.words_of(job), job.negative_prompt):
-        tell("where the words of a prompt that changes were listened to is not shown")
+        tell("attention is not shown for prompts that change during sampling")
         return []
     return drawing.chunks_of(model, job)
 
 
 def command_line(model, job):
-    """Return the command that draws the same picture, without what the model decides itself."""
+    """Return the command that draws the same picture, without options at the model's defaults."""
     own = dict(zip(("sampler", "steps", "cfg_scale"), like_diffusers.defaults(model)))
     own |= dict(zip(("width", "height"), like_diffusers.picture_size(model)))
     own |= {"backend": "numpy", "model": str(tiny_sd.HERE / "weights" / "emoji")}
@@ -270,7 +270,7 @@ def command_line(model, job):
     words = [f"--prompt={job.prompt}" if job.prompt.startswith("-") else job.prompt]
     for action in cli.option_parser().options:
         value = getattr(job, action.dest, None)
-        first = own.setdefault(action.dest, action.default)     # of two options for one value
+        first = own.setdefault(action.dest, action.default)     # the first of two options' defaults
         if action.dest not in ELSEWHERE and value not in (None, first):
             own[action.dest] = value
             words += option_words(action.option_strings[0], value)

@@ -358,7 +358,8 @@ def test_preview_replaces_only_a_preview(run, refuse):
     Path("text.png").write_text("mine")
     for name in ("mine.png", "text.png"):
         assert (refuse("apple", "--preview", name)
-                == f"tiny_sd: --preview {name} is there already, and no preview: name another file")
+                == f"tiny_sd: --preview {name} exists already and is not a preview: name another "
+                   "file")
     for seed in "12":
         assert run("apple", "--preview", "new.png", "-s", seed)[0] == 0
         assert Image.open("new.png").size == (16, 16)
@@ -374,7 +375,7 @@ def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
         return fit(model)
     monkeypatch.setattr(show, "colour_map", colour_map)
     status, out, err = run("apple", "--preview", "mine.png")
-    assert (status, out) == (2, []) and "no preview" in err[-1]
+    assert (status, out) == (2, []) and "not a preview" in err[-1]
     assert np.array_equal(pixels(Image.open("mine.png")), pixels(PLAIN))
 
 

@@ -343,7 +343,7 @@ def test_a_large_file_is_not_read_to_see_that_it_is_no_preview(run):
     with open("large.png", "wb") as file:
         file.truncate(200_000_000_000)
     status, out, err = run("apple", "--preview", "large.png")
-    assert (status, out) == (2, []) and "no preview" in err[0]
+    assert (status, out) == (2, []) and "not a preview" in err[0]
 
 
 @pytest.mark.parametrize("error, status", [(OSError(28, "No space left on device"), 2),
