@@ -192,7 +192,7 @@ MANY = {f"n{i}": node("X", a=f"@n{i + 1}") for i in range(3000)}
     (graph([("size", "width", "y")]), "invalid int value: 'y'"),
     (graph([("good", "text", {"a": [1]})]), None), (graph([("good", "text", 5)]), None),
     (graph([("drawn", "positive", [["good"], 0]), ("drawn", "negative", 3)]), None),
-    (graph([("model", "ckpt_name", "../../etc/x")]), "drawn by the model x, which is not in"),
+    (graph([("model", "ckpt_name", "../../etc/x")]), "drawn by the model x, which was not found"),
     (CIRCLE, None), (MANY, "records 3000 nodes: at most 2000"),
     (graph([("good", "text", "a" * 5_000_000)]), "records 500"),
     ("[" * 100_000, "does not record"), ('{"a": ' * 100_000, "does not record"),

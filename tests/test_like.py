@@ -88,7 +88,7 @@ def test_like_image_to_image(run):
     ("RNG: CPU, Refiner: x, Refiner switch at: 0.8", "Refiner x is not repeated: a second model"),
     ("RNG: CPU, Face restoration: CodeFormer", "Face restoration CodeFormer is not repeated"),
     ("RNG: CPU, Token merging ratio: 0.5", "Token merging ratio 0.5 is not repeated"),
-    ("RNG: CPU, Variation seed: 3, Variation seed strength: 0.1", "Variation seed 3 is not taken"),
+    ("RNG: CPU, Variation seed: 3, Variation seed strength: 0.1", "Variation seed 3 is not"),
     ('RNG: CPU, ControlNet 0: "Module: canny, Weight: 1"', "ControlNet 0 Module: canny, Weight: 1"),
     ('RNG: CPU, Hashes: {"model": "ab", "lora:x": "cd"}, Batch size: 2, Batch pos: 1', None)])
 def test_like_names_what_other_programs_do(facts, line):

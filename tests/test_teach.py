@@ -265,7 +265,7 @@ def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch, at_step):
         status, out, said = run(*how)
     assert status == 130 and not out and "step 3 is kept in mine.safetensors.state" in said[0]
     status, out, said = run(*how)
-    assert (status, out) == (0, ["mine.safetensors"]) and "going on from step 3" in said[0]
+    assert (status, out) == (0, ["mine.safetensors"]) and "resuming at step 3" in said[0]
     once, again = load_file("once.safetensors"), load_file("mine.safetensors")
     assert once.keys() == again.keys() and all(torch.equal(once[k], again[k]) for k in once)
 
@@ -312,10 +312,10 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch, at_step
     monkeypatch.chdir(pictures.parent)
     for change in (("--rank", 4), ("--text",), ("--rate", 0.1)):
         status, _, (line,) = run("--steps", 2, *change)
-        assert status == 2 and "was begun with other options" in line
+        assert status == 2 and "was started with other options" in line
     (pictures / "0.txt").write_text("red apple")
     status, _, (line,) = run("--steps", 2)
-    assert status == 2 and "was begun with other options, captions or weights" in line
+    assert status == 2 and "was started with other options, captions or weights" in line
     Path("mine.safetensors.state/teaching.pt").write_bytes(b"PK")
     status, _, (line,) = run("--steps", 2)
     assert status == 2 and "mine.safetensors.state/teaching.pt is not whole: remove it" in line
@@ -366,7 +366,7 @@ def test_too_few_steps_are_said(steps, said, capsys):
 
 def test_a_short_run_says_so(run):
     status, _, said = run("--steps", 3)
-    assert status == 0 and "these were 3 steps" in said[-1]
+    assert status == 0 and "there were only 3 steps" in said[-1]
 
 
 def test_what_is_drawn_is_drawn_by_numpy(run, monkeypatch):
@@ -459,8 +459,8 @@ def full_disk(room=0):
 
 
 @pytest.mark.parametrize("spoilt, status, said", [
-    (never, 130, "interrupted"), (not_finite, 2, "mine.safetensors is written, but not its sheet"),
-    (None, 2, "mine.safetensors is written, but not its sheet: mine.png cannot be written")])
+    (never, 130, "interrupted"), (not_finite, 2, "mine.safetensors is saved, but not its sheet"),
+    (None, 2, "mine.safetensors is saved, but not its sheet: mine.png cannot be written")])
 def test_what_ends_the_last_sheet_loses_nothing(spoilt, status, said, run, monkeypatch):
     generate, train = spoilt or like_diffusers.generate, lora.train
     with contextlib.ExitStack() as stack:
@@ -550,7 +550,7 @@ def test_a_model_that_was_replaced_is_not_gone_on_with(change, run, tiny, tmp_pa
         assert run("--steps", 4, model=model)[0] == 130
     change(model)
     status, _, (line,) = run("--steps", 4, "--rate", 0.0125, model=model)
-    assert status == 2 and "was begun with other options, captions or weights" in line
+    assert status == 2 and "was started with other options, captions or weights" in line
 
 
 def test_a_lora_that_is_not_finite_is_not_written(run, monkeypatch):
@@ -687,11 +687,11 @@ def there(name):
     (unending("1.txt"), "1.txt is not a file"),
     (unending("1.txt", "/dev/zero"), "1.txt is not a file"),
     (unending("../keep", "/dev/zero"), "keep is larger"),
-    (unending("../mine.safetensors"), "mine.safetensors is there already"),
+    (unending("../mine.safetensors"), "mine.safetensors exists already"),
     (unending("../mine.safetensors.state"), "mine.safetensors.state is not a folder"),
     (unending("../mine.safetensors.state/teaching.pt"), "teaching.pt is not a file"),
-    (there("mine.safetensors"), "mine.safetensors is there already"),
-    (there("mine.png"), "mine.png is there already"),
+    (there("mine.safetensors"), "mine.safetensors exists already"),
+    (there("mine.png"), "mine.png exists already"),
     (lambda _: ("--rank", "0"), "--rank 0 is not from 1 to 1024"),
     (lambda _: ("--rank", "x"), "invalid int value: 'x'"),
     (lambda _: ("--rate", "nan"), "--rate nan is not"),
@@ -736,7 +736,7 @@ def test_a_loss_that_is_not_finite_is_one_line(run, monkeypatch):
 @pytest.mark.parametrize("changes", [{"in_channels": 9}, {"time_cond_proj_dim": 64}], ids=str)
 def test_models_that_are_not_taught(changes, run, folder_with):
     status, _, (line,) = run("--steps", 1, model=folder_with(unet=make_unet(**changes)))
-    assert status == 2 and "is not taught here" in line
+    assert status == 2 and "cannot be taught" in line
 
 
 def test_it_runs_as_a_program(pictures, tiny):
@@ -783,4 +783,4 @@ def test_a_model_of_ones_own_from_scratch(pictures):
     assert cli.main(["apple 1", "-m", "mine", "--steps", "1", "-o", "apple.png"]) == 0
     assert Image.open("apple.png").size == (128, 128)
     done = subprocess.run(command, env=FROM_ANYWHERE, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "tiny_sd: mine is there already\n")
+    assert (done.returncode, done.stderr) == (2, "tiny_sd: mine exists already\n")

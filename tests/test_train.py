@@ -886,7 +886,7 @@ def test_spoilt_texts_of_a_state(name, text, state, tmp_path, capsys):
 
 def test_a_start_that_does_not_fit_leaves_the_state_empty(tmp_path, state, capsys):
     said = refused(capsys, "unet", tmp_path / "new", "--start", state / "emoji", "--config", "base")
-    assert "cannot be gone on from" in said and not (tmp_path / "new").exists()
+    assert "training cannot start from" in said and not (tmp_path / "new").exists()
     said = refused(capsys, "unet", tmp_path / "new", "--start", tmp_path)
     assert str(tmp_path) in said and not (tmp_path / "new").exists()
 
@@ -909,23 +909,23 @@ def test_a_full_disk(tmp_path, capsys):
 def test_only_models_are_replaced(command, state, tmp_path, capsys):
     """And only where asked for; nothing that is another's, nor what holds the data or the state."""
     said = refused(capsys, command, state, "--steps", 2, out=False)
-    assert "is there already: name it with --out" in said
+    assert "exists already: name it with --out" in said
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     inside = shutil.copy(DATA, mine / "data.zip")
     for data, out in ((DATA, mine), (inside, mine), (inside, mine / "thesis.txt")):
         said = refused(capsys, command, state, "--steps", 2, "--out", out, data=data)
-        assert "is no model of ours" in said
+        assert "is not one of our models" in said
     (mine / "model_index.json").write_text("{}")
     said = refused(capsys, command, state, "--steps", 2, "--out", mine, data=mine / "data.zip")
-    assert f"{mine} holds {mine / 'data.zip'}" in said
+    assert f"{mine} contains {mine / 'data.zip'}" in said
     (state / "model_index.json").write_text("{}")
     try:
         said = refused(capsys, command, state, "--steps", 2, "--out", state)
     finally:
         (state / "model_index.json").unlink()
-    assert f"{state} holds {state}" in said
+    assert f"{state} contains {state}" in said
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
@@ -939,10 +939,10 @@ def test_what_came_while_it_trained_is_not_replaced(state, tmp_path, capsys, mon
 
     monkeypatch.setattr(train_py, "run_stage", meanwhile)
     before = contents(state)
-    assert "is there already" in refused(capsys, "all", state, "--out", mine)
+    assert "exists already" in refused(capsys, "all", state, "--out", mine)
     assert {*contents(mine).values()} == {b"years of work"}
     new = tmp_path / "new"      # the state, which is there only later
-    assert f"{new} holds {new}" in refused(capsys, "all", new, "--out", new)
+    assert f"{new} contains {new}" in refused(capsys, "all", new, "--out", new)
     assert contents(state) == before and not new.exists()
 
 

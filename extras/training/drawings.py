@@ -1,9 +1,8 @@
-"""The drawings that the bundled model learns from: six sets, rendered from npm packages, and read.
+"""Render and read the bundled model's training drawings: six sets from npm packages.
 
     npm packages ── render ──► emoji.zip ── load_things ──► Things
 
-words.json has the tables: which emoji are taken, and what people call them. Nothing here needs
-torch.
+words.json has the tables: which emoji to use, and what people call them. Nothing here needs torch.
 """
 
 import collections
@@ -28,7 +27,7 @@ WORDS = json.loads(read_text(Path(__file__).with_name("words.json")))
 TABLES, ROLES = WORDS["drawings"], WORDS["roles"]
 
 
-# The word that captions use for a set's style, and its npm package.
+# {word for a set's style in captions: its npm package}
 SETS = {"noto": "noto@1.2.9", "blob": "noto-v1@1.2.5", "shaded": "fluent-emoji@1.2.7",
         "flat": "fluent-emoji-flat@1.2.6", "twemoji": "twemoji@1.2.5", "firefox": "fxemoji@1.2.2"}
 STYLES = [*SETS]
@@ -38,7 +37,7 @@ LARGEST = 2 ** 24       # bytes of a file in the zip, unpacked
 # ── Rendering ───────────────────────────────────────────────────────────────────────────────────
 
 class Icons(NamedTuple):
-    """A package's drawings: what each is called, squeezed to letters and digits, and as SVG."""
+    """A package's drawings as SVG, with their names reduced to letters and digits."""
     names: dict     # {squeezed name or alias: name}
     chars: dict     # {characters: name}
     bodies: dict    # {name: the SVG's inside}
@@ -67,7 +66,7 @@ def read_icons(folder):
 
 
 def install_sets(folder):
-    """Put the npm packages of SETS into folder, unless they are there; return where each is."""
+    """Install the npm packages of SETS in folder if necessary; return the path of each."""
     wanted = [f"@iconify-json/{package}" for package in SETS.values()]
     paths = [folder / "node_modules" / name.rpartition("@")[0] for name in wanted]
     if not all((path / "icons.json").exists() for path in paths):
@@ -105,7 +104,7 @@ def find_drawing(icons, text, names, wanted=None):
 
 
 def choose_things(icons, categories):
-    """[(names, {style: drawing's name})] of the things that four sets or more have drawn."""
+    """[(names, {style: drawing's name})] of the things that at least four sets have drawn."""
     added = {*TABLES["added"], *TABLES["persons"], *TABLES["hands"]}
     chosen = []
     for text, names in emoji_names():
@@ -125,7 +124,7 @@ def choose_things(icons, categories):
 
 
 def say_names(all_names):
-    """Each thing's names as people say them: the first, then the aliases that are its alone."""
+    """Each thing's names in everyday words: the main name, then aliases that no other thing has."""
     all_names = [[TABLES["said"].get(names[0], names[0]), *names] for names in all_names]
     all_names = [[*dict.fromkeys(names)] for names in all_names]
     unused = {names[0] for names in all_names}.union(TABLES["unused aliases"])
@@ -139,7 +138,7 @@ def say_names(all_names):
 
 
 def draw_icon(icons, name, side=128, margin=4):
-    """The drawing, RGBA, cut to its ink and scaled so that its longer side leaves the margin."""
+    """Draw an icon as RGBA, cropped to its ink and scaled to fit within the margin."""
     import resvg_py
     left, top, width, height = icons.sizes[name]
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -160,7 +159,7 @@ def draw_icon(icons, name, side=128, margin=4):
 def render(data, packages):
     """Write data, a zip of every thing in every style: 0000-noto.png and so on, and things.json.
 
-    packages: the folder for the npm packages, which are installed there if they are missing."""
+    packages: the folder for the npm packages, which are installed there if missing."""
     folders = install_sets(packages)
     icons = {style: read_icons(folder) for style, folder in zip(SETS, folders)}
     categories = {name: category for category, names in
@@ -182,11 +181,11 @@ def render(data, packages):
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
 class Things:
-    """What there is to draw.
+    """The things to draw.
 
     names: [[name, alias, ...]] of each thing; or [[caption]] of each picture.
-    drawings: (things, styles): which picture, or -1 where a style has none; or None.
-    pictures: {side: (n, side, side, 4) uint8}, colours multiplied by opacity.
+    drawings: (things, styles): the picture's index, -1 if the style has none; or None.
+    pictures: {side: (n, side, side, 4) uint8}, premultiplied by opacity.
     """
 
     def __init__(self, names, drawings, pictures):
@@ -199,7 +198,7 @@ class Things:
 
     @functools.cached_property
     def roles(self):
-        """{role: the numbers of the things that may play it}, as words.json has them."""
+        """{role: the numbers of the things that may play it}, from words.json."""
         said = TABLES["said"]
         roles = ROLES | {"persons": [said.get(name, name) for name in TABLES["persons"]],
                          "faced": [name.removesuffix(" face") for name in self.numbers
@@ -209,7 +208,7 @@ class Things:
 
 
 def ink_box(inked):
-    """(left, top, right, bottom) of what is true, in fractions of the side."""
+    """The bounding box (left, top, right, bottom) of true pixels, in fractions of the side."""
     rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
     if not len(rows):
         return 0, 0, 1, 1
@@ -217,12 +216,11 @@ def ink_box(inked):
 
 
 def load_things(data, size):
-    """The rendered things, their pictures at size x size pixels and at half of that.
+    """Read the rendered things, with pictures of size x size pixels and of half that size.
 
-    data: a zip as render writes it; weights/README.md says what must be in it. UserError if it is
-    not.
+    data: a zip from render; weights/README.md describes its contents. UserError if it differs.
     """
-    require(data.is_file(), f"there is no file {data}")     # a pipe could be waited for, for ever
+    require(data.is_file(), f"there is no file {data}")     # a pipe might never deliver anything
     try:
         archive = zipfile.ZipFile(data)
         if any(member.file_size > LARGEST for member in archive.infolist()):
@@ -241,18 +239,18 @@ def load_things(data, size):
                 array[i] = np.asarray(picture.resize((side, side), Image.BOX))
         for thing in np.flatnonzero((drawings < 0).all(1)):
             raise ValueError(f"{names[thing][0]} has no drawing, such as {thing:04}-noto.png")
-    except Exception as error:      # of whatever kind zipfile, json and Pillow raise
+    except Exception as error:      # zipfile, json and Pillow raise many kinds
         raise UserError(f"cannot read the rendered pictures in {data}: {error}") from None
     return Things(names, drawings, pictures)
 
 
 def load_captioned(folder, size):
-    """A folder's pictures, cropped to size x size pixels, as Things that have captions for names.
+    """Read a folder's pictures, cropped to size x size pixels, as Things with captions as names.
 
-    folder: a.png, a.txt, b.jpg, b.txt, ... UserError if that is not what is in it.
+    folder: a.png, a.txt, b.jpg, b.txt, ... UserError if it has other contents.
     """
     files = read_captioned(folder)
-    require(len(files) > 1, f"{folder} has one picture, which is too little to train on")
+    require(len(files) > 1, f"{folder} has only one picture, which is too little to train on")
     pictures = np.full((len(files), size, size, 4), 255, np.uint8)
     for picture, (path, _) in zip(pictures, tqdm(files, "reading", leave=False)):
         picture[..., :3] = read_picture(path, size, size)
@@ -261,16 +259,16 @@ def load_captioned(folder, size):
 
 
 def check_names(names):
-    """ValueError unless these are [[name, alias, ...], ...] of two things or more."""
+    """ValueError unless these are [[name, alias, ...], ...] of at least two things."""
     listed = isinstance(names, list) and len(names) > 1 and all(
         isinstance(options, list) and options for options in names)
     if not listed or not all(isinstance(name, str) and re.match(r"\w", name)
                              for options in names for name in options):
-        raise ValueError("things.json is not [[name, alias, ...], ...] of two things or more")
+        raise ValueError("things.json is not [[name, alias, ...], ...] of at least two things")
 
 
 def parse_name(file, n):
-    """(thing, style) as numbers, of a file like 0000-noto.png; n: how many things there are."""
+    """Parse a name like 0000-noto.png into the numbers (thing, style); n: the number of things."""
     match = re.fullmatch(r"(\d{1,9})-(\w+)\.png", file)
     if not match or int(match[1]) >= n or match[2] not in STYLES:
         raise ValueError(f"{file} is not named like 0000-noto.png: a number from 0000 to "

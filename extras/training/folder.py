@@ -1,4 +1,4 @@
-"""The small model's folder as diffusers lays it out: what its configs say, and writing it."""
+"""Write the small model as a diffusers folder, with its configs."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def vae_config(size, channels, groups):
 
 
 def unet_config(latents, channels, attends, heads, groups, context):
-    """latents: their height and width; attends: of each level, whether it attends to the text."""
+    """latents: their height and width; attends: for each level, whether it attends to the text."""
     kinds = ["CrossAttn" if attention else "" for attention in attends]
     return {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
             "sample_size": latents, "block_out_channels": list(channels), "layers_per_block": 1,
@@ -75,7 +75,7 @@ def text_config(width, layers, heads):
 
 
 def vocabulary(things):
-    """things.json: what a model knows, each kind with an example for `--things`."""
+    """The contents of things.json: what a model knows, with an example of each kind."""
     said = {'colours, as in "a blue cat"': [*TINTS],
             'media, as in "a sketch of a cat"': [
                 frame.format("...") for medium in taught(MEDIA_SHARES)
@@ -94,26 +94,25 @@ def vocabulary(things):
 
 
 def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
-    """UserError unless out may become a model's folder.
+    """UserError unless a model may be written to the folder out.
 
-    It may replace one of our models where that is asked for, and nothing else; nor may it be, or
-    be around, the files and folders to keep. mark: the file by which one is known, and a word in
-    it.
+    It may replace one of our models if asked, and nothing else. It must not be or contain any of
+    the files and folders to keep. mark: the file by which to recognise a model, and a word in it.
     """
     file, word = mark
     if os.path.lexists(out):
-        require(asked, f"{out} is there already: name it with --out to replace it, or another")
+        require(asked, f"{out} exists already: name it with --out to replace it, or name another")
         require((out / file).is_file() and word in read_text(out / file),
-                f"{out} is there already and is no model of ours (it has no {file}"
-                f"{word and f' of a {word}'}), and is not replaced: name another --out")
+                f"{out} exists already and is not one of our models (it has no {file}"
+                f"{word and f' of a {word}'}): name another --out")
     place = Path(os.path.realpath(out))
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
-                f"{out} holds {path}, and is not replaced: name another --out")
+                f"{out} contains {path}: name another --out")
 
 
 def write_model(out, params, vae, things, setting, state):
-    """Write the trained parts in float16 as a diffusers folder, with what it knows.
+    """Write the trained parts in float16 as a diffusers folder, with things.json.
 
     params: {"text", "unet"}, nested; vae: nested."""
     weights = {"text_encoder": params["text"], "vae": vae, "unet": params["unet"]}
@@ -134,7 +133,7 @@ def write_model(out, params, vae, things, setting, state):
             arrays = {("text_model." if is_text else "") + key: to_file(p)
                       for key, p in flatten(tree).items()}
             file = folder / part / f"{name}.safetensors"
-            file.write_bytes(save(arrays, {"format": "pt"}))    # save_file lets only us read it
+            file.write_bytes(save(arrays, {"format": "pt"}))    # save_file's is private to the user
 
 
 def write_control(out, params, config):
@@ -147,7 +146,7 @@ def write_control(out, params, config):
 
 
 def to_file(p):
-    """A tensor as a checkpoint holds it: float16, convolutions as (out, in, kh, kw)."""
+    """Convert a tensor for a checkpoint: float16, convolutions as (out, in, kh, kw)."""
     p = p.permute(0, 3, 1, 2) if p.ndim == 4 else p
     return np.ascontiguousarray(p.detach().half().cpu().numpy())
 
@@ -176,12 +175,12 @@ def folder_texts(words, setting, scaling_factor):
 
 @contextlib.contextmanager
 def folder_atomically(path):
-    """Yield a temporary folder to fill, which then takes the place of path."""
+    """Yield a temporary folder to fill, then put it in place of path."""
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    if path.exists():       # else the old one is all there is, after a kill between the next lines
+    if path.exists():       # if a kill between the next lines left only the old one, keep that
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(temporary, path)

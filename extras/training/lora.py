@@ -1,4 +1,4 @@
-"""A LoRA: beside each matrix W of a network two narrow ones, of which W + B A is made, in training.
+"""Train a LoRA: replace matrices W of a network by W + B A, with two narrow matrices B and A.
 
 Only B (out, r) and A (r, in) are trained (Hu et al., 2021), by tiny_sd.train in the loop of
 fitting.py. teach.py is the program.
@@ -23,17 +23,17 @@ from tiny_sd import flatten, nest, require, tell, to_numpy
 
 # ── W + B A ─────────────────────────────────────────────────────────────────────────────────────
 
-# Which matrices are adapted in each part: those with this in their names.
+# The matrices adapted in each part have this in their names.
 WITHIN = {"unet": ".attentions.", "text_encoder": "encoder.layers.",
           "text_encoder_2": "encoder.layers."}
-METADATA = {"format": "pt", "ss_network_module": "networks.lora"}   # how programs tell what it is
+METADATA = {"format": "pt", "ss_network_module": "networks.lora"}   # so that programs recognise it
 
 
 class Adapted:
-    """A weight W + B A, which torch.nn.functional.linear takes like a tensor.
+    """A weight W + B A that torch.nn.functional.linear accepts like a tensor.
 
-    x (W + B A)ᵀ is computed as x Wᵀ + (x Aᵀ) Bᵀ: neither the sum nor its gradient, each as large
-    as W, is ever written.
+    x (W + B A)ᵀ is computed as x Wᵀ + (x Aᵀ) Bᵀ, so neither the sum nor its gradient, each as large
+    as W, is ever stored.
     """
 
     def __init__(self, weight, down, up):
@@ -43,7 +43,7 @@ class Adapted:
         return len(self.weight)
 
     def reshape(self, *shape):
-        """Return self: __torch_function__ has W as a matrix anyway."""
+        """Return self, as __torch_function__ reshapes W."""
         return self
 
     @torch.no_grad()
@@ -59,9 +59,9 @@ class Adapted:
 
 
 def adapt(model, rank, text=False, seed=0):
-    """Return a model with W + B A for W, and {(part, name of W): (A, B)}, whose B are 0 at first.
+    """Return a model with W + B A for W, and {(part, name of W): (A, B)}; B is 0 at first.
 
-    text: whether to adapt the text encoders, too. All other weights are the given model's own.
+    text: also adapt the text encoders. All other weights are shared with the given model.
     """
     pairs, random = {}, torch.Generator().manual_seed(seed)
     networks = {"unet": model.unet}
@@ -85,7 +85,7 @@ def adapt(model, rank, text=False, seed=0):
 
 
 def kohya(model, pairs):
-    """Return the bytes of a .safetensors of a model's LoRA as kohya names it, for all programs."""
+    """Return a model's LoRA as the bytes of a .safetensors file with kohya's names."""
     arrays, first, unet = {}, "te1" if len(model.encoders) == 2 else "te", flatten(model.unet)
     prefix = {"unet": "lora_unet_", "text_encoder": f"lora_{first}_text_model_",
               "text_encoder_2": "lora_te2_text_model_"}
@@ -101,7 +101,7 @@ def kohya(model, pairs):
 def drawable(model, device):
     """Return a model to draw with, where W + B A is one array.
 
-    On a CPU it is NumPy's, which draws faster; what is float32 there shares the tensors' memory.
+    On a CPU its arrays are NumPy's, which is faster; float32 ones share the tensors' memory.
     """
     def convert(network):
         arrays = {name: p.summed() if isinstance(p, Adapted) else p
@@ -119,9 +119,9 @@ def drawable(model, device):
 
 
 def recomputed(*names):
-    """Keep nothing of what these functions of tiny_sd compute inside: backward does it again.
+    """Gradient checkpointing (Chen et al., 2016) for these functions of tiny_sd.
 
-    Gradient checkpointing (Chen et al., 2016). Returns a context manager.
+    Within the context, store none of their intermediate results; backward recomputes them.
     """
     forms = {name: functools.partial(checkpoint, getattr(tiny_sd, name), use_reentrant=False)
              for name in names}
@@ -129,14 +129,14 @@ def recomputed(*names):
 
 
 class Schedule(fitting.Schedule):
-    """One whose learning rate goes up during twenty steps, then down along a cosine."""
+    """A Schedule whose learning rate rises for twenty steps, then falls along a cosine."""
 
     def rate_at(self, step, progress):
         return self.rate * min(1, (step + 1) / 20) * math.cos(progress * math.pi / 2)
 
 
 class State(fitting.State):
-    """The folder of what was reached, and the facts that must be the same to go on from there."""
+    """The folder with the progress, and the facts that must not change for it to resume."""
 
     def __init__(self, folder, device, facts):
         super().__init__(folder, device)
@@ -145,9 +145,9 @@ class State(fitting.State):
     def load(self, stage):
         kept = super().load(stage)
         if kept:
-            require(kept.get("facts") == self.facts, f"{self.path(stage)} was begun with other "
-                    "options, captions or weights: go on with those, or remove it")
-            tell(f"going on from step {kept['step']}")
+            require(kept.get("facts") == self.facts, f"{self.path(stage)} was started with other "
+                    "options, captions or weights: use those, or remove it")
+            tell(f"resuming at step {kept['step']}")
         return kept
 
     def save(self, stage, checkpoint):

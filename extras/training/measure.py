@@ -1,11 +1,11 @@
-"""What a trained model can do: pictures drawn from fixed seeds, judged by the true ones.
+"""Evaluate a trained model: draw pictures from fixed seeds and compare them with true ones.
 
     draw ── pictures ──► Judge ── distances to true pictures ──► evaluate ── a table
 
-What a caption asks for can be painted (scenes.py), in combinations that training never shows, too.
-A drawn picture shows it when, of all true pictures that it is compared with, the nearest is one of
-what was asked: the same thing in every other colour (medium, surroundings, ...), and 60 other
-things in the one asked for.
+scenes.py can paint whatever a caption asks for, including combinations that training never shows.
+A drawn picture is right if its nearest neighbour among true pictures shows what was asked for. The
+others are the same thing in every other colour (medium, surroundings, ...), and 60 other things in
+the same one.
 """
 
 import functools
@@ -52,7 +52,7 @@ from extras.training.scenes import share as fixed_share
 def draw(model, prompts, seeds, negatives=None, steps=20, guidance=None, predict=tiny_sd.predict):
     """Pictures (n, height, width, 3) of uint8, one for each prompt with its seed, 64 at a time.
 
-    They are what tiny_sd draws for each by itself, with the model's own sampler.
+    They are the same as if tiny_sd drew each alone, with the model's own sampler.
     """
     make_denoiser = functools.partial(denoiser, predict=predict)
     negatives, pictures = negatives or [None] * len(prompts), []
@@ -94,7 +94,7 @@ def small(pictures, side=32):
 
 
 class Judge:
-    """Paints true pictures and tells which is the nearest to a drawn one."""
+    """Paint true pictures, and find the one nearest to a drawn picture."""
 
     def __init__(self, things, looks=6, size=64):
         self.things, self.looks, self.size = things, looks, size
@@ -107,13 +107,13 @@ class Judge:
         return small(np.stack([paint(scene, self.things, self.size) for scene in scenes]))
 
     def nearest(self, picture, candidates):
-        """Which of these (subject, manner) a picture (height, width, 3) is nearest to."""
+        """The one of these (subject, manner) to which a picture (height, width, 3) is nearest."""
         truths = np.stack([self.truths(*candidate) for candidate in candidates])
         distances = np.square(truths - small(picture[None])).sum(-1).min(1)
         return candidates[int(distances.argmin())]
 
     def others(self, asked, n=60):
-        """The same with n other things; which ones follows from the numbers of those asked for."""
+        """The same with n other things, which are chosen at random but fixed for each subject."""
         subject, manner = asked
         rng = np.random.default_rng(list(subject.ids))
         for i in rng.permutation(len(self.things.names))[:n].tolist():
@@ -135,10 +135,10 @@ class Judge:
         return {f"{title}{what}": float(np.mean(right)) for what, right in rates.items()}
 
 
-# ── What is asked for: combinations that training never shows ───────────────────────────────────
+# ── Questions: combinations that training never shows ───────────────────────────────────────────
 
 def unshown(things, kind, words, n, make):
-    """n of make(thing, word), of thing and word that are held out by ("tint", name, word), ..."""
+    """n results of make(thing, word), for pairs held out by the key ("tint", name, word), ..."""
     rng, found = np.random.default_rng(1), []
     while len(found) < n:
         thing, word = int(rng.integers(len(things.names))), words[int(rng.integers(len(words)))]
@@ -182,7 +182,7 @@ def unshown_relations(things, n):
 
 
 def other_relations(subject, manner):
-    """The same two in other relations, and the other way round."""
+    """The same two things in other relations, and swapped."""
     sets_apart = {"and": "next to", "next to": "and"}       # which look alike
     for relation in taught(RELATIONS):
         if relation not in ("between", subject.relation, sets_apart.get(subject.relation)):
@@ -210,7 +210,7 @@ def alone(model, judge, ids, title, steps):
 
 
 def kept_away(model, judge, ids, steps, seeds=4):
-    """A negative prompt that names a colour: how often that is gone where it came without."""
+    """How often a negative prompt that names a picture's colour removes it."""
     names = [judge.things.names[i][0] for i in ids for _ in range(seeds)]
     numbers = [*range(seeds)] * len(ids)
 
@@ -229,7 +229,7 @@ def kept_away(model, judge, ids, steps, seeds=4):
 
 
 def variety(model, judge, ids, steps, seeds=8):
-    """How much the pictures of one thing differ, and which of its drawings they are nearest to."""
+    """How much the pictures of one thing differ, and how many of its drawings they match."""
     things = judge.things
     names = [things.names[i][0] for i in ids for _ in range(seeds)]
     pictures = draw(model, names, [*range(seeds)] * len(ids), steps=steps)
@@ -255,7 +255,7 @@ def spread(pictures, seeds):
 
 
 def reconstruction(model, judge, n):
-    """The VAE's mean PSNR for n scenes, and how strong edges are, beside the original's."""
+    """The VAE's mean PSNR on n scenes, and its edge energy as a fraction of the original's."""
     rng, decibels, edges = np.random.default_rng(4), [], []
     for _ in range(n):
         original = paint(draw_scene(judge.things, rng), judge.things)
@@ -285,7 +285,7 @@ def edge_energy(picture):
 
 
 def seconds_for_one(out):
-    """A picture with NumPy, from start to file."""
+    """The seconds for one picture with NumPy, from start to file."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
         subprocess.run([sys.executable, tiny_sd.HERE / "tiny_sd.py", "red apple", "-m", out,
@@ -342,23 +342,23 @@ PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding
 
 
 def sample_prompts(things):
-    """What sheets show while training proceeds: at most 24 prompts."""
+    """The prompts for sheets during training, at most 24."""
     if things.drawings is not None:
         return PROMPTS["sheet"][:24]
     return [*dict.fromkeys(caption for caption, in things.names)][:24]
 
 
 def sheet(model, prompts, seeds, columns, **how):
-    """Prompts one after the other, each with all its seeds, as one picture."""
+    """Draw each prompt from all seeds, as one picture."""
     texts = [prompt for prompt in prompts for _ in seeds]
     return grid(draw(model, texts, [*seeds] * len(prompts), **how), columns)
 
 
 def write_sheet(out, things, steps, device):
-    """Write three sheets of unchosen prompts; a name that is taken is left alone for OUT-1.png.
+    """Write three sheets of fixed prompts; existing files are kept, and the name is OUT-1.png then.
 
-    OUT.png: three prompts a row, each from four seeds; OUT-strangers.png: prompts that fit no
-    template of scenes.py, ten a row; OUT-overview.png: rows of prompts with titles.
+    OUT.png: three prompts per row, each from four seeds. OUT-strangers.png: prompts that fit no
+    template of scenes.py, ten per row. OUT-overview.png: rows of prompts with titles.
     """
     model = tiny_sd.load(out, "torch", device)
 

@@ -3,14 +3,14 @@
     python -m extras.training.teach pictures/ -o mine.safetensors
     python tiny_sd.py "a zorp on a blue background" --lora mine.safetensors
 
-pictures/ holds pictures of any size with a caption beside each: a.png, a.txt, b.jpg, b.txt, ...
-What is trained is in lora.py; NOTES says what that can do. Needs torch.
+pictures/ holds pictures of any size, each with a caption: a.png, a.txt, b.jpg, b.txt, ... lora.py
+explains what is trained, REFERENCE.md what it can achieve. Needs torch.
 
-mine.png is a sheet of some captions drawn without what was learnt, and with it, from fixed seeds.
-mine.safetensors.state/ holds what was reached, and a sheet every five minutes: after Ctrl-C or a
-kill the same command resumes from there.
+mine.png is a sheet of some captions, drawn without and with the LoRA from fixed seeds.
+mine.safetensors.state/ holds the progress, and a sheet every five minutes: after Ctrl-C or a kill
+the same command resumes from there.
 
-With some thousands of pictures, train a model of your own on them, by the recipe in train.py:
+If you have several thousand pictures, train your own model on them, by the recipe in train.py:
 
     python -m extras.training.teach pictures/ -o mine --from-scratch --minutes 600
     python tiny_sd.py "a zorp on a blue background" -m mine
@@ -22,12 +22,12 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":      # hand over to main() below, as tiny_sd.py does to the command line
+if __name__ == "__main__":      # runs main() below, as tiny_sd.py runs the command line
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     from extras.start import program
     program("extras.training.teach")
 
-# isort: split      (first of all cli: it sets up BLAS before NumPy is loaded)
+# isort: split      (cli comes first: it sets up BLAS before NumPy is loaded)
 from extras import cli, like_diffusers
 
 # isort: split
@@ -43,7 +43,7 @@ from tiny_sd import UserError, require, tell
 
 
 def encode_pictures(model, pictures, args):
-    """Return the scaled latents (1, h, w, 4) and captions; with --flip, each also mirrored."""
+    """Return the scaled latents (1, h, w, 4) and captions; with --flip, also mirrored ones."""
     size = tiny_sd.latent_shape(model, args.width, args.height)
     noise, notes, latents, captions = like_diffusers.torch_noise([args.seed], size), [], [], []
     for path, caption in tqdm(pictures, "encoding", leave=False):
@@ -57,7 +57,7 @@ def encode_pictures(model, pictures, args):
 
 
 def prompts_to_keep(args):
-    """Return the lines of --keep, or else the things that the model's folder says it knows."""
+    """Return the lines of --keep, or else the things listed in the model's folder."""
     if args.keep:
         return [*filter(None, map(str.strip, files.read_text(args.keep).splitlines()))]
     known = things.known_things(args.model) or {"things": []}
@@ -65,10 +65,10 @@ def prompts_to_keep(args):
 
 
 def lessons(artist, pictures, prompts, args):
-    """Return the latents (n, h, w, 4) and captions to show: half of them taught, half its own.
+    """Return the latents (n, h, w, 4) and captions to train on: half new, half drawn by the model.
 
-    What a model draws itself, here of up to 100 prompts, keeps it from forgetting that (Ruiz et
-    al., 2023). artist: the model, as lora.drawable makes it.
+    Training on its own pictures, here of up to 100 prompts, keeps the model from forgetting them
+    (Ruiz et al., 2023). artist: the model from lora.drawable.
     """
     taught, captions = encode_pictures(artist, pictures, args)
     order = np.random.default_rng(args.seed).permutation(len(prompts))
@@ -80,14 +80,14 @@ def lessons(artist, pictures, prompts, args):
 
 
 def draw(artist, prompt, seed, args):
-    """Return the latents (1, h, w, 4) of a picture of a prompt."""
+    """Draw a prompt; return the latents (1, h, w, 4)."""
     *_, x = like_diffusers.generate(artist, prompt, None, [seed], width=args.width,
                                     height=args.height)
     return x
 
 
 def sheet_row(artist, captions, args):
-    """Return the first four captions as pictures that this model draws, from seeds 0 to 3."""
+    """Draw the first four captions with this model, from seeds 0 to 3."""
     return [Image.fromarray(tiny_sd.decode(artist, draw(artist, caption, seed, args))[0])
             for seed, caption in enumerate([*dict.fromkeys(captions)][:4])]
 
@@ -98,27 +98,28 @@ OPTIONS = [     # (flags, type, default, help)
     ("-o --output", Path, None, "the .safetensors to write, for --lora"),
     ("-m --model", str, tiny_sd.HERE / "weights" / "emoji", "as tiny_sd.py takes it (emoji)"),
     ("--caption", str, None, "for the pictures that have no .txt"),
-    ("--keep", Path, None, "file of prompts whose pictures should stay as they are, one a line "
-                           "(the things that the model says it knows)"),
-    ("--flip", bool, False, "show the pictures mirrored, too"),
-    ("--rank", int, 8, "how many rows A has, so how much it can hold (%(default)s)"),
-    ("--text", bool, False, "adapt the text encoder, or both of SDXL's, too"),
-    ("--from-scratch", bool, False, "make no LoRA but a whole model, in the folder --output"),
+    ("--keep", Path, None, "a file of prompts that the model should not forget, one per line (the "
+                           "things that its folder lists)"),
+    ("--flip", bool, False, "also train on mirrored pictures"),
+    ("--rank", int, 8, "the rank of the matrices B A, which limits what they can learn "
+                       "(%(default)s)"),
+    ("--text", bool, False, "also adapt the text encoder, or both of SDXL's"),
+    ("--from-scratch", bool, False, "train a whole model, not a LoRA, in the folder --output"),
     ("--config", ("small", "base"), "small", "the model's size, with --from-scratch (%(default)s)"),
-    ("--minutes", float, None, "how long to teach, from the first step on (10; 180 from scratch)"),
-    ("--steps", int, None, "how many steps to take instead"),
-    ("-b --batch-size", int, None, "pictures a step (one of 512 x 512, or as much of smaller)"),
-    ("--rate", float, None, "the highest learning rate (lower, the wider the model)"),
+    ("--minutes", float, None, "how long to train, from the first step on (10; 180 from scratch)"),
+    ("--steps", int, None, "how many steps to train, instead of --minutes"),
+    ("-b --batch-size", int, None, "pictures per step (one of 512 x 512, or more smaller ones)"),
+    ("--rate", float, None, "the highest learning rate (lower for wider models)"),
     ("-s --seed", int, 0, "(%(default)s)"),
     ("-W --width", int, None, "in pixels (the model's own size)"), ("-H --height", int, None, None),
     ("--device", ("cpu", "cuda", "mps"), "cpu", "(%(default)s)"),
     ("--dtype", ("float32", "bfloat16"), "float32", "(%(default)s)"),
-    ("--save-memory", bool, False, "compute layers twice rather than keep what gradients need"),
+    ("--save-memory", bool, False, "recompute layers for the gradients instead of storing them"),
 ]
 
 
 def parse_arguments(argv):
-    """Return the options, checked as far as no model is needed for that."""
+    """Return the options, checked as far as possible without the model."""
     parser = tiny_sd.Parser(prog="python -m extras.training.teach", allow_abbrev=False,
                             description="Teach a model something new from captioned pictures.")
     parser.add_argument("folder", type=Path, help="pictures, and captions: a.png, a.txt, ...")
@@ -135,16 +136,16 @@ def parse_arguments(argv):
     return args
 
 
-REACHED, SHEET = "teaching.pt", "teaching.png"      # in the folder that holds what was reached
+REACHED, SHEET = "teaching.pt", "teaching.png"      # in the folder with the progress
 
 
 def state_of(output):
-    """Return the folder that holds what was reached."""
+    """Return the folder that holds the progress."""
     return output.with_name(f"{output.name}.state")
 
 
 def check_output(args):
-    """UserError if the files could not be written at the end."""
+    """UserError if the output files could not be written at the end."""
     output = args.output
     require(args.from_scratch or output.suffix == ".safetensors",
             f"--output {output} does not end in .safetensors")
@@ -155,13 +156,13 @@ def check_output(args):
     require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: remove it")
     require(reached.is_file() or not os.path.lexists(reached), f"{reached} is not a file")
     for path in [] if reached.exists() else [output, output.with_suffix(".png")]:
-        require(not os.path.lexists(path), f"{path} is there already")
+        require(not os.path.lexists(path), f"{path} exists already")
 
 
 def fill_in(args, model):
-    """Set what is not given to what suits the model."""
+    """Set missing options to values that suit the model."""
     require(not model.inpaints and not model.config.unet.time_cond_proj_dim, "a model for "
-            "inpainting, or a distilled one, is not taught here: teach the one it was made from")
+            "inpainting, or a distilled one, cannot be taught: teach the model it was made from")
     args.width, args.height = like_diffusers.picture_size(model, args.width, args.height)
     pixels = args.width * args.height // model.factor ** 2
     args.batch_size = args.batch_size or max(1, 64 * 64 // pixels)
@@ -170,12 +171,12 @@ def fill_in(args, model):
 
 
 def train_from_scratch(args):
-    """Hand over to train.py, which trains a whole model; does not return."""
-    require(args.caption is None, "--from-scratch learns what words mean: give each picture its "
-                                  "own caption, not --caption")
+    """Run train.py in place of this process, to train a whole model; does not return."""
+    require(args.caption is None, "--from-scratch has to learn words: give each picture its own "
+                                  "caption, not --caption")
     for name in ("keep", "flip", "text", "width", "height", "save_memory"):
-        require(not getattr(args, name), f"--{name.replace('_', '-')} is for a LoRA, and does not "
-                                         "go with --from-scratch")
+        require(not getattr(args, name), f"{cli.flag_of(name)} is for a LoRA, and does not go with "
+                                         "--from-scratch")
     require(args.device != "mps", "--from-scratch trains with --device cpu or cuda")
     files.read_captioned(args.folder)
     minutes = None if args.steps else args.minutes or 180
@@ -189,18 +190,18 @@ def train_from_scratch(args):
               os.environ | {"PYTHONPATH": path})
 
 
-# ── What is done for them ───────────────────────────────────────────────────────────────────────
+# ── Teaching ────────────────────────────────────────────────────────────────────────────────────
 
 
 def say_if_short(steps, minutes):
-    """Say how long it should have been, where it can hardly have learnt anything."""
+    """Warn if there were too few steps to learn much, and suggest a time."""
     if steps < 150:
-        tell(f"these were {steps} steps, where a new thing needs some 500: "
-             f"--minutes {math.ceil(500 * minutes / steps)} would take so many here")
+        tell(f"there were only {steps} steps, but a new thing needs about 500: try "
+             f"--minutes {math.ceil(500 * minutes / steps)}")
 
 
 def finish(output, lora, sheet, state):
-    """Write the LoRA, and its sheet last, since much can happen while that is drawn."""
+    """Write the LoRA, then draw its sheet, which takes time and may fail."""
     output = files.save_new(output, lambda file: file.write(lora))
     for file in state / REACHED, state / SHEET, *state.glob(".tiny_sd-*.part"):
         file.unlink(missing_ok=True)
@@ -208,11 +209,11 @@ def finish(output, lora, sheet, state):
     try:
         files.save_picture(sheet(), output.with_suffix(".png"), "")
     except UserError as error:
-        raise UserError(f"{output} is written, but not its sheet: {error}") from None
+        raise UserError(f"{output} is saved, but not its sheet: {error}") from None
 
 
 def teach(args, pictures, prompts, state):
-    """Train a LoRA, and write it and its sheet; state: a folder for what was reached."""
+    """Train a LoRA, and write it and its sheet; state: the folder for the progress."""
     from extras.training import lora  # not above: --help needs no torch
     model = formats.load(args.model, "torch", args.device, args.dtype)
     fill_in(args, model)
@@ -236,7 +237,7 @@ def teach(args, pictures, prompts, state):
 def run(argv):
     """Do what the command line asks for."""
     args = parse_arguments(argv)
-    # Torch's threads wait busily for each other: where other programs work too, most of the time.
+    # By default torch's threads wait for each other busily, which wastes cores that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if args.from_scratch:
         train_from_scratch(args)

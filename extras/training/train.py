@@ -3,18 +3,18 @@
 
     render ── drawings ──► vae, decoder ── latents ──► clip ── text encoder ──► unet ──► export
 
-The recipe is the paper's (Rombach et al., 2022), stage by stage, through tiny_sd.py's own
-functions: given torch tensors they are differentiable as they stand. drawings.py, painting.py and
-scenes.py make what is learnt, fitting.py has the loop that lowers a loss, folder.py the model's
-folder, and measure.py looks at what was learnt.
+The recipe follows the paper (Rombach et al., 2022), stage by stage, and uses tiny_sd.py's own
+functions: with torch tensors they are differentiable. drawings.py, painting.py and scenes.py make
+the training data, fitting.py has the training loop, folder.py writes the model's folder, and
+measure.py evaluates the model.
 
-    python -m extras.training.train all --minutes 120   from nothing to weights/state/emoji
-    python -m extras.training.train unet --start weights/emoji      on from a finished model
+    python -m extras.training.train all --minutes 120   from scratch to weights/state/emoji
+    python -m extras.training.train unet --start weights/emoji      start from a finished model
     python -m extras.training.train control --start weights/emoji   a ControlNet for outlines
     python -m extras.training.train evaluate --out weights/emoji    the table in weights/README.md
     torchrun --nproc-per-node 8 -m -- extras.training.train unet --device cuda
 
-Ctrl-C keeps what was learnt, and a kill loses a minute at most: the same command resumes.
+Ctrl-C saves the progress, and a kill loses a minute at most: the same command resumes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
-if __name__ == "__main__":      # hand over to main() below: a signal now is no traceback
+if __name__ == "__main__":      # runs main() below; set up signals before the slow imports
     from extras.start import program
     program("extras.training.train")
 
@@ -84,12 +84,12 @@ class Setting(NamedTuple):
     vae: dict
     unet: dict
     text: dict
-    batch: dict     # {stage: pictures in a step}
+    batch: dict     # {stage: pictures per step}
     rate: dict      # {stage: highest learning rate}
 
     @property
     def size(self):
-        """Pixels of a picture, in each direction."""
+        """Width and height of a picture in pixels."""
         return self.vae["sample_size"]
 
     @property
@@ -121,22 +121,22 @@ CONFIGS = {
 
 
 class Job(NamedTuple):
-    """What every stage is given."""
+    """The arguments of every stage."""
     things: object
     setting: Setting
     schedule: Schedule
     state: object
 
 
-# ── The state: what training keeps ──────────────────────────────────────────────────────────────
+# ── The state: files that training saves ────────────────────────────────────────────────────────
 
 class State(fitting.State):
-    """And merges.txt, the tokenizer's; scaling_factor.json, the latents'."""
+    """fitting.State, plus the tokenizer's merges.txt and the latents' scaling_factor.json."""
 
     def trained(self, stage, shapes):
-        """The averaged {name: tensor} that a stage reached; UserError if they do not fit.
+        """The averaged {name: tensor} of a stage; UserError if they do not fit.
 
-        shapes: {name: shape} of those that are wanted, as checkpoints have them.
+        shapes: {name: shape} of the weights wanted, as in checkpoints.
         """
         kept = self.load(stage)
         require(kept, f"{self.path(stage)} is missing: run the stage {stage} first")
@@ -149,7 +149,7 @@ class State(fitting.State):
         return {name: kept["mean"][name] for name in fresh}
 
     def vae(self, setting):
-        """The VAE, nested, with the decoder of the stage of its own where that has run."""
+        """The VAE, nested, with the decoder of the later stage if that has run."""
         shapes = setting.shapes("vae")
         params = self.trained("vae", shapes)
         if self.path("decoder").exists():
@@ -157,7 +157,7 @@ class State(fitting.State):
         return nest(params)
 
     def tokenizer(self, things=None):
-        """The tokenizer of merges.txt, learnt from these things' captions where that is missing."""
+        """The tokenizer in merges.txt; if missing, learn it from these things' captions."""
         path = self.folder / "merges.txt"
         if not path.exists():
             merges = train_tokenizer(things)
@@ -170,11 +170,11 @@ class State(fitting.State):
                 f"{path} does not hold {VOCABULARY - 514} pairs: remove it, with clip.pt and "
                 "unet.pt, or name another --state")
         words = tiny_sd.Tokenizer(merges, length=LENGTH)
-        words.merge = functools.cache(words.merge)      # captions say the same words again
+        words.merge = functools.cache(words.merge)      # captions repeat the same words
         return words
 
     def scaling_factor(self, latents=None):
-        """What latents are multiplied by to have variance 1: from these, once, then kept."""
+        """The factor that gives latents variance 1: computed from these once, then saved."""
         path = self.folder / "scaling_factor.json"
         if not path.exists() and latents is not None:
             with replace_atomically(path) as temporary:
@@ -188,7 +188,7 @@ class State(fitting.State):
         return factor
 
     def begin_from(self, folder, setting):
-        """Take what is missing here from an exported model, as though its stages had just begun."""
+        """Take missing files from an exported model, as if its stages had just begun."""
         model = tiny_sd.load(folder, "torch")
         encoder, = model.encoders
         found = {"vae": flatten(model.vae),
@@ -197,7 +197,7 @@ class State(fitting.State):
         for stage, params in found.items():
             shapes = {name: p.shape for name, p in initial(wanted[stage], 0).items()}
             require(shapes == {name: p.shape for name, p in params.items()},
-                    f"{folder} cannot be gone on from: its networks are not those of --config")
+                    f"training cannot start from {folder}: its networks are not those of --config")
         texts = {"merges.txt": read_text(Path(folder) / "tokenizer/merges.txt"),
                  "scaling_factor.json": json.dumps(model.config.vae.scaling_factor)}
         for stage, params in found.items():
@@ -211,10 +211,10 @@ class State(fitting.State):
                     temporary.write_text(text, encoding="utf-8")
 
 
-# ── The tokenizer: byte pairs, merged from the most frequent on ─────────────────────────────────
+# ── The tokenizer: merge the most frequent byte pair, again and again ───────────────────────────
 
 def train_tokenizer(things, captions=20_000):
-    """Merges, learnt from names and captions (Sennrich et al., 2016)."""
+    """Learn merges from names and captions (Sennrich et al., 2016)."""
     rng, spell = np.random.default_rng(0), tiny_sd.Tokenizer([])
     said = [name for names in things.names for name in names] * 8
     said += [draw_scene(things, rng).caption for _ in range(captions)]
@@ -232,7 +232,7 @@ def train_tokenizer(things, captions=20_000):
 
 
 def most_frequent_pair(words, counts):
-    """The neighbours met most often; None when every word is one symbol."""
+    """The most frequent pair of neighbours; None if every word is one symbol."""
     pairs = collections.Counter()
     for word, symbols in words.items():
         for pair in zip(symbols, symbols[1:]):
@@ -241,7 +241,7 @@ def most_frequent_pair(words, counts):
 
 
 def join(symbols, pair):
-    """Merge the pair wherever it stands in a list of symbols, in place."""
+    """Merge the pair wherever it occurs in a list of symbols, in place."""
     i = 0
     while i < len(symbols) - 1:
         if (symbols[i], symbols[i + 1]) == pair:
@@ -250,7 +250,7 @@ def join(symbols, pair):
 
 
 def idle_merges(spell, known, n):
-    """n pairs that no word needs, so that the vocabulary has its size."""
+    """n pairs that no word needs, to fill the vocabulary."""
     symbols = spell.bytes.values()
     idle = (pair for pair in itertools.product(symbols, symbols) if pair not in known)
     return [*itertools.islice(idle, n)]
@@ -264,15 +264,15 @@ def to_model(pictures, device):
 
 
 def differences(x):
-    """How each pixel differs from the next, down and across."""
+    """The differences between neighbouring pixels, down and across."""
     return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
 
 
 def pixels_and_edges(drawn, picture):
-    """The absolute error of pixels, half that of edges, and that of how strong the edges are.
+    """The absolute error of the pixels, half that of the edges, and that of the edges' strength.
 
-    The last is measured over 5 x 5 pixels at a time. The first two alone make blurred edges: an
-    edge in a slightly wrong place costs more than none.
+    The strength is averaged over 5 x 5 pixels. Without it, edges would be blurred: a misplaced
+    edge would cost more than none.
     """
     def strength(x):
         return [(F.avg_pool2d(d.square().sum(-1), 5, 2) + 1e-4).sqrt() for d in differences(x)]
@@ -292,7 +292,7 @@ def pictures_of_scenes(job, rng, n, moved=True):
 
 
 def parameters(begin, device):
-    """The tensors that begin() makes, each of its own, on the device."""
+    """Copies of these initial tensors on the device."""
     return {name: p.detach().clone().to(device) for name, p in begin.items()}
 
 
@@ -322,7 +322,7 @@ def train_vae(job):
 
 @torch.no_grad()
 def before_and_after(job, vae):
-    """Originals above, reconstructions below; says the error in decibels."""
+    """Originals above, reconstructions below; print the error in decibels."""
     groups = job.setting.groups
     image = pictures_of_scenes(job, np.random.default_rng(0), 24, moved=False)
     drawn = tiny_sd.vae_decode(tiny_sd.vae_encode(image, vae, groups)[0], vae, groups).clip(-1, 1)
@@ -334,12 +334,12 @@ def before_and_after(job, vae):
 
 
 # ── Stage 1b: the decoder alone ─────────────────────────────────────────────────────────────────
-# What the latents mean is fixed now, by the encoder; how to draw them can still be learnt better,
-# since the other stages only ever see latents. The published VAEs ft-EMA and ft-MSE of Stable
-# Diffusion were made so. Latents that a U-Net draws are never quite right, so that the decoder
-# sees noisy ones too, and learns to draw cleanly from them.
+# The encoder now defines the latents. The decoder can still improve, since the other stages see
+# only latents; Stable Diffusion's published VAEs ft-EMA and ft-MSE were trained this way. Latents
+# from a U-Net are never exact, so the decoder also sees noisy ones, and learns to decode them
+# cleanly.
 
-NOISE = 0.4     # at most, in deviations of the latents
+NOISE = 0.4     # the maximum, in standard deviations of the latents
 
 
 def decoder_shapes(setting):
@@ -374,8 +374,8 @@ def train_decoder(job):
 class Bank:
     """Scenes as scaled latents (n, h, w, 4), with their captions.
 
-    They are made ahead and renewed bit by bit: training meets more scenes than memory holds, and
-    each is encoded once. Each process has a bank of its own.
+    The bank is filled ahead and renewed gradually, so training sees more scenes than fit in memory
+    and encodes each only once. Each process has its own bank.
     """
 
     def __init__(self, job, filled, capacity):
@@ -383,7 +383,7 @@ class Bank:
         self.words, self.vae = job.state.tokenizer(job.things), job.state.vae(job.setting)
         rng = np.random.default_rng([job.schedule.seed, process()[0]])
         filled = job.schedule.bank or filled
-        if job.things.drawings is None:     # each scene is a picture as it stands
+        if job.things.drawings is None:     # each scene is one of the pictures
             filled = min(filled, len(job.things.names))
             self.warn_of_long_captions()
         self.capacity = max(capacity, filled)
@@ -394,11 +394,11 @@ class Bank:
             self.renew(min(1024, filled - len(self.captions)), rng)
 
     def warn_of_long_captions(self):
-        """Say which captions are longer than what the text encoder reads."""
+        """Warn of captions that are too long for the text encoder."""
         long = [caption for caption, in self.job.things.names if self.words.encode(caption)[1]]
         if long and process()[0] == 0:
-            tell(f"{len(long)} captions have more than {LENGTH - 2} tokens, and their ends are not "
-                 f"learnt: {tiny_sd.shorten(long[0])}")
+            tell(f"{len(long)} captions have more than {LENGTH - 2} tokens, and are cut off there: "
+                 f"{tiny_sd.shorten(long[0])}")
 
     def scenes(self, n, rng):
         return [draw_scene(self.job.things, rng) for _ in range(n)]
@@ -418,7 +418,7 @@ class Bank:
         return scene.caption
 
     def renew(self, n, rng):
-        """Add n new scenes; once the bank is full they replace the oldest."""
+        """Add n new scenes; when the bank is full, they replace the oldest."""
         captions, latents = self.make(self.scenes(n, rng))
         if len(self.captions) < self.capacity:
             self.captions += captions
@@ -430,7 +430,7 @@ class Bank:
         self.turn += n
 
     def batches(self, n, new, rng):
-        """Yield (latents, captions) of n scenes of the bank, after renewing `new` of them."""
+        """Renew `new` scenes, then yield (latents, captions) of n from the bank; repeat."""
         while True:
             self.renew(new, rng)
             chosen = rng.integers(0, len(self.captions), n).tolist()
@@ -438,7 +438,7 @@ class Bank:
 
 
 def first_process_first(make):
-    """make(), by the first process before the others."""
+    """Call make() in the first process, then in the others."""
     if process()[0] > 0:
         dist.barrier()
     made = make()
@@ -454,7 +454,7 @@ def text_stage_shapes(setting):
 
 
 def clip_parameters(setting, seed):
-    """The text encoder; an image encoder, which is a VAE's that reads latents; projections."""
+    """Initial text encoder, image encoder (a VAE encoder that takes latents) and projections."""
     width = setting.text["hidden_size"]
     image = read_config("vae", setting.vae | {"block_out_channels": [64, 128, width],
                                               "latent_channels": width // 2})
@@ -465,7 +465,7 @@ def clip_parameters(setting, seed):
 
 
 def embed_text(setting, words, params, captions):
-    """(batch, width) of length 1: the state where the caption ends, projected."""
+    """Unit vectors (batch, width): the state at the end of the caption, projected."""
     ids = np.stack([words.encode(text)[0] for text in captions])
     text = params["text"]
     states = tiny_sd.text_encoder(ids, setting.text["num_attention_heads"], tiny_sd.quick_gelu,
@@ -476,7 +476,7 @@ def embed_text(setting, words, params, captions):
 
 
 def embed_image(setting, params, latents):
-    """(batch, width) of length 1: the mean of what the image encoder finds."""
+    """Unit vectors (batch, width): the mean of the image encoder's output."""
     h = tiny_sd.vae_encoder(latents, setting.groups, **params["image"])
     return F.normalize(h.float().mean((1, 2)), dim=-1)
 
@@ -497,12 +497,13 @@ def train_clip(job):
     train_stage("clip", job, optimizer, minimize(loss, optimizer, bank.batches(n, 32, rng)), rng)
     if process()[0] == 0:
         found = retrieval(setting, nest(optimizer.mean), bank)
-        print(f"clip: {found:.1%} of the captions find their drawing", file=sys.stderr)
+        print(f"clip: {found:.1%} of the captions are nearest to their own drawing",
+              file=sys.stderr)
 
 
 @torch.no_grad()
 def retrieval(setting, params, bank):
-    """The fraction of captions that find their own drawing among all."""
+    """The fraction of captions that are nearest to their own drawing."""
     captions, latents = bank.make(every_scene(bank.job.things))
     text = torch.cat([embed_text(setting, bank.words, params, captions[i:i + 256])
                       for i in range(0, len(captions), 256)])
@@ -519,34 +520,34 @@ def unet_stage_shapes(setting):
 
 
 def unet_parameters(job):
-    """The U-Net, new, and the text encoder as its stage left it, which goes on learning."""
+    """A new U-Net, and the text encoder from its stage, which continues to train."""
     new = initial(unet_stage_shapes(job.setting), job.schedule.seed, (*ZERO, "conv_out.weight"))
-    if job.state.path("unet").exists():     # from which it resumes
+    if job.state.path("unet").exists():     # fit() will resume from it
         return new
     return new | job.state.trained("clip", text_stage_shapes(job.setting))
 
 
 def loss_weight(alpha_bar):
-    """min(1, 5 (1 - ᾱ)): so weighted, the error of v is that of x_0 times min(5, 1 / (1 - ᾱ)).
+    """min(1, 5 (1 - ᾱ)): this makes the error of v that of x_0 times min(5, 1 / (1 - ᾱ)).
 
-    Where little of the picture is left, v asks for the picture and epsilon for next to nothing
-    (Salimans and Ho, 2022); and it is there that the caption must say what to draw. The cap on the
-    weight of little noise is that of Hang et al. (2023).
+    At high noise, predicting v means predicting the picture, while predicting ε is nearly trivial
+    (Salimans and Ho, 2022); and there the caption decides what to draw. The cap at low noise is
+    that of Hang et al. (2023).
     """
     return np.minimum(1, 5 * (1 - alpha_bar))
 
 
 def noisy_times(n, T, rng, shift=3):
-    """n times in 0 .. T - 1, one of each n-th, moved towards noise: a third as many near 0.
+    """n times in 0 .. T - 1, stratified and shifted towards noise: a third as many near 0.
 
-    What to draw is settled while x_t is nearly all noise (the formula: Esser et al., 2024).
+    The content of a picture is decided while x_t is nearly all noise. Formula: Esser et al., 2024.
     """
     u = (rng.permutation(n) + rng.random(n)) / n
     return (T * shift * u / (1 + (shift - 1) * u)).astype(int)
 
 
 def as_model(job, words, params):
-    """The Model of these parameters, to train or to draw with."""
+    """A Model with these parameters, to train or to draw with."""
     setting, nested = job.setting, nest(params)
     config = SimpleNamespace(
         vae=read_config("vae", setting.vae | {"scaling_factor": job.state.scaling_factor()}),
@@ -686,8 +687,8 @@ def run_stage(stage, job):
     step, seconds = kept.get("step", 0), kept.get("seconds", 0)
     if schedule.progress(step, seconds) >= 1:
         if process()[0] == 0:
-            print(f"{stage}: finished, after {step} steps in {seconds / 60:.1f} minutes; a larger "
-                  "--minutes or --steps goes on", file=sys.stderr)
+            print(f"{stage}: finished after {step} steps in {seconds / 60:.1f} minutes; use a "
+                  "larger --minutes or --steps to continue", file=sys.stderr)
         return
     schedule = schedule._replace(batch=schedule.batch or setting.batch[stage],
                                  rate=schedule.rate or setting.rate[stage])
@@ -696,7 +697,7 @@ def run_stage(stage, job):
 
 
 def run_command(args, setting, schedule, state, stack):
-    """Do what the command line asks for. stack: what is undone at the end."""
+    """Do what the command line asks for. stack: an ExitStack for clean-up at the end."""
     data, leads = args.data or args.state / "emoji.zip", args.command == "control"
     out = args.out or args.state / ("outlines" if leads else "emoji")
     exports, first = args.command in ("export", "all", "control"), process()[0] == 0
@@ -706,7 +707,7 @@ def run_command(args, setting, schedule, state, stack):
         check = functools.partial(check, mark=("config.json", "ControlNetModel"))
     if exports:
         check(asked)
-    asked = asked and out.exists()      # not what comes to be while this trains
+    asked = asked and out.exists()      # do not replace a folder that appears during training
     if args.command in (*STAGES, "all") and first:
         stack.enter_context(held(args.state))
     if args.start:
@@ -753,22 +754,22 @@ def parse_arguments(argv):
     add("command", choices=COMMANDS)
     add("--config", choices=CONFIGS, default="small",
         help="the size of picture and networks (default: small)")
-    add("--start", type=Path, metavar="FOLDER", help="go on from this model, not from nothing")
-    add("--minutes", type=float, default=own.minutes, help="how long to train, in all (30)")
-    add("--steps", type=int, help="how many steps each stage takes in all, instead of minutes")
-    add("--batch", type=int, help="pictures in a step, over all processes")
+    add("--start", type=Path, metavar="FOLDER", help="start from this model, not from scratch")
+    add("--minutes", type=float, default=own.minutes, help="total training time (30)")
+    add("--steps", type=int, help="total steps of each stage, instead of --minutes")
+    add("--batch", type=int, help="pictures per step, over all processes")
     add("--rate", type=float, help="the highest learning rate")
     add("--seed", type=int, default=own.seed)
     add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, help="of each process, on a CPU")
+    add("--threads", type=int, help="CPU threads per process")
     add("--bank", type=int, metavar="N",
         help="scenes encoded ahead (4096 for clip, 8192 for unet)")
     add("--keep-every", type=float, default=own.keep_every, metavar="SECONDS",
-        help="between savings of the state (60)")
+        help="time between saves of the state (60)")
     add("--show-every", type=float, default=own.show_every, metavar="SECONDS",
-        help="between sheets of samples (600)")
+        help="time between sheets of samples (600)")
     add("--state", type=Path, default=tiny_sd.HERE / "weights/state",
-        help="folder of what training keeps (weights/state)")
+        help="folder for the state of the training (weights/state)")
     add("--data", type=Path, help="zip of rendered drawings, or a folder of pictures with "
                                   "captions: a.png, a.txt, ... (STATE/emoji.zip)")
     add("--out", type=Path, help="the model's folder (STATE/emoji)")
@@ -789,7 +790,7 @@ def parse_arguments(argv):
 
 
 def faster_on_cpu(operations):
-    """Two of torch's operations in forms that are faster on a CPU at these sizes."""
+    """Forms of two of torch's operations that are faster on a CPU at these sizes."""
     torch_group_norm = operations["group_norm"]
 
     def attention(q, k, v, causal=False):       # the formula; torch has a fused kernel
@@ -798,7 +799,7 @@ def faster_on_cpu(operations):
             scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
         return scores.softmax(-1) @ v
 
-    def group_norm(x, *args, **kwargs):         # at 16 x 16, bfloat16 takes torch twice the time
+    def group_norm(x, *args, **kwargs):         # at 16 x 16, torch is half as fast in bfloat16
         return torch_group_norm(x.float(), *args, **kwargs).to(x.dtype)
 
     return {"dot_product_attention": attention, "group_norm": group_norm}
@@ -822,7 +823,7 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"train.py: stopped; what was kept is in {args.state}", file=sys.stderr)
+        print(f"train.py: stopped; the progress is saved in {args.state}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
