@@ -1,28 +1,27 @@
-"""How fast tiny_sd is beside diffusers, torch.compile, OpenVINO and its own formulas.
+"""Time tiny_sd against diffusers, torch.compile, OpenVINO and its own formulas.
 
-The same weights and work, in turn:
+All compute the same with the same weights, in turn:
 
-    python -m extras.tools.benchmark                                     every part beside diffusers
+    python -m extras.tools.benchmark                                     all parts, diffusers
     python -m extras.tools.benchmark --peer all --part unet --part vae   two parts, every peer
-    python -m extras.tools.benchmark --peer formulas --part unet --rounds 1   what fast.py gains
-    python -m extras.tools.benchmark --peer none --part unet --batch 4   itself alone
-    python -m extras.tools.benchmark --width 32 --size 64 --rounds 2     a quick look, small model
+    python -m extras.tools.benchmark --peer formulas --part unet --rounds 1   the gain of fast.py
+    python -m extras.tools.benchmark --peer none --part unet --batch 4   only tiny_sd
+    python -m extras.tools.benchmark --width 32 --size 64 --rounds 2     a quick test, small model
     python -m extras.tools.benchmark --peer all --part unet --part loaded --device cuda \\
                                      --dtype float16 --batch 8
     python -m extras.tools.benchmark --model sdxl --part picture --size 1024 --steps 1 --rounds 1
 
 `unet`: a step with guidance, both halves. `vae`: decoding, encoding. `text`: two prompts. `loaded`:
-a picture in a process that holds the model already. `picture`: the same from the start of the
-process to the file. `bundled`: that with weights/emoji. A picture is 20 steps of DPM++ 2M at
-guidance 7.5; for its peak memory alone, --steps 1 is enough. `teach`, only where it is named: a
-step of teach.py beside one of peft, rank 8 on the same matrices, and one that computes layers
-twice; on torch.
+a picture in a process that has loaded the model. `picture`: the same from the start of the process
+to the file. `bundled`: that with weights/emoji. A picture is 20 steps of DPM++ 2M at guidance 7.5;
+to measure its peak memory, --steps 1 is enough. `teach`, only if named: a step of teach.py and one
+of peft, rank 8 on the same matrices, and the same with gradient checkpointing; on torch.
 
-All but `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, or SDXL's,
-6.9 GB, written once among the temporary files. Each side is a process that waits while another
-computes: first each gives a result, which must agree, then they are timed in turn; of programs that
-draw into a file, which start again each time, the first run counts. All stay in memory: where that
-is short, take one peer at a time. Memory counts the pages of mapped files.
+All except `bundled` read random float16 weights with Stable Diffusion 1.5's shapes, 2.1 GB, or
+SDXL's, 6.9 GB, written once to the temporary folder. Each side is a process that waits while the
+others compute. First each returns a result, and these must agree; then they are timed in turn. If a
+part draws to a file, its program starts again each time, and the first run counts, too. All sides
+stay in memory; if memory is short, time one peer at a time. Memory includes pages of mapped files.
 """
 
 import argparse
@@ -44,7 +43,7 @@ import time
 import zlib
 from pathlib import Path
 
-# Neither tiny_sd nor NumPy is imported here: that would choose threads for all sides.
+# Do not import tiny_sd or NumPy here: that would set up threads for all sides.
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "unet": ["step"], "vae": ["decode", "encode"], "text": ["encode"], "loaded": ["picture"],
@@ -60,21 +59,21 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}    # of the lar
 
 
 class Failure(Exception):
-    """What ends the program with one line."""
+    """An error that ends the program with one line."""
 
 
 # ── The model: random weights with the shapes of Stable Diffusion 1.5, or of SDXL ─────────────────
 
 def configs(args):
-    """Return the configs of the model that is timed."""
+    """Return the configs of the model to time."""
     from extras.tools import models
     return models.CONFIGS[args.model](args.width)
 
 
 def random_model(args):
-    """Return the folder of the random model, written among the temporary files if there is none.
+    """Return the folder of the random model in the temporary folder; write it if it is missing.
 
-    In a process of its own, to leave no memory behind.
+    A separate process writes it, so that its memory is freed.
     """
     version = zlib.crc32(json.dumps(configs(args)).encode())
     folder = Path(tempfile.gettempdir(), f"tiny_sd-{args.model}-{args.width}-{version:08x}")
@@ -113,7 +112,7 @@ def tiny_sd(part, args, folder):
 
 
 def measured(part, args, folder):
-    """Return the calls of tiny_sd, in whichever forms it computes by now."""
+    """Return the calls of tiny_sd, with the forms of its primitives that are loaded now."""
     import numpy as np
 
     import tiny_sd as sd
@@ -123,7 +122,7 @@ def measured(part, args, folder):
     x, context, image = inputs(args)
     unet, vae = (functools.partial(sd.array_like, network["conv_in"]["bias"])
                  for network in (model.unet, model.vae["encoder"]))     # an array as its own
-    # the mean of the halves: a difference in either shows as it is
+    # guidance 0.5 is the mean of both halves, which shows a difference in either
     denoise = sd.denoiser(model, unet(context), 0.5)
 
     def picture():
@@ -133,7 +132,7 @@ def measured(part, args, folder):
         return sd.decode(model, latents) / np.float32(255)
 
     def rate():
-        """What large matrix products reach, in operations a second: the best of five."""
+        """The speed of large matrix products in operations per second, the best of five."""
         n, seconds = 8192 if args.device == "cuda" else 2048, []
         a, b = (unet(np.random.default_rng(k).standard_normal((n, n), np.float32))
                 for k in range(2))      # a aᵀ takes half the work
@@ -141,7 +140,7 @@ def measured(part, args, folder):
             start = time.perf_counter()
             for _ in range(4):
                 y = sd.linear(a, b)
-            sd.to_numpy(y[:1])                          # which waits for the GPU
+            sd.to_numpy(y[:1])                          # wait for the GPU
             seconds.append(time.perf_counter() - start)
         return np.array(4 * 2 * n ** 3 / min(seconds))
 
@@ -159,16 +158,16 @@ def measured(part, args, folder):
 
 
 def formulas(part, args, folder):
-    """tiny_sd without extras/fast.py, and with the threads of BLAS instead."""
+    """tiny_sd without extras/fast.py, using BLAS threads instead."""
     os.environ |= {f"{library}_NUM_THREADS": str(cores())
                    for library in ("OPENBLAS", "VECLIB_MAXIMUM")}
     return measured(part, args, folder)
 
 
 def operations(call):
-    """Count the multiplications and additions in the definitions of what a call computes.
+    """Count the multiplications and additions of a call, by the definitions.
 
-    The side tiny_sd alone is asked for this: it loads extras/fast.py.
+    Only the side tiny_sd does this; it loads extras/fast.py.
     """
     import numpy as np
 
@@ -182,7 +181,7 @@ def operations(call):
 def networks(part, args, folder, dtype):
     """Return {operation: (module, its inputs)} of diffusers' and transformers' networks.
 
-    Each module gives one tensor.
+    Each module returns one tensor.
     """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -222,7 +221,7 @@ def networks(part, args, folder, dtype):
 
 
 def pipeline(folder, device, dtype):
-    """diffusers' pipeline, and draw(prompt, size, batch, steps, guidance) -> PIL's pictures."""
+    """Return diffusers' pipeline, and draw(prompt, size, batch, steps, guidance) -> PIL images."""
     import torch
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     torch.set_num_threads(cores())
@@ -271,7 +270,7 @@ def diffusers(part, args, folder, compiled=False):
 
 
 def teaching(args, folder):
-    """Return the calls of teach.py's step, each of which gives the loss."""
+    """Return the calls of teach.py's steps; each returns the loss."""
     import numpy as np
 
     from extras import formats
@@ -298,7 +297,7 @@ def teaching(args, folder):
 
 
 def peft(args, folder):
-    """The same by peft and diffusers, as train_text_to_image_lora.py takes a step."""
+    """The same with peft and diffusers, as in train_text_to_image_lora.py."""
     import numpy as np
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -330,7 +329,7 @@ def peft(args, folder):
 
         def step():
             fitting.begin_step(rng, 0, next(steps), "teaching")
-            rng.integers(1, size=args.batch)        # which pictures; then as tiny_sd.train draws
+            rng.integers(1, size=args.batch)        # the pictures; the rest as in tiny_sd.train
             captions = ["" if rng.random() < 0.1 else PROMPT for _ in x_0]
             t = torch.from_numpy(rng.integers(1000, size=args.batch)).to(args.device)
             x, noise = (torch.from_numpy(a).movedim(-1, 1).to(args.device, dtype)
@@ -350,7 +349,7 @@ def peft(args, folder):
 
 
 def channels_last(y):
-    """Return torch's images (batch, channels, height, width) as tiny_sd has them; others as is."""
+    """Convert torch's images (batch, channels, height, width) to tiny_sd's layout, if y is one."""
     return y.transpose(0, 2, 3, 1) if y.ndim == 4 else y
 
 
@@ -373,7 +372,7 @@ def openvino(part, args, folder):
 
 
 def program(side, part, args, folder):
-    """The part's pictures by a program that draws them into files and ends."""
+    """Return the call that runs a program to draw the part's pictures to files."""
     import numpy as np
     from PIL import Image
     prompt, size = (BUNDLED_PROMPT, args.own_size) if part == "bundled" else (PROMPT, args.size)
@@ -413,9 +412,9 @@ def cores():
 
 
 def peak_memory(part, device):
-    """The largest memory in MB.
+    """Return the peak memory in MB, or None if unknown.
 
-    Of the programs run; else since the last call, the GPU's or resident. None if unknown.
+    It is that of the programs run, or else since the last call the GPU's or the resident memory.
     """
     if PARTS[part] == ["file"]:
         import resource
@@ -433,9 +432,9 @@ def peak_memory(part, device):
 
 
 def serve(pipe, side, part, args, folder):
-    """What a side's process does.
+    """The main function of a side's process.
 
-    Answers the name of an operation with (seconds, result, MB), or tells its error.
+    Answer the name of an operation with (seconds, result, MB), or with an error message.
     """
     try:
         sides = {"tiny_sd": tiny_sd, "diffusers": diffusers, "openvino": openvino,
@@ -456,7 +455,7 @@ def serve(pipe, side, part, args, folder):
 
 
 def start(side, *work):
-    """Starts a side's process; returns ask(operation) -> (seconds, result, MB)."""
+    """Start a side's process; return ask(operation) -> (seconds, result, MB)."""
     spawn = multiprocessing.get_context("spawn")
     pipe, end = spawn.Pipe()
     spawn.Process(target=serve, args=(end, side, *work), daemon=True).start()
@@ -469,16 +468,16 @@ def start(side, *work):
             if not isinstance(answer, str):
                 return answer
             raise Failure(f"{side}: {answer}")
-        raise Failure(f"the process of {side} died: was there memory enough?")
+        raise Failure(f"the process of {side} died: did it run out of memory?")
     return ask
 
 
 # ── The comparison ────────────────────────────────────────────────────────────────────────────────
 
 def compare(part, args, folder):
-    """The part's results, one for each operation and side.
+    """Return the part's results, one for each operation and side.
 
-    Failure, before anything is timed, if the sides disagree.
+    Failure, before timing, if the sides disagree.
     """
     from tqdm import tqdm
     names = ["tiny_sd", *(peer for peer in args.peer if part in PEERS[peer])]
@@ -508,16 +507,16 @@ def compare(part, args, folder):
 
 
 def difference(what, name, firsts, args):
-    """The largest difference of a side's first result from tiny_sd's; Failure if it is too large.
+    """Return the largest difference between a side's first result and tiny_sd's.
 
-    A picture's is a share of white, others' of the largest value.
+    As a fraction of white in a picture, otherwise of the largest value. Failure if it is too large.
     """
     import numpy as np
     (_, ours, _), (_, result, _) = firsts["tiny_sd"], firsts[name]
     alike = result.size > 1 and not np.ptp(result)      # a loss is one number
     if result.shape != ours.shape or not np.isfinite(result).all() or alike:
-        raise Failure(f"{what}: {name} gives {result.shape} instead of {ours.shape}, or not "
-                      "numbers")
+        raise Failure(f"{what}: {name} returns {result.shape} instead of {ours.shape}, or no "
+                      "finite numbers")
     allowed, white = TOLERANCE[args.dtype], np.abs(result).max()
     if what.endswith(("picture", "file")):
         allowed, white = 1.01 / 255 if args.dtype == "float32" else 1, 1
@@ -528,10 +527,10 @@ def difference(what, name, firsts, args):
 
 
 def table(results):
-    """As Markdown. A difference is of the largest value; in a picture, of white.
+    """Return the results as a Markdown table; differences as in difference().
 
-    TFLOP/s counts the operations of the definitions, whatever a side saves of them, and the share
-    is of what large matrix products reach in tiny_sd's process.
+    TFLOP/s counts the operations of the definitions, even if a side needs fewer. The share is
+    relative to the speed of large matrix products in tiny_sd's process.
     """
     lines = [["", "side", "median s", "range s", "tiny_sd ÷ it", "TFLOP/s", "share",
               "peak MB at first", "peak MB later", "difference"], ["---"] * 2 + ["---:"] * 8]
@@ -567,12 +566,12 @@ def parse_arguments():
         def error(self, message):
             self.exit(2, f"benchmark: {message} (--help lists the options)\n")
 
-    parser = Parser(description="Time tiny_sd beside other programs.", allow_abbrev=False)
+    parser = Parser(description="Time tiny_sd against other programs.", allow_abbrev=False)
     add = parser.add_argument
     add("--peer", action="append", choices=[*PEERS, "all", "none"],
         help="may be repeated (diffusers)")
     add("--part", action="append", choices=[*PARTS, "all"], help="may be repeated (all)")
-    add("--backend", choices=("numpy", "torch"), help="tiny_sd's: numpy, unless only torch can")
+    add("--backend", choices=("numpy", "torch"), help="tiny_sd's (numpy, if possible)")
     add("--dtype", choices=TOLERANCE, default="float32", help="(%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
@@ -601,7 +600,7 @@ def parse_arguments():
             (args.backend == "numpy" or "formulas" not in args.peer,
              "--peer formulas computes with NumPy"),
             (min(args.rounds, args.batch, args.steps) >= 1,
-             "--rounds, --batch and --steps are at least 1"),
+             "--rounds, --batch and --steps must be at least 1"),
             (64 <= args.size <= 4096 and args.size % 64 == 0,
              f"--size {args.size} is not a multiple of 64 up to 4096"),
             (32 <= args.width <= 320 and args.width % 32 == 0,
@@ -619,7 +618,7 @@ def parse_arguments():
 
 
 def run(args):
-    """Prints, and writes to --json, each part's results as soon as they are known."""
+    """Print each part's results as soon as they are known, and write them to --json."""
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):

@@ -1,12 +1,12 @@
-"""The exercises of NOTES.md: six to build, each solved and checked, and eight to break.
+"""The exercises of NOTES.md: six to build, with solutions and checks, and eight to break.
 
     python -m pytest -q tests/test_exercises.py
 
-The solutions stand first; put yours in the place of one, and that command checks it. A check takes
-the solution and fails by assertion. A change to the program must match its text exactly once. Each
-changed program draws a picture of the bundled model to the end, or fails as extras/REFERENCE.md
-says. It is compared with the unchanged program, both by the formulas alone, so that what is said
-holds for any weights.
+The solutions come first; replace one by yours, and the command checks it. A check takes the
+solution and fails by assertion. The text that a change replaces must occur exactly once in the
+program. Each changed program draws a picture with the bundled model, or fails as
+extras/REFERENCE.md says. It is compared with the unchanged program, both without fast.py, so that
+the statements hold for any weights.
 """
 
 import functools
@@ -25,7 +25,7 @@ from extras.tools import models
 
 
 def two_steps():
-    """Return x after the two steps, and the ᾱ and ε that lead there in one."""
+    """Return x after the two steps, and the ᾱ and ε that lead there in one step."""
     x = 0.9 * (0.9 * 1 + 0.19 ** 0.5 * 0.5) - 0.19 ** 0.5
     alpha_bar = 0.81 ** 2
     return x, alpha_bar, (0.9 * 0.19 ** 0.5 * 0.5 - 0.19 ** 0.5) / (1 - alpha_bar) ** 0.5
@@ -49,16 +49,15 @@ def guide_both_ways(uncond, cond, negative, scale, negative_scale):
 
 
 def every_shape():
-    """Return the shapes in order: conv_in, four levels down, the middle, four levels up.
-
-    And how many scores a head computes at the finest level.
+    """Return the shapes in order (conv_in, four levels down, the middle, four levels up) and the
+    number of scores that a head computes at the finest level.
     """
     down = [(32, 32, 320), (16, 16, 640), (8, 8, 1280), (4, 4, 1280)]
     return [(32, 32, 320), *down, (4, 4, 1280), *reversed(down)], (32 * 32) ** 2
 
 
 def learnt_pictures():
-    """Return denoise() of a network trained on the pictures +1 and -1, for x (n, 1)."""
+    """Train a network on the pictures +1 and -1; return its denoise() for x (n, 1)."""
     from extras.tools import moons
     rng = np.random.default_rng(0)
     weights = moons.new_network(rng, dim=1, width=64)
@@ -153,7 +152,7 @@ PROMPT = "red apple on a blue background"
 
 
 def change(*edits):
-    """Return tiny_sd as a module of its own, with each old text replaced by the new one."""
+    """Return a new module of tiny_sd, with each old text replaced by the new one."""
     source = LESSON.read_text(encoding="utf-8")
     for old, new in edits:
         assert source.count(old) == 1, f"{source.count(old)} times in tiny_sd.py: {old}"
@@ -167,18 +166,18 @@ def change(*edits):
 
 @functools.cache
 def plain():
-    """Return the program as it stands."""
+    """Return the unchanged program."""
     return change()
 
 
 @functools.cache
 def bundled(program):
-    """Return the bundled model as that program loads it, with its functions."""
+    """Return the bundled model loaded by that program, with its functions."""
     return program.load(tiny_sd.HERE / "weights/emoji")
 
 
 def latents(program, **settings):
-    """Return the last latents of a picture, which the program also decodes."""
+    """Draw a picture; return its final latents, after checking that they can be decoded."""
     model, settings = bundled(program), {"guidance": 7.5, "sampler": "dpm_pp_2m", **settings}
     settings["sampler"] = getattr(program, settings["sampler"])
     settings["steps"] = program.evenly_spaced_steps(settings.get("steps", 8), model.alpha_bars)
@@ -199,12 +198,12 @@ def distance(x, y):
 
 
 def moved_by(*edits):
-    """Return how far the picture is moved by changes to the program."""
+    """Return how much changes to the program change the picture."""
     return distance(latents(change(*edits)), unchanged())
 
 
 def fails(kind, *edits):
-    """Do changes to the program lead to an error of this kind?"""
+    """Do changes to the program cause an error of this kind?"""
     try:
         latents(change(*edits))
     except kind:
@@ -213,7 +212,7 @@ def fails(kind, *edits):
 
 
 def count_rows(program, **settings):
-    """Return the latents of a picture, and how many rows the U-Net was asked for on the way."""
+    """Return the latents of a picture, and how many rows the U-Net computed for it."""
     rows = []
     with show.watching(program, unet=lambda y, *_, **__: rows.append(len(y))):
         return latents(program, **settings), sum(rows)

@@ -1,10 +1,10 @@
-"""The pictures of NOTES.md.
+"""Draw the pictures of NOTES.md.
 
-    python -m extras.tools.figures                  draws all of them again, in a few minutes
+    python -m extras.tools.figures                  draws all of them, in a few minutes
     python -m extras.tools.figures flow moons       only these
 
-From fixed seeds and the bundled model; clip, moons and training train a small network first. Needs
-matplotlib and torch.
+They use fixed seeds and the bundled model; clip, moons and training train a small network first.
+Needs matplotlib and torch.
 """
 
 import argparse
@@ -40,7 +40,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spin
 
 
 def grid(rows, across=(), down=(), size=96, gap=4):
-    """Return a figure of rows of pictures, with words above the columns and before the rows."""
+    """Return a figure of rows of pictures, with labels above the columns and before the rows."""
     rows = [list(row) for row in rows]
     width, height = (n * (size + gap) - gap for n in (len(rows[0]), len(rows)))
     figure = Figure((width / 100, height / 100), dpi=100)
@@ -74,7 +74,7 @@ def save(figure, path):
 
 
 def latents_of(model, prompt=FOX, seed=0, steps=STEPS, **settings):
-    """Return the last latents (1, h, w, 4) that a prompt leads to."""
+    """Return the final latents (1, h, w, 4) for a prompt."""
     noise = tiny_sd.numpy_noise([seed], tiny_sd.latent_shape(model))
     steps = tiny_sd.evenly_spaced_steps(steps, model.alpha_bars)
     *_, x = tiny_sd.generate(model, prompt, noise=noise, steps=steps, **settings)
@@ -82,7 +82,7 @@ def latents_of(model, prompt=FOX, seed=0, steps=STEPS, **settings):
 
 
 def drawn(model, *args, **settings):
-    """Return the picture (height, width, 3) that a prompt leads to."""
+    """Draw a prompt; return the picture (height, width, 3)."""
     return tiny_sd.decode(model, latents_of(model, *args, **settings))[0]
 
 
@@ -96,7 +96,7 @@ def encoded(model, pictures):
 
 
 def latents_picture(model):
-    """A picture, its latent channels, and what the decoder makes of them."""
+    """A picture, the channels of its latents, and the decoded latents."""
     picture = drawn(model)
     z = encoded(model, [picture]).numpy()
     channels = [show.grey(channel, 3) for channel in np.moveaxis(z[0], -1, 0)]
@@ -129,7 +129,7 @@ def words_picture(model):
 
 
 def flow_picture(model):
-    """Where pictures are +1 and -1: the density of x_t, and paths of ddim through it."""
+    """With only two pictures, +1 and -1: the density of x_t, and ddim's paths through it."""
     alpha_bar = 1 / (1 + np.geomspace(14.6, 0.03, 400) ** 2)
     values, variance = np.linspace(-2.5, 2.5, 300)[:, None], 1 - alpha_bar
     density = sum(np.exp(-(values - sign * np.sqrt(alpha_bar)) ** 2 / (2 * variance))
@@ -153,7 +153,7 @@ def flow_picture(model):
 
 
 def noising_picture(model):
-    """Ever more noise on one picture, by the closed form."""
+    """One picture with more and more noise, by the closed form."""
     x, times = latents_of(model), [0, 100, 200, 354, 500, 700, 999]
     noise = tiny_sd.numpy_noise([1], x.shape[1:])()
     row = [tiny_sd.decode(model, tiny_sd.add_noise(x, model.alpha_bars[t], noise))[0]
@@ -196,7 +196,7 @@ def moons_picture(model):
 
 
 def arrows_picture(model):
-    """Guidance: the guesses without and with "upper", their extrapolation, and what is drawn."""
+    """Guidance: the guesses without and with "upper", their extrapolation, and the results."""
     rng = np.random.default_rng(1)
     points, upper = moons.two_moons(1500, rng)
     nothing, caption = moons.exact_denoiser(points), moons.exact_denoiser(points[upper])
@@ -227,7 +227,7 @@ def arrows_picture(model):
 
 
 def film_picture(model):
-    """What a sampler holds and what the network guesses, on the way to one picture."""
+    """The sampler's x_t and the network's guess, on the way to one picture."""
     film = show.Film()
     latents_of(model, make_denoiser=film)
     steps = [*film.steps[::3], film.steps[-1]]
@@ -251,7 +251,7 @@ def guidance_picture(model):
 
 
 def strength_picture(model):
-    """Image to image, from a fox towards a fox and towards a frog."""
+    """Image to image: from a fox to another fox, and to a frog."""
     picture, strengths = drawn(model), [0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
     rows = [[picture, *(drawn(model, prompt, 1, picture=picture, strength=s) for s in strengths)]
             for prompt in (FOX, FOX.replace("fox", "frog"))]
@@ -259,7 +259,7 @@ def strength_picture(model):
 
 
 def samplers_picture(model):
-    """What three samplers draw over the same few levels, and over many."""
+    """Three samplers with few and with many steps, over the same levels."""
     counts, named = [2, 3, 4, 6, 10, 20], {"ddim": tiny_sd.ddim, "dpm++2m": tiny_sd.dpm_pp_2m,
                                            "euler_a": samplers.euler_ancestral}
     rows = [[drawn(model, "a cat", steps=n, sampler=sampler, guidance=6) for n in counts]
@@ -267,7 +267,7 @@ def samplers_picture(model):
     return grid(rows, [f"{n} steps" for n in counts], list(named), 128)
 
 
-# Two small trainings, on 24 drawings in each of six styles.
+# Two small training runs, on 24 drawings in each of six styles.
 
 DRAWINGS = tiny_sd.HERE / "tests" / "emoji.zip"
 PAIRS = ["cat", "dog", "car", "tractor", "rocket", "airplane", "red apple", "rose"]
@@ -314,7 +314,7 @@ def clip_scores(model):
 
 
 def clip_picture(model):
-    """CLIP's matrix of a batch: eight captions with eight drawings, after training."""
+    """CLIP's score matrix for eight captions and eight drawings, after training."""
     captions, scores = clip_scores(model)
     chosen, pictures = [captions.index(name) for name in PAIRS], drawings(64)["noto"]
     figure, axes = plot(4.2, 3.9)
@@ -363,7 +363,7 @@ def training(model, shown, every):
 
 
 def training_picture(model):
-    """A training as it proceeds: the loss of each step, its mean, and samples below their steps."""
+    """A training run: the loss of each step, its running mean, and samples below their steps."""
     captions, every = ["a cat", "a red apple", "a rocket"], UNET_STEPS // 8
     losses, found = training(model, captions, every)
     mean = [np.mean(losses[max(0, i - 19):i + 1]) for i in range(len(losses))]
@@ -390,7 +390,7 @@ PICTURES = {name.removesuffix("_picture"): draw for name, draw in list(vars().it
 
 def main(names, folder=FOLDER):
     """Draw the pictures of these names, or all."""
-    torch.set_num_threads(1)        # of small arrays: more would only wait for each other
+    torch.set_num_threads(1)        # on small arrays more threads would only wait for each other
     model = tiny_sd.load("weights/emoji")
     for name in tqdm(names or PICTURES, unit="picture"):
         save(PICTURES[name](model), folder / f"{name}.png")

@@ -1,5 +1,6 @@
-"""Random models in the shapes of Stable Diffusion, as diffusers writes them: what benchmarks time,
-and what tests draw with in milliseconds.
+"""Write random models with the shapes of Stable Diffusion as diffusers folders.
+
+Benchmarks time full-size ones; tests draw with small ones in milliseconds.
 """
 
 import json
@@ -65,21 +66,21 @@ def sdxl(width=320):
 
 
 CONFIGS = {"sd15": sd15, "sdxl": sdxl}
-CLASSES = {     # {part: the library and the class by which a folder knows it}
+CLASSES = {     # {part: library and class in a folder's model_index.json}
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"]}
 
 
 def shapes_of(part, config):
-    """Return {name: shape} of a part's weights, as a checkpoint with this config holds them."""
+    """Return {name: shape} of a part's weights in a checkpoint with this config."""
     return flatten(SHAPES[part](read_config(part, config)))
 
 
 def random_arrays(shapes, seed=0, dtype=np.float32):
     """Return {name: array} for {name: shape}.
 
-    Scales are about 1, shifts about 0, and matrices keep the variance.
+    Scales are about 1, shifts about 0, and matrices preserve the variance.
     """
     rng = np.random.default_rng(seed)
 
@@ -97,7 +98,7 @@ def save_random(path, shapes, dtype=np.float32):
 
 
 def save_holes(path, shapes):
-    """Write a float16 safetensors file of zeros, which take up nothing on the disk."""
+    """Write a sparse float16 safetensors file of zeros, which needs no space on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
@@ -111,8 +112,8 @@ def save_holes(path, shapes):
 def write_model(folder, config, tokenizer=None, save=save_random):
     """Write a model as a diffusers folder; return the folder.
 
-    config: one for each part; with a second text encoder it is written as an SDXL.
-    tokenizer: CLIP's unless one is given. save(path, shapes) writes the weights of a part.
+    config: {part: config}; with a second text encoder the folder is an SDXL. tokenizer: CLIP's by
+    default. save(path, shapes) writes the weights of a part.
     """
     tokenizer = tokenizer or formats.clip_tokenizer()
     parts = [part for part in CLASSES if part in config]
@@ -142,7 +143,7 @@ def write_model(folder, config, tokenizer=None, save=save_random):
 
 
 def stored_shapes(part, config):
-    """Return {name: shape} of a part's weights, as its library names and shapes them."""
+    """Return {name: shape} of a part's weights, with its library's names and shapes."""
     shapes = shapes_of(part, config)
     if part.startswith("text"):
         return {name if name.startswith("text_projection") else f"text_model.{name}": shape
@@ -161,7 +162,7 @@ def write_tokenizer(folder, tokenizer):
 
 
 def write_text(path, content):
-    """Write a text, or anything else as JSON, into a file in a folder that need not be there."""
+    """Write a text, or another value as JSON, to a file; create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The world with two moons of NOTES §6: a network for the plane, and the exact guess beside it.
+"""The two moons of NOTES §6: a small network for points in the plane, and the exact guess.
 
-A "picture" is a point near one of two half circles. The network is an MLP, trained by the lesson's
-diffusion_loss. Needs torch.
+A "picture" is a point near one of two half circles. The network is an MLP, trained with the
+lesson's diffusion_loss. Needs torch.
 """
 
 import math
@@ -15,7 +15,7 @@ ALPHA_BARS = tiny_sd.scaled_linear_schedule()
 
 
 def two_moons(n, rng):
-    """Return points (n, 2) near two half circles, and which are of the upper one (n,)."""
+    """Return points (n, 2) near two half circles, and whether each is from the upper one (n,)."""
     angle, upper = math.pi * rng.random(n), rng.random(n) < 0.5
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     points = np.where(upper[:, None], circle, [1, 0.5] - circle)
@@ -23,7 +23,7 @@ def two_moons(n, rng):
 
 
 def exact_denoiser(points):
-    """Return denoise() for samplers where these points (n, 2) are all the pictures there are.
+    """Return denoise() for samplers, if these points (n, 2) are the only pictures.
 
     Its guess is their mean, each weighted by its probability given x_t, by Bayes' rule.
     """
@@ -35,13 +35,13 @@ def exact_denoiser(points):
 
 
 def new_layer(n_in, n_out, rng):
-    """Return random weights of a linear layer, for outputs of about the inputs' variance."""
+    """Return random weights of a linear layer that roughly preserves the variance."""
     weight = torch.from_numpy(rng.standard_normal((n_out, n_in), np.float32) / n_in ** 0.5)
     return {"weight": weight, "bias": torch.zeros(n_out)}
 
 
 def new_network(rng, dim=2, width=128, depth=3):
-    """Return the weights of network(), for points of dim numbers."""
+    """Return the weights of network(), for points with dim coordinates."""
     return {"first": new_layer(dim + 32, width, rng), "last": new_layer(width, dim, rng),
             "blocks": [new_layer(width, width, rng) for _ in range(depth)]}
 
@@ -76,7 +76,7 @@ def train(weights, draw, steps, rng, batch_size=256):
 
 
 def learnt_denoiser(weights):
-    """Return denoise() for samplers, by the network."""
+    """Return denoise() for samplers, computed by the network."""
     @torch.no_grad()
     def denoise(x_t, t, alpha_bar):
         x = torch.from_numpy(x_t).float()[:, None, None]

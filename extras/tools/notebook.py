@@ -1,9 +1,9 @@
-"""Make tiny_sd.ipynb of NOTES.md and tiny_sd.py, and run it:
+"""Make tiny_sd.ipynb from NOTES.md and tiny_sd.py, and run it:
 
     python -m extras.tools.notebook
 
-Each section's prose, then its code as one cell; pictures and examples are cells that show
-something. Change a function, run on, and see the picture change. Needs nbformat and nbclient.
+For each section it has the prose, then the code as one cell; pictures and examples are cells with
+output. Needs nbformat and nbclient.
 """
 
 import argparse
@@ -64,21 +64,21 @@ draw("a fox on a light blue background", steps=5, sampler=dpm_pp_2m)'''
 
 
 def parts_of(source):
-    """Return the text before section 1, the lesson's sections, and what follows the lesson."""
+    """Return the text before section 1, the lesson's sections, and the text after the lesson."""
     lesson, rest = re.split(r"^# ═+\n# The lesson ends here", source, flags=re.M)
     head, *sections = re.split(r"^# ── \d+\. .*\n", lesson, flags=re.M)
     return head, [section.strip() for section in sections], rest
 
 
 def markdown(text):
-    """Turn GitHub's way of writing mathematics into a notebook's."""
+    """Convert GitHub's syntax for mathematics to that of notebooks."""
     text = re.sub(r"```math\n(.*?)\n```", r"$$\n\1\n$$", text, flags=re.S)
     text = re.sub(r"\$`(.*?)`\$", r"$\1$", text, flags=re.S)
     return re.sub(r"\]\(#", "](NOTES.md#", text).strip()
 
 
 def cells_of(text, code=None):
-    """Return a section's cells: prose, pictures, examples, and its code before the examples."""
+    """Return a section's cells: prose, pictures and examples, with its code before the examples."""
     cells = []
     for piece in re.split(r"(^!\[[^\n]*\n|^```python\n.*?^```\n)", text, flags=re.M | re.S):
         if piece.startswith("!["):
@@ -105,7 +105,7 @@ def badge(root=ROOT):
 
 
 def make(notes, source, link=""):
-    """Return the notebook of the notes and the file, not run yet."""
+    """Return the notebook of the notes and the file, before it is run."""
     head, sections, rest = parts_of(source)
     head = head.replace("Path(__file__).resolve().parent", "Path.cwd()")
     head = re.sub(r'^""".*?^"""\n|^if __name__ == .*?(?=^\S)', "", head, flags=re.M | re.S)
@@ -129,10 +129,10 @@ def make(notes, source, link=""):
 
 
 def run(book):
-    """Run all cells, which keeps what they show."""
+    """Run all cells, and keep their output."""
     NotebookClient(book, timeout=1200, kernel_name="python3",
                    resources={"metadata": {"path": str(ROOT)}}).execute()
-    for cell in book.cells:     # when it ran is nobody's business
+    for cell in book.cells:     # drop the times at which they ran
         cell.metadata.pop("execution", None)
 
 

@@ -1,11 +1,11 @@
-"""What the bundled model learns from ten pictures in ten minutes, drawn.
+"""Show what the bundled model learns from ten pictures in ten minutes.
 
     python -m extras.tools.teach_demo FOLDER [option ...]
 
-Writes pictures with captions into FOLDER, of a creature, under a word of its own, and of a hand,
-which then draws other things; teaches them as a user does, with these options of teach.py, unless
-the LoRAs are there already; and draws extras/pictures/teach.png, before and after, and overfit.png,
-one picture that was shown for too long.
+Write captioned pictures to FOLDER, of a creature with a new name and of things in an ink style.
+Teach both to the model with teach.py and these options, unless FOLDER has the LoRAs. Draw
+extras/pictures/teach.png, before and after, and overfit.png, after training on one picture for too
+long.
 """
 
 import argparse
@@ -33,9 +33,9 @@ INK, WASH, PAPER = (38, 44, 110), (122, 146, 214), (246, 240, 226)
 
 
 def zorp(pose=0, side=256):
-    """Return a zorp as RGBA: round and green, one eye, three legs, two horns, and a pink tuft.
+    """Draw a zorp as RGBA: round and green, with one eye, three legs, two horns and a pink tuft.
 
-    pose: 0 to 5; the eye looks elsewhere, and the arms are held otherwise.
+    pose: 0 to 5, for the direction of the eye and the position of the arms.
     """
     page = Image.new("RGBA", (512, 512))
     draw, up = ImageDraw.Draw(page), (-1, 1, 0, 1, -1, 0)[pose]
@@ -60,14 +60,14 @@ def zorp(pose=0, side=256):
     return page.resize((side, side), Image.Resampling.LANCZOS)
 
 
-ZORPS = [       # what is taught: (pose, background, place); without a place it fills the picture
+ZORPS = [       # the pictures to teach: (pose, background, place); no place: full size
     (0, "white", ""), (1, "red", ""), (2, "light blue", ""), (3, "yellow", ""), (4, "green", ""),
     (5, "black", ""), (0, "white", "at the top"), (1, "light blue", "on the right"),
     (2, "yellow", "at the top"), (3, "white", "on the right")]
 
 
 def ink(drawing):
-    """Return an RGBA drawing redrawn in ink: dark outlines, and three tones of one blue."""
+    """Redraw an RGBA drawing in ink: dark outlines, and three tones of one blue."""
     page = Image.new("RGBA", drawing.size, "white")
     page.alpha_composite(drawing)
     tones, edges = page.convert("L").filter(ImageFilter.MedianFilter(3)), ImageFilter.FIND_EDGES
@@ -85,7 +85,7 @@ def ink(drawing):
 
 
 def ink_things(n=12):
-    """Return [(name, RGBA drawing)] of the first things in tests/emoji.zip, as Noto draws them."""
+    """Return [(name, RGBA drawing)] of the first things in tests/emoji.zip, in Noto's style."""
     with zipfile.ZipFile(ROOT / "tests" / "emoji.zip") as archive:
         names = json.loads(archive.read("things.json"))
         files = [io.BytesIO(archive.read(f"{i:04}-noto.png")) for i in range(n)]
@@ -93,7 +93,7 @@ def ink_things(n=12):
 
 
 def on_colour(drawing, colour, place="", side=256):
-    """Return a drawing on a colour, filling it, or of half its size in a place."""
+    """Put a drawing on a coloured background, at full size, or at half size in a place."""
     page, (x, y) = Image.new("RGBA", (side, side), COLOURS[colour]), PLACES.get(place, (.5, .5))
     n = side // 2 if place else side
     drawing = drawing.resize((n, n), Image.Resampling.LANCZOS)
@@ -102,7 +102,7 @@ def on_colour(drawing, colour, place="", side=256):
 
 
 def pictures_of(kind):
-    """Return [(picture, caption)] of what is taught: of zorps, or of things in ink."""
+    """Return [(picture, caption)] to teach: of zorps, or of things in ink."""
     if kind == "zorp":
         return [(on_colour(zorp(pose), colour, place),
                  describe("a zorp", place, colour, bool(place))) for pose, colour, place in ZORPS]
@@ -111,9 +111,9 @@ def pictures_of(kind):
 
 
 def taught(kind, folder, *options, name=None):
-    """Return the LoRA of these pictures, or of those in the folder, taught now unless it is there.
+    """Return the LoRA of these pictures, or of those in the folder; train it if it is missing.
 
-    name: its own. options: of teach.py.
+    name: of the LoRA. options: for teach.py.
     """
     lora, pictures = folder / f"{name or kind}.safetensors", folder / kind
     if not pictures.exists():
@@ -139,13 +139,13 @@ INK_PROMPTS = [in_style(thing, "ink") for thing in ("a frog", "a fish", "a camer
 
 
 def drawn(lora, prompts):
-    """Return a picture of each prompt, from seeds 0, 1, ..., by the bundled model with a LoRA."""
+    """Draw each prompt with the bundled model and a LoRA, from seeds 0, 1, ..."""
     model = formats.load("emoji", "torch", loras=[(lora, 1)] if lora else [])
     return [*map(Image.fromarray, measure.draw(model, prompts, range(len(prompts))))]
 
 
 def draw_teach(folder, options):
-    """Draw what was taught, and prompts before and after."""
+    """Draw the pictures taught, and prompts before and after."""
     rows = []
     for kind, prompts in ("zorp", ZORP_PROMPTS), ("ink", INK_PROMPTS):
         shown = [picture.resize((64, 64), Image.Resampling.LANCZOS)
@@ -156,7 +156,7 @@ def draw_teach(folder, options):
 
 
 def draw_overfit(folder, options):
-    """Draw what comes of one picture that is shown for ever longer, and then of ten."""
+    """Draw the results of training on one picture for longer and longer, and then on ten."""
     zorps = taught("zorp", folder, *options)
     one, prompts = folder / "one", ["a zorp on a red background", *ZORP_PROMPTS[:3],
                                     *ZORP_PROMPTS[4:]]
