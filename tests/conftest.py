@@ -44,10 +44,9 @@ SCHEDULER = {key: value for key, value in CONFIGS["scheduler"].items()
 
 
 def randomise(network, seed, **gains):
-    """Return the network with noise on every bias and norm, so that none can be left out unseen.
+    """Return the network with noise on every bias and norm, so that leaving one out is noticed.
 
-    Its matrices whose names hold a word of `gains` become that much stronger, so that the prompt
-    and the time matter.
+    gains: {word: factor} for matrices with the word in their names, so that prompt and time matter.
     """
     import torch
     torch.manual_seed(seed)
@@ -124,7 +123,7 @@ def folder_with(folder, tmp_path):
 
 
 def name_scheduler(folder, kind):
-    """Write a scheduler's class into a folder's index, which is what diffusers goes by."""
+    """Write a scheduler's class into a folder's index, where diffusers looks for it."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text()) | {"scheduler": ["diffusers", kind]}
     path.unlink()       # it may be a hard link
@@ -277,7 +276,7 @@ def backend(request):
 def with_torch_too(names, cases, few):
     """Parametrize a test over all these cases with NumPy, and over a few of them with torch.
 
-    For what both backends share, such as a sampler, after the networks are compared on both.
+    Use it for code that both backends share, such as samplers; the networks are tested on both.
     """
     pairs = [*((case, "numpy") for case in cases), *((case, "torch") for case in few)]
     return pytest.mark.parametrize(f"{names}, backend", [
@@ -287,7 +286,7 @@ def with_torch_too(names, cases, few):
 
 
 def name_of(case):
-    """Return a case as it stands in the name of its test."""
+    """Return a case's id in the name of its test."""
     if isinstance(case, dict):
         return " ".join(f"{key} {str(value)[:20]}" for key, value in case.items())
     if isinstance(case, tuple):
@@ -308,13 +307,13 @@ REFERENCES = {"torch", "diffusers", "transformers", "peft", "emoji", "resvg_py",
 
 
 def skip_if_missing(error):
-    """Skip what failed because a library that only the tests need is missing."""
+    """Turn a failure into a skip if a library that only the tests need is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] in REFERENCES:
         pytest.skip(f"{error.name} is not installed")
 
 
 class Module(pytest.Module):
-    """A module of tests, which is skipped where it cannot be imported without such a library."""
+    """A module of tests that is skipped if such a library is missing at import."""
 
     def collect(self):
         try:
@@ -356,7 +355,7 @@ def record(part, difference):
 
 
 def same(part, ours, reference, tolerance):
-    """Fail if ours is farther from the reference than tolerance times its largest value."""
+    """Fail if ours differs from the reference by more than tolerance times its largest value."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
     assert np.isfinite(reference).all() and np.ptp(reference) > 0, \

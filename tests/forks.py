@@ -1,9 +1,9 @@
-"""A process that has imported the program, and makes copies of itself, sooner than Python starts.
+"""A fork server: it has imported the program, so it runs it faster than a new Python would.
 
-    python forks.py MODULE ...      with these imported too; stdin is a socket
+    python forks.py MODULE ...      also imports these; stdin is a socket
 
 Each message on the socket is {"argv", "cwd", "environ", "first"} as JSON, with three descriptors:
-the copy's stdout and stderr, and where its process id and then its status are written.
+the copy's stdout, its stderr, and a pipe for its process id and then its status.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from extras import explain, play, show, start  # noqa: E402,F401
 
 
 def serve(channel):
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # nobody asks for how the guards end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # so that the guards leave no zombies
     while True:
         message, files, *_ = socket.recv_fds(channel, 2 ** 20, 3)
         if not message:
@@ -33,7 +33,7 @@ def serve(channel):
 
 
 def guard(job, out, err, told):
-    """Run the program in a copy of this process, and tell its id and its status."""
+    """Run the program in a copy of this process, and write its id and its status to `told`."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     program = os.fork()
     if not program:
@@ -48,7 +48,7 @@ def guard(job, out, err, told):
 
 
 def run(job, out, err):
-    """Become the program, as though Python had just started it; after five minutes, end."""
+    """Become the program, as if Python had just started it; end after five minutes."""
     signal.alarm(300)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in signal.SIGTERM, signal.SIGHUP:

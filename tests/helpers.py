@@ -1,5 +1,5 @@
-"""What the tests share: random weights, a whole Stable Diffusion that draws in milliseconds, and
-the program in a process of its own.
+"""Helpers of the tests: a small random Stable Diffusion that draws in milliseconds, and the program
+in a separate process.
 """
 
 import functools
@@ -42,17 +42,17 @@ FILES = sd.WEIGHT_FILES
 
 
 def contents(folder="."):
-    """Return {path: its bytes, or None of a folder} of all that is in a folder."""
+    """Return {path: its bytes, or None for a folder} for everything in a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
 
 
 def own_lines(lines):
-    """Return what the program said, of the lines on stderr: without its name, and the bar."""
+    """Return the program's messages among the lines on stderr, without the prefix and the bar."""
     return [line.removeprefix("tiny_sd: ") for line in lines if line.startswith("tiny_sd: ")]
 
 
 def drawn(model, *args, **settings):
-    """Return the pictures (batch, height, width, 3) that like_diffusers.generate leads to."""
+    """Draw with like_diffusers.generate; return the pictures (batch, height, width, 3)."""
     *_, x = like_diffusers.generate(model, *args, **settings)
     return sd.decode(model, x)
 
@@ -74,10 +74,10 @@ PROGRAM = Path(sd.__file__).parent / "tiny_sd.py"
 
 
 def launch(*argv, program=PROGRAM, python=(), under=(), cwd=None, **environment):
-    """Start the program in a process of its own, which any signal ends; return its Popen.
+    """Start the program in a new process that any signal ends; return its Popen.
 
-    python: options of Python itself. under: a command to run it under. Its stdout is buffered,
-    whatever the tests' own is.
+    python: options of Python itself. under: a command to run it under. Its stdout is buffered, even
+    if the tests' own is not.
     """
     return subprocess.Popen([*under, sys.executable, *python, program, *argv],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=os.environ
@@ -85,7 +85,7 @@ def launch(*argv, program=PROGRAM, python=(), under=(), cwd=None, **environment)
 
 
 def all_signals_end_it():
-    """Undo what the tests' own parent may have set, such as nohup, which ignores SIGHUP."""
+    """Reset signals that the tests' own parent may ignore, as nohup ignores SIGHUP."""
     for name in ("SIGINT", "SIGHUP", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
@@ -98,7 +98,7 @@ def finish(process):
 
 @functools.cache
 def fork_server(*modules):
-    """The socket of a process that makes copies of itself (forks.py), with these modules."""
+    """The socket of a fork server (forks.py) that has imported these modules."""
     ours, theirs = socket.socketpair()
     script = Path(__file__).with_name("forks.py")
     subprocess.Popen([sys.executable, script, *modules], stdin=theirs, stdout=subprocess.DEVNULL,
@@ -108,9 +108,9 @@ def fork_server(*modules):
 
 
 class Fork:
-    """The program in a process of its own that need not import what it runs by: a Popen in small.
+    """The program in a process of the fork server, with part of the interface of Popen.
 
-    first: what Python runs before it.
+    first: Python code to run before it.
     """
 
     def __init__(self, *argv, first="", modules=(), **environ):
@@ -131,7 +131,7 @@ class Fork:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Return all of stdout and stderr; the program ends itself after five minutes."""
+        """Return stdout and stderr; the program ends itself after five minutes."""
         with ThreadPoolExecutor(1) as other, self.stdout, self.stderr, self.told:
             err = other.submit(self.stderr.read)
             out = self.stdout.read(), err.result()

@@ -1,6 +1,6 @@
-"""What the tests of the command line share: a runner, and what its pictures record.
+"""Helpers for tests of the command line: a runner, and a parser for what pictures record.
 
-`from helpers_cli import *` brings the fixtures, and with `here` a folder of its own to each test.
+`from helpers_cli import *` imports the fixtures; `here` gives each test its own folder.
 """
 
 import json
@@ -27,14 +27,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Each test in a folder of its own."""
+    """Run each test in a new folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def run(model, command):
-    """run(argument, ...) -> (status, lines on stdout, lines on stderr); run.bare: no model said"""
+    """run(argument, ...) -> (status, lines on stdout, lines on stderr); run.bare: no --model"""
     def run(*argv):
         return command("--model", model, "--steps", "2", *argv)
 
@@ -56,7 +56,7 @@ def draw(run):
 def refuse(run):
     """refuse(argument, ...) -> the one line that says why.
 
-    There must be no other, and no new file
+    There must be no other line, and no new file.
     """
 
     def refuse(*argv):
@@ -84,7 +84,7 @@ PLAIN = Image.fromarray(RNG.integers(256, size=(16, 24, 3), dtype=np.uint8))
 
 
 def change(name, **settings):
-    """Sets keys of a config, or takes away those that are given as None."""
+    """Set keys of a config; remove those whose value is None."""
     def edit(folder):
         config = json.loads((folder / name).read_text()) | settings
         (folder / name).write_text(
@@ -97,7 +97,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def start(*argv, without=()):
-    """The program in a process of its own, to which some packages are not installed."""
+    """Start the program in a process for which some packages are not installed."""
     for name in without:
         Path("lacking").mkdir(exist_ok=True)
         Path("lacking",
@@ -112,7 +112,7 @@ def write_facts(name, text):
 
 
 def cli_lines(run, *argv, model=True):
-    """run(), and only this program's own lines on stderr."""
+    """run(), with only this program's own lines on stderr."""
     status, out, err = run(*argv) if model else run.bare(*argv)
     return status, out, own_lines(err)
 

@@ -1,4 +1,4 @@
-"""Graphs as ComfyUI leaves them in its pictures."""
+"""Graphs like those that ComfyUI records in its pictures."""
 
 import copy
 
@@ -7,7 +7,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def node(kind, **inputs):
-    """A name that a node has more than once stands for its output: it is a link."""
+    """A node of a graph; an input "@name" links to the output of that node."""
     return {"class_type": kind, "inputs": {name: [value[1:], 0] if str(value).startswith("@")
                                            else value for name, value in inputs.items()}}
 
@@ -25,7 +25,7 @@ BASE = {
 
 
 def graph(links=(), **nodes):
-    """BASE with other nodes; links: (node, input, value) to change in it."""
+    """BASE with other nodes; links: (node, input, value) to change in them."""
     new = copy.deepcopy(BASE | nodes)
     for name, put, value in links:
         new[name]["inputs"][put] = [value[1:], 0] if str(value).startswith("@") else value
@@ -33,7 +33,7 @@ def graph(links=(), **nodes):
 
 
 def write_graph(path, text, size=(64, 128), **more):
-    """Write a picture with the text of a graph, and more texts, {name: text}."""
+    """Write a picture that records the text of a graph, and more texts, {name: text}."""
     info = PngInfo()
     for name, said in ({"prompt": text} | more).items():
         info.add_text(name, said)

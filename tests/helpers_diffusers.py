@@ -1,5 +1,5 @@
-"""What the tests beside diffusers share, and a small SDXL with random weights, as diffusers writes
-it and as Stability AI did.
+"""Helpers for tests against diffusers, and a small random SDXL, in the layouts of diffusers and of
+Stability AI.
 """
 
 from pathlib import Path
@@ -72,15 +72,15 @@ def some_mask():
 
 
 def drawn_by(pipe, *args, seed=5, prompt=PROMPT, **how):
-    """What a pipeline of diffusers draws: (1, height, width, 3) of uint8."""
+    """Draw with a pipeline of diffusers: (1, height, width, 3) of uint8."""
     picture, = pipe(prompt, *args, generator=torch.Generator().manual_seed(seed), **how).images
     return np.asarray(picture)[None]
 
 
 def same_pictures(part, ours, reference, before=None):
-    """Fail if they are more than one level of 255 apart at any pixel.
+    """Fail if two pictures differ by more than one level of 255 at any pixel.
 
-    before: what the reference drew without what is tested, which must be another picture.
+    before: the reference's picture without the feature under test, which must be different.
     """
     assert ours.dtype == reference.dtype == np.uint8 and ours.shape == reference.shape
     assert reference.std(axis=(1, 2, 3)).min() > 20, "a picture without contrast tests nothing"

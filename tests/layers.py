@@ -1,7 +1,7 @@
-"""What test_layers.py and test_golden.py compute: every primitive and layer, at awkward sizes.
+"""The primitives and layers that test_layers.py and test_golden.py compute, at awkward sizes.
 
-Here stand our functions with their settings, and the shapes of what they are given; test_layers.py
-has the references. No picture is square, and no batch is of one.
+Here are our functions with their settings, and the shapes of their inputs; test_layers.py has the
+references. No picture is square, and no batch has size one.
 """
 
 import math
@@ -120,7 +120,7 @@ SAMPLERS = ["ddpm", "ddim", "euler", "euler_a", "dpm++2m", "plms", "lcm"]
 
 
 def network(x, t):
-    """Stands for a U-Net: some smooth answer to x_t and t, the same on NumPy and torch."""
+    """A stand-in for the U-Net: a smooth function of x_t and t, the same in NumPy and torch."""
     return 0.9 * x + 0.2 * (x * x + t / 300) / (1 + x * x)
 
 
@@ -145,7 +145,7 @@ def leaves(tree):
 
 
 def primitive_inputs(name):
-    """Return the random arrays that a primitive is given."""
+    """Return random inputs for a primitive."""
     _, *shapes = PRIMITIVES[name]
     rng = np.random.RandomState(0)      # the same numbers with every version of NumPy
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -165,7 +165,7 @@ def layer_inputs(name):
 
 
 def layer_weights(shapes):
-    """Return random weights {name: array} as a checkpoint holds them, for {name: shape}."""
+    """Return random weights {name: array} in a checkpoint's layout, for {name: shape}."""
     rng = np.random.RandomState(1)
 
     def draw(name, shape):
@@ -179,14 +179,14 @@ def layer_weights(shapes):
 
 
 def run(name, inputs, weights):
-    """Return what our layer makes of the inputs, given its weights as a checkpoint holds them."""
+    """Apply our layer to the inputs, with weights in a checkpoint's layout."""
     last = {key: w.transpose(0, 2, 3, 1) if isinstance(w, np.ndarray) else w.permute(0, 2, 3, 1)
             for key, w in weights.items() if w.ndim == 4}
     return LAYERS[name][0](*inputs, **sd.nest(weights | last))
 
 
 def assert_close(ours, theirs, rtol=1e-5):
-    """No error larger than rtol of the largest number; and the same shape, in float32."""
+    """Fail if an error exceeds rtol times the largest number, or shape or dtype differ."""
     for y, reference in zip(leaves(ours), leaves(theirs), strict=True):
         assert y.shape == reference.shape and str(y.dtype).endswith("float32")
         y, reference = np.asarray(y), np.asarray(reference)

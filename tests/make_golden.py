@@ -2,8 +2,8 @@
 
     python tests/make_golden.py
 
-test_golden.py compares tiny_sd with it. Weights and inputs are not in it but drawn by layers.py,
-the same everywhere; "shapes" says which weights a layer has.
+test_golden.py compares tiny_sd with it. layers.py draws the weights and inputs, the same
+everywhere, so they are not stored; "shapes" lists the weights of each layer.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Pictures of ComfyUI: the graph that each holds, beside what the package sd-parsers reads in it,
-and drawn again beside ComfyUI's own equations.
+"""ComfyUI's pictures: their graphs are read as by the package sd-parsers, and the pictures are
+drawn again by ComfyUI's own equations.
 """
 
 import json
@@ -121,7 +121,7 @@ GRAPHS = {      # name: the graph, what it changes of USUAL, and what is said of
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_graph_is_followed(name):
-    """sd-parsers, a reader by others, finds the same, as far as it looks."""
+    """sd-parsers, an independent reader, finds the same, as far as it looks."""
     nodes, changed, lines = GRAPHS[name]
     job = job_of(nodes, "--models-dir", ".")
     assert options(job) == tuple(changed.get(i, value) for i, value in enumerate(USUAL))
@@ -252,13 +252,13 @@ def x(n):
     (f"({x(70)}:1.2) {x(7)}", [70, 7]), (f"({x(70)}:1.2) {x(8)}", [75, 3]),
     (f"({x(70)}:1.2) {x(170)}", [75, 75, 75, 15])])
 def test_chunks(text, lengths):
-    """A short part that does not fit moves on whole; no comma counts."""
+    """A short part that does not fit moves to the next chunk as a whole; commas do not matter."""
     assert [*map(len, comfy.chunks_of(formats.clip_tokenizer(), text))] == lengths
 
 
 @pytest.mark.slow
 def test_contexts(reference, folder):
-    """Beside transformers' encoder: each row moves away from that of the empty prompt."""
+    """Against transformers' encoder: each row moves away from that of the empty prompt."""
     model, tokenizer = formats.load(folder), reference.tokenizer
     ids, weights = [tokenizer.bos_token_id], [1.0]
     for text, weight in (("a ", 1.0), ("red", 1.3), (" apple", 1.0), ("dog", 0.0)):
@@ -278,7 +278,7 @@ def test_contexts(reference, folder):
 
 
 def as_in_comfyui(model, prompt, n, sampler, karras=False, picture=None, last=None):
-    """Return the latents as ComfyUI walks to them: seed 3, CFG 5, x divided by the signal's share.
+    """Return the latents that ComfyUI computes: seed 3, CFG 5, x divided by √ᾱ.
 
     picture: (its latents' mean; then only the `last` steps are taken).
     """

@@ -1,4 +1,4 @@
-"""The order of the house: the lesson reads in one direction, and arrows only point down."""
+"""The structure of the project: the lesson reads in one direction, and imports only point down."""
 
 import ast
 import os
@@ -34,7 +34,7 @@ def defined():
 
 
 def test_the_lesson_reads_in_one_direction():
-    """What it uses stands above, but for the table that the ruler's other side fills: TORCH."""
+    """Everything that it uses is defined above, except TORCH, which is below the ruler."""
     lines, ahead = defined(), set()
     for node in TREE.body:
         if node.lineno < RULER:
@@ -66,7 +66,7 @@ def test_every_definition_of_the_lesson_says_what_it_is():
 
 
 def imports(name):
-    """Return the modules of ours that a file of ours imports, with the lines where it does."""
+    """Return {module: line} for our modules that one of our files imports."""
     found = {}
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -79,7 +79,7 @@ def imports(name):
 
 
 def in_order(below):
-    """Return names so that each stands after those it needs: {name: names}; fail on a circle."""
+    """Sort {name: names it needs} so that each name follows those it needs; fail on a cycle."""
     order = []
     while len(order) < len(below):
         free = [name for name in below if name not in order and below[name] <= {*order}]
@@ -97,9 +97,9 @@ def test_the_lesson_imports_nothing_of_ours_but_the_start_of_the_program():
 
 
 def test_arrows_only_point_down():
-    """No file, and no folder, needs one that needs it; the lesson's start of the program aside.
+    """No cycles among files or folders, except that the lesson starts the program.
 
-    And none but other programs need the command line; the start knows it by name alone.
+    Only other programs import the command line; start.py knows only its name.
     """
     below = {name: {*imports(name)} for name in FILES} | {"tiny_sd": set()}
     assert in_order(below)[0] == "tiny_sd"
@@ -134,7 +134,7 @@ for name in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_each_file_can_be_imported_first():
-    """And, but for extras.fast, changes nothing of the process."""
+    """And only extras.fast changes the process."""
     pytest.importorskip("torch")
     names = [name for name in FILES if "tools" not in name]
     done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *names], cwd=ROOT,

@@ -1,4 +1,4 @@
-"""README.md's Python runs as it stands, and what it says of files and options is there."""
+"""README.md's Python code runs unchanged, and the files and options that it names exist."""
 
 import ast
 import contextlib
@@ -28,7 +28,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The names that the examples leave, run one after the other, in another folder than ours."""
+    """The names that the examples define, run one after another in a different folder."""
     names = {}
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
         for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1:]:
@@ -44,7 +44,7 @@ def test_the_library_example(ran):
 
 @pytest.mark.slow
 def test_heun_is_of_second_order(ran):
-    """In the world of NOTES §6, twice the steps leave about a quarter of the error."""
+    """In the two-picture world of NOTES §6, twice the steps leave about a quarter of the error."""
     def denoise(x, t, alpha_bar):
         x_0 = np.tanh(x * alpha_bar ** 0.5 / (1 - alpha_bar))
         return x_0, (x - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
@@ -61,7 +61,7 @@ def test_heun_is_of_second_order(ran):
 
 
 def test_the_layer_shown_is_the_layer():
-    """But for its docstring."""
+    """Except for its docstring."""
     shown = ast.parse(re.search(r"```python\n(def resnet.*?)```", TEXT, re.DOTALL)[1]).body[0]
     layer = ast.parse(inspect.getsource(tiny_sd.resnet)).body[0]
     layer.body = layer.body[1:]
@@ -69,7 +69,7 @@ def test_the_layer_shown_is_the_layer():
 
 
 def test_a_program_in_another_folder_finds_the_library(tmp_path):
-    """As the README says it, by PYTHONPATH."""
+    """With PYTHONPATH, as in the README."""
     (tmp_path / "mine.py").write_text("import tiny_sd; print(tiny_sd.load('emoji').name)")
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -104,7 +104,7 @@ RECIPES = {"lightning": "EulerDiscreteScheduler", "Hyper": "DDIMScheduler",
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_for_few_steps(name, tmp_path, monkeypatch, command):
-    """They take the times that diffusers' scheduler has for them, and no guidance."""
+    """They use the times of diffusers' scheduler, and no guidance."""
     diffusers = pytest.importorskip("diffusers")
     line, = re.findall(
         rf"python tiny_sd.py (.* --lora \S*{name}.*)", TEXT)
@@ -131,7 +131,7 @@ def test_the_recipes_for_few_steps(name, tmp_path, monkeypatch, command):
 
 
 def test_the_librarys_functions_say_what_they_take_and_give(tmp_path):
-    """The types that load, generate and the others are annotated with are those of a run."""
+    """The annotations of load, generate and others match the types in a run."""
     folder, hints = write_model(tmp_path / "tiny"), typing.get_type_hints
     for load in tiny_sd.load, formats.load:
         model = load(folder)
