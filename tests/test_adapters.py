@@ -1,6 +1,4 @@
-"""Adapters of every kind are what lycoris-lora and peft make of them, on weights, and in every
-form in which they lie about.
-"""
+"""Adapters of every kind and in every file format act on weights as in lycoris-lora and peft."""
 
 import copy
 import json
@@ -60,7 +58,7 @@ def layer(plain, name, part="unet"):
 
 
 def randomised(module, seed=0):
-    """Return the module with random numbers in whatever it learns."""
+    """Return the module with random numbers in its trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "org" not in name and "dora" not in name:
@@ -244,9 +242,9 @@ def test_facts_of_peft_that_are_not_known_are_refused(facts, named, folder, tmp_
 
 
 def test_every_field_of_pefts_config_is_known():
-    """Followed, refused, or without a part in what the adapter comes to.
+    """Settings are followed, refused, or have no effect on the weights.
 
-    Biases, and parameters that are no layer's weight, are in the file, and refused by their names.
+    Biases, and parameters that are not a layer's weight, are in the file and refused by name.
     """
     import dataclasses
 
@@ -322,7 +320,7 @@ def walk(network, targets):
                                            ("no gate", ".safetensors")])
 @torch.no_grad()
 def test_layers_by_number(version, form, reference, tmp_path):
-    """In the order of the modules of diffusers and transformers, of which older ones differ."""
+    """In the order of the modules in diffusers and transformers, which older versions change."""
     targets = {"unet": {"Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
     networks = {part: copy.deepcopy(getattr(reference, part)) for part in targets}
     for block in networks["unet"].modules():

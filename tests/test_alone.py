@@ -33,7 +33,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program(alone):
-    """The copy as a module of its own, which computes by the formulas."""
+    """The copy as a separate module, which computes by the formulas."""
     spec = importlib.util.spec_from_file_location("tiny_sd_alone", alone / "tiny_sd.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -56,7 +56,7 @@ def run(program, alone, monkeypatch, capsys):
 
 
 def launched(alone, *argv):
-    """What run returns, of a process of its own."""
+    """Like run, in a separate process."""
     status, out, err = finish(launch(*argv, program=alone / "tiny_sd.py", cwd=alone, PYTHONPATH=""))
     assert "Traceback" not in err
     return status, out, re.findall("^tiny_sd: .*", err, re.M)

@@ -35,7 +35,7 @@ def test_what_a_scheduler_asks_for_and_does_not_get(run, model, settings, said):
 
 
 def test_the_default_model_is_the_bundled_one(here):
-    """Whatever is called emoji in the current folder."""
+    """The model called emoji, if the current folder has one, too."""
     Path("emoji").mkdir()
     assert cli.main(["red apple", "--steps", "1"]) == 0
     assert parse(Image.open("out.png"))[2]["Model"] == "emoji"
@@ -111,7 +111,7 @@ def test_numbers_beyond_float32_are_told_in_one_line(run, refuse, model):
 
 
 def test_a_model_that_is_changed_while_it_is_in_use(run, model, monkeypatch):
-    """Written into: refused. Replaced by another file: the old one is still what is read."""
+    """A file that is written into is refused; if it is replaced, the old one is still read."""
     path = Path(shutil.copytree(model, "model")) / UNET
     generate = like_diffusers.generate
 
@@ -155,7 +155,7 @@ def cut(part):
 
 
 def arrays(**changes):
-    """Sets arrays of the U-Net's conv_in, or takes away those that are given as None."""
+    """Set arrays of the U-Net's conv_in; remove those given as None."""
     def rewrite(folder):
         weights = load_file(folder / UNET) | {f"conv_in.{k}": a for k, a in changes.items()}
         save_file({k: a for k, a in weights.items() if a is not None}, folder / UNET)

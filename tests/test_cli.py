@@ -1,6 +1,6 @@
-"""The command line, on a random model that draws in milliseconds.
+"""The command line, with a random model that draws in milliseconds.
 
-What it writes, what it says, and how it refuses.
+Its output, its messages, and its errors.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def test_every_option_matters(draw, flags):
 
 @pytest.mark.slow
 def test_the_library_draws_the_commands_picture(run, model):
-    """Where nothing is said, both take the model's own sampler, steps and guidance."""
+    """Without options, both use the model's own sampler, steps and guidance."""
     folder = Path(shutil.copytree(model, "model"))
     change(SCHEDULER, _class_name="EulerDiscreteScheduler", _guidance_scale=3)(folder)
     assert run.bare("red", "-m", "model")[0] == 0
@@ -88,7 +88,7 @@ def test_the_library_draws_the_commands_picture(run, model):
 
 
 def test_by_the_formulas_alone(run, monkeypatch):
-    """No faster form is asked, though all are there."""
+    """No faster form is called, although all are loaded."""
     def fail(*args, **settings):
         raise AssertionError
     monkeypatch.setattr(sd, "FAST", dict.fromkeys(sd.FAST, fail))
@@ -116,7 +116,7 @@ def test_a_model_by_name_lies_in_weights_unless_there_is_a_folder_of_that_name(d
 
 @pytest.mark.parametrize("argv", [["red apple " * 6], ["red", "-n", "red apple " * 6]])
 def test_a_prompt_that_is_too_long_says_what_is_cut(run, argv):
-    """On a line of its own. The model has room for ten words."""
+    """On a separate line. The model has room for ten words."""
     status, _, err = run(*argv)
     said = [line for line in err if line.startswith("tiny_sd: ")]
     assert status == 0 and len(said) == 1 and said[0].endswith("does not see: red apple")
@@ -292,7 +292,7 @@ def test_a_seed_drawn_at_random(run, draw):
 # ── A sampler of one's own ────────────────────────────────────────────────────────────────────────
 
 def halves(denoise, x, steps, noise):
-    """A sampler that is none of ours."""
+    """A sampler that we do not have."""
     for _, alpha_bar, alpha_bar_next in steps:
         x_0, eps = denoise(x, _, alpha_bar)
         x = sd.add_noise(x_0, alpha_bar_next, 0.5 * eps)
@@ -345,7 +345,7 @@ def test_karras_with_a_models_own_sampler_that_has_none(run, model):
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_too_little_memory(run, monkeypatch, backend):
-    """More than any system has, of which each library speaks in its own way."""
+    """More than any system has; each library reports it differently."""
     pytest.importorskip(backend)
 
     def decode(model, x):
@@ -438,7 +438,7 @@ def test_help_names_every_option(capsys):
 
 
 def test_each_option_says_what_it_does():
-    """In words of its own, with the value that it has unless another is given."""
+    """Each help text is different, and gives the option's default."""
     actions = cli.option_parser().options
     said = [action.help % vars(action) for action in actions]
     assert len({*said}) == len(said) and min(map(len, said)) > 8

@@ -30,7 +30,7 @@ SIZE = {"width": 72, "height": 104}
 
 
 def random_network(unet, attention=True):
-    """A control network for a U-Net of diffusers, with noise where training begins at zero."""
+    """A control network for a diffusers U-Net, with noise in the weights that start as zeros."""
     torch.manual_seed(5)
     network = diffusers.ControlNetModel.from_unet(unet)
     if not attention:
@@ -100,7 +100,7 @@ def weights_at(path, model, backend="numpy"):
 
 
 def test_residuals_and_output(network, written, reference, model, backend):
-    """What the network adds, and the U-Net's output with it, each picture at its own noise."""
+    """The network's residuals and the U-Net's output with them, each picture at its own noise."""
     rng, hint = np.random.default_rng(0), edges()
     x, context = (rng.normal(size=shape).astype(np.float32)
                   for shape in ((2, 13, 9, 4), (2, 77, 128)))
@@ -170,9 +170,9 @@ def test_pictures(network, written, reference, model, backend):
 
 
 def test_zeros_learn(reference, model):
-    """Of the slopes of a new network, those of the last zeros alone are not zero (9.21).
+    """In a new network only the last zeros have gradients that are not zero (9.21).
 
-    Through our own functions: the copy learns as soon as they have moved.
+    With our own functions: the copy learns once those have changed.
     """
     fresh = diffusers.ControlNetModel.from_unet(reference.unet)
     arrays = {name: p.numpy() for name, p in fresh.state_dict().items()}

@@ -1,7 +1,8 @@
 """What the mathematics of diffusion promises, without a reference implementation.
 
-A Gaussian, for which every score, posterior and trajectory is known in closed form; a random U-Net
-where one is needed; and a small one that learns three pictures from nothing.
+On a Gaussian, for which every score, posterior and trajectory is known in closed form; with a
+random U-Net where a network is needed; and with a small one that learns three pictures from
+scratch.
 """
 
 import doctest
@@ -61,7 +62,7 @@ def gaussian(x, t, a):
 def flow(x, t, a):
     """Where the probability flow takes x_t.
 
-    In a Gaussian each point keeps its number of standard deviations.
+    In a Gaussian each point stays at the same number of standard deviations.
     """
     return MEAN + STD * (x - math.sqrt(a) * MEAN) / math.sqrt(a * STD ** 2 + 1 - a), None
 
@@ -94,7 +95,7 @@ def test_the_schedule():
 
 @pytest.mark.parametrize("t", [0, 1, 20, 500, 999])
 def test_the_closed_form_has_the_coefficients_of_single_steps(t):
-    """Each step shrinks what is there, and adds variance."""
+    """Each step shrinks x and adds variance."""
     signal, variance = 1.0, 0.0
     for beta in BETA[:t + 1]:
         signal = sd.add_noise(signal, 1 - beta, 0.0)
@@ -182,7 +183,7 @@ def test_ddim_with_the_true_noise_walks_back_the_way_it_came():
 @pytest.mark.parametrize("n", [1, 2, 20, 50, 998])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_sampler_finds_a_picture_that_the_denoiser_knows(sampler, n, spacing):
-    """Whatever the noise on the way: the last step goes to the picture itself."""
+    """Whatever the noise of the steps, the last one ends at the picture itself."""
     x_0, rng = normal(3, 5), np.random.default_rng(1)
     n = min(n, 50) if sampler in ("lcm", "tcd") else n
     steps = steps_of(sampler, n, set_alpha_to_one=True, timestep_spacing=spacing)
@@ -322,7 +323,7 @@ def drawn(*args, **kwargs):
 
 @pytest.mark.slow
 def test_the_pipeline_of_the_docstring(monkeypatch):
-    """The lines after >>> at the head of tiny_sd.py run as they stand, print that, and draw."""
+    """The lines after >>> at the head of tiny_sd.py run unchanged, print that, and draw."""
     monkeypatch.chdir(ROOT)
     test = doctest.DocTestParser().get_doctest(sd.__doc__, vars(sd), "tiny_sd", None, None)
     assert len(test.examples) == 7
@@ -391,7 +392,7 @@ def test_noise_says_how_many_pictures_and_how_large(model):
 
 
 def test_a_picture_from_a_picture_begins_at_its_level(model):
-    """Whatever the sampler is handed first; and a mask keeps the rest of the picture."""
+    """Whatever the sampler starts from; and with a mask the rest of the picture stays."""
     picture = np.random.default_rng(0).integers(256, size=(12, 20, 3), dtype=np.uint8)
     steps, rng = sd.evenly_spaced_steps(10, ALPHA_BAR), np.random.default_rng(3)
     eps = [rng.standard_normal((1, 6, 10, 4), np.float32) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Textual inversion: learnt words in every format they come in, beside transformers with the same
+"""Textual inversion: learnt words in every file format, compared with transformers with the same
 vectors in its table.
 """
 
@@ -50,7 +50,7 @@ def save(arrays, path):
 
 
 def expected_context(encoder, ids, vectors):
-    """Return the context of ids (77,), of which those from 49408 on are rows of vectors."""
+    """Return the context of ids (77,); ids from 49408 on are rows of vectors."""
     encoder = copy.deepcopy(encoder)
     table = encoder.get_input_embeddings().weight.data
     encoder.resize_token_embeddings(len(table) + len(vectors))
@@ -191,7 +191,7 @@ def test_a_pickle_that_is_none(folder, tmp_path, saved, said):
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, command):
-    """run(argument, ...) -> (status, the picture's name or None, what the program says)."""
+    """run(argument, ...) -> (status, the picture's name or None, the program's messages)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, model=folder):

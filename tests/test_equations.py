@@ -52,10 +52,10 @@ def test_clip_loss():
 
 
 def test_the_bound(monkeypatch):
-    """(4.6): vae_loss is -log p(x) and the divergence from the true posterior.
+    """(4.6): vae_loss is -log p(x) plus the divergence from the true posterior.
 
-    Where z is normal and x = slope z + shift + noise, p(x) and the posterior are known. Twice the
-    loss of (4.6) is a quadratic in ε, whose mean over ε = 1 and ε = -1 is that over all ε.
+    For normal z and x = slope z + shift + noise, p(x) and the posterior are known. Twice the loss
+    of (4.6) is quadratic in ε, so its mean over ε = 1 and ε = -1 is that over all ε.
     """
     slope, shift, noise = 0.8, 0.3, 0.5                 # p(x | z) = N(slope z + shift, noise²)
     x, mean, logvar = 1.1, -0.4, math.log(0.3)          # q(z | x) = N(mean, 0.3), anything
@@ -86,7 +86,7 @@ def vae():
 
 
 def test_vae_loss(vae):
-    """(4.5) as torch.distributions has it, and (8.1): the rest is the error of what is decoded."""
+    """(4.5) as in torch.distributions, and (8.1): the rest is the error of the reconstruction."""
     picture, eps = (torch.tensor(RNG.standard_normal(shape))
                     for shape in ((3, 8, 6, 3), (3, 4, 3, 4)))
     mean, logvar = sd.vae_encode(picture, vae, 2)
@@ -284,7 +284,7 @@ def test_velocity():
 
 @pytest.mark.parametrize("scale", [0, 1, 3, 7.5])
 def test_guidance_is_the_slope_of_a_classifier(scale):
-    """(6.16), (6.17), where p(x_t | c) is normal and p(x_t) the mean of two.
+    """(6.16), (6.17), for a normal p(x_t | c), and p(x_t) the mean of two of them.
 
     Every slope is a difference quotient.
     """
@@ -310,7 +310,7 @@ def test_guidance_is_the_slope_of_a_classifier(scale):
 
 
 def two_pictures(x, t, a):
-    """The ideal denoiser where pictures are +1 or -1."""
+    """The ideal denoiser for the two pictures +1 and -1."""
     x_0 = np.tanh(x * math.sqrt(a) / (1 - a))
     return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
 

@@ -1,4 +1,4 @@
-"""The exercises of NOTES.md: solutions pass, wrong ones fail, changes do what the answers say."""
+"""The exercises of NOTES.md: solutions pass, wrong ones fail, and changes do as the answers say."""
 
 import re
 

@@ -102,9 +102,9 @@ OTHERS = [name for name in FAMILIES if FAMILIES[name][0]]      # with a U-Net of
 @with_torch_too("name, steps", [*itertools.product(FAMILIES, [4]), *itertools.product(OTHERS, [1])],
                 itertools.product(OTHERS, [4]))
 def test_a_folders_own_defaults(name, steps, family, backend):
-    """The sampler, the spacing and what is predicted are those of the folder.
+    """The sampler, the spacing and the prediction type come from the folder.
 
-    Nothing is said but the prompt.
+    Only the prompt is given.
     """
     pipe, folder = family(name)
     guidance = 1.0 if name == "Turbo" else 3.0
@@ -152,7 +152,7 @@ FACTS = [       # a file of a folder, the scheduler's class, and what the file s
 
 @pytest.fixture(scope="module")
 def silent(folder, tmp_path_factory):
-    """silent(scheduler): a folder that says little else, its settings, and what it draws."""
+    """silent(scheduler): a folder with few other settings, the settings, and the picture."""
     @functools.cache
     def make(kind):
         place = shutil.copytree(folder, tmp_path_factory.mktemp("silent") / "model")

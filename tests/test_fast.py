@@ -106,7 +106,7 @@ def test_toom_cook_is_exact(m):
 @pytest.mark.parametrize("queries, keys, d", [
     (5, 7, 8), (1, 22000, 8), (77, 400, 40), (1025, 257, 40), (300, 513, 161), (40, 1100, 64)])
 def test_attention(scale, queries, keys, d):
-    """Large scores take the guarded branch, where rows are nearly one-hot."""
+    """Large scores take the guarded branch; rows are nearly one-hot then."""
     q, k = scale * normal(2, 3, queries, d), scale * normal(2, 3, keys, d, seed=1)
     v = normal(2, 3, keys, d, seed=2)
     assert_same(dot_product_attention, q, k, v, tolerance=5e-5 * max(1, scale ** 2 / 20))
@@ -153,7 +153,7 @@ def test_row_by_row(shape):
 
 
 def test_gelu_is_exact():
-    """Both forms against the error function; and far out, where a power of x would overflow."""
+    """Both forms against the error function; also far out, where a power of x would overflow."""
     x = np.linspace(-15, 15, 100001, dtype=np.float32)[:, None]
     exact = [[v * (1 + math.erf(v / math.sqrt(2))) / 2] for v in x[:, 0].tolist()]
     for form in (gelu.formula, tiny_sd.FAST["gelu"]):
@@ -253,7 +253,7 @@ def test_pictures_in_several_threads_do_not_wait_for_each_other_for_ever():
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_child_made_by_fork_has_threads_of_its_own():
-    """Those of its parent do not run in it: it would wait for them for ever."""
+    """Its parent's threads do not run in it, and it would wait for them forever."""
     run = python("""if True:
         import os, signal, extras.fast as fast
         fast.cores = 3
@@ -271,7 +271,7 @@ def test_a_child_made_by_fork_has_threads_of_its_own():
 
 
 def test_fingerprints():
-    """Every form knows the formula as it stands, and none is left out."""
+    """Every form has the fingerprint of the current formula, and none is missing."""
     functions = {name: getattr(tiny_sd, name) for name in fast.FINGERPRINTS}
     found = {name: fast.fingerprint(getattr(function, "formula", function))
              for name, function in functions.items()}
@@ -334,7 +334,7 @@ def unedited(tmp_path_factory):
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_formula_wins(name, edited, unedited):
-    """What it gives is what was written; all others keep their forms; one line says so."""
+    """An edited formula is used; all others keep their forms; one line says so."""
     old, new, factor = EDITS[name]
     results, names, said = results_of(edited((old, new)))
     assert names == set(tiny_sd.FAST) - {name}
@@ -402,7 +402,7 @@ def test_a_reload_needs_the_forms_to_be_reloaded_too():
 
 @pytest.mark.slow
 def test_the_program_runs_by_the_formulas_alone(tmp_path):
-    """tiny_sd.py without extras/ beside it draws the same latents up to rounding."""
+    """tiny_sd.py without extras/ draws the same latents up to rounding."""
     shutil.copy(tiny_sd.HERE / "tiny_sd.py", tmp_path)
     run = python(f"""if True:
         import sys, numpy, tiny_sd
@@ -474,7 +474,7 @@ def needs_openblas():
 
 @pytest.mark.slow
 def test_importing_tiny_sd_changes_nothing():
-    """Where NumPy was imported before, as in a user's own program."""
+    """If NumPy was imported before, as in a user's own program."""
     before, after, modules = in_host("""if True:
         import numpy
         numpy.ones((100, 100)) @ numpy.ones((100, 100))
@@ -511,9 +511,9 @@ def amd():
 
 @pytest.mark.slow
 def test_kernels_of_blas():
-    """AMD's family 25 gets those without AVX-512, any other what OpenBLAS chooses.
+    """AMD's family 25 gets kernels without AVX-512, all others what OpenBLAS chooses.
 
-    And all get what the user chose; and where NumPy was there before, what it had.
+    The user's choice wins; and if NumPy was imported before, nothing changes.
     """
     needs_openblas()
 
@@ -566,7 +566,7 @@ def test_freed_memory_is_kept_from_the_first_large_array_on():
 
 @pytest.mark.slow
 def test_no_line_of_the_library_changes_how_the_caller_is_warned():
-    """A picture is read and one drawn: the filters of warnings are as they were."""
+    """After reading a picture and drawing one, the warning filters are unchanged."""
     before, after = in_host("""if True:
         import numpy, tiny_sd, extras.fast
         from extras import files, like_diffusers

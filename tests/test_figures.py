@@ -39,9 +39,10 @@ def test_help_draws_and_writes_nothing(module):
 
 @pytest.mark.slow
 def test_pictures_can_be_drawn_again(tmp_path, monkeypatch):
-    """With fewer steps, which makes each look much like the one that NOTES.md shows.
+    """With fewer steps, each looks much like the picture in NOTES.md.
 
-    The film, whose frames are steps, takes all of them: that of "a fox" alone is less alike.
+    The film has all steps, since its frames are steps, and those of "a fox" alone look less
+    similar.
     """
     figures.main(["film"], tmp_path)
     steps = sd.evenly_spaced_steps
@@ -86,7 +87,7 @@ def test_the_matrix_of_clip(monkeypatch):
 
 
 def test_the_exact_guess_is_the_score_of_the_blurred_points():
-    """By the difference quotient of log q(x_t), where three points are all the pictures."""
+    """By the difference quotient of log q(x_t), for three points as the only pictures."""
     points = np.random.default_rng(0).standard_normal((3, 2))
     alpha_bar, x, h = 0.4, np.array([[0.3, -0.2]]), 1e-5
 

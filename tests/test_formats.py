@@ -1,5 +1,5 @@
-"""What a folder or a file says besides its weights is followed as transformers and diffusers do,
-refused, or named; and what is no model is told what it is.
+"""Settings in a folder or file are followed as in transformers and diffusers, refused, or reported;
+and if a file is not a model, the error says what it is.
 """
 
 import json
@@ -28,7 +28,7 @@ def small(tmp_path):
 
 
 def changed(file, **fields):
-    """Change fields of a JSON; a field of None goes."""
+    """Change fields of a JSON file; remove those given as None."""
     settings = json.loads(file.read_text()) | fields
     file.write_text(json.dumps({name: value for name, value in settings.items()
                                 if value is not None}))
@@ -248,7 +248,7 @@ def test_what_changes_the_picture_is_refused(file, fields, named, small):
 
 
 def test_every_field_of_a_network_is_known():
-    """Of diffusers' classes: followed, refused or unread; none is passed over."""
+    """In diffusers' classes: followed, refused or known to be unread; none is forgotten."""
     import inspect
 
     import diffusers
@@ -278,7 +278,7 @@ def text_of(layers, width=1024):
     ("cond_stage_model.model.", 24, 23), ("cond_stage_model.model.", 23, 23),
     ("conditioner.embedders.0.model.", 24, 23), ("cond_stage_model.model.", 5, 4)])
 def test_layers_of_open_clip(start, layers, kept, folder, tmp_path):
-    """Published files have 24, of which Stable Diffusion 2 leaves out the last; others have 23."""
+    """Published files have 24 layers, and Stable Diffusion 2 skips the last; others have 23."""
     from test_families import open_clip_names
     names = {name: array for name, array in compvis(folder).items() if "cond_stage" not in name}
     text = open_clip_names(text_of(layers, 64))
@@ -417,7 +417,7 @@ def test_float8(kind, scaled, single_file, tmp_path):
     "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"])
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_a_pipe_or_an_endless_file_is_refused(name, kind, small, capsys):
-    """Of which reading would take for ever."""
+    """Reading them would take forever."""
     import os
     (small / name).unlink(missing_ok=True)
     os.mkfifo(small / name) if kind == "pipe" else os.symlink("/dev/zero", small / name)

@@ -471,7 +471,7 @@ def original_name(part, name):
 
 
 def test_the_single_file_and_the_lora_are_good_ones(folder, monkeypatch):
-    """So that what is spoilt in them is all that is wrong with them."""
+    """So that nothing else is wrong with them."""
     monkeypatch.chdir(folder / "original")
     for flags in (["-m", "single.safetensors"], ["-m", "single-xl.safetensors"],
                   ["-m", "model", "--lora", "lora.safetensors"],
@@ -676,9 +676,9 @@ def test_a_prompt_of_a_megabyte(text):
 
 
 def test_a_picture_of_a_hundred_megapixels(folder, capsys, monkeypatch):
-    """Pillow only warns of up to twice its limit.
+    """Pillow only warns up to twice its limit.
 
-    Its warning must not stand beside the one line.
+    Its warning must not appear next to the one line.
     """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     monkeypatch.chdir(folder / "original")

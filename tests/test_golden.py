@@ -1,6 +1,6 @@
 """With NumPy alone: every primitive, layer and sampler against golden.npz.
 
-make_golden.py took it from torch, diffusers and transformers; layers.py says what is computed.
+make_golden.py computed it with torch, diffusers and transformers; layers.py lists the cases.
 """
 
 import json

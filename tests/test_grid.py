@@ -28,7 +28,7 @@ def test_a_sheet_of_two_options(run, draw):
 
 
 def test_a_sheet_goes_on(run):
-    """Only what is missing is drawn, and the sheet of all."""
+    """Only missing pictures are drawn, and the sheet of all."""
     grid = ["red", "--grid", "seed=1,2"]
     assert run(*grid)[1] == ["out-0001.png", "out-0002.png", "out.png"]
     before = Path("out.png").read_bytes()
@@ -40,7 +40,7 @@ def test_a_sheet_goes_on(run):
 
 
 def test_samplers_on_a_sheet(run):
-    """By the names of other programs too."""
+    """With the names of other programs, too."""
     assert run("red", "--grid", "steps=2,3", "sampler=ddim,DPM++ 2M Karras")[0] == 0
     facts = [parse(Image.open(f"out-000{i}.png"))[2] for i in (1, 2, 3, 4)]
     assert [fact["Sampler"] for fact in facts] == 2 * ["DDIM"] + 2 * ["DPM++ 2M Karras"]

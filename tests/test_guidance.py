@@ -43,7 +43,7 @@ def loaded(model):
 
 
 def counting(asked):
-    """Return like_diffusers.denoiser, which notes the contexts of what it makes and is asked."""
+    """Return like_diffusers.denoiser, recording the contexts that its denoisers get and use."""
     def make(model, context, *args):
         denoise = like_diffusers.denoiser(model, context, *args)
 
@@ -200,7 +200,7 @@ def test_deep_brackets_are_text():
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "restart", "ddpm", "plms"])
 def test_a_prompt_that_changes_is_asked_for_in_time(loaded, sampler):
-    """Heun asks twice a step: the change comes after whole steps all the same."""
+    """Heun calls the network twice per step; changes still happen after whole steps."""
     encoded, rows = [], []
 
     def embed(model, texts):
@@ -229,7 +229,7 @@ def test_a_prompt_that_changes_is_asked_for_in_time(loaded, sampler):
 
 
 def test_a_prompt_in_time_begins_and_ends_as_its_texts_do(loaded):
-    """The first steps are those of the first text; a change after all of them is none."""
+    """The first steps are those of the first text; a change after the last step does nothing."""
     def walk(prompt):
         timeline = in_time.Timeline(prompt, None, 6, sd.embed_prompts)
         sampler = samplers.counting(sd.SAMPLERS["euler"], timeline.count)

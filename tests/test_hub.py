@@ -34,10 +34,10 @@ LICENCE = "mit"
 
 
 class Hub:
-    """The endpoints of huggingface.co that its library asks for, in front of a folder.
+    """The endpoints of huggingface.co that its library uses, serving a folder.
 
     Weights are sent from another address, to which the first redirects, as on the hub. `requests`
-    lists (method, path, Range) of all that was asked.
+    lists (method, path, Range) of all requests.
     """
 
     def __init__(self, folder, private=False):
@@ -158,8 +158,7 @@ def serve(model):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(hub or its address, argument, ...) -> the program in a process of its own, with a cache
-    of its own
+    """start(hub or its address, argument, ...) -> the program in a new process, with its own cache.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -185,7 +184,7 @@ def run(start):
 
 
 def fetched(hub):
-    """The files that a server was asked for, and not only about."""
+    """The files that were downloaded from a server."""
     return {re.sub(r".*/resolve/[^/]+/|^/cdn/", "", path) for method, path, _ in hub.requests
             if method == "GET" and not path.startswith("/api/")}
 
@@ -197,7 +196,7 @@ def cached(tmp_path):
 
 
 def half(model, *parts):
-    """Gives the repository an fp16 variant of some parts beside the full one."""
+    """Give the repository an fp16 variant of some parts next to the full one."""
     for part in parts:
         full = next(model / name for name in WEIGHTS if name.startswith(part))
         shutil.copy(full, full.with_suffix(".fp16.safetensors"))
@@ -211,11 +210,11 @@ TOKENIZER = {"tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokeniz
 # ── Fetched once, then found ──────────────────────────────────────────────────────────────────────
 
 def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
-    """Nothing but what is needed.
+    """It downloads only what it needs.
 
-    It says what comes, how much, from where and under which licence; the picture is that of the
-    folder itself, and names the model. The second time, nothing is asked, nor with the hub switched
-    off.
+    It says what it downloads, how much, from where and under which licence. The picture is that of
+    the folder itself, and names the model. The second time there are no requests, nor with the hub
+    switched off.
     """
     hub = serve()
     status, out, said, _ = run(hub, "-m", REPOSITORY)
@@ -233,7 +232,8 @@ def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
 
 
 def test_a_second_text_encoder_comes_too(serve, run, model, tmp_path):
-    """Where there is one: its config first, which tells the next run that the rest is missing."""
+    """If there is one: its config comes first, so that the next run knows that the rest is missing.
+    """
     shutil.rmtree(model)
     hub, second = serve(), {"text_encoder_2/config.json", "text_encoder_2/model.safetensors",
                             "tokenizer_2/tokenizer_config.json"}
@@ -294,7 +294,7 @@ def test_what_another_program_left_in_the_cache_is_used(serve, run, model, tmp_p
 def test_names_stand_for_repositories(monkeypatch, model, tmp_path):
     """An alias is a row of the table.
 
-    A folder of that name in weights/, or where one stands, comes first.
+    A folder of that name in weights/, or at the given path, comes first.
     """
     assert formats.HUB.keys() == {"sd14", "sd15", "sd21", "sd21-base", "sd-turbo", "lcm", "tiny",
                                   "sdxl", "sdxl-turbo"}

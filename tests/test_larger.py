@@ -31,7 +31,7 @@ def test_hires_is_image_to_image_on_the_enlarged_picture(run, draw, hires, stren
 
 
 def test_a_prompt_that_changed_does_not_begin_again(run, draw):
-    """What is drawn over is the end of it, as in the web UI; what alternates goes on doing so."""
+    """The second pass continues at the end, as in the web UI; alternation goes on."""
     by_hand = ["-i", "large.png", "-W", "32", "-H", "32", "--strength", "1", "--steps", "2"]
     for prompt, end in ("[red:apple:1] a", "apple a"), ("[red:[a|a|blue]:1]", "[blue|a]"):
         ours = draw(prompt, "--hires", "2:1:2")
@@ -171,7 +171,7 @@ def test_a_seamless_picture_moves_with_its_noise(run, draw, monkeypatch):
 
 
 def test_other_threads_compute_as_they_would_alone(run):
-    """Beside a VAE in bands and a picture without an edge; and afterwards all is as before."""
+    """Next to a VAE in bands and a seamless picture; and afterwards everything is restored."""
     plain, tiled = (formats.load(run.model) for _ in range(2))
     larger.change_vae(tiled, larger.IN_BANDS)
     seamless = larger.seamless(like_diffusers.denoiser)
@@ -208,7 +208,7 @@ def test_the_box_around_a_mask(hole, margin, box):
 
 
 def test_only_what_is_masked_is_drawn_and_large(run, draw):
-    """What the whole program draws from the part, resized, where the mask is white."""
+    """The picture that the program draws from the part, resized, where the mask is white."""
     rng = np.random.default_rng(0)
     init = Image.fromarray(rng.integers(256, size=(60, 100, 3), dtype=np.uint8))
     mask = np.zeros((60, 100), bool)

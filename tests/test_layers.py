@@ -101,7 +101,7 @@ def test_attention_is_a_weighted_mean_of_values():
 
 @pytest.fixture
 def formulas(monkeypatch):
-    """Every primitive by its formula, even where NumPy has something faster in its place."""
+    """Every primitive by its formula, even if NumPy has a faster form."""
     monkeypatch.setattr(sd, "FAST", {})
 
 
@@ -245,7 +245,7 @@ def test_a_word_sees_no_later_word(place):
 
 @pytest.mark.parametrize("place", ["formula", "numpy"], indirect=True)
 def test_group_norm_far_from_zero(place):
-    """Where the mean is 500 deviations, E[x²] - E[x]² leaves nothing right: see torch."""
+    """If the mean is 500 standard deviations, E[x²] - E[x]² loses all precision: see torch."""
     x, weight, bias = random_arrays({"x": PICTURE, "weight": (4,), "bias": (4,)}).values()
     given = [500 + x, weight, bias]
     x, weight, bias = each(place, given)
@@ -331,7 +331,7 @@ def setting(name):
 
 @torch.no_grad()
 def layer_reference(name):
-    """Return what the layer of diffusers makes of the inputs, in float64."""
+    """Apply diffusers' layer to the inputs, in float64."""
     module, (inputs, weights) = MODULES[name], setting(name)
     module.double().load_state_dict(each(torch.tensor, weights), strict=False)
     call = partial(CALLS[name], module) if name in CALLS else module
@@ -384,7 +384,7 @@ def test_a_missing_or_unknown_weight_is_an_error_that_names_it(name):
 def test_autograd_is_the_slope_of_numpy(name, formulas):
     """Through all inputs and weights at once, along a random direction, in float64.
 
-    All but the U-Net's times, which are numbers to look up and no part of what is learnt.
+    Except the U-Net's times, which are integers and not differentiable.
     """
     inputs, weights = setting(name)
     times = inputs[1:2] if name == "unet" else []

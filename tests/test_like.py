@@ -416,7 +416,7 @@ def drawn_by_the_web_ui(model, prompt, n, sampler, karras):
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ 2M", "Euler Karras",
                                      "DPM++ 2M Karras"])
 def test_like_draws_with_the_levels_of_the_program(folder, sampler):
-    """Whatever the model's own config says, here "leading"."""
+    """Whatever the model's own config is, here "leading"."""
     facts = f"Steps: 6, Sampler: {sampler}, CFG scale: 5, Seed: 3, Size: 64x64, Model: small"
     write_facts("a.png", f"a red apple\n{facts}, RNG: CPU, Version: v1.10.1")
     assert cli.main(["--like", "a.png", "-m", str(folder), "-o", "b.png"]) == 0

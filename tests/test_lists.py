@@ -77,7 +77,7 @@ def test_a_batch_that_broke_off_goes_on(run):
 
 @pytest.mark.slow
 def test_an_edited_line_is_drawn_again(run):
-    """By its prompts and options; a file that tells nothing is none of its pictures."""
+    """By its prompts and options; a file without a record is not one of its pictures."""
     Path("p.txt").write_text("red\napple -s 5\nblue -n x\ngreen\n")
     assert len(run("--prompts", "p.txt")[1]) == 4
     PLAIN.save("out-0004.png")
@@ -149,7 +149,7 @@ def test_a_list_without_end_is_refused(refuse):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
 def test_a_list_from_a_pipe(run):
-    """Its writer may take its time; where there is none, a line says so instead of waiting."""
+    """Its writer may be slow; without a writer, a line says so instead of waiting."""
     os.mkfifo("list.txt")
     assert run("--prompts", "list.txt") == (2, [], [
         "tiny_sd: list.txt is a FIFO that nobody writes to"])
@@ -159,7 +159,7 @@ def test_a_list_from_a_pipe(run):
 
 
 def test_lines_end_where_files_say(run):
-    """Not at a form feed or U+2028; and a byte-order mark is none of the prompt's letters."""
+    """Not at a form feed or U+2028; and a byte-order mark is not part of the prompt."""
     Path("p.txt").write_bytes("\ufeffred\fapple\u2028blue\r\ngreen".encode())
     assert run("--prompts", "p.txt")[1] == ["out-0001.png", "out-0002.png"]
     assert parse(Image.open("out-0001.png"))[0] == "red apple blue"
@@ -232,7 +232,7 @@ def free_port():
 
 @pytest.mark.slow
 def test_an_idle_process_waits_for_the_busy_ones(model):
-    """Longer than torch by itself, which here gives up after two seconds."""
+    """Longer than torch's own limit, which is two seconds here."""
     port = free_port()
     busy, idle = (start_rank(rank, model, port) for rank in (0, 1))
     assert finish(idle)[:2] == (0, "") and Path("out-0001.png").exists()

@@ -1,5 +1,5 @@
-"""LoRAs in each naming they lie about in are W + w α/r B A, as diffusers fuses them, and what does
-not fit is refused by name.
+"""LoRAs with every kind of names are W + w α/r B A, as diffusers fuses them, and what does not fit
+is refused by name.
 """
 
 import json
@@ -142,7 +142,7 @@ def test_alpha_over_rank(naming, folder, plain, pairs, tmp_path):
 
 
 def test_alpha_in_the_metadata(folder, plain, pairs, tmp_path):
-    """Where diffusers writes it today."""
+    """Where current versions of diffusers write it."""
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(
         {"unet.r": 3, "unet.lora_alpha": 12, "text_encoder.lora_alpha": 12})}
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["peft"], metadata=metadata)
@@ -193,7 +193,7 @@ def test_diffusers_draws_the_same(naming, folder, pairs, backend, tmp_path):
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_an_alpha_of_any_shape_of_one_number(shape, folder, plain, pairs, tmp_path):
-    """Which NumPy, from 2.4 on, no longer turns into a number by itself."""
+    """NumPy no longer converts it to a number, from 2.4 on."""
     path = write(tmp_path / "lora.safetensors", pairs, *NAMINGS["kohya"], alpha=12)
     arrays = {name: array.reshape(shape) if name.endswith(".alpha") else array
               for name, array in load_file(path).items()}
@@ -238,7 +238,7 @@ def pair(down, up):
      (None, {"lora_adapter_metadata": '{"unet.lora_alpha": []}'}, "conv1.weight")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_no_lora_of_the_model(arrays, metadata, named, folder, tmp_path):
-    """Of as many numbers but another shape; without tensors; with settings that are none."""
+    """With as many numbers in another shape; without tensors; with invalid settings."""
     if arrays is None:
         arrays = pair((3, 128, 3, 3), (128, 3, 1, 1))
     save_file(arrays, tmp_path / "lora.safetensors", metadata)
@@ -254,7 +254,7 @@ def test_a_lora_that_is_missing(folder):
 def test_command_line(folder, pairs, tmp_path, monkeypatch, capsys):
     """FILE and FILE:WEIGHT, twice; they are in the picture's parameters.
 
-    A file that is none is one line.
+    A file that is not a LoRA gets one line.
     """
     from PIL import Image
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""--merge: models whose weights are means of others', in each of the layouts that models have."""
+"""--merge: the weights are means of several models', in each of the layouts."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def write_file(name, seed, encoders=1):
 
 @pytest.mark.parametrize("encoders", [1, 2])
 def test_single_files(run, encoders):
-    """Two encoders: OpenCLIP's q, k and v lie in one array, and its projection the other way."""
+    """Two encoders: OpenCLIP has q, k and v in one array, and its projection transposed."""
     for name, seed in ("a.safetensors", 1), ("b.safetensors", 2):
         write_file(name, seed, encoders)
     assert run.bare("--merge", "a.safetensors:0.5", "b.safetensors:0.5", "-o",

@@ -15,7 +15,7 @@ def bfloat16(array):
 
 
 def narrowed(array, kind):
-    """Return an array as a file holds it, Narrow, and the float32 numbers that it stands for."""
+    """Return an array as stored in a file, as Narrow, and its float32 values."""
     stored = bfloat16(array) if kind == "bfloat16" else array.astype(kind)
     return stored.view(narrow.Narrow), tiny_sd.widen(stored).astype(np.float32)
 

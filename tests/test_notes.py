@@ -63,7 +63,7 @@ def names_in(words):
 
 
 def test_sections():
-    """The lesson's rulers are the notes' headings §1 to §8; the reference goes on to §12."""
+    """The lesson's rulers are the notes' headings §1 to §8; the reference continues to §12."""
     headings = {name: re.findall(r"^## §(\d+) (.+)$", text, re.M) for name, text in TEXTS.items()}
     assert headings["NOTES"] == [(n, title) for n, title, _ in RULERS]
     assert [n for n, _, _ in RULERS] == [cited for _, _, cited in RULERS] == list("12345678")
@@ -129,7 +129,7 @@ def test_part_one_needs_nothing_of_part_two():
 
 
 def test_every_equation_names_a_test():
-    """Each number stands once in the table of tests, each test in the file it is said to be in."""
+    """Each number is in the table of tests once, and each test in the file named there."""
     table = TEXTS["REFERENCE"].split("## Where each equation is checked")[1].split("\n## ")[0]
     named = re.findall(r"^\| (.+) \| \[(test_\w+)\]\(\.\./(\S+)\) \|$", table, re.M)
     numbers = [n for numbers, _, _ in named for n in re.findall(r"\((\d+)\.(\d+)\)", numbers)]
@@ -155,7 +155,7 @@ def test_mathematics_as_github_reads_it(name):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_lines_are_short(name):
-    """Prose, and what stands in fences, has at most 120 columns; tables and formulas are free."""
+    """Prose and code blocks have at most 120 columns; tables and formulas are free."""
     text = re.sub(r"^```math\n.*?^```$", "", TEXTS[name], flags=re.M | re.S)
     assert [line for line in text.split("\n") if len(line) > 120 and line[0] != "|"] == []
 
@@ -204,7 +204,7 @@ def test_the_code_in_the_notes_prints_what_stands_below_it():
 
 
 def denoise_two(x, t, alpha_bar, spread=0.2):
-    """Return E[x_0 | x_t] where a picture is one number, normal about +1 or -1."""
+    """Return E[x_0 | x_t] for pictures of one number, normal around +1 or -1."""
     signal, variance = math.sqrt(alpha_bar), alpha_bar * spread ** 2 + 1 - alpha_bar
     pull = spread ** 2 * signal / variance
     x_0 = pull * x + (1 - pull * signal) * np.tanh(signal * x / variance)
@@ -269,7 +269,7 @@ def test_tokens_of_the_example():
 
 @pytest.mark.parametrize("mean, logvar", [(0.3, -1.0), (2.0, 0.5), (-1.0, -4.0)])
 def test_divergence_from_the_standard_normal(mean, logvar, monkeypatch):
-    """(4.5), against the integral; the KL of vae_loss is what it adds for its weight."""
+    """(4.5), against the integral; and vae_loss adds this KL times its weight."""
     torch = pytest.importorskip("torch")
     std = math.exp(logvar / 2)
     z = mean + std * np.linspace(-12, 12, 100001)
@@ -418,7 +418,7 @@ def test_guidance_may_come_before_or_after_the_split(kind):
 
 
 def test_flow_matching_is_ddim():
-    """(6.29), (6.30): Euler's method along straight lines, beside ddim at the same σ."""
+    """(6.29), (6.30): Euler's method along straight lines, and ddim, at the same σ."""
     rng = np.random.default_rng(0)
     times = np.linspace(0.99, 0, 21).tolist()
     steps = [(r, *((1 - s) ** 2 / ((1 - s) ** 2 + s ** 2) for s in (r, after)))
@@ -517,7 +517,7 @@ def test_table_of_errors():
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_what_each_target_weighs(t):
-    """(8.3): diffusion_loss of one wrong guess of the picture, asked for in three ways."""
+    """(8.3): diffusion_loss of one wrong guess of the picture, for the three kinds of targets."""
     rng, a = np.random.default_rng(0), ALPHA_BAR[t]
     x_0, guess, eps = rng.standard_normal((3, 2, 4, 4, 4))
     error, snr = np.square(x_0 - guess).mean((1, 2, 3)), a / (1 - a)

@@ -211,9 +211,7 @@ def options(sampler, schedule):
 
 
 def reference_trajectory(scheduler, x, steps, seed):
-    """Each (t, x_t) of a diffusers scheduler, in our scale, where a picture's and the noise's
-    variance add up to one.
-    """
+    """Each (t, x_t) of a diffusers scheduler, scaled so that signal and noise variance sum to 1."""
     scheduler.set_timesteps(steps)
     stream = torch.Generator().manual_seed(seed)
     takes = {"generator": stream} if "generator" in scheduler.step.__code__.co_varnames else {}
@@ -271,7 +269,7 @@ def test_trajectory(sampler, schedule, spacing, kind):
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2 ** 31, 2 ** 32 - 1, 2 ** 32 + 5, 2 ** 63 + 9])
 def test_noise(seed):
-    """The second and third draw too, of sizes that are no multiples of 16."""
+    """Also the second and third draw, with sizes that are not multiples of 16."""
     ours, stream = like_diffusers.Noise(seed), torch.Generator().manual_seed(seed)
     for h, w in ((64, 64), (13, 9), (2, 2), (9, 5), (13, 9)):
         same("noise", ours(h, w, 4), last(torch.randn(1, 4, h, w, generator=stream))[0], 5e-7)
@@ -372,7 +370,7 @@ def test_image_to_image(changes, model, reference_pictures):
                                      {"kind": "v_prediction"}, {"sampler": "ddpm"}, {"init": 1},
                                      {"init": 2}, {"init": 1, "strength": 0.9}], ids=name_of)
 def test_the_reference_answers(changes, reference_pictures):
-    """Whatever is asked for changes the picture: else equal pictures would show nothing."""
+    """Every setting changes the picture; otherwise equal pictures would show nothing."""
     like = {"init": 1} if "strength" in changes or changes.get("init") == 2 else {}
     one, other = reference_pictures(**like), reference_pictures(**changes)
     assert np.abs(one.astype(int) - other).mean() > 2
@@ -392,9 +390,7 @@ def bundled_reference():
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_bundled_model(prompt, backend, bundled_reference):
-    """diffusers loads the folder as it stands, and draws the same picture with the folder's own
-    sampler.
-    """
+    """diffusers loads the folder unchanged, and draws the same picture with its own sampler."""
     sampler = next(name for name, cls in CLASSES.items()
                    if isinstance(bundled_reference.scheduler, cls))
     expected = drawn_by(bundled_reference, seed=3, prompt=prompt, negative_prompt="blue",

@@ -116,7 +116,7 @@ def test_arrays_are_mapped_and_cannot_be_written_to(path):
 
 
 def test_structure(path):
-    """All that Python's pickles are made of, but for sets, comes back as it was."""
+    """Everything in Python's pickles except sets is read back unchanged."""
     shared = [1]
     saved = {"texts": ["", "é", b"bytes", "x" * 300], "none": None, "flags": [True, False],
              "numbers": (0, 255, -1, 2 ** 31, -2 ** 90, 0.5), "nested": [[], {}, ((1,),)],
@@ -135,7 +135,7 @@ def test_structure(path):
 
 
 def test_textual_inversion_of_the_original_program(path):
-    """Whose words are in a torch.nn.ParameterDict, an object."""
+    """Its words are in a torch.nn.ParameterDict, an object."""
     words = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(2, 8))})
     torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": words}, path)
     found = read_pickle(path)
@@ -329,7 +329,7 @@ def test_what_is_swallowed_is_not_imported_nor_called(path, tmp_path):
     b"(" + b"(t" + b"2\x86" * 200 + b"\x91.",       # FROZENSET
     b"]" * 200_000 + b".", b"(" * 200_000 + b".", b"K\x01r\xff\xff\xff\xff."])
 def test_little_takes_little_time_and_memory(program, path):
-    """Tuples whose hash would take for ever, many levels, a memo of four thousand million."""
+    """Tuples whose hash would take forever, many levels, a memo of four thousand million."""
     write(path, program)
     tracemalloc.start()
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""Pictures in and out: what --init-img and --mask read, where pictures go, and previews."""
+"""Reading pictures with --init-img and --mask, output names, and previews."""
 
 import os
 import threading
@@ -320,7 +320,7 @@ def test_a_prompt_too_long_for_a_jpeg(run):
 
 
 def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, monkeypatch):
-    """With its number, too, and with the one that it gets where it is taken."""
+    """With its number, and with the number that it gets if the name exists."""
     monkeypatch.setattr(like_diffusers, "generate", None)
     refuse("apple", "-o", "a" * 300 + ".png")
     refuse("apple", "-b", "2", "-o", "a" * 249 + ".png")
@@ -332,7 +332,7 @@ def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, mon
 
 @pytest.mark.slow
 def test_preview_is_close_to_the_picture(tmp_path):
-    """The linear map of the last latents, beside the decoder's picture in small."""
+    """The linear map of the last latents, compared with a small version of the decoded picture."""
     picture, preview = tmp_path / "a.png", tmp_path / "preview.png"
     assert cli.main(["red apple", "-m", str(ROOT / "weights" / "emoji"), "-o", str(picture),
                      "--preview", str(preview), "--steps", "8"]) == 0
@@ -398,7 +398,7 @@ def test_a_file_system_without_links(run, monkeypatch):
 
 
 def test_nobody_reads_the_names(model):
-    """As after "| head -1": the pictures that are drawn already are saved all the same."""
+    """As after "| head -1": the pictures that were drawn are still saved."""
     process = start("red", "-m", model, "-b", "3", "--steps", "1")
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -432,7 +432,7 @@ def test_each_picture_is_saved_before_the_next_is_decoded(run, monkeypatch):
 
 
 def test_threads_that_save_under_one_name(here):
-    """Each picture once, whole, under a name of its own."""
+    """Each picture is saved once, completely, under its own name."""
     threads = [threading.Thread(target=lambda k=k: files.save_picture(
         np.full((4, 4, 3), k, np.uint8), Path("a.png"), str(k))) for k in range(24)]
     for thread in threads:

@@ -45,7 +45,7 @@ def start(folder, *argv):
 
 
 def copy_program(folder):
-    """Copy the program into a folder, with a small random model beside it."""
+    """Copy the program to a folder, with a small random model."""
     for name in "tiny_sd.py", "extras":
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
@@ -128,7 +128,7 @@ def test_it_listens_on_this_machine_alone(site):
 
 
 def own_address():
-    """Return an address of this machine for others; skip where it has none."""
+    """Return an address of this machine for others; skip if it has none."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         try:
             probe.connect(("192.0.2.1", 9))     # sends nothing: asks which address would
@@ -251,7 +251,7 @@ def test_it_saves_what_the_command_line_draws(site):
 
 
 def test_a_picture_and_a_mask(site, tmp_path):
-    """What is not masked stays as it was, and a tenth of the steps is taken."""
+    """The unmasked part is unchanged, and it takes a tenth of the steps."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     mask = Image.new("RGB", (32, 32))
     mask.paste("white", (0, 0, 16, 32))
@@ -334,7 +334,7 @@ def wait_for(condition, seconds=30):
 
 
 def is_running(pid):
-    """Does a process run that is not waiting to be collected?"""
+    """Is a process running, and not a zombie?"""
     with contextlib.suppress(OSError):
         os.kill(pid, 0)
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
@@ -439,7 +439,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, site):
-    """The page, opened anew; it must ask nobody else for anything, and have no errors."""
+    """The page, freshly opened; it must send no other requests, and have no errors."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(60_000)
     errors, asked = [], []
@@ -527,7 +527,7 @@ def test_an_empty_number_is_the_models_own(page):
 
 
 def test_a_file_that_is_no_picture_is_named(page, tmp_path):
-    """And what was there to start from stays."""
+    """And the start picture stays."""
     drawn(page)
     page.locator("#start summary").click()
     page.locator("#take").click()
@@ -629,7 +629,7 @@ def test_a_line_is_changed(page, site):
 @pytest.mark.parametrize("width", [360, 768, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_screen(page, width, scheme):
-    """Nothing reaches beyond the window, and what is in it can be read."""
+    """Nothing extends beyond the window, and everything can be read."""
     page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme)
     drawn(page)

@@ -35,7 +35,7 @@ def tokenizer():
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, command):
-    """run(argument, ...) -> (status, lines on stdout, what the program says on stderr)."""
+    """run(argument, ...) -> (status, lines on stdout, the program's lines on stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, model=folder):
@@ -186,7 +186,7 @@ def test_nothing_of_a_long_prompt_is_cut(model, capsys):
 
 
 def test_copies_of_the_shorter_prompt_are_as_if_it_was_read_alone(model, reference):
-    """The web UI asks the U-Net twice where two prompts have unlike lengths."""
+    """The web UI runs the U-Net twice if two prompts differ in length."""
     context, _ = prompts.embed_prompts(model, ["blurry", LONG])
     noisy = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     x_0, eps = tiny_sd.denoiser(model, context, 5.0)(noisy, 500, 0.4)
@@ -375,7 +375,7 @@ def lora(tmp_path_factory):
 
 @pytest.fixture
 def beside(folder, tmp_path):
-    """The folder of the small model, in a folder of its own with nothing beside it."""
+    """The folder of the small model, alone in another folder."""
     return Path(shutil.copytree(folder, tmp_path / "models" / "small", symlinks=True))
 
 

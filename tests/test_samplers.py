@@ -1,4 +1,4 @@
-"""The samplers and schedules beside the lesson's: their order, their formulas, their names."""
+"""The samplers and schedules in extras/: their order, their formulas, their names."""
 
 import math
 from itertools import pairwise
@@ -29,7 +29,7 @@ def steps_between(high, low, n):
 
 
 def walk(name, denoise, x, steps, seed=0):
-    """Return where a sampler ends, and the noise that it drew."""
+    """Return a sampler's result, and the noise that it drew."""
     rng, drawn = np.random.default_rng(seed), []
 
     def noise():
@@ -43,10 +43,10 @@ def walk(name, denoise, x, steps, seed=0):
 
 
 def exact(x, speed, high, low, n=3000):
-    """Follow dx̄/dλ = speed (x̂_0 - x̄) by Runge and Kutta's method: 1 is the probability flow.
+    """Follow dx̄/dλ = speed (x̂_0 - x̄) by Runge-Kutta: speed 1 is the probability flow.
 
-    2 is the drift of the process with fresh noise, of which the samplers with noise are left when
-    it is silent.
+    Speed 2 is the drift of the process with fresh noise, which remains of the samplers with noise
+    if the noise is set to zero.
     """
     h, x_bar, lam = math.log(high / low) / n, x * math.sqrt(1 + high ** 2), -math.log(high)
 
@@ -69,9 +69,9 @@ ORDERS = {"ddpm": (1, 2), "ddim": (1, 1), "ddim_cfg++": (1, 1), "euler": (1, 1),
 
 
 def test_every_sampler_has_its_order():
-    """The error falls as h^p where twice as many steps are taken, in the world of two pictures.
+    """With twice as many steps the error falls as h^p, in the world of two pictures.
 
-    LCM and TCD solve no equation: their model leaps.
+    LCM and TCD do not solve an equation: their model jumps.
     """
     assert ORDERS.keys() == sd.SAMPLERS.keys() - {"lcm", "tcd"}
     x, high, low = np.linspace(-2.5, 2.5, 41), 10.0, 0.11
@@ -174,7 +174,7 @@ def test_formulas_of_k_diffusion(name, theirs, n):
 
 
 def test_restart_is_heun_that_goes_up_again():
-    """Its extra steps run over Karras' levels; with fewer than 20 steps there are none."""
+    """Its extra steps visit Karras' levels; with fewer than 20 steps there are none."""
     x = normal(4, 3)
     for n, times, again in (19, 0, 0), (20, 1, 9), (40, 2, 10):
         steps = like_diffusers.sampling_steps("restart", n, scheduler(), ALPHA_BAR, "karras")

@@ -1,5 +1,5 @@
-"""Each sampler walks as diffusers' scheduler does, with whatever its config says; and each field
-of a scheduler's config is followed, refused or named.
+"""Each sampler follows diffusers' scheduler, with every setting of its config; and each field of a
+scheduler's config is followed, refused or reported.
 """
 
 import inspect
@@ -43,7 +43,7 @@ CONFIGS = [     # class, fields
 
 
 def output(x, t):
-    """Return what a model might, of any x and t, even those that are log σ / 4."""
+    """Return a plausible output of a model for any x and t, even times that are log σ / 4."""
     shift = np.sin(t) if abs(t) < 10 else t / 300
     return np.sin(2 * np.asarray(x, np.float64) + shift) + 0.3 * np.asarray(x)
 
@@ -88,7 +88,7 @@ def test_a_walk_is_the_schedulers(kind, fields, n):
 
 @pytest.mark.parametrize("kind, last", [("epsilon", 2 ** -24), ("v_prediction", 0)])
 def test_noise_says_nothing_of_a_picture_that_is_all_noise(kind, last):
-    """So a model that predicts noise is never asked there, whatever its config says."""
+    """So a model that predicts noise is never called there, whatever its config says."""
     config = tiny_sd.read_config("scheduler", PLAIN | ZERO | {"prediction_type": kind})
     assert like_diffusers.noise_levels(config)[-1] == last
 
@@ -100,9 +100,9 @@ IDLE = {"self", "args", "kwargs", "clip_sample_range",  # without what is refuse
 
 @pytest.mark.parametrize("name", samplers.SCHEDULERS)
 def test_every_field_of_a_scheduler_is_known(name):
-    """By its class in diffusers: followed, refused or named; none is passed over.
+    """In its diffusers class: followed, refused or reported; none is forgotten.
 
-    TCD takes no step that timestep_scaling has to do with.
+    timestep_scaling does not affect TCD's steps.
     """
     for field in inspect.signature(getattr(diffusers, name).__init__).parameters:
         named = checks.replaced_settings({"scheduler": {"_class_name": name, field: "x"},

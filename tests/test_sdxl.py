@@ -272,7 +272,7 @@ def test_inpainting_with_an_ordinary_model(sampler, strength, model, reference_p
     {"crops_coords_top_left": (50, 7)}, {"prompt_2": "a tree"}, {"sampler": "euler_a"}],
     ids=lambda change: next(iter(change)))
 def test_the_reference_answers(change, reference_picture):
-    """Whatever is told changes the picture: else equal pictures would show nothing."""
+    """Every input changes the picture; otherwise equal pictures would show nothing."""
     one, other = reference_picture(), reference_picture(**change)
     assert np.abs(one.astype(int) - other).mean() > 0.5
 
@@ -291,7 +291,7 @@ def test_a_row_for_each_picture_of_a_batch(model):
 
 
 def test_in_half_precision(folder):
-    """Both text encoders and the U-Net are of the type asked for."""
+    """Both text encoders and the U-Net have the dtype requested."""
     model = formats.load(folder, dtype="bfloat16")
     kinds = {array.dtype for name, array in everything(model).items() if "vae" not in name}
     assert kinds == {torch.bfloat16} and model.vae["quant_conv"]["bias"].dtype == torch.float32
@@ -441,7 +441,7 @@ def test_single_file_equals_folder(single_file, folder, capsys):
 
 
 def test_diffusers_reads_the_single_file(single_file, folder, pipe):
-    """So its names are those that diffusers knows."""
+    """So its names are the ones that diffusers knows."""
     read = diffusers.StableDiffusionXLPipeline.from_single_file(
         single_file, config=str(folder), local_files_only=True)
     for part in ("text_encoder", "text_encoder_2", "vae", "unet"):
@@ -603,7 +603,7 @@ def test_no_negative_prompt_is_not_an_empty_one(run, small):
 
 
 def test_a_list_goes_on_where_it_was(run, small, tmp_path, capsys):
-    """A picture without a negative prompt is none with an empty one."""
+    """A picture without a negative prompt differs from one with an empty prompt."""
     (tmp_path / "prompts.txt").write_text("red apple\n")
     argv = ["--prompts", "prompts.txt", "-m", str(small), "--steps", "1"]
     assert cli.main(argv) == cli.main(argv) == 0

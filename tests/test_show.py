@@ -1,5 +1,4 @@
-"""show.py: that listening changes nothing, that what it hears is what it says, and the page that it
-writes.
+"""show.py: watching changes nothing, what it records is correct, and so is the page that it writes.
 """
 
 import html
@@ -46,7 +45,7 @@ def model(request, tmp_path):
 
 
 def nothing_is_watched():
-    """Is each primitive what it was when this file was read, and what asks the U-Net too?"""
+    """Are all primitives, and the denoiser, the same as when this file was imported?"""
     same = all(getattr(sd, name) is value for name, value in PRIMITIVES.items())
     return len(PRIMITIVES) >= 10 and same and sd.predict is PREDICT
 
@@ -83,9 +82,7 @@ def test_guesses_and_the_push_of_guidance(kind, model):
 
 
 def test_attention_is_the_prompts(model):
-    """Shares that add to 1, and those of the prompt without any other beside it, for each picture
-    of a batch.
-    """
+    """Shares that sum to 1, equal to those of the prompt alone, for each picture of a batch."""
     guided = filmed(model, "red apple", "app", seeds=(0, 7), steps=1)[0][0].attention
     shapes = {size: m.shape for size, m in guided.items()}
     assert shapes == {(8, 8): (2, 12, 8, 8), (4, 4): (2, 12, 4, 4)}
@@ -126,7 +123,7 @@ def test_watchers_leave_when_something_fails():
 
 
 def test_sigma_of_nothing_but_noise():
-    """As like_diffusers.sampling_steps has it, where the first level of a model is ᾱ = 0."""
+    """As in like_diffusers.sampling_steps, if the first level of a model is ᾱ = 0."""
     assert show.sigma(SimpleNamespace(alpha_bar=0.0)) == pytest.approx(4096)
     assert show.sigma(SimpleNamespace(alpha_bar=0.5)) == 1
 
@@ -257,7 +254,7 @@ def test_an_empty_folder_is_filled(run):
 
 @pytest.mark.parametrize("folder", [".", "link", "mount"])
 def test_empty_folders_on_which_nothing_can_be_put(run, tmp_path, monkeypatch, folder):
-    """The current one, a link to one, and one where a disk is mounted: their pages lie in them."""
+    """The current folder, a link to one, and a mount point: the pages go into them."""
     place = tmp_path / "place"
     place.mkdir()
     if folder == ".":
@@ -294,7 +291,7 @@ def test_a_page_needs_a_folder_of_its_own(run, flags):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_folder_filled_in_the_meantime(run, monkeypatch, exists):
-    """What others put there stays, and the page is not lost."""
+    """Other programs' files there stay, and the page is not lost."""
     if exists:
         Path("seen").mkdir()
     section = show.latents_section
@@ -326,7 +323,7 @@ def test_a_folder_that_is_taken_at_the_last_moment(run, monkeypatch):
 
 
 def test_a_unet_without_attention(run, tmp_path):
-    """Has a page too, without the words."""
+    """It also has a page, but without the words."""
     plain = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
              "mid_block_type": None}
     config = CONFIG["unet"] | plain
@@ -388,8 +385,7 @@ def test_the_page_in_a_browser(run):
 
 @pytest.mark.parametrize("word", ["emoji", "internationalization", "aaaaaaa", "é🍎", "x"])
 def test_merges_step_by_step(word):
-    """One pair at a time, those learnt first before others, from single bytes to what the tokenizer
-    makes of the word.
+    """One pair at a time, the earliest learnt first, from single bytes to the word's final symbols.
     """
     clip = formats.clip_tokenizer()
     steps = list(explain.merging(clip, word))

@@ -48,7 +48,7 @@ sys.setprofile(watch)
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Each test in a folder of its own, with a file and an empty folder that must stay."""
+    """Run each test in a new folder, with a file and an empty folder that must stay."""
     monkeypatch.chdir(tmp_path)
     Path("out.png").write_text("mine")
     Path("seen").mkdir()
@@ -189,7 +189,7 @@ sys.setprofile(watch)
 
 @posix
 def test_a_signal_that_is_not_heeded_is_heeded_when_it_comes_again(here):
-    """Such as one that came while Python took an object away, where it drops all exceptions."""
+    """For example one that came while Python removed an object and ignores exceptions."""
     stuck = """
 import signal, time
 from extras import start
@@ -208,7 +208,7 @@ for pause, number in (0, signal.SIGINT), (0, signal.SIGTERM), (1.1, signal.SIGTE
 
 
 def possible(command):
-    """Return the beginning of a command, or skip the test where the system does not allow it."""
+    """Return the start of a command, or skip the test if the system does not allow it."""
     try:
         refused = subprocess.run([*command, "true"], capture_output=True).returncode
     except OSError:
@@ -220,7 +220,7 @@ def possible(command):
 
 @posix
 def test_nohup_is_heeded(here):
-    """What is ignored already stays ignored."""
+    """Signals that were ignored stay ignored."""
     code = """
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -236,7 +236,7 @@ print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
 @posix
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams(here, closed):
-    """The picture is drawn all the same, and no word of a library gets into it."""
+    """The picture is still drawn, and no library's output gets into it."""
     command = f"exec {sys.executable} {PROGRAM} apple {' '.join(SMALL)} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
@@ -260,7 +260,7 @@ def test_a_full_stderr(prompt, flags, status):
 
 @pytest.fixture
 def disk(here):
-    """disk(room): a file system of 64 kB of which all but `room` kB are taken by a file."""
+    """disk(room): a file system of 64 kB, where a file leaves only `room` kB."""
     place = here / "disk"
     place.mkdir()
     mounted = not sys.platform.startswith("linux") or subprocess.run(
@@ -320,18 +320,18 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"),
 
 @pytest.fixture
 def large(here):
-    """A folder of Stable Diffusion 1.5, whose files are holes of the right size.
+    """A folder of Stable Diffusion 1.5 with sparse files of the right size.
 
-    They take up nothing on the disk.
+    They need no space on the disk.
     """
     return models.write_model(here / "large", models.sd15(), save=models.save_holes)
 
 
 def limited(limit, how):
-    """What begins the command of a program that may have `limit` bytes.
+    """The start of a command that limits a program to `limit` bytes.
 
-    Addresses, or memory in a control group, as in a container, of which here only the file that
-    says so is real.
+    Of addresses, or of memory in a control group, as in a container; here only the file that states
+    the limit is real.
     """
     inside = {"addresses": f"ulimit -v {limit // 1024}",
               "container": "mount -t tmpfs tmpfs /sys/fs/cgroup && "
@@ -372,7 +372,7 @@ def test_too_little_memory(large, flags, what, need, room, how):
 
 @linux
 def test_half_precision_is_not_widened_before_it_is_refused(large):
-    """bfloat16, of which NumPy knows nothing, is twice as large in float32."""
+    """bfloat16, which NumPy lacks, is twice as large in float32."""
     for part, stem in FILES.items():
         path = large / part / f"{stem}.safetensors"
         with open(path, "r+b") as file:
@@ -398,7 +398,7 @@ def test_a_picture_too_large_to_start_from(here):
 @pytest.mark.parametrize("argv, what", [("-m medium -W 32 -H 32", "the model medium"),
                                         ("-W 256 -H 256", "--width 256 --height 256")])
 def test_what_is_refused_would_have_failed(here, argv, what, monkeypatch):
-    """What is said to be needed is less than what the run comes to, but not by far."""
+    """The memory reported as needed is less than the run uses, but not by much."""
     if "medium" in argv:
         models.write_model(here / "medium", models.sd15(64),
                            save=partial(models.save_random, dtype=np.float16))
@@ -453,7 +453,7 @@ def test_a_folder_that_may_only_be_read_is_not_said_to_be_missing(here, flags):
 
 @linux
 def test_no_thread_can_be_started(here):
-    """The program goes on with the one that it has."""
+    """The program continues with the one that it has."""
     under = [*(AS_ANOTHER_USER if ROOT_USER else []), "prlimit", "--nproc=1"]
     here.chmod(0o777)
     status, out, err = new_program("red apple", "--steps", "2", under=possible(under), first="""

@@ -1,5 +1,5 @@
-"""extras/training/teach.py: a LoRA has the gradients of peft's, is resumed to the bit, and draws
-the same picture here and in diffusers; what the user did wrong is said in one line.
+"""extras/training/teach.py: a LoRA has the gradients of peft's, resumes bit for bit, and draws the
+same picture here and in diffusers; errors of the user get one line.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def ctrl_c():
 
 
 def random_pairs(model, rank=3, text=True):
-    """A model with a LoRA, and the LoRA, whose B are not 0."""
+    """A model with a LoRA, and the LoRA, with nonzero B."""
     adapted, pairs = lora.adapt(model, rank, text)
     for _, up in pairs.values():
         up.data.normal_(0, 0.3)
@@ -193,9 +193,9 @@ def test_gradients_are_the_same_where_layers_are_recomputed(folder):
 @pytest.mark.parametrize("name", ["Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "emoji"])
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_draws_the_same(name, folder, folder_with, run, request, monkeypatch):
-    """By load_lora_weights, which must apply all of it; trained at a rate that shows.
+    """With load_lora_weights, which must apply all of it; trained at a rate that shows.
 
-    What it draws itself, before and on its sheet, in two steps each.
+    Its own pictures, before and on its sheet, take two steps each.
     """
     pytest.importorskip("peft")
     from diffusers import DDIMScheduler, DiffusionPipeline
@@ -272,7 +272,7 @@ def test_a_stopped_run_goes_on_to_the_bit(options, run, monkeypatch, at_step):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(seconds): the loop's own clock goes on by so much each time that it is read."""
+    """clock(seconds): the loop's clock advances by this much at each reading."""
     def tick(seconds):
         times = itertools.count(0.0, seconds)
         monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: next(times)))
@@ -322,7 +322,7 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch, at_step
 
 
 def test_the_sheet_shows_it_without_and_with(run, tiny):
-    """What the command line draws of each caption, from seeds 0, 1 and 2."""
+    """The command line's pictures of each caption, from seeds 0, 1 and 2."""
     assert run("--steps", 5, "--rate", 0.05)[0] == 0
     rows = []
     for loras in [], [("mine.safetensors", 1)]:
@@ -336,7 +336,7 @@ def test_the_sheet_shows_it_without_and_with(run, tiny):
 
 
 def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock, progress):
-    """Ten minutes of drawing what it knows take nothing of a minute of teaching."""
+    """Ten minutes of drawing known things do not count towards a minute of teaching."""
     clock(10)
     lessons = teach.lessons
 
@@ -351,7 +351,7 @@ def test_the_clock_starts_at_the_first_step(run, monkeypatch, clock, progress):
 
 
 def test_the_bar_says_step_steps_expected_and_loss(pictures, tiny, clock, capsys):
-    """Of --minutes too: with ten seconds a step, one minute is six steps from the first on."""
+    """Also with --minutes: at ten seconds per step, one minute is six steps."""
     clock(10)
     assert teach.main(["pictures", "-m", str(tiny), "-o", "a.safetensors", "--minutes", "1"]) == 0
     bars = re.findall(r"(\d+)/(\d+) \[[^\]]*step.*?loss (\d\.\d+)", capsys.readouterr().err)
@@ -360,7 +360,7 @@ def test_the_bar_says_step_steps_expected_and_loss(pictures, tiny, clock, capsys
 
 @pytest.mark.parametrize("steps, said", [(149, ["--minutes 84 would"]), (150, [])])
 def test_too_few_steps_are_said(steps, said, capsys):
-    """500 of them take 84 minutes where 149 take 25."""
+    """If 149 steps take 25 minutes, 500 take 84."""
     teach.say_if_short(steps, 25)
     assert re.findall(r"--minutes \d+ would", capsys.readouterr().err) == said
 
@@ -426,7 +426,7 @@ def test_the_sheets_on_the_way_replace_no_picture(run, at_step, clock):
 
 @pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")
 def test_two_teachers_do_not_share_a_state(run, pictures, tiny, monkeypatch):
-    """The second is refused, while the first is at work in a process of its own."""
+    """The second is refused while the first runs in another process."""
     command = [*COMMAND, "pictures", "-m", tiny, "-o", "mine.safetensors", "--minutes", "5"]
     with subprocess.Popen(command, env=FROM_ANYWHERE, stderr=subprocess.PIPE) as first:
         while not (found := [*Path().glob("mine.safetensors.state")]):
@@ -512,7 +512,7 @@ def test_a_full_disk_is_one_line_and_what_was_kept_stays(run, stopped):
 
 
 def test_a_signal_waits_for_the_end_of_a_step(run, monkeypatch):
-    """Ctrl-C while the optimizer changes the matrices: what is kept is a whole step."""
+    """Ctrl-C while the optimizer changes the matrices: a whole step is saved."""
     assert run("--steps", 4, output="once.safetensors")[0] == 0
     lerp, calls = torch.Tensor.lerp_, []
 
@@ -651,7 +651,7 @@ def latin(pictures):
 
 
 def unending(name, target=None):
-    """A FIFO, in which reading waits for ever, or a link to a file without end."""
+    """A FIFO that blocks forever, or a link to a file without end."""
     def make(pictures):
         path = pictures / name
         path.parent.mkdir(exist_ok=True)
@@ -754,7 +754,7 @@ def test_it_runs_as_a_program(pictures, tiny):
 
 
 def test_help_needs_no_torch(pictures):
-    """And what it needs torch for says how to install it."""
+    """And if torch is missing, it says how to install it."""
     script = ("import sys; sys.modules['torch'] = None; from extras.training import teach; "
               "sys.exit(teach.main(sys.argv[1:]))")
 

@@ -100,7 +100,7 @@ def test_what_a_model_says_cannot_write_to_the_terminal(model, capsys):
 
 
 def test_more_that_a_model_knows(model, capsys):
-    """Kinds of words of its own, with their titles: listed, and no longer unknown."""
+    """A model's own kinds of words, with titles, are listed, and no longer unknown."""
     more = {'colours,\x1b as in "a blue cat"': ["blue", "golden"], "media": ["a sketch of ..."]}
     (model / "things.json").write_text(json.dumps(KNOWN | {"more": more}))
     assert cli.main(["--things", "-m", str(model)]) == 0

@@ -1,6 +1,4 @@
-"""Another VAE in the place of the model's own: TAESD against diffusers', and every layout of both
-kinds.
-"""
+"""Using another VAE: TAESD against diffusers', and every layout of both kinds."""
 
 import copy
 import functools
@@ -62,7 +60,7 @@ def halves(tiny, tmp_path_factory):
 
 
 def original(arrays):
-    """Return {side: {original name: array}} of a TAESD, whose decoder there begins with a tanh."""
+    """Return {side: {original name: array}} of a TAESD; the decoder there starts with a tanh."""
     sides = {"encoder": {}, "decoder": {}}
     for name, array in arrays.items():
         side, _, number, rest = name.split(".", 3)
@@ -238,7 +236,7 @@ def test_weights_stay_in_their_file(tiny, folder):
 
 
 def original_vae(folder):
-    """Return a VAE's weights under the original names, where attention is by 1x1 convolutions."""
+    """Return a VAE's weights under the original names, with attention by 1x1 convolutions."""
     arrays = {}
     for name, array in load_file(folder / WEIGHTS).items():
         name = compvis_vae_name(name)
@@ -290,7 +288,7 @@ def check_vae(model, network, scale):
 
 
 def test_a_single_file_that_comes_without_a_vae(single_file, folder, tmp_path):
-    """With one it draws what the whole file draws; without, it says what to do."""
+    """With one it draws the same as with the whole file; without, it says what to do."""
     arrays = load_file(single_file("F32"))
     bare = {name: a for name, a in arrays.items() if not name.startswith("first_stage_model.")}
     save_file(bare, tmp_path / "bare.safetensors")
@@ -334,7 +332,7 @@ def test_the_rest_of_the_model_is_what_it_was(folder, other_folder, tiny):
     ("taesd", "madebyollin/taesd"), ("taesdxl", "madebyollin/taesdxl"),
     ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse")])
 def test_names_on_the_hub(name, repository, tiny, tmp_path, monkeypatch):
-    """What the cache holds is taken from there; else a line says what to fetch."""
+    """Files in the cache are used; otherwise a line says what to fetch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(tiny_sd.UserError, match=f"config.json and {WEIGHTS} of {repository}"):
         read_vae(name)

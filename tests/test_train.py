@@ -49,7 +49,7 @@ def train(*args, **where):
 
 
 def refused(capsys, *args, **where):
-    """The one line that a command ends with, beside the progress bar, and with status 2."""
+    """The one line with which a command fails, besides the progress bar, with status 2."""
     capsys.readouterr()
     assert train_py.main(arguments(*args, **where)) == 2
     *progress, said = capsys.readouterr().err.strip().split("\n")
@@ -286,9 +286,9 @@ def crc(*words):
 
 
 def test_scenes_hold_out(things, shown):
-    """Among many there is nothing that a rule of weights/README.md holds out.
+    """Among many scenes, none is held out by a rule of weights/README.md.
 
-    Where a caption is too long, only words that mean nothing are lost.
+    If a caption is too long, only words that mean nothing are cut off.
     """
     names, seen = [names[0] for names in things.names], set()
     owner = {int(p): (i, s) for i, row in enumerate(things.drawings) for s, p in enumerate(row)}
@@ -398,7 +398,7 @@ def test_things_stand_where_captions_say(things):
 
 
 def test_pictures_say_what_captions_do(things):
-    """A caption that names a style shows a drawing in it; painting puts it where it says."""
+    """A caption that names a style shows a drawing in it; the thing is painted at its position."""
     rng, placed = np.random.default_rng(1), 0
     for _ in range(1000):
         scene = scenes.draw_scene(things, rng)
@@ -635,7 +635,7 @@ def test_on_from_a_model(state, tmp_path):
 
 
 def copy_before(stage, state, path):
-    """What the stages before this one left."""
+    """The results of the previous stages."""
     first = ["vae.pt", "decoder.pt", "merges.txt", "scaling_factor.json"]
     before = {"vae": [], "decoder": first[:1], "clip": first, "unet": [*first, "clip.pt"],
               "control": [*first, "unet.pt"]}
@@ -698,9 +698,9 @@ def test_on_after_a_kill(stage, state, killed):
 
 @pytest.mark.slow
 def test_ctrl_c(tmp_path):
-    """It takes the step that has begun, keeps it, and says how to go on, without a traceback.
+    """It finishes the current step, saves it, and says how to resume, without a traceback.
 
-    In the first minute too, when nothing is kept yet.
+    Also in the first minute, before anything is saved.
     """
     done = launch(SIGNALLED.format(after=1, name="SIGINT") + "sys.exit(train.main())",
                   *arguments("vae", tmp_path, "--steps", 4))
@@ -773,7 +773,7 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path, monkeypatch, capsys):
 
 
 def test_a_bank_as_large_as_asked_for(state, things):
-    """Even where that is more than its capacity; then new scenes take the place of the oldest."""
+    """Even if that exceeds its capacity; then new scenes replace the oldest."""
     job = train_py.Job(things, train_py.CONFIGS["small"],
                        fitting.Schedule(bank=12), train_py.State(state))
     bank = train_py.Bank(job, filled=4, capacity=8)
@@ -792,7 +792,7 @@ def test_a_bank_as_large_as_asked_for(state, things):
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
 def test_orthogonal(shape):
-    """U Vᵀ of U S Vᵀ, but for singular values between 0.6 and 1.3."""
+    """U Vᵀ of U S Vᵀ, except for singular values between 0.6 and 1.3."""
     torch.manual_seed(0)
     x = torch.randn(shape)
     u, _, v = torch.linalg.svd(x, full_matrices=False)
@@ -892,7 +892,7 @@ def test_a_start_that_does_not_fit_leaves_the_state_empty(tmp_path, state, capsy
 
 
 def test_a_full_disk(tmp_path, capsys):
-    """Here a limit on the size of files; what was kept before stays."""
+    """Here a limit on file sizes; what was saved before stays."""
     train("vae", tmp_path, "--steps", 1)
     before, limits = (tmp_path / "vae.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -907,7 +907,7 @@ def test_a_full_disk(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["export", "all"])
 def test_only_models_are_replaced(command, state, tmp_path, capsys):
-    """And only where asked for; nothing that is another's, nor what holds the data or the state."""
+    """And only if asked; never other people's files, nor folders with the data or the state."""
     said = refused(capsys, command, state, "--steps", 2, out=False)
     assert "exists already: name it with --out" in said
     mine = tmp_path / "mine"
@@ -971,7 +971,7 @@ def test_a_model_is_replaced(state, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
-    """And what was kept before stays."""
+    """And what was saved before stays."""
     weights = {"w": torch.ones(3, 4), "b": torch.ones(3)}
     optimizer = fitting.Optimizer(weights, fitting.Schedule(rate=1.0))
 
@@ -1027,7 +1027,7 @@ def test_many_pictures_at_once(exported, state):
 
 
 def test_the_judge_knows_true_pictures(things):
-    """True pictures of what training never shows are what was asked for; wrong ones are not."""
+    """True pictures of combinations never trained are judged right; wrong ones are not."""
     judge = measure.Judge(things)
     for title, (asked, alternatives) in measure.questions(things, 4).items():
         pictures = (judge.truths(*one).reshape(-1, 32, 32, 3) * 255 for one in asked)

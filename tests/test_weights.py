@@ -1,5 +1,4 @@
-"""Every layout in which Stable Diffusion 1.x lies about gives the same weights, and a wrong file is
-refused by name.
+"""Every layout of Stable Diffusion 1.x gives the same weights, and a wrong file is refused by name.
 """
 
 import json
@@ -53,7 +52,7 @@ def network(model, part):
 
 
 def same_weights(ours, others, change=lambda array: array):
-    """Bit for bit, in whatever type and order of axes they are kept."""
+    """Bit for bit, in any dtype and axis order."""
     for part in PARTS:
         found, expected = (tiny_sd.flatten(network(model, part)) for model in (ours, others))
         assert found.keys() == expected.keys()
@@ -189,7 +188,7 @@ def test_wrong_weights_are_named(folder_with):
 
 @pytest.mark.slow
 def test_every_missing_array_is_named(single_file, plain, tmp_path, monkeypatch):
-    """Of a single file too, from which the sizes must be read off.
+    """Also for a single file, from which the sizes must be inferred.
 
     One array of many is left out in turn.
     """
@@ -259,7 +258,7 @@ def test_what_lies_outside_the_networks_is_left_out(prefix, single_file, plain, 
 
 @pytest.mark.slow
 def test_training_state_is_ignored(single_file, plain, tmp_path):
-    """As in v1-5-pruned.safetensors: the moving averages and the schedule, of whatever type."""
+    """As in v1-5-pruned.safetensors: the moving averages and the schedule, of any dtype."""
     path = shutil.copy(single_file("F32"), tmp_path / "pruned.safetensors")
     rewrite(path, lambda arrays: arrays.update(
         {"model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
@@ -294,9 +293,9 @@ def test_missing_files_are_named(name, folder_with):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_configs_are_checked(part, folder_with):
-    """JSON that is none, and a config without one of the sizes.
+    """Invalid JSON, and a config without one of the sizes.
 
-    One line that names the file or the size, no traceback.
+    One line that names the file or the size, and no traceback.
     """
     folder = folder_with()
     path = folder / part / "config.json"
@@ -334,7 +333,7 @@ def test_the_bundled_model_from_another_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("load", [formats.load, tiny_sd.load])
 def test_a_type_that_numpy_does_not_compute_in_means_torch(load, tmp_path):
-    """As on the command line; and a device too."""
+    """As on the command line; also a device."""
     folder = write_model(tmp_path / "tiny")
     assert load(folder, dtype="bfloat16").unet["conv_in"]["weight"].dtype == torch.bfloat16
     assert isinstance(load(folder).unet["conv_in"]["weight"], np.ndarray)
