@@ -1,22 +1,22 @@
-"""The same, faster: second forms of tiny_sd.py's primitives.
+"""Faster forms of tiny_sd.py's primitives, with the same results.
 
-    import extras.fast                  from here on tiny_sd computes with these forms
-    tiny_sd.FAST.clear()                from here on by its own formulas again
-    importlib.reload(tiny_sd)           likewise, until this file is reloaded too
+    import extras.fast                  tiny_sd now computes with these forms
+    tiny_sd.FAST.clear()                tiny_sd uses its own formulas again
+    importlib.reload(tiny_sd)           the same, until this file is reloaded, too
 
 Importing this file changes the process:
 
-- OpenBLAS and Accelerate use one thread, since theirs would compete with the threads here;
+- OpenBLAS and Accelerate use one thread, since their threads would compete with those here;
 - on AMD's Zen 3 and 4 OpenBLAS uses its AVX2 kernels: Zen 4 computes AVX-512 in two halves, and is
   slower with it;
 - from the first operation on, glibc keeps freed memory for the next one.
 
-The first two are environment variables, which child processes inherit. Import this file before
-NumPy where you can: the kernels can be chosen only then.
+The first two are environment variables, which child processes inherit. If possible, import this
+file before NumPy: only then can it choose the kernels.
 
-A form stands for one exact formula. Edit the formula in tiny_sd.py, and its form steps aside with
-a line on stderr: what you see is what you wrote. tests/test_fast.py compares each form with its
-formula.
+Each form replaces one exact formula. If you edit the formula in tiny_sd.py, its form is switched
+off, with a line on stderr, so your code is what runs. tests/test_fast.py compares each form with
+its formula.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from pathlib import Path
 
 for variable in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(variable, "1")
-PROCESSOR = ""      # what Linux says of it
+PROCESSOR = ""      # Linux' description of it
 with contextlib.suppress(OSError):
     PROCESSOR = Path("/proc/cpuinfo").read_text()
 if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", PROCESSOR):
@@ -55,9 +55,9 @@ for library in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
         ctypes.CDLL(str(library)).scipy_openblas_set_num_threads64_(1)
 
 
-# ── Which form stands for which formula ─────────────────────────────────────────────────────────
+# ── Registering forms ───────────────────────────────────────────────────────────────────────────
 
-FINGERPRINTS = {   # of the formulas as they stand in tiny_sd.py
+FINGERPRINTS = {   # of the formulas in tiny_sd.py
     "conv2d": "ca01228e", "denoiser": "2b0b501e", "dot_product_attention": "c2bc283e",
     "gelu": "ab9e3eba", "group_norm": "0e5965a7", "layer_norm": "4222ca75", "linear": "d6a3e2f9",
     "sigmoid": "20c46529", "silu": "8ff020f8", "softmax": "d8d83192"}
@@ -82,7 +82,7 @@ def faster(*names):
                 function = getattr(tiny_sd, name)
                 formula = getattr(function, "formula", function)
                 known = fingerprint(formula) == FINGERPRINTS.get(name)
-            except OSError:     # no source at hand
+            except OSError:     # there is no source
                 known = False
             if not known:
                 tell(f"{name} was edited: {names[0]} is computed by its formula, more slowly")
@@ -94,15 +94,15 @@ def faster(*names):
 
 # ── Cores ──────────────────────────────────────────────────────────────────── REFERENCE §12 ──
 #
-# Three ideas carry all the speed. Fewer multiplications: Winograd's convolution needs a quarter.
-# Short ways: the work goes block by block, so that intermediate results stay in the cache. All
-# cores: NumPy releases Python's lock inside each operation, so plain threads compute side by side.
+# The speed comes from three ideas. Fewer multiplications: Winograd's convolution needs a quarter.
+# Small blocks: intermediate results stay in the cache. All cores: NumPy releases Python's lock
+# inside each operation, so plain threads can compute in parallel.
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start_pool():
-    """Make a pool of threads; a child made by fork needs its own, since threads stay behind."""
+    """Make a pool of threads; a forked child needs its own, since it inherits no threads."""
     global pool, idle
     pool, idle = ThreadPoolExecutor(cores), threading.Semaphore(cores - 1)
 
@@ -113,10 +113,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def parallel(work, items):
-    """Return [work(item), ...], computed by this thread and as many more as there are idle cores.
+    """Return [work(item), ...], computed by this thread and one more for each idle core.
 
-    Calls may nest: the two halves of guidance take a core each, and the blocks inside them find
-    more only where there are more.
+    Calls can be nested: the two halves of guidance use a core each, and the blocks inside them use
+    further cores if there are any.
     """
     keep_freed_memory()
     items, helpers = list(items), []
@@ -138,7 +138,7 @@ def parallel(work, items):
     while len(helpers) < len(items) - 1 and idle.acquire(blocking=False):
         try:
             helpers.append(pool.submit(help_out))
-        except RuntimeError:            # the system allows no more threads: go on without
+        except RuntimeError:            # the system allows no more threads: continue without
             idle.release()
             break
     drain()
@@ -163,32 +163,32 @@ def blocks(length, size):
 
 
 def shares(length, multiplications):
-    """Return a slice of length for each core; only one where waking another core takes longer."""
+    """Split length into a slice for each core, or one if waking other cores would take longer."""
     return blocks(length, -(-length // (cores if multiplications > 2 ** 22 else 1)))
 
 
 class Preparation:
-    """An array that is filled block by block, by every thread that needs it."""
+    """An array filled block by block, by every thread that needs it."""
 
     def __init__(self, array, fill, items):
         self.array, self.fill, self.left = array, fill, len(items)
         self.queue, self.lock, self.done = iter(items), threading.Lock(), threading.Event()
 
     def drain(self, _):
-        """Fill what no other thread has begun."""
+        """Fill blocks that no other thread has started."""
         try:
             for item in self.queue:
                 self.fill(item)
                 with self.lock:
                     self.left -= 1
         except BaseException:
-            self.done.set()     # no other thread waits for what will not come
+            self.done.set()     # so that no other thread waits forever
             raise
         if not self.left:
             self.done.set()
 
     def result(self):
-        """Help to fill the array; return it when it is full."""
+        """Help to fill the array; return it when it is complete."""
         if not self.done.is_set():
             parallel(self.drain, range(cores))
             self.done.wait()
@@ -225,7 +225,7 @@ def remembered(prepare):
                     del known[key]
             raise
         if new:
-            preparation.fill = None         # lets go of the weight
+            preparation.fill = None         # release the weight
             forget_pages(weight)
         return array
     prepared.known = known
@@ -244,7 +244,7 @@ def forget_pages(array):
 
 
 def rowwise(formula):
-    """Apply a formula that treats each row alike, in blocks of rows that fit in the cache."""
+    """Apply a formula that treats rows separately, in blocks of rows that fit in the cache."""
     @functools.wraps(formula)
     def blockwise(x, *args, **kwargs):
         if x.size <= 2 ** 18:
@@ -282,11 +282,11 @@ def gelu_by_tanh(x):
 
 
 FAST["each"] = parallel
-faster("denoiser")(like_diffusers.denoiser)     # which gives each half of guidance a core
+faster("denoiser")(like_diffusers.denoiser)     # it runs each half of guidance on its own cores
 
 
 def columns(weight):
-    """Return a linear layer's weight as (in, out), in which products read it fastest."""
+    """Return a linear layer's weight as (in, out), the fastest layout for products."""
     return transposed(weight) if isinstance(weight, Narrow) else weight.reshape(len(weight), -1).T
 
 
@@ -350,9 +350,9 @@ def blocked_group_norm(x, groups, delta, weight, bias):
 
 @faster("conv2d")
 def fast_conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
-    """Use Winograd's way for 3x3 filters of many channels, else one product of all windows."""
+    """Use Winograd's method for 3x3 filters with many channels, else one product of all windows."""
     out, kh, kw, c = weight.shape
-    pixels = x.shape[1] * x.shape[2]    # with few of them, reading the larger filters takes longest
+    pixels = x.shape[1] * x.shape[2]    # if few, reading the larger filters would dominate
     plain = (kh, kw, stride, padding) == (3, 3, 1, (1, 1))
     if plain and min(c, out) >= 32 and pixels >= 256:
         return winograd(x, weight, bias, 4 if pixels >= 1024 else 2)
@@ -398,7 +398,7 @@ def im2col(x, weight, bias, stride, padding):
     def block(at):
         rows, sums = view[at].reshape(-1, len(w)), y[at].reshape(-1, out)
 
-        def product(s):     # for the other core, where a small image is one block
+        def product(s):     # shared among cores, for small images of a single block
             np.matmul(rows, w[:, s], out=sums[:, s])
         parallel(product, shares(out, rows.size * out))
         if bias is not None:
@@ -438,7 +438,7 @@ def winograd(x, weight, bias, m):
     tiles = windows(x, (m + 2, m + 2), m, ((1, down * m + 1 - H), (1, across * m + 1 - W)))
     y = np.empty((n, down, m, across, m, out), x.dtype)
 
-    def block(s):       # about 128 tiles, so that all three steps find them in the cache
+    def block(s):       # about 128 tiles, so that they stay in the cache for all three steps
         d = tiles[:, s].transpose(3, 4, 0, 1, 2, 5).reshape(len(B), -1)
         V = (B.T @ d).reshape(len(B), -1, C)
         Y = np.empty((*V.shape[:2], out), x.dtype)
@@ -456,7 +456,7 @@ def winograd(x, weight, bias, m):
 # ── Attention ───────────────────────────────────────────────────────────────────────────────────
 
 
-# NumPy's exp2 is the quicker one with AVX-512; without, it is scalar, and exp twice as quick.
+# With AVX-512 NumPy's exp2 is faster than exp; without, it is scalar, and exp is twice as fast.
 power, log_base = (np.exp2, math.log(2)) if "avx512dq" in PROCESSOR else (np.exp, 1.0)
 
 
@@ -471,7 +471,7 @@ def blocked_attention(q, k, v, causal=False):
         return dot_product_attention.formula(q, k, v, causal)
     out = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype)
     scale = 1 / (log_base * math.sqrt(q.shape[-1]))             # eˢ = bᵖ for p = s / log b
-    k = (k - k.mean(axis=-2, keepdims=True)) * scale            # which softmax cannot see
+    k = (k - k.mean(axis=-2, keepdims=True)) * scale            # softmax cancels the mean
     bound = np.sqrt((q * q).sum(-1).max(-1) * (k * k).sum(-1).max(-1))      # |q·k| <= |q| |k|
 
     def block(at):
