@@ -619,7 +619,7 @@ def test_only_control_networks_are_replaced(state, tmp_path, capsys):
 def test_finished_stages_are_left_alone(state, capsys):
     before = (state / "vae.pt").read_bytes()
     train("vae", state, "--steps", 2)
-    assert "vae: finished, after 2 steps" in capsys.readouterr().err
+    assert "vae: finished after 2 steps" in capsys.readouterr().err
     assert (state / "vae.pt").read_bytes() == before
 
 
