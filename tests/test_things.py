@@ -46,8 +46,8 @@ def test_words_that_were_never_learnt(prompt, new):
 
 def test_what_is_near(model, capsys):
     assert [*things.remarks(KNOWN, "something hot")] == [
-        'the model knows nothing in "something hot", but hot dog: --things lists the 3 things that '
-        "it can draw"]
+        'the model knows nothing in "something hot", but hot dog: --things lists the 3 things it '
+        "can draw"]
     for word, said in ("cat", "cat (kitty)\n"), ("HOT", "hot dog\n"), (
             "spaceship", "no thing has spaceship in its name; the nearest is rocket\n"), (
             "zzz", "no thing has zzz in its name\n"):
