@@ -217,7 +217,7 @@ def test_half_precision_and_pickles(dtype, suffix, taesd, tmp_path, folder, back
 def test_a_decoder_alone_draws_but_reads_no_picture(halves, tmp_path, folder):
     model = load(folder, shutil.copy(halves / "taesd_decoder.safetensors", tmp_path))
     assert drawn(model, "a cat", steps=1).shape == (1, 64, 64, 3)
-    with pytest.raises(tiny_sd.UserError, match="encoder's file beside"):
+    with pytest.raises(tiny_sd.UserError, match="encoder's file next to"):
         like_diffusers.generate(model, "a cat", steps=2, init=PICTURE)
     alone = tmp_path / "alone"
     alone.mkdir()

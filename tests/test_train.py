@@ -610,7 +610,7 @@ def test_only_control_networks_are_replaced(state, tmp_path, capsys):
     for out in state / "emoji", state / "emoji/unet":
         before = contents(out)
         said = refused(capsys, "control", state, "--steps", 3, "--out", out)
-        assert "is no model of ours (it has no config.json of a ControlNetModel)" in said
+        assert "is not one of our models (it has no config.json of a ControlNetModel)" in said
         assert contents(out) == before
     said = refused(capsys, "control", tmp_path, "--steps", 3)
     assert said == f"train.py: {tmp_path / 'unet.pt'} is missing: run the stage unet first"
