@@ -540,14 +540,14 @@ def test_big_endian_numbers_are_refused(path):
 def test_no_tensors(path):
     for saved in ([], 5, {"state_dict": []}, {3: torch.zeros(2)}, {"a": 1}, {"state_dict": {}}):
         torch.save(saved, path)
-        assert "no tensors" in refusal(path, read_tensors)
+        assert "no named tensors" in refusal(path, read_tensors)
 
 
 def test_a_state_dict_within_itself(path):
     saved = {"a": 1}
     saved["state_dict"] = saved
     write(path, pickle.dumps(saved))
-    assert "no tensors" in refusal(path, read_tensors)
+    assert "no named tensors" in refusal(path, read_tensors)
 
 
 def test_no_file(path):

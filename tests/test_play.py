@@ -538,7 +538,7 @@ def test_a_file_that_is_no_picture_is_named(page, tmp_path):
     page.locator("#notes", has_text="no.png is not a picture").wait_for()
     page.locator("#seed").fill("3")
     assert wait_for(lambda: " -s 3 " in page.locator("#command").inner_text())
-    assert re.search(" -i .* # this file is there until", page.locator("#command").inner_text())
+    assert re.search(" -i .* # this file exists until", page.locator("#command").inner_text())
     finished(page)
 
 

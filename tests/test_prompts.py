@@ -420,8 +420,8 @@ def test_the_flag_wins_over_the_tag():
     ("<lora:../l:1>", "there is no such LoRA"), ("<lora:..:1>", "there is no such LoRA"),
     ("<lora:/etc/passwd>", "there is no such LoRA"),
     ("<lora:l:x>", "it is not of the form <lora:name"),
-    ("<lora:l:nan>", "it does not read"),
-    ("<lora:l:1e308>", "it does not read"), ("<lora:l:1:0.5>", "it does not read"),
+    ("<lora:l:nan>", "it is not of the form"),
+    ("<lora:l:1e308>", "it is not of the form"), ("<lora:l:1:0.5>", "it is not of the form"),
     ("<hypernet:l:1>", "only tags <lora:name:weight> work here")])
 def test_a_tag_that_cannot_be_followed_is_refused(run, beside, lora, tmp_path, tag, said):
     shutil.copy(lora, tmp_path / "models" / "l.safetensors")

@@ -310,7 +310,7 @@ def test_in_half_precision(folder):
     ("unet", {"addition_time_embed_dim": None}, "projection_class_embeddings_input_dim 80"),
     ("unet", {"addition_time_embed_dim": 31}, "addition_time_embed_dim cannot be 31"),
     ("unet", {"projection_class_embeddings_input_dim": 99}, "projection_class_embed.* 272"),
-    ("unet", {"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block.*differ in number"),
+    ("unet", {"transformer_layers_per_block": [1, 2]}, "_layers_per_block.*differ in number"),
     ("unet", {"transformer_layers_per_block": 0}, r"transformer_layers_per_block cannot be \[0, 0"),
     ("unet", {"transformer_layers_per_block": [1, [2], 3]}, "transformer_layers_per_block cannot"),
     ("unet", {"transformer_layers_per_block": [1, 2, 4]}, "transformer_blocks.3.* is missing"),
