@@ -37,7 +37,7 @@ OWN = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_bl
 
 @functools.lru_cache(4)
 def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
-    """Return the nested weights of a control network in a file, or in a folder of diffusers.
+    """Return the nested weights of a control network in a file or a diffusers folder.
 
     n: ResNet blocks a level of the U-Net's way up, by which the original names count.
     """
@@ -66,7 +66,7 @@ def without_attention(flat):
 
 
 def check_control(path, weights, model):
-    """UserError unless the network steers this model: it is a copy of its way down, and whole."""
+    """UserError unless the network is complete and fits this model, as a copy of its way down."""
     def shapes(tree, parts):
         return {name: tuple(array.shape) for name, array in flatten(
             {part: tree[part] for part in parts if part in tree}).items()}
@@ -98,7 +98,7 @@ def hint_features(picture, conv_in, blocks, conv_out):
     """Shrink the other picture (1, 8 h, 8 w, 3) in [0, 1] to (1, h, w, 320)."""
     h = silu(conv2d(picture, **conv_in))
     for i, block in enumerate(blocks):
-        h = silu(conv2d(h, **block, stride=1 + i % 2))      # every second halves it
+        h = silu(conv2d(h, **block, stride=1 + i % 2))      # every second one halves the size
     return conv2d(h, **conv_out)
 
 
@@ -144,9 +144,9 @@ def steered(model, x, temb, context, added):
 
 
 class Control:
-    """A control network and what it sees: picture (height, width, 3) of uint8.
+    """A control network and its picture (height, width, 3) of uint8.
 
-    strength: multiplies what it adds. start, end: shares of the steps between which it adds it.
+    strength: a factor for its outputs. start, end: the part of the steps in which it acts, 0 to 1.
     """
 
     def __init__(self, model, weights, picture, strength=1.0, start=0.0, end=1.0):
@@ -165,12 +165,12 @@ class Control:
                 f"as the model's: to {tuple(self.hint.shape)}, not {wanted}")
 
     def count(self, step, n):
-        """Say that step `step` of n is next, counted from 0."""
+        """Note that step `step` of n is next, counted from 0."""
         inside = step / n >= self.start and (step + 1) / n <= self.end
         self.now = self.strength if inside else 0.0
 
     def added(self, model, x, t, context, pooled):
-        """Return what is added to the U-Net's middle and skips at x (batch, h, w, 4), or None."""
+        """Return what to add to the U-Net's middle and skips at x (batch, h, w, 4), or None."""
         if not self.now:
             return None
         middle, skips = residuals(self.weights, model, x, self.hint, t, context, pooled)

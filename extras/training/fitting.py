@@ -30,10 +30,10 @@ from tiny_sd import UserError, require, tell
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
 class Schedule(NamedTuple):
-    """How long to train, how fast, and what to do on the way."""
+    """How long and how fast to train, and how often to save and show samples."""
     minutes: float = 30
     steps: int = None       # instead of minutes
-    batch: int = None       # pictures in a step, over all processes, instead of the setting's
+    batch: int = None       # pictures per step, over all processes, instead of the setting's
     rate: float = None      # instead of the setting's
     bank: int = None        # scenes encoded ahead
     seed: int = 0
@@ -41,22 +41,22 @@ class Schedule(NamedTuple):
     show_every: float = 600     # seconds
 
     def progress(self, step, seconds):
-        """The fraction of the steps, or else of the minutes, that is over."""
+        """The fraction of the steps, or else of the minutes, that is done."""
         return step / self.steps if self.steps else seconds / (60 * self.minutes)
 
     def rate_at(self, step, progress):
-        """The learning rate: up during fifty steps, then down to a hundredth, along a cosine."""
+        """The learning rate: it rises for fifty steps, then falls to a hundredth along a cosine."""
         return self.rate * min(1, (step + 1) / 50) * (
             0.01 + 0.99 * math.cos(progress * math.pi / 2) ** 2)
 
 
 def process():
-    """(which process this is, how many there are)."""
+    """(rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join_processes(device):
-    """Find the other processes, where torchrun started several."""
+    """Connect to the other processes if torchrun started several."""
     if "RANK" not in os.environ:
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -65,7 +65,7 @@ def join_processes(device):
 
 
 def share_of_batch(stage, schedule):
-    """How many pictures of each step this process draws; each draws others."""
+    """The number of pictures that this process draws in each step."""
     _, ranks = process()
     require(schedule.batch % ranks == 0, f"{stage}: {schedule.batch} pictures a step cannot be "
             f"shared by {ranks} processes: give --batch a multiple of {ranks}")
@@ -82,7 +82,7 @@ def as_one(tensors, exchange):
 
 # ── Parameters ──────────────────────────────────────────────────────────────────────────────────
 
-# Where a residual branch ends: with weights of 0, every branch begins as nothing.
+# The last layer of each residual branch: with weights of 0, every branch starts as zero.
 ZERO = ("conv2.weight", "to_out.0.weight", "net.2.weight", "proj_out.weight", "out_proj.weight",
         "fc2.weight")
 
@@ -107,9 +107,9 @@ def initial(shapes, seed, zero=ZERO):
 # ── The optimizer ───────────────────────────────────────────────────────────────────────────────
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, whose step for each matrix is made orthogonal (Jordan et al., 2024).
+    """Momentum with an orthogonalised step for each matrix (Jordan et al., 2024).
 
-    torch's own computes in bfloat16, which processors without instructions for it take minutes for.
+    torch's own version computes in bfloat16, which takes minutes on processors that lack it.
     """
 
     @torch.no_grad()
@@ -128,10 +128,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """A matrix near U Vᵀ for x = U S Vᵀ, by Newton and Schulz's iteration.
+    """A matrix near U Vᵀ for x = U S Vᵀ, by Newton-Schulz iteration.
 
-    Each of five rounds multiplies X by a polynomial of A = X Xᵀ. The small matrix A is all that
-    these need: Q gathers them, and X is multiplied once.
+    Each of five rounds multiplies X by a polynomial in A = X Xᵀ. The polynomials need only the
+    small matrix A: Q accumulates them, and X is multiplied once.
     """
     if len(x) > x.shape[1]:
         return orthogonal(x.T).T
@@ -147,8 +147,8 @@ def orthogonal(x):
 class Optimizer:
     """Muon for the matrices inside a network and AdamW for the rest, over all processes.
 
-    params: {name: tensor}, which change in place. It keeps their running average, and sets the
-    rate by the schedule; fit() sets progress. parts: optimizers instead of those two.
+    params: {name: tensor}, changed in place. Keeps their running average, and sets the rate from
+    the schedule; fit() sets progress. parts: optimizers to use instead of those two.
     """
 
     def __init__(self, params, schedule, parts=None):
@@ -182,7 +182,7 @@ class Optimizer:
                              1 - min(0.998, self.taken / (self.taken + 10)))
 
     def restore(self, checkpoint):
-        """Go on where a checkpoint was kept; UserError where it does not fit."""
+        """Resume from a checkpoint; UserError if it does not fit."""
         found, mean = checkpoint["params"], checkpoint["mean"]
         for name, p in self.params.items():
             require(name in found and found[name].shape == p.shape == mean[name].shape,
@@ -193,7 +193,7 @@ class Optimizer:
         try:
             for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
                 part.load_state_dict(saved)
-        except Exception as error:      # of whatever kind torch raises
+        except Exception as error:      # torch raises many kinds
             raise UserError(f"what was kept does not fit, remove it: {error}") from None
         self.taken = checkpoint["step"]
 
@@ -204,7 +204,7 @@ class Optimizer:
 
 
 class State:
-    """The folder of what training keeps, and the device to load it to.
+    """The folder for the state of the training, and the device to load it to.
 
     STAGE.pt: {"params": {name: tensor}, "mean": their running average, "optimizers", "step",
     "seconds", "losses"}.
@@ -217,7 +217,7 @@ class State:
         return self.folder / f"{stage}.pt"
 
     def load(self, stage):
-        """What a stage kept, or nothing."""
+        """The saved state of a stage, or {}."""
         path = self.path(stage)
         if not path.exists():
             return {}
@@ -227,13 +227,13 @@ class State:
             whole = whole and math.isfinite(sum(kept["losses"])) and all(
                 isinstance(p, torch.Tensor) for part in ("params", "mean")
                 for p in kept[part].values())
-        except Exception as error:      # of whatever kind torch and pickle raise
+        except Exception as error:      # torch and pickle raise many kinds
             raise UserError(f"{path} is not whole: remove it ({str(error)[:100]})") from None
         require(whole, f"{path} was not kept by this program: remove it")
         return kept
 
     def save(self, stage, checkpoint):
-        whole = io.BytesIO()    # torch itself answers a full disk with an abort
+        whole = io.BytesIO()    # on a full disk torch.save would abort the process
         torch.save(checkpoint, whole)
         with replace_atomically(self.path(stage)) as temporary:
             temporary.write_bytes(whole.getbuffer())
@@ -242,7 +242,7 @@ class State:
 # ── The loop ────────────────────────────────────────────────────────────────────────────────────
 
 def minimize(loss, optimizer, batches):
-    """Lower loss(*batch), a step for each batch; yield its values. tiny_sd.train is alike."""
+    """Minimise loss(*batch), one step per batch; yield its values, as tiny_sd.train does."""
     for batch in batches:
         value = loss(*batch)
         optimizer.zero_grad()
@@ -252,11 +252,11 @@ def minimize(loss, optimizer, batches):
 
 
 def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
-    """Draw from losses, each of which takes a step, until the schedule ends; return the seconds.
+    """Take steps by iterating over losses until the schedule ends; return the seconds.
 
-    rng: what losses draws its batches by; it begins each step at a state of the step's own, so
-    that a training that resumes takes the same steps. show() -> a picture for STATE/stage.png, for
-    at most a tenth of the time. dtype: to compute in, instead of the faster one.
+    rng: the generator that losses uses; its state is set from the number of each step, so that a
+    resumed training takes the same steps. show() -> a picture for STATE/stage.png, called for at
+    most a tenth of the time. dtype: to compute in, instead of the faster one.
     """
     kept = state.load(stage)
     if kept:
@@ -295,7 +295,7 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
                 to_show = now + max(schedule.show_every, 10 * took)
 
     keep()
-    if dist.is_initialized():       # the next stage reads what the first process kept
+    if dist.is_initialized():       # the next stage reads what the first process saved
         dist.barrier()
     if stop:
         tell(f"step {optimizer.taken} is kept in {state.path(stage)}: the same command resumes "
@@ -307,7 +307,7 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
 
 
 def begin_step(rng, seed, step, stage):
-    """Put the random generators to where this step begins, in this process."""
+    """Seed the random generators for this step of this process."""
     key = [seed, step, zlib.crc32(stage.encode()), process()[0]]
     rng.bit_generator.state = np.random.default_rng(key).bit_generator.state
     torch.manual_seed(int(rng.integers(2 ** 31)))
@@ -326,9 +326,9 @@ def agree(device, seconds, loss, stop):
 
 @contextlib.contextmanager
 def signals_wait():
-    """Yield a list for the signal that would end the program here; a second one does.
+    """Yield a list that collects a signal, instead of ending the program; a second one ends it.
 
-    So what is kept is always a whole step.
+    So only whole steps are saved.
     """
     caught = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -342,7 +342,7 @@ def signals_wait():
             signal.signal(number, handler)
 
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:       # as under nohup
+        if handler != signal.SIG_IGN:       # keep signals ignored, as nohup ignores SIGHUP
             signal.signal(number, catch)
     try:
         yield caught
@@ -358,17 +358,17 @@ def advance(bar, optimizer, record, schedule):
 
 
 def save_sample(stage, state, show):
-    """Write STATE/stage.png, if that is possible."""
+    """Write STATE/stage.png, if possible."""
     if process()[0] == 0:
         try:
             with replace_atomically(state.folder / f"{stage}.png") as unfinished:
                 Image.fromarray(show()).save(unfinished, "PNG")
-        except (UserError, MemoryError, RuntimeError) as error:     # which torch has for memory
+        except (UserError, MemoryError, RuntimeError) as error:     # torch's is for lack of memory
             tell(f"there is no sheet this time: {error}")
 
 
 def grid(pictures, columns):
-    """Pictures (n, height, width, 3) as one, row by row; the last row is filled with white."""
+    """Join pictures (n, height, width, 3) row by row; fill up the last row with white."""
     pictures = np.asarray(pictures)
     empty = np.full_like(pictures[:1], 255).repeat(-len(pictures) % columns, 0)
     rows = np.concatenate([pictures, empty]).reshape(-1, columns, *pictures.shape[1:])
