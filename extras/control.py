@@ -57,7 +57,7 @@ def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
 
 
 def without_attention(flat):
-    """Return those of {name: x} of a way down that a small control network has.
+    """Return the items of {name: x}, of a way down, that a small control network has.
 
     diffusers' "DownBlock2D" and "UNetMidBlock2D": the middle is a single ResNet block then.
     """
@@ -113,7 +113,7 @@ def way_down(x, temb, context, n_head, groups, down_blocks, mid_block=None):
 
 
 def residuals(weights, model, x, hint, t, context, pooled=None):
-    """Return what a network adds to the U-Net's middle and to its skips at x (batch, h, w, 4).
+    """Return a network's residuals for the U-Net's middle and skips at x (batch, h, w, 4).
 
     hint: of hint_features; t: one time, or one of each picture.
     """
@@ -130,7 +130,7 @@ def residuals(weights, model, x, hint, t, context, pooled=None):
 
 
 def steered(model, x, temb, context, added):
-    """Return what tiny_sd.unet does, with the residuals of some networks added (9.20)."""
+    """Like tiny_sd.unet, with the residuals of control networks added (9.20)."""
     unet, heads, size = model.unet, model.config.unet.n_head, model.config.unet.norm_num_groups
     h, skips = way_down(conv2d(x, **unet["conv_in"]), temb, context, heads, size,
                         unet["down_blocks"], unet.get("mid_block"))
@@ -178,7 +178,7 @@ class Control:
 
 
 def predict(controls, model, x, t, context, pooled=None, guidance=1.0):
-    """Do what tiny_sd.predict does, steered by control networks."""
+    """Like tiny_sd.predict, but steered by control networks."""
     x = array_like(context, x)
     added = [control.added(model, x, t, context, pooled) for control in controls]
     temb = model.embed_time(model, x, np.full(len(x), t), pooled, guidance)
