@@ -44,7 +44,7 @@ from extras.start import import_problem
 from extras.things import describe_things, known_things
 from tiny_sd import SAMPLERS, UserError, require, tell
 
-tqdm.monitor_interval = 0       # needs no thread of its own
+tqdm.monitor_interval = 0       # do without tqdm's monitor thread
 
 # ── Options ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -156,7 +156,7 @@ class Worker:
             thread.start()
 
     def watch(self, process, said, readers):
-        """Tell when the process ends by itself."""
+        """Report when the process ends unexpectedly."""
         process.wait()
         for reader in readers:      # its pipes stay open where a changed line started another one
             reader.join(1)

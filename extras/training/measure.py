@@ -183,7 +183,7 @@ def unshown_relations(things, n):
 
 def other_relations(subject, manner):
     """The same two things in other relations, and swapped."""
-    sets_apart = {"and": "next to", "next to": "and"}       # which look alike
+    sets_apart = {"and": "next to", "next to": "and"}       # these look the same
     for relation in taught(RELATIONS):
         if relation not in ("between", subject.relation, sets_apart.get(subject.relation)):
             yield subject._replace(relation=relation), manner

@@ -96,7 +96,7 @@ def sheet_row(artist, captions, args):
 
 OPTIONS = [     # (flags, type, default, help)
     ("-o --output", Path, None, "the .safetensors to write, for --lora"),
-    ("-m --model", str, tiny_sd.HERE / "weights" / "emoji", "as tiny_sd.py takes it (emoji)"),
+    ("-m --model", str, tiny_sd.HERE / "weights" / "emoji", "a model, as for tiny_sd.py (emoji)"),
     ("--caption", str, None, "for the pictures that have no .txt"),
     ("--keep", Path, None, "a file of prompts that the model should not forget, one per line (the "
                            "things that its folder lists)"),
