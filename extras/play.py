@@ -229,7 +229,7 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        except (AttributeError, OSError, ValueError):       # the process is gone
+        except (AttributeError, OSError, ValueError, RecursionError):    # gone, or too deep
             if answers := self.queues.get(request["id"]):
                 answers.put({"event": "error", "text": "the process that draws has ended"})
                 answers.put({"event": "end"})

@@ -414,6 +414,16 @@ def test_a_change_that_starts_another_process(monkeypatch):
     assert said["state"] == "broken" and "\nZeroDivisionError" in said["text"]
 
 
+def test_a_request_that_is_too_deep_to_pass_on():
+    """It may be just deep enough to be read."""
+    worker, deep = play.Worker([]), []
+    for _ in range(100_000):
+        deep = [deep]
+    worker.process = SimpleNamespace(stdin=io.BytesIO())
+    _, answers = worker.ask({"ask": "draw", "prompt": deep})
+    assert [answers.get(timeout=1)["event"] for _ in range(2)] == ["error", "end"]
+
+
 @pytest.mark.parametrize("module, name", [(play, "LESSON"), (play.sys, "executable")])
 def test_a_process_that_cannot_be_started(module, name, monkeypatch):
     """As when tiny_sd.py is gone for a moment: the page stays, and the next change starts it."""

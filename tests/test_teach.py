@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -737,6 +738,18 @@ def test_a_loss_that_is_not_finite_is_one_line(run, monkeypatch):
 def test_models_that_are_not_taught(changes, run, folder_with):
     status, _, (line,) = run("--steps", 1, model=folder_with(unet=make_unet(**changes)))
     assert status == 2 and "cannot be taught" in line
+
+
+def test_one_endless_prompt_to_keep(monkeypatch):
+    """The others do not take as much memory."""
+    monkeypatch.setattr(teach, "encode_pictures", lambda *_: ([np.zeros((1, 2, 2, 4))], ["a"]))
+    monkeypatch.setattr(teach, "draw", lambda *_: np.zeros((1, 2, 2, 4)))
+    prompts = ["x" * 10 ** 5, *map(str, range(2000))]
+    tracemalloc.start()
+    _, captions = teach.lessons(None, [], prompts, SimpleNamespace(seed=0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 ** 7 and {*captions[-100:]} < {*prompts}
 
 
 def test_it_runs_as_a_program(pictures, tiny):
