@@ -83,7 +83,7 @@ def test_the_mask_is_resized_as_its_picture(run):
     for resize in files.RESIZE:
         _, out, err = run("red", "-i", "in.png", "--mask", "mask.png", "--resize", resize)
         drawn[resize] = Image.open(out[0])
-        assert any("is cut" in line for line in err) == (resize == "crop")
+        assert any("is cropped" in line for line in err) == (resize == "crop")
         init = files.read_picture("in.png", 16, 16, resize=resize)
         assert parse(drawn[resize])[2].get("Resize", "crop") == resize and init.shape == (16, 16, 3)
     assert len({picture.tobytes() for picture in drawn.values()}) == 3
@@ -217,7 +217,7 @@ def test_only_what_is_masked_is_drawn_and_large(run, draw):
     Image.fromarray(mask).save("mask.png")
     flags = ["red", "-i", "in.png", "--mask", "mask.png"]
     _, _, err = run(*flags, "--only-masked", "4", "-o", "ours.png")
-    assert not any("is cut" in line for line in err)
+    assert not any("is cropped" in line for line in err)
     ours = Image.open("ours.png")
     box = larger.box_around(mask, 4, 16, 16)
     assert box == (66, 15, 82, 31)
