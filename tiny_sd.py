@@ -1309,7 +1309,8 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
         return assemble(folder.resolve().name, *parts, backend, device, dtype)
     except UserError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
+            RecursionError) as error:
         raise UserError(f"{folder}: its configs do not describe a Stable Diffusion: "
                         f"{error!r}") from None
 

@@ -368,6 +368,14 @@ def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
         tiny_sd.load(folder)
 
 
+def test_the_plain_loader_refuses_a_name_without_end(tmp_path):
+    folder = write_model(tmp_path / "tiny")
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"a." * 3000 + "weight": torch.zeros(1)}, path)
+    with pytest.raises(tiny_sd.UserError, match="recursion"):
+        tiny_sd.load(folder)
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [({"seeds": 0}, "seeds"), ({"seeds": ()}, "seeds"),
