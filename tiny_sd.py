@@ -23,8 +23,8 @@ Three conventions carry the whole file.
 
 1. A layer is a function of arrays.
 2. Its weights are a nested mapping with the checkpoint's names as keys, passed as keyword
-   arguments: `resnet(x, temb, groups, delta, **weights)`. Where they are passed so, a name that the
-   function does not take, or one that it needs and the checkpoint lacks, raises TypeError.
+   arguments: `resnet(x, temb, groups, delta, **weights)`. Python checks the names in such a call:
+   an unknown weight, or a missing one, raises TypeError.
 
        >>> model.unet["down_blocks"][0]["resnets"][0]["conv1"]["weight"].shape
        (64, 3, 3, 64)
@@ -32,7 +32,7 @@ Three conventions carry the whole file.
 3. Images are channels last, (batch, height, width, channels), so that a linear layer, a 1x1
    convolution and the projections of attention are one operation, `x @ w.T`.
 
-Shapes beside the code are those of Stable Diffusion 1.5. The bundled model is the same, smaller:
+Shapes beside the code are those of Stable Diffusion 1.5; the bundled model's are smaller:
 
                              Stable Diffusion 1.5       bundled
     picture                  512 x 512                  128 x 128
@@ -42,9 +42,9 @@ Shapes beside the code are those of Stable Diffusion 1.5. The bundled model is t
     the U-Net predicts       the noise                  the velocity (6.14)
 
 (6.2) is an equation in NOTES.md, whose sections follow this file's. Training (§8) needs torch, for
-gradients. extras/ holds what the lesson can do without: all options, speed, other file formats, and
-the timesteps and random numbers of other programs. With extras/ beside this file the command uses
-it; otherwise the small program at the end runs, and a seed gives a different picture.
+gradients. extras/ has everything else: all options, speed, other file formats, and the timesteps
+and random numbers of other programs. With extras/ beside this file the command uses it; otherwise
+the small program at the end runs, and a seed gives a different picture.
 """
 
 import argparse
@@ -96,10 +96,10 @@ def tell(message):
 
 # ── 1. Arrays and primitives ─────────────────────────────────────────────────────── NOTES §1 ──
 #
-# Each primitive is defined by its formula in NumPy. Given a torch tensor it runs torch's form of it
-# instead (TORCH, below), so the networks are written once and run on both libraries.
+# Each primitive is defined by its formula in NumPy. Given a torch tensor it calls torch's own
+# version (TORCH, below), so the networks are written once and run on both libraries.
 
-FAST = {}       # {name: a quicker form for NumPy arrays}; extras/fast.py fills it
+FAST = {}       # {name: a faster form for NumPy arrays}; extras/fast.py fills it
 
 
 def primitive(formula):
@@ -120,7 +120,7 @@ def primitive(formula):
 def linear(x, weight, bias=None):
     """Return x Wᵀ + b over the last axis (1.1).
 
-    weight: (out, in), or (out, 1, 1, in) of a 1x1 convolution, which is the same thing.
+    weight: (out, in), or (out, 1, 1, in): a 1x1 convolution is the same operation.
     """
     y = x @ weight.reshape(len(weight), -1).T   # (..., in) -> (..., out)
     return y if bias is None else y + bias
@@ -146,7 +146,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
 def group_norm(x, groups, delta, weight, bias):
     """Normalise each group of channels of each image, then scale and shift (1.5).
 
-    Wu and He, 2018. x: (batch, height, width, channels). delta keeps the root from being 0.
+    Wu and He, 2018. x: (batch, height, width, channels). delta keeps the divisor above 0.
     """
     B, H, W, C = x.shape
     g = x.reshape(B, H * W, groups, C // groups)        # mean and variance over axes 1 and 3
@@ -212,7 +212,7 @@ def dot_product_attention(q, k, v, causal=False):
     q: (batch, heads, queries, d); k, v: (batch, heads, keys, d). Returns the shape of q.
     """
     scores = q @ k.mT / math.sqrt(q.shape[-1])          # (batch, heads, queries, keys)
-    if causal:      # a token sees itself and those before it
+    if causal:      # a token sees only itself and earlier tokens
         scores = scores + np.triu(np.full(scores.shape[-2:], -np.inf, scores.dtype), 1)
     return softmax(scores) @ v
 
@@ -247,7 +247,7 @@ def to_numpy(x):
 def byte_symbols():
     """Return {byte: character} in the vocabulary's order. Radford et al., 2019.
 
-    Bytes with no printable character, such as the space, get one from 256 up.
+    Bytes without a printable character, such as the space, get characters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -263,7 +263,7 @@ class Tokenizer:
     tokens. length: how many ids the model takes. pad: the padding token.
     """
     BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-    # Unicode's White_Space; Python's \s has \x1c to \x1f as well
+    # Unicode's White_Space; Python's \s also matches \x1c to \x1f
     SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
     def __init__(self, merges, vocab=None, length=77, pad=EOS):
@@ -280,10 +280,10 @@ class Tokenizer:
         """Lower-case, then split into runs of letters, single digits and runs of symbols.
 
         White space only separates. Python's re has no class for the letters of every script, so
-        the pattern lists those in this text.
+        the pattern lists the ones in this text.
         """
         text = unicodedata.normalize("NFC", text)
-        text = "".join(c.lower() for c in text)     # text.lower() would make a final Σ a ς
+        text = "".join(c.lower() for c in text)     # text.lower() would turn a final Σ into ς
         others = sorted(c for c in set(text) if not c.isascii())    # English: none, one pattern
         letters = "a-z" + "".join(filter(str.isalpha, others))
         digits = "0-9" + "".join(c for c in others if unicodedata.category(c)[0] == "N")
@@ -311,7 +311,7 @@ class Tokenizer:
     def tokens(self, text):
         """Return the ids of a text of any length, without BOS and EOS around it.
 
-        Special tokens in the text, the padding one among them, become their ids, as in CLIP.
+        Special tokens in the text, including the padding token, become their ids, as in CLIP.
         """
         symbols, special = [], (self.BOS, self.EOS, self.symbol[self.pad])
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
@@ -319,7 +319,7 @@ class Tokenizer:
                 symbols.append(piece)
             else:
                 symbols += [symbol for word in self.words(piece) for symbol in self.merge(word)]
-        unknown = self.vocab[self.EOS]      # what a symbol not in the vocabulary becomes
+        unknown = self.vocab[self.EOS]      # the id of any symbol not in the vocabulary
         return [self.vocab.get(symbol, unknown) for symbol in symbols]
 
     def encode(self, text):
@@ -415,8 +415,8 @@ def resnet(x, temb, groups, delta, norm1, conv1, norm2, conv2,
 def vae_attention(x, groups, **weights):
     """Self-attention among all pixels of an image, with one head.
 
-    weights: the checkpoint's group_norm, to_q, to_k, to_v and to_out; as one mapping, since a
-    parameter named group_norm would hide the function.
+    weights: the checkpoint's group_norm, to_q, to_k, to_v and to_out; as one mapping, because a
+    parameter named group_norm would shadow the function.
     """
     B, H, W, C = x.shape
     h = group_norm(x, groups, 1e-6, **weights.pop("group_norm"))
@@ -513,7 +513,7 @@ def transformer_block(x, context, n_head, norm1, attn1, norm2, attn2, norm3, ff)
 def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, proj_out):
     """Treat the pixels of x (batch, height, width, channels) as the tokens of a sequence.
 
-    The delta of this GroupNorm is 1e-6, as in the VAE; the U-Net's other GroupNorms have 1e-5.
+    The delta of this GroupNorm is 1e-6, as in the VAE; the U-Net's other GroupNorms use 1e-5.
     """
     B, H, W, C = x.shape
     h = linear(group_norm(x, groups, 1e-6, **norm), **proj_in).reshape(B, H * W, C)
@@ -525,7 +525,7 @@ def transformer(x, context, n_head, groups, norm, proj_in, transformer_blocks, p
 def down_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), downsamplers=()):
     """One level on the way down, or the middle: return its output, and push skips for the way up.
 
-    x: (batch, height, width, channels). Each step of the loop, and the downsampler, leaves a skip.
+    x: (batch, height, width, channels). Each step of the loop, and the downsampler, pushes a skip.
     """
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(x, temb, groups, 1e-5, **resnet_weights)
@@ -539,7 +539,7 @@ def down_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), 
 
 
 def up_block(x, skips, temb, context, n_head, groups, resnets, attentions=(), upsamplers=()):
-    """One level on the way up: each ResNet block also sees a skip, the latest left (5.5)."""
+    """One level on the way up: each ResNet block also gets the latest unused skip (5.5)."""
     for resnet_weights, attention_weights in zip_longest(resnets, attentions):
         x = resnet(concat(x, skips.pop()), temb, groups, 1e-5, **resnet_weights)
         if attention_weights:
@@ -556,8 +556,8 @@ def unet(x, temb, context, n_head, groups, conv_in, down_blocks, up_blocks, conv
 
     Ronneberger et al., 2015; Rombach et al., 2022. x: (batch, h, w, 4); temb: the time embedding
     (batch, 1280), from embed_time; context: (batch, tokens, width); n_head: attention heads of each
-    level, the largest image first; groups: of every GroupNorm. time_embedding and add_embedding are
-    among the U-Net's weights, and embed_time has applied them already. Returns (batch, h, w, 4).
+    level, from the largest image down; groups: for every GroupNorm. time_embedding and
+    add_embedding are unused here: embed_time has applied them. Returns (batch, h, w, 4).
     Pruned models have no middle. Each level of Stable Diffusion 1.5, as (height, width, channels)
     after its ResNet blocks, and after resampling:
 
@@ -569,7 +569,7 @@ def unet(x, temb, context, n_head, groups, conv_in, down_blocks, up_blocks, conv
     """
     x = conv2d(x, **conv_in)                                            # (batch, 64, 64, 320)
 
-    skips = [x]     # a stack, 12 in the end: 1 of conv_in, then 3 + 3 + 3 + 2
+    skips = [x]     # a stack, 12 in the end: 1 from conv_in, then 3 + 3 + 3 + 2
     for heads, block in zip(n_head, down_blocks):
         x = down_block(x, skips, temb, context, heads, groups, **block)
 
@@ -681,7 +681,7 @@ def dpm_pp_2m(denoise, x, steps, noise=None):
         x_0, _ = denoise(x, t, alpha_bar)
         sigma, sigma_next = sigma_of(alpha_bar), sigma_of(alpha_bar_next)
 
-        target = x_0        # x̂_0, extrapolated where there is a history
+        target = x_0        # x̂_0, extrapolated if there is a history
         if previous and sigma_next > 0:
             previous_x_0, previous_sigma = previous
             r = math.log(previous_sigma / sigma) / math.log(sigma / sigma_next)
@@ -709,13 +709,13 @@ class Encoder(NamedTuple):
 def embed_time(model, x, t, pooled=None, guidance=1.0):
     """Return the U-Net's time embedding (batch, 1280) of the times t (batch,).
 
-    Loaders put another function into Model.embed_time where it depends on more: in SDXL on the
+    Loaders set Model.embed_time to another function if it depends on more: in SDXL on the
     pooled text and the picture's size (9.9), in some distilled models on the guidance.
     """
     return time_mlp(x, t, **model.unet["time_embedding"])
 
 
-@dataclass(repr=False)      # as text, the weights would fill the screen
+@dataclass(repr=False)      # a repr with the weights would fill the screen
 class Model:
     """The nested weights of the three networks, with their configs."""
     name: str
@@ -724,7 +724,7 @@ class Model:
     vae: dict
     unet: dict
     alpha_bars: np.ndarray              # ᾱ_t of t = 0 .. 999, the levels that it was trained on
-    guidance: float = 7.5               # the scale that suits it
+    guidance: float = 7.5               # its default guidance scale
     embed_time: Callable = embed_time
     vae_encode: Callable = vae_encode   # another kind of VAE brings its own two functions,
     vae_decode: Callable = vae_decode   # as in extras/tiny_vae.py
@@ -738,7 +738,7 @@ class Model:
 
     @property
     def inpaints(self):
-        """Does the U-Net see a mask and the rest of a picture beside x_t?"""
+        """Does the U-Net also take a mask and the masked picture?"""
         return self.config.unet.in_channels > self.config.vae.latent_channels
 
 
@@ -748,10 +748,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None):
     """Return the context (len(texts), tokens, width) of some texts, and their pooled vectors.
 
-    skip: how many of the last layers to leave out (by default 0, or 1 with two encoders). Pooled
-    vectors, the second encoder's one vector for each text (9.8), exist only with two encoders, else
-    None. A text that is None means no prompt: zeros with two encoders, the empty text with one.
-    Warns on stderr about text that did not fit.
+    skip: how many of the last layers to leave out (by default 0, or 1 with two encoders). The
+    pooled vectors (9.8) come from the second encoder, if any; else None. A text of None means no
+    prompt: zeros with two encoders, the empty text with one. Says on stderr what did not fit.
     """
     two, contexts = len(model.encoders) == 2, []
     for tokenizer, config, weights in model.encoders:
@@ -769,7 +768,7 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
     if not two:
         return contexts[0], None
 
-    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)    # ids, states, norm: the second's
+    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)    # those of the second encoder
     last = layer_norm(states[-1], **norm)[np.arange(len(ids)), ends]
     pooled = linear(last, **weights["text_projection"])
     given = array_like(x, [[text is not None] for text in texts])
@@ -779,7 +778,7 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
 def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
     """Return the U-Net's output for x, all at time t: a NumPy array (batch, h, w, 4).
 
-    x: (batch, h, w, 4), or more channels of an inpainting model; context: (batch, tokens, width);
+    x: (batch, h, w, 4), or more channels for an inpainting model; context: (batch, tokens, width);
     pooled: (batch, n), if any; guidance: only for distilled models, which take it as an input.
     """
     config, x = model.config.unet, array_like(context, x)
@@ -788,7 +787,7 @@ def predict(model: Model, x, t, context, pooled=None, guidance=1.0):
 
 
 def denoiser(model: Model, context, guidance=1.0, pooled=None, extra_channels=None) -> Callable:
-    """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which asks the U-Net.
+    """Return denoise(x_t, t, ᾱ_t) -> (x̂_0, ε̂), which calls the U-Net.
 
     context: (1, tokens, width) of the prompt, or for guidance (2, tokens, width) of the negative
     prompt and the prompt; pooled: their pooled vectors, if any. extra_channels: (batch, h, w, n)
@@ -825,7 +824,7 @@ def encode(model: Model, picture: np.ndarray, eps: np.ndarray) -> np.ndarray:
 def decode(model: Model, x: np.ndarray) -> np.ndarray:
     """Turn scaled latents (batch, h, w, 4) into pictures (batch, height, width, 3) of uint8 (7.1).
 
-    Raises UserError if a pixel is not a number, as after an overflow in float16.
+    Raises UserError if a pixel is not finite, as after an overflow in float16.
     """
     config = model.config.vae
     require(x.ndim == 4 and len(x), f"latents are (batch, h, w, channels), not {x.shape}")
@@ -845,7 +844,7 @@ def numpy_noise(seeds, shape):
 
 
 def last_steps(steps, strength):
-    """Return the last `strength` of the steps, those that image-to-image takes (7.2)."""
+    """Return the last `strength` of the steps, the ones that image-to-image runs (7.2)."""
     require(0 < strength <= 1, f"strength {strength} is not above 0 and up to 1")
     n = int(round(len(steps) * strength, 9))    # 29 of 50 at 0.58: floats give 28.999999999999996
     require(n > 0, f"strength {strength} of {len(steps)} steps leaves no step")
@@ -853,7 +852,7 @@ def last_steps(steps, strength):
 
 
 def inpainting_channels(model, picture, mask, hole, eps):
-    """Return what an inpainting model sees beside x_t: mask and rest, (batch, h, w, 5)."""
+    """Return an inpainting model's extra channels, mask and masked picture: (batch, h, w, 5)."""
     gray = np.where(mask[..., None], 127.5, picture)        # 127.5 becomes 0
     return np.concatenate([hole, encode(model, gray, eps)], axis=-1, dtype=np.float32)
 
@@ -861,7 +860,7 @@ def inpainting_channels(model, picture, mask, hole, eps):
 def blend_known(path, steps, known, x_0, eps):
     """Inpaint with an ordinary model: after each step, reset the known region to the noised x_0.
 
-    The last time it is x_0 itself, even where the last step does not end at ᾱ = 1.
+    After the last step it is x_0 itself, even if that step does not end at ᾱ = 1.
     """
     levels = [alpha_bar for _, alpha_bar, _ in steps[1:]] + [1.0]
     for x, alpha_bar in zip(path, levels):
@@ -881,8 +880,8 @@ def generate(model: Model, prompt: str, negative: str | None = None,
     (batch, h, w, 4), whose shape says how many pictures to draw and how large; that of `picture`,
     if one is given (by default one picture of that size, or the model's, from seed 0). picture:
     (height, width, 3) of uint8 to start from, noised to `strength` of the way. mask: (height,
-    width) of bool, true where the picture is to be replaced; strength 1 then ignores what was
-    there. make_denoiser, embed: what to use instead of denoiser and embed_prompts. Raises UserError
+    width) of bool, true where the picture should be replaced; strength 1 then ignores its old
+    content. make_denoiser, embed: replacements for denoiser and embed_prompts. Raises UserError
     if strength is out of range or a mask comes without a picture.
     """
     require(mask is None or picture is not None, "a mask needs a picture to start from")
@@ -1032,7 +1031,7 @@ def train(model: Model, optimizer, batches, rng, times=uniform_times, weight=np.
 
 
 class TorchForms(dict):
-    """{name: torch's form of that primitive}, which imports torch when the first is asked for."""
+    """{name: torch's form of that primitive}, which imports torch at the first look-up."""
 
     def __missing__(self, name):
         self.update(torch_operations())
@@ -1054,7 +1053,7 @@ def torch_operations():
 
     def conv2d(x, weight, bias=None, stride=1, padding=(1, 1)):
         before, after = padding
-        if before != after:     # F.conv2d pads both sides alike
+        if before != after:     # F.conv2d pads both sides equally
             x = F.pad(x, (0, 0, before, after, before, after))      # channels, width, height
             before = 0
         x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
@@ -1088,7 +1087,7 @@ def torch_operations():
 
 # ── Reading weights ─────────────────────────────────────────────────────────────────────────────
 
-CONFIG_DEFAULTS = {     # what a config may leave out; extras/checks.py knows what each may say
+CONFIG_DEFAULTS = {     # fields that a config may omit; extras/checks.py has the allowed values
     "text_encoder": {},
     "text_encoder_2": {},
     "vae": {"norm_num_groups": 32, "scaling_factor": 0.18215},
@@ -1258,7 +1257,7 @@ def embed_time_and_text(model, x, t, pooled=None, guidance=1.0):
 
 def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dtype="float32",
              to_backend=to_backend, alpha_bars=None):
-    """Return the Model of what read_folder returns; see load.
+    """Build the Model from what read_folder returns; see load.
 
     alpha_bars: the levels of a schedule other than Stable Diffusion's own.
     """
@@ -1296,7 +1295,7 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
     """Return the Model in a diffusers folder, at this path or of this name in weights/.
 
     backend: "numpy", which computes in float32, or "torch", on any device, in float32, float16 or
-    bfloat16 (the VAE in float32); if None, torch only where another device or dtype asks for it.
+    bfloat16 (the VAE in float32); if None, torch only if device or dtype requires it.
     extras.formats.load also takes single files, names on the hub and LoRAs, and checks that
     everything fits. Raises UserError if there is no such folder or it is not whole.
     """
@@ -1330,7 +1329,7 @@ def latent_shape(model, width=None, height=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with complaints that are UserErrors."""
+    """argparse, but errors are UserErrors."""
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
@@ -1347,7 +1346,7 @@ def option_parser():
     add("-s", "--seed", type=int, default=0, help="(%(default)s)")
     add("--steps", type=int, default=20, help="(%(default)s)")
     add("--cfg-scale", "--guidance-scale", type=float, dest="guidance", metavar="X",
-        help="how much to stress the prompt (the model's own)")
+        help="how strongly to follow the prompt (the model's own)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="(%(default)s)")
     add("-W", "--width", type=int, default=None, help="in pixels (the model's own)")
     add("-H", "--height", type=int, default=None, help="likewise")
