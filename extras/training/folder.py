@@ -29,7 +29,7 @@ HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control net
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
-             "_guidance_scale": 2.0}    # tiny_sd's own, the default: a higher one costs variety
+             "_guidance_scale": 3.0}    # tiny_sd's own, the default: a higher one costs variety
 
 
 def vae_config(size, channels, groups):
