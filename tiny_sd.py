@@ -16,7 +16,7 @@ The same in Python:
     >>> context, _ = embed_prompts(model, ["", "red apple on a blue background"])
     >>> steps = evenly_spaced_steps(20, model.alpha_bars)
     >>> x_T = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
-    >>> *_, x_0 = ddim(denoiser(model, context, guidance=2.0), x_T, steps)
+    >>> *_, x_0 = ddim(denoiser(model, context, guidance=3.0), x_T, steps)
     >>> picture = decode(model, x_0)[0]
 
 Three conventions carry the whole file.
