@@ -14,8 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import tiny_sd as sd
-from conftest import randomise, same
+from conftest import ROOT, randomise, same
 from extras import control, like_diffusers, samplers
+from extras.training.drawings import STYLES, load_things
+from extras.training.measure import agreement, draw
+from extras.training.painting import outlines
 from helpers import TWO_ENCODERS, drawn, write_model
 from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all tests)
     PROMPT,
@@ -27,6 +30,28 @@ from helpers_diffusers import (  # noqa: F401  (no_gradients is a fixture of all
 )
 
 SIZE = {"width": 72, "height": 104}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_the_bundled_network_leads_the_bundled_model(backend):
+    """A snail crawls the other way, as training never shows it, if its outlines do."""
+    weights = control.read_control(ROOT / "weights/outlines", 2, backend)
+    model, things = sd.load("emoji", backend), load_things(ROOT / "tests/emoji.zip", 128)
+    control.check_control("outlines", weights, model)
+    snail = things.drawings[things.numbers["snail"], STYLES.index("twemoji")]
+    drawing = things.pictures[128][snail][:, ::-1]
+    lines = outlines(drawing[..., :3] + (255 - drawing[..., 3:]))
+    hint = np.repeat(lines[..., None], 3, 2)
+    predicts = sd.predict, partial(control.predict, [control.Control(model, weights, hint)])
+    found = [agreement(draw(model, ["snail"] * 3, range(3), steps=8, predict=predict), [lines] * 3)
+             for predict in predicts]
+    assert found[0] < 0.2 < 0.5 < found[1], found
+
+
+def test_what_is_bundled_is_small():
+    files = [file for folder in ("emoji", "outlines")
+             for file in (ROOT / "weights" / folder).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 40e6
 
 
 def random_network(unet, attention=True):

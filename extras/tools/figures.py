@@ -8,6 +8,7 @@ Needs matplotlib and torch.
 """
 
 import argparse
+import functools
 import io
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
-from extras import samplers, show
+from extras import control, like_diffusers, samplers, show
 from extras.like_diffusers import picture_size
 from extras.prompts import chunks_of
 from extras.shapes import unet_shapes
@@ -29,6 +30,7 @@ from extras.tools import moons
 from extras.training import train as recipe
 from extras.training.drawings import STYLES, load_things
 from extras.training.fitting import initial
+from extras.training.painting import outlines
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 FOX, STEPS = "a fox on a light blue background", 20
@@ -256,6 +258,19 @@ def strength_picture(model):
     rows = [[picture, *(drawn(model, prompt, 1, picture=picture, strength=s) for s in strengths)]
             for prompt in (FOX, FOX.replace("fox", "frog"))]
     return grid(rows, ["start", *map(str, strengths)], ["a fox ...", "a frog ..."], 96)
+
+
+def control_picture(model):
+    """Mirrored outlines, and what the model draws without and with them."""
+    rows, weights = [], control.read_control(tiny_sd.HERE / "weights/outlines", 2)
+    for name in ("snail", "cat", "rocket", "tractor", "hamburger", "ghost"):
+        lines = outlines(drawings(picture_size(model)[0])["twemoji"][name][:, ::-1])
+        lines = np.repeat(lines[..., None], 3, axis=2)
+        led = functools.partial(control.predict, [control.Control(model, weights, lines)])
+        make = functools.partial(like_diffusers.denoiser, predict=led)
+        rows.append([lines, drawn(model, f"a {name}"),
+                     drawn(model, f"a {name}", make_denoiser=make)])
+    return grid(zip(*rows), down=["outlines", "without", "with them"])
 
 
 def samplers_picture(model):
