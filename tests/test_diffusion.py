@@ -333,7 +333,7 @@ def test_the_pipeline_of_the_docstring(monkeypatch):
 
     size = names["model"].config.unet.sample_size
     assert names["x_T"].shape == (1, size, size, 4)
-    *_, x = sd.generate(names["model"], "red apple on a blue background", "", 2.0)
+    *_, x = sd.generate(names["model"], "red apple on a blue background", "")
     assert np.array_equal(sd.decode(names["model"], x)[0], picture)
 
 

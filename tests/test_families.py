@@ -116,7 +116,7 @@ def test_a_folders_own_defaults(name, steps, family, backend):
 
 
 def test_defaults(family):
-    assert like_diffusers.defaults(formats.load(ROOT / "weights/emoji"))[1:] == (20, 2.0)
+    assert like_diffusers.defaults(formats.load(ROOT / "weights/emoji"))[1:] == (20, 3.0)
     assert [like_diffusers.defaults(formats.load(family(name)[1]))[1:]
             for name in ("pruned", "Turbo", "consistency")] == [(20, 7.5), (1, 1.0), (4, 8.5)]
 
