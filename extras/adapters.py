@@ -109,8 +109,8 @@ def with_names(path, tensors, arrays):
         named = {re.sub(r"^<[^<>.]+>$", r"bundle_emb.\g<0>.emb_params", name): array
                  for name, array in named.items()}
     for part, found in numbered.items():
-        given = {(i, side): array.shape[side == "down"] for (i, side), array in found.items()
-                 if array.ndim > 1}
+        given = {(i, side): array.shape[side == "down"] if array.ndim > 1 else None
+                 for (i, side), array in found.items()}
         order = next((order for order in orders(part, arrays[part]) if given == {
             (i, side): arrays[part][f"{layer}.weight"].shape[axis] for i, layer
             in enumerate(order) for side, axis in (("up", 0), ("down", 1))}), None)

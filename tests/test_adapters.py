@@ -366,6 +366,10 @@ def test_the_words_among_numbered_layers(folder, tmp_path):
     with pytest.raises(tiny_sd.UserError, match="^<s1> is for another model: .* have 9 numbers"):
         prompts.with_embeddings(formats.load(write_model(tmp_path / "m")),
                                 adapted(folder, path)[1].items())
+    for extra in ("text_encoder:0:up", "text_encoder:99:up"):       # a vector is no matrix
+        saved(path, tensors | {extra: torch.ones(12)})
+        with pytest.raises(tiny_sd.UserError, match="does not fit the model: it numbers"):
+            adapted(folder, path)
 
 
 # ── What is none ────────────────────────────────────────────────────────────────────────────────
