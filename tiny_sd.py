@@ -768,7 +768,7 @@ def embed_prompts(model: Model, texts: list[str | None], skip: int | None = None
     if not two:
         return contexts[0], None
 
-    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)    # those of the second encoder
+    ends = (ids == tokenizer.vocab[Tokenizer.EOS]).argmax(1)    # from the second encoder
     last = layer_norm(states[-1], **norm)[np.arange(len(ids)), ends]
     pooled = linear(last, **weights["text_projection"])
     given = array_like(x, [[text is not None] for text in texts])

@@ -256,7 +256,7 @@ def remarks(model, texts, plain=False):
 
 
 class LearntTokenizer(Tokenizer):
-    """A tokenizer with learnt words, each of which stands for a run of new ids.
+    """A tokenizer with learnt words, each standing for a run of new ids.
 
     words: {word: its ids}. As in the web UI, the ids replace the word's own tokens wherever those
     occur in sequence; the longest match wins. A word in angle brackets is matched in the text, as

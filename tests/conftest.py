@@ -153,7 +153,7 @@ def single_file(folder, tmp_path_factory):
 
 
 def read_once(read):
-    """Return the reader of a folder's tokenizer, which reads anew only what it has not read yet.
+    """Return the reader of a folder's tokenizer, which reads only what it has not read yet.
 
     Most models of the tests have CLIP's vocabulary, which takes longer to read than they to draw.
     """

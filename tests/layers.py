@@ -75,7 +75,7 @@ def middle(x, *inputs, **weights):
 
 
 def up_block(x, skips, *inputs, **weights):
-    """One level up; the first of the skips is the next level's, of which only the size is seen."""
+    """One level up; the first of the skips is the next level's: only its size matters."""
     return sd.up_block(x, [*skips], *inputs, n_head=2, groups=4, **weights)
 
 

@@ -441,7 +441,7 @@ def test_hostile_taesds_are_refused(arrays, small, tmp_path, capsys):
 
 
 def test_an_added_word_is_one_token_of_the_model(small):
-    """It is in the prompt's ids, in the program's pictures, and cut text is told."""
+    """It is in the prompt's ids, in the program's pictures, and in the line about cut text."""
     n = len(TOKENIZER.vocab)
     (small / "tokenizer/added_tokens.json").write_text(json.dumps({"<toy>": n}))
     changed(small / "text_encoder/config.json", vocab_size=n + 1)

@@ -652,7 +652,7 @@ def test_every_screen(page, width, scheme):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 def test_the_process_that_draws_is_killed(page, site):
-    """As for want of memory: the page says so, and Draw starts another."""
+    """As when memory runs out: the page says so, and Draw starts another."""
     drawn(page)
     os.kill(state(site)["pid"], signal.SIGKILL)
     page.locator("#code", has_text="has ended").wait_for()

@@ -1,4 +1,4 @@
-"""A run that is stopped, by Ctrl-C, by a full disk or for want of memory.
+"""A run that is stopped, by Ctrl-C, by a full disk or by lack of memory.
 
 In every phase of the real program, with the bundled model, it says so in one line, leaves nothing
 half done behind, and harms nothing that was there.

@@ -677,7 +677,7 @@ for command in {commands}:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", train_py.STAGES)
 def test_on_after_a_kill(stage, state, killed):
-    """Killed outright, a stage goes on from the last step kept, here the first.
+    """Killed outright, a stage resumes from the last step kept, here the first.
 
     The VAE's and its decoder's end bit for bit where they would have ended undisturbed; the others,
     whose bank is filled again, go on with the optimizers' state of that step.
