@@ -766,6 +766,15 @@ def test_processes_take_the_mean_of_their_gradients(of_two):
         assert (p != 1).all()
 
 
+def test_too_few_things_to_evaluate(things, monkeypatch):
+    """If nothing at all is held out, the search for it ends, in a line."""
+    monkeypatch.setattr(measure, "held_out", lambda *_: False)
+    for ask in (lambda: measure.unshown(things, "tint", ["red"], 1, None),
+                lambda: measure.unshown_relations(things, 1)):
+        with pytest.raises(tiny_sd.UserError, match="too few things to evaluate"):
+            ask()
+
+
 def test_a_batch_that_two_processes_cannot_share(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fitting, "process", lambda: (0, 2))
     said = refused(capsys, "vae", tmp_path, "--batch", 7)

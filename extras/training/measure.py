@@ -137,10 +137,19 @@ class Judge:
 
 # ── Questions: combinations that training never shows ───────────────────────────────────────────
 
+def tries():
+    """Yield for a while, then UserError: few things may leave nothing to ask for."""
+    yield from range(100_000)
+    raise tiny_sd.UserError("the data have too few things to evaluate a model: there is nothing "
+                            "that training never shows")
+
+
 def unshown(things, kind, words, n, make):
     """n results of make(thing, word), for pairs held out by the key ("tint", name, word), ..."""
     rng, found = np.random.default_rng(1), []
-    while len(found) < n:
+    for _ in tries():
+        if len(found) == n:
+            return found
         thing, word = int(rng.integers(len(things.names))), words[int(rng.integers(len(words)))]
         name = things.names[thing][0]
         makes_sense = may_show(things, Subject((thing,)), Manner()) and not (
@@ -148,7 +157,6 @@ def unshown(things, kind, words, n, make):
             or kind == "tint" and name.split()[0] in TINTS)
         if held_out(kind, name, str(word)) and makes_sense:
             found.append(make(thing, word))
-    return found
 
 
 def questions(things, n):
@@ -173,12 +181,13 @@ def questions(things, n):
 def unshown_relations(things, n):
     """n pairs in relations that training never shows."""
     rng, found = np.random.default_rng(2), []
-    while len(found) < n:
+    for _ in tries():
+        if len(found) == n:
+            return found
         subject = draw_subject(things, rng)
         names = [things.names[i][0] for i in subject.ids]
         if len({*names}) == 2 and held_out("relation", names[0], subject.relation, names[1]):
             found.append((subject, Manner(("", ""))))
-    return found
 
 
 def other_relations(subject, manner):
