@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from conftest import ROOT
 from extras import cli, control, files
 from extras.training import drawings, fitting, folder, measure, painting, scenes
 from extras.training import train as train_py
-from helpers import contents, drawn
+from helpers import TWO_ENCODERS, contents, drawn, write_model
 from helpers_diffusers import drawn_by, first, last
 
 DATA = ROOT / "tests" / "emoji.zip"     # 24 things of those that `render` makes, at 64 x 64 pixels
@@ -53,7 +54,7 @@ def refused(capsys, *args, **where):
     capsys.readouterr()
     assert train_py.main(arguments(*args, **where)) == 2
     *progress, said = capsys.readouterr().err.strip().split("\n")
-    assert said.startswith("train.py: ") and all("it/s" in p or "step" in p for p in progress)
+    assert said.startswith("tiny_sd: ") and all("it/s" in p or "step" in p for p in progress)
     return said
 
 
@@ -167,7 +168,7 @@ def test_drawing_icons(tmp_path):
 def test_npm_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     said = refused(capsys, "render", tmp_path, data=tmp_path / "none.zip")
-    assert said.startswith("train.py: npm is missing")
+    assert said.startswith("tiny_sd: npm is missing")
 
 
 def write_data(path, names, files):
@@ -613,7 +614,7 @@ def test_only_control_networks_are_replaced(state, tmp_path, capsys):
         assert "is not one of our models (it has no config.json of a ControlNetModel)" in said
         assert contents(out) == before
     said = refused(capsys, "control", tmp_path, "--steps", 3)
-    assert said == f"train.py: {tmp_path / 'unet.pt'} is missing: run the stage unet first"
+    assert said == f"tiny_sd: {tmp_path / 'unet.pt'} is missing: run the stage unet first"
 
 
 def test_finished_stages_are_left_alone(state, capsys):
@@ -838,8 +839,21 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
 # ── Errors ──────────────────────────────────────────────────────────────────────────────────────
 
 def test_too_little_is_said(tmp_path, capsys):
-    said = refused(capsys, "clip", tmp_path, "--steps", 1)
-    assert said == f"train.py: {tmp_path / 'vae.pt'} is missing: run the stage vae first"
+    """Without escape sequences of a name, which could change the terminal."""
+    said = refused(capsys, "clip", tmp_path / "\x1b[31m", "--steps", 1)
+    assert said == f"tiny_sd: {tmp_path}/ [31m/vae.pt is missing: run the stage vae first"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_too_little_memory_is_one_line(error, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_py, "run_stage", Mock(side_effect=error))
+    assert "memory" in refused(capsys, "vae", tmp_path)
+
+
+def test_a_rank_alone_is_not_from_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    fitting.join_processes("cpu")
+    assert fitting.process() == (0, 1)
 
 
 @pytest.mark.parametrize("options, said", [
@@ -898,6 +912,9 @@ def test_a_start_that_does_not_fit_leaves_the_state_empty(tmp_path, state, capsy
     assert "training cannot start from" in said and not (tmp_path / "new").exists()
     said = refused(capsys, "unet", tmp_path / "new", "--start", tmp_path)
     assert str(tmp_path) in said and not (tmp_path / "new").exists()
+    two = write_model(tmp_path / "two", TWO_ENCODERS)
+    said = refused(capsys, "unet", tmp_path / "new", "--start", two)
+    assert "training cannot start from" in said and not (tmp_path / "new").exists()
 
 
 def test_a_full_disk(tmp_path, capsys):
@@ -929,6 +946,10 @@ def test_only_models_are_replaced(command, state, tmp_path, capsys):
     (mine / "model_index.json").write_text("{}")
     said = refused(capsys, command, state, "--steps", 2, "--out", mine, data=mine / "data.zip")
     assert f"{mine} contains {mine / 'data.zip'}" in said
+    (mine / ".git/refs").mkdir(parents=True)
+    (mine / ".git/config").write_text("a repository")
+    said = refused(capsys, command, state, "--steps", 2, "--out", mine)
+    assert f"contains {mine / '.git/config'}; {mine / 'data.zip'}; {mine / 'thesis.txt'}" in said
     (state / "model_index.json").write_text("{}")
     try:
         said = refused(capsys, command, state, "--steps", 2, "--out", state)
@@ -959,7 +980,7 @@ def test_a_kill_while_a_model_is_replaced_loses_none(tmp_path):
     """Between two renamings: the old one is the only one until the next is whole."""
     (tmp_path / ".mine.old").mkdir()
     (tmp_path / ".mine.old/model").write_text("the old one")
-    with pytest.raises(OSError), folder.folder_atomically(tmp_path / "mine"):
+    with pytest.raises(tiny_sd.UserError), folder.folder_atomically(tmp_path / "mine"):
         raise OSError("a full disk")
     assert (tmp_path / ".mine.old/model").read_text() == "the old one"
 
@@ -972,11 +993,16 @@ def test_two_trainings_do_not_share_a_state(tmp_path, capsys):
 
 
 def test_a_model_is_replaced(state, tmp_path):
+    """Also where a link leads, and again; folders of similar names stay."""
     shutil.copytree(state / "emoji", tmp_path / "old")
     (tmp_path / "old/things.json").unlink()
-    train("export", state, "--out", tmp_path / "old")
-    assert (tmp_path / "old/things.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    (tmp_path / "link").symlink_to("old")
+    for name in ".old.old", ".old.new", ".link.new":
+        (tmp_path / name).mkdir()
+    before = {*tmp_path.iterdir()}
+    for _ in range(2):
+        train("export", state, "--out", tmp_path / "link")
+    assert (tmp_path / "old/things.json").exists() and {*tmp_path.iterdir()} == before
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
@@ -1089,6 +1115,26 @@ def test_evaluate(state, capsys):
     assert all(0 <= rate <= 1 for rate in rates)
     assert table["megabytes"] < 40
     assert (state / "emoji.json").read_text() == "mine"
+
+
+def test_two_evaluations_at_once_write_two_files(things, tmp_path, monkeypatch):
+    """The measures are made up; the second evaluation comes between the two of the first."""
+    (tmp_path / "v1.5").symlink_to(ROOT / "weights/emoji")
+    rounds = iter("12")
+
+    def measures(*_):
+        number = next(rounds)
+        yield {"of each kind": number}
+        if number == "1":
+            measure.evaluate(tmp_path / "v1.5", things, 1, 1, "cpu")
+        yield {"megabytes": 0}
+
+    monkeypatch.setattr(measure, "measures", measures)
+    monkeypatch.setattr(measure, "table", str)
+    measure.evaluate(tmp_path / "v1.5", things, 1, 1, "cpu")
+    found = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert found == {"v1.5.json": {"of each kind": "1", "megabytes": 0},
+                     "v1.5-1.json": {"of each kind": "2", "megabytes": 0}}
 
 
 @pytest.mark.slow

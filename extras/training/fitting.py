@@ -57,7 +57,7 @@ def process():
 
 def join_processes(device):
     """Connect to the other processes if torchrun started several."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
-from extras.files import read_text
+from extras.checks import first_five
+from extras.files import free_names, read_text, remove, unfinished_name
 from extras.training.scenes import (
     COLOURS,
     COUNTS,
@@ -26,6 +26,10 @@ from tiny_sd import flatten, require
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control network sees outlines
+NAMES = {      # of the files in a model's folder, or in a control network's
+    "model_index.json", "things.json", "config.json", "scheduler_config.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "model.safetensors",
+    "diffusion_pytorch_model.safetensors"}
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
@@ -96,8 +100,9 @@ def vocabulary(things):
 def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
     """UserError unless a model may be written to the folder out.
 
-    It may replace one of our models if asked, and nothing else. It must not be or contain any of
-    the files and folders to keep. mark: the file by which to recognise a model, and a word in it.
+    It may replace one of our models if asked, and nothing else: not what was added to it. It must
+    not be or contain any of the files and folders to keep. mark: the file by which to recognise a
+    model, and a word in it.
     """
     file, word = mark
     if os.path.lexists(out):
@@ -109,6 +114,8 @@ def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
                 f"{out} contains {path}: name another --out")
+    added = [str(file) for file in out.rglob("*") if file.name not in NAMES and not file.is_dir()]
+    require(not added, f"{out} contains {first_five(added)}: name another --out")
 
 
 def write_model(out, params, vae, things, setting, state):
@@ -175,13 +182,15 @@ def folder_texts(words, setting, scaling_factor):
 
 @contextlib.contextmanager
 def folder_atomically(path):
-    """Yield a temporary folder to fill, then put it in place of path."""
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if path.exists():       # if a kill between the next lines left only the old one, keep that
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
+    """Yield a temporary folder to fill, then put it in place of path, or of what path links to."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_name(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        names = free_names(path.with_name(f".{path.name}.old"))
+        old = next(name for name in names if not os.path.lexists(name))
+        if path.exists():       # a kill between the next lines leaves the old one under that name
+            os.replace(path, old)
+        os.replace(temporary, path)
+        remove(old)

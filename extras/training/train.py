@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tiny_sd
-from extras import control
+from extras import cli, control
 from extras.fast import keep_freed_memory
 from extras.files import held, read_text, replace_atomically
 from extras.shapes import conv, layer, text_shapes, unet_shapes, vae_shapes
@@ -75,7 +75,7 @@ from extras.training.folder import (
 )
 from extras.training.painting import outlines
 from extras.training.scenes import draw_scene, every_scene, paint
-from tiny_sd import UserError, flatten, nest, read_config, require, tell
+from tiny_sd import flatten, nest, read_config, require, tell
 
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,9 +190,8 @@ class State(fitting.State):
     def begin_from(self, folder, setting):
         """Take missing files from an exported model, as if its stages had just begun."""
         model = tiny_sd.load(folder, "torch")
-        encoder, = model.encoders
-        found = {"vae": flatten(model.vae),
-                 "unet": flatten({"text": encoder.weights, "unet": model.unet})}
+        text = model.encoders[0].weights
+        found = {"vae": flatten(model.vae), "unet": flatten({"text": text, "unet": model.unet})}
         wanted = {"vae": setting.shapes("vae"), "unet": unet_stage_shapes(setting)}
         for stage, params in found.items():
             shapes = {name: p.shape for name, p in initial(wanted[stage], 0).items()}
@@ -805,8 +804,8 @@ def faster_on_cpu(operations):
     return {"dot_product_attention": attention, "group_norm": group_norm}
 
 
-def main(argv=None):
-    """Run a command; return the exit status."""
+def run(argv):
+    """Do what the command line asks for."""
     args, operations = parse_arguments(argv), {}
     schedule = Schedule(**{name: getattr(args, name) for name in Schedule._fields})
     if args.threads:
@@ -819,13 +818,11 @@ def main(argv=None):
         with mock.patch.dict(tiny_sd.TORCH, operations), contextlib.ExitStack() as stack:
             state = State(args.state, args.device)
             run_command(args, CONFIGS[args.config], schedule, state, stack)
-    except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"train.py: stopped; the progress is saved in {args.state}", file=sys.stderr)
-        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def main(argv=None):
+    """Run the program; return its exit status, as cli.main does."""
+    return cli.main(argv, run)
