@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiny_sd
 from extras import formats
-from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, metadata_of, read_contents
+from extras.tensors import SUFFIXES, WHOLE_MODEL, kind_of, metadata_of, names_in
 from tiny_sd import UserError
 
 FOLDERS = {"model": ("models", "models/Stable-diffusion", "checkpoints", "models/checkpoints"),
@@ -37,8 +37,8 @@ def may_be_model(path):
     """Could a file be a model? Its suffix fits, and its contents are not known to be another kind.
     """
     try:
-        return path.suffix in SUFFIXES and kind_of(read_contents(path)) in (None, WHOLE_MODEL)
-    except UserError:       # report it only if this file is chosen
+        return path.suffix in SUFFIXES and kind_of(names_in(path)) in (None, WHOLE_MODEL)
+    except (UserError, OSError):        # report it only if this file is chosen
         return True
 
 

@@ -56,11 +56,16 @@ def content_of(path):
                  if re.match(pattern, start, re.DOTALL | re.IGNORECASE)), None)
 
 
+def is_pickle(path):
+    """Does a file's name say that torch wrote it?"""
+    return Path(path).suffix.lower() in pickles.SUFFIXES
+
+
 def check_content(path):
     """UserError if a file's first bytes contradict its suffix."""
     require(Path(path).exists(), f"there is no file {path}")
     require(Path(path).is_file(), f"{path} is not a file")
-    pickled, what = Path(path).suffix.lower() in pickles.SUFFIXES, content_of(path)
+    pickled, what = is_pickle(path), content_of(path)
     other = "whatever its name says" if what in (SAFETENSORS, TORCH) else "not a file of weights"
     require(what in ((TORCH, OLD_TORCH) if pickled else (SAFETENSORS,)) or not what,
             f"{path} is {what}, {other}")
@@ -69,7 +74,7 @@ def check_content(path):
 def read_contents(path):
     """Return {name: value} of a .safetensors file, or of one that torch wrote."""
     check_content(path)
-    if Path(path).suffix.lower() not in pickles.SUFFIXES:
+    if not is_pickle(path):
         return read_safetensors(path)
     found = pickles.read_pickle(path)
     if isinstance(found, list):     # up, down, up, down, ... of cloneofsimo's LoRAs
@@ -85,7 +90,7 @@ def read_tensors(path):
     In torch's files the arrays may be in a "state_dict". bfloat16 stays uint16.
     """
     found = read_contents(path)
-    if Path(path).suffix.lower() not in pickles.SUFFIXES:
+    if not is_pickle(path):
         return found
     inner = found.get("state_dict")
     arrays = {name: array for name, array in (inner if isinstance(inner, dict) else found).items()
@@ -99,15 +104,24 @@ def not_but(kind):
     return f": it is {kind}" if kind else ""
 
 
-def metadata_of(path):
-    """Return the metadata {name: text} in a .safetensors file's header."""
-    if Path(path).suffix.lower() in pickles.SUFFIXES:
-        return {}
+def opened(path):
+    """Open a .safetensors file, which reads its header."""
     from safetensors import SafetensorError, safe_open
     try:
-        return safe_open(path, "np").metadata() or {}
+        return safe_open(path, "np")
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def names_in(path):
+    """Return the names of a file's tensors, without reading them: they may be converted."""
+    check_content(path)
+    return read_contents(path) if is_pickle(path) else opened(path).keys()
+
+
+def metadata_of(path):
+    """Return the metadata {name: text} in a .safetensors file's header."""
+    return {} if is_pickle(path) else opened(path).metadata() or {}
 
 
 TYPES = DTYPES | {"U64": "<u8", "U32": "<u4", "U16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}

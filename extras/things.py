@@ -6,9 +6,10 @@ import re
 import textwrap
 from pathlib import Path
 
-from extras.files import printable
+from extras.files import printable, read_text
 from tiny_sd import HERE, UserError
 
+LONGEST = 2 ** 17       # bytes of a things.json: each unknown word is compared with every name
 KEYS = ("things", "styles", "backgrounds", "places")
 
 
@@ -17,7 +18,7 @@ def known_things(model):
     for folder in Path(model), HERE / "weights" / model:
         file = folder / "things.json"
         try:
-            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            known = json.loads(read_text(file, LONGEST)) if file.is_file() else {}
             things = [names for names in map(texts, known["things"]) if names]
             more = {texts([title])[0]: texts(words)
                     for title, words in known.get("more", {}).items()}

@@ -4,6 +4,7 @@ Its output, its messages, and its errors.
 """
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -276,8 +277,13 @@ def test_files_by_their_names(run, model, here, monkeypatch):
         "tiny_sd: checkpoints is a folder of models, not a model: choose one of one.safetensors, "
         "other.ckpt"]
     save_file({"emb_params": np.zeros((1, 8), np.float32)}, "checkpoints/aa_word.safetensors")
+    header = json.dumps({"model.diffusion_model.x": {        # float8, which would be converted
+        "dtype": "F8_E4M3", "shape": [2 ** 37], "data_offsets": [0, 2 ** 37]}}).encode()
+    with open("checkpoints/huge.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 ** 37)
     line, = run.bare("red", "-m", "checkpoints")[2]
-    assert line.endswith("choose one of one.safetensors, other.ckpt")
+    assert line.endswith("choose one of huge.safetensors, one.safetensors, other.ckpt")
 
 
 def test_a_seed_drawn_at_random(run, draw):

@@ -113,7 +113,8 @@ def test_more_that_a_model_knows(model, capsys):
 
 @pytest.mark.parametrize("text", [
     None, "[]", "{}", '{"things": 3}', "[" * 100000, json.dumps(KNOWN | {"styles": 5}),
-    json.dumps(KNOWN | {"more": [3]}), json.dumps(KNOWN | {"more": {"a": 3}}), "a pipe"])
+    json.dumps(KNOWN | {"more": [3]}), json.dumps(KNOWN | {"more": {"a": 3}}), "a pipe",
+    json.dumps(KNOWN | {"things": [["a name"]] * 2 ** 14})])
 def test_a_model_that_does_not_say(tmp_path, capsys, text):
     folder = write_model(tmp_path / "m")
     if text == "a pipe":
