@@ -1275,8 +1275,8 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
                                for key, array in arrays[part].items()})
     encoders = [Encoder(tokenizer, config.pop(part), networks.pop(part)) for tokenizer, part
                 in zip(tokenizers, ("text_encoder", "text_encoder_2"))]
-    for tokenizer, text_config, _ in encoders:      # some files give a length of 1e30
-        tokenizer.length = min(tokenizer.length, text_config.max_position_embeddings)
+    for words, _, weights in encoders:      # some files give a length of 1e30
+        words.length = min(words.length, len(weights["embeddings"]["position_embedding"]["weight"]))
 
     scheduler = config["scheduler"]
     if alpha_bars is None:
@@ -1350,7 +1350,7 @@ def option_parser():
     add("--sampler", choices=SAMPLERS, default="ddim", help="(%(default)s)")
     add("-W", "--width", type=int, default=None, help="in pixels (the model's own)")
     add("-H", "--height", type=int, default=None, help="likewise")
-    add("-i", "--init-img", metavar="FILE", default=None, help="a picture to start from")
+    add("-i", "--init-img", metavar="FILE", default=None, help="a PNG or JPEG to start from")
     add("--strength", type=float, metavar="X", help="how much to change it, 0 to 1 (0.75)")
     add("--device", default="cpu", help="cpu, cuda or mps (%(default)s)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -1375,7 +1375,8 @@ def draw(args):
     require(math.isfinite(settings.get("guidance", 1)), "--cfg-scale is not a finite number")
     h, w, channels = latent_shape(model, args.width, args.height)
     if args.init_img:
-        picture = ImageOps.exif_transpose(Image.open(args.init_img)).convert("RGB")
+        picture = Image.open(args.init_img, formats=("PNG", "JPEG"))    # PostScript is a program
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
         size = w * model.factor, h * model.factor
         settings["picture"] = np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
     walk = generate(model, args.prompt, sampler=SAMPLERS[args.sampler],
@@ -1394,16 +1395,15 @@ def main(argv=None):
     """Run the small program; return its exit status."""
     try:
         draw(option_parser().parse_args(argv))
+        return 0
     except (UserError, OSError, ImportError) as error:
         tell(str(error))
-        return 2
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        tell(f"cannot draw with this model and these options: {error!r}")
-        return 2
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
-    return 0
+    except Exception as error:      # a strange model or picture raises any kind
+        tell(f"cannot draw with this model and these options: {error!r}")
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The file alone: without extras/ it draws and refuses by its own small program."""
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -27,7 +28,16 @@ def alone(tmp_path_factory):
     (words / "tokenizer.json").write_text("{}")
     config = write_model(folder / "noiseless") / "scheduler/scheduler_config.json"
     config.write_text('{"beta_start": 0, "beta_end": 0, "beta_schedule": "scaled_linear"}')
+    config = write_model(folder / "groupless") / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 0}))
+    endless = write_model(folder / "endless")
+    for name, key in (("text_encoder/config.json", "max_position_embeddings"),
+                      ("tokenizer/tokenizer_config.json", "model_max_length")):
+        text = json.dumps(json.loads((endless / name).read_text()) | {key: 10 ** 12})
+        (endless / name).write_text(text)
     Image.effect_noise((16, 16), 80).convert("RGB").save(folder / "in.png")
+    Image.new("RGB", (16, 16)).save(folder / "program.png", "EPS")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     return folder
 
 
@@ -113,7 +123,8 @@ REFUSED = {
     "red -o in.png": "in.png is there already", "red -o none/out.png": "there is no folder none to",
     "red -s x": "'x'", "red -m none": "none", "red -m in.png": "in.png",
     "red -m tiny/unet": "tiny/unet", "red -m wordless": "tokenizer/tokenizer.json: 'model'",
-    "red -m noiseless": "noise levels do not fall"}
+    "red -m noiseless": "noise levels do not fall", "red -m groupless": "ZeroDivisionError",
+    "red -i program.png": "cannot identify image file 'program.png'", "red -i bomb.png": "bomb"}
 
 
 @pytest.mark.parametrize("command", REFUSED)
@@ -122,6 +133,11 @@ def test_it_refuses_in_one_line(command, run, alone):
     status, out, err = run(*command.split(), *([] if "-m" in command else ["-m", "tiny"]))
     assert (status, out, len(err)) == (2, "", 1) and REFUSED[command] in err[0], err
     assert contents(alone) == before
+
+
+def test_endless_lengths_are_those_of_the_weights(run):
+    assert run("red", "-m", "endless", "--steps", "1", "-o", "endless.png")[0] == 0
+    Path("endless.png").unlink()
 
 
 def test_a_file_that_appears_while_it_draws_is_kept(program, run, tmp_path, monkeypatch):

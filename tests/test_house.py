@@ -104,7 +104,7 @@ def test_arrows_only_point_down():
     below = {name: {*imports(name)} for name in FILES} | {"tiny_sd": set()}
     assert in_order(below)[0] == "tiny_sd"
     assert {name for name in FILES if "extras.cli" in below[name]} == {
-        "extras.studio", "extras.training.teach"}
+        "extras.studio", "extras.training.teach", "extras.training.train"}
 
     def folder(name):
         return name.rpartition(".")[0]
