@@ -1124,7 +1124,7 @@ def nest(flat):
     tree = {key: group[""] if "" in group else nest(group) for key, group in groups.items()}
     if tree and all(map(str.isdecimal, tree)):
         length = 1 + max(map(int, tree))
-        require(length <= 1000, f"a weight's name counts to {length - 1}")
+        require(length <= 2 * len(tree), f"a weight's name counts to {length - 1}")
         return [tree.get(str(i)) for i in range(length)]
     return tree
 

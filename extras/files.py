@@ -305,7 +305,9 @@ def take_free_name(unfinished, path):
     for target in free_names(path):
         try:
             os.link(unfinished, target)     # unlike renaming, this refuses an existing name
-        except OSError:     # it exists, or the file system has no links (USB sticks)
+        except FileNotFoundError:       # it was removed meanwhile
+            raise
+        except OSError:     # the name exists, or the file system has no links (USB sticks)
             try:
                 open(target, "xb").close()
             except FileExistsError:

@@ -1,6 +1,8 @@
 """The pictures of NOTES.md, drawn again, and the small trainings behind some of them."""
 
+import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from conftest import ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
-from extras.tools import figures, moons  # noqa: E402
+from extras.tools import benchmark, figures, moons  # noqa: E402
 
 
 def test_the_documents_show_every_picture():
@@ -35,6 +37,39 @@ def test_help_draws_and_writes_nothing(module):
                           capture_output=True, text=True)
     assert done.returncode == 0 and f"python -m extras.tools.{module}" in done.stdout
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path):
+    """Here a limit on file sizes."""
+    path, limits = tmp_path / "flow.png", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("the old one")
+    figure, _ = figures.plot()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(sd.UserError, match="cannot be written"):
+            figures.save(figure, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "the old one" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.slow
+def test_a_benchmark_reads_and_replaces_nobodys_files(tmp_path, monkeypatch, capsys):
+    """What another user put where the random model belongs, and results of an earlier run."""
+    def arguments(*options):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--width", "32", *options])
+        return benchmark.parse_arguments()
+
+    monkeypatch.setattr(benchmark.tempfile, "tempdir", str(tmp_path))
+    folder = benchmark.random_model(arguments())
+    assert [*tmp_path.iterdir()] == [folder] == [benchmark.random_model(arguments())]
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    with pytest.raises(benchmark.Failure, match="is another user's"):
+        benchmark.random_model(arguments())
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        arguments("--json", str(tmp_path / "old.json"))
+    assert "old.json exists already" in capsys.readouterr().err
 
 
 @pytest.mark.slow

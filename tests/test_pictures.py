@@ -386,6 +386,12 @@ def test_a_link_to_itself_is_a_name_taken(run):
     assert run("apple")[:2] == (0, ["out-1.png"])
 
 
+def test_an_unfinished_file_that_is_gone_leaves_no_empty_one(tmp_path):
+    with pytest.raises(sd.UserError, match="cannot be written"):
+        files.save_new(tmp_path / "a.png", lambda file: Path(file.name).unlink())
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_system_without_links(run, monkeypatch):
     def link(source, target):
         raise PermissionError(1, "Operation not permitted")

@@ -356,23 +356,24 @@ def test_weights_come_in_the_order_of_their_file(folder_with):
     assert [*tiny_sd.read_safetensors(path)] == [*header]
 
 
-@pytest.mark.parametrize("part, key", [("unet", "block_out_channels"),
-                                       ("text_encoder", "max_position_embeddings")])
-def test_the_plain_loader_names_what_a_config_lacks(part, key, tmp_path):
+def test_the_plain_loader_names_what_a_config_lacks(tmp_path):
     folder = write_model(tmp_path / "tiny")
-    path = folder / part / "config.json"
+    path = folder / "unet/config.json"
     config = json.loads(path.read_text())
-    del config[key]
+    del config["block_out_channels"]
     path.write_text(json.dumps(config))
-    with pytest.raises(tiny_sd.UserError, match=f"its configs do not describe .*{key}"):
+    with pytest.raises(tiny_sd.UserError, match="its configs do not describe .*block_out_channels"):
         tiny_sd.load(folder)
 
 
-def test_the_plain_loader_refuses_a_name_without_end(tmp_path):
+@pytest.mark.parametrize("name, said", [
+    ("a." * 3000 + "weight", "recursion"), ("down_blocks.999.x", "counts to 999")])
+def test_the_plain_loader_refuses_a_name_without_end(name, said, tmp_path):
+    """Nor does a number in it make a list of so many: thousands of names would fill the memory."""
     folder = write_model(tmp_path / "tiny")
     path = folder / "unet/diffusion_pytorch_model.safetensors"
-    save_file(load_file(path) | {"a." * 3000 + "weight": torch.zeros(1)}, path)
-    with pytest.raises(tiny_sd.UserError, match="recursion"):
+    save_file(load_file(path) | {name: torch.zeros(1)}, path)
+    with pytest.raises(tiny_sd.UserError, match=said):
         tiny_sd.load(folder)
 
 

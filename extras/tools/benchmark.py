@@ -82,6 +82,9 @@ def random_model(args):
         writer = spawn.Process(target=write_model, args=(folder, args))
         writer.start()
         writer.join()
+    # a model's folder may name code, which diffusers runs
+    if hasattr(os, "getuid") and folder.exists() and folder.stat().st_uid != os.getuid():
+        raise Failure(f"{folder} is another user's")
     return folder
 
 
@@ -89,9 +92,9 @@ def write_model(folder, args):
     import numpy as np
 
     from extras.tools import models
-    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}.part")
     save = functools.partial(models.save_random, dtype=np.float16)
-    models.write_model(unfinished, configs(args), save=save).rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name) as place:
+        models.write_model(Path(place, "model"), configs(args), save=save).rename(folder)
 
 
 def inputs(args):
@@ -611,7 +614,8 @@ def parse_arguments():
              "--model sdxl draws whole pictures: --part picture or loaded"),
             (1 <= args.threads <= cores(), f"--threads {args.threads} is not from 1 to {cores()}"),
             (not args.json or args.json.parent.is_dir(),
-             f"there is no folder {args.json and args.json.parent} for --json")]:
+             f"there is no folder {args.json and args.json.parent} for --json"),
+            (not args.json or not args.json.exists(), f"--json {args.json} exists already")]:
         if not right:
             parser.error(message)
     return args

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import extras.fast  # noqa: F401  (speed)
 import tiny_sd
 from extras import control, like_diffusers, samplers, show
+from extras.files import replace_atomically
 from extras.like_diffusers import picture_size
 from extras.prompts import chunks_of
 from extras.shapes import unet_shapes
@@ -69,7 +70,9 @@ def save(figure, path):
     """Write a figure as a PNG of at most 256 colours."""
     page = io.BytesIO()
     figure.savefig(page, facecolor="white", bbox_inches="tight", pad_inches=0.04)
-    Image.open(page).convert("RGB").quantize(256, kmeans=2).save(path, optimize=True)
+    with replace_atomically(path) as unfinished:
+        picture = Image.open(page).convert("RGB").quantize(256, kmeans=2)
+        picture.save(unfinished, "PNG", optimize=True)
 
 
 # ── What the model draws ────────────────────────────────────────────────────────────────────────

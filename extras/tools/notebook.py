@@ -15,6 +15,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from extras.files import replace_atomically
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FIRST = """\
@@ -143,7 +145,8 @@ def main():
     book = make((ROOT / "NOTES.md").read_text(encoding="utf-8"),
                 (ROOT / "tiny_sd.py").read_text(encoding="utf-8"), badge())
     run(book)
-    nbformat.write(book, ROOT / "tiny_sd.ipynb")
+    with replace_atomically(ROOT / "tiny_sd.ipynb") as unfinished:
+        nbformat.write(book, str(unfinished))
     print(f"tiny_sd.ipynb: {len(book.cells)} cells")
 
 

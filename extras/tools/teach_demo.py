@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from extras import formats, show
+from extras.files import replace_atomically
 from extras.training import measure
 from extras.training.scenes import COLOURS, PLACES, article, describe, in_style
 
@@ -117,10 +118,11 @@ def taught(kind, folder, *options, name=None):
     """
     lora, pictures = folder / f"{name or kind}.safetensors", folder / kind
     if not pictures.exists():
-        pictures.mkdir(parents=True)
-        for i, (picture, caption) in enumerate(pictures_of(kind)):
-            picture.save(pictures / f"{kind}-{i:02}.png")
-            (pictures / f"{kind}-{i:02}.txt").write_text(caption + "\n", encoding="utf-8")
+        with replace_atomically(pictures) as unfinished:
+            unfinished.mkdir()
+            for i, (picture, caption) in enumerate(pictures_of(kind)):
+                picture.save(unfinished / f"{kind}-{i:02}.png")
+                (unfinished / f"{kind}-{i:02}.txt").write_text(caption + "\n", encoding="utf-8")
     if not lora.exists():
         command = [sys.executable, "-m", "extras.training.teach", pictures.resolve()]
         subprocess.run([*command, "-o", lora.resolve(), *options], cwd=ROOT, check=True)
@@ -179,4 +181,6 @@ if __name__ == "__main__":
     args, options = parser.parse_known_args()
     args.folder.mkdir(exist_ok=True)
     for name, draw in ("teach", draw_teach), ("overfit", draw_overfit):
-        draw(args.folder, options).save(ROOT / f"extras/pictures/{name}.png", optimize=True)
+        picture = draw(args.folder, options)
+        with replace_atomically(ROOT / f"extras/pictures/{name}.png") as unfinished:
+            picture.save(unfinished, "PNG", optimize=True)
