@@ -1166,6 +1166,7 @@ def read_folder(folder):
     """Return what a folder holds: {part: its config.json}, {part: {name: array}}, tokenizers."""
     def read(name, parse):
         try:
+            require((folder / name).is_file(), "there is no such file")     # nor a device
             return parse((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder} is not a whole Stable Diffusion folder: "
@@ -1179,7 +1180,7 @@ def read_folder(folder):
     for part, stem in {**WEIGHT_FILES, **second}.items():
         settings[part] = read_json(f"{part}/config.json")
         names = [f"{part}/{stem}{end}.safetensors" for end in ("", ".fp16")]
-        found = [name for name in names if (folder / name).exists()]
+        found = [name for name in names if (folder / name).is_file()]
         require(found, f"{folder} is not a whole Stable Diffusion folder: {names[0]} is missing")
         arrays[part] = {current_name(name): array
                         for name, array in read_safetensors(folder / found[0]).items()}
@@ -1303,9 +1304,8 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
     folder = next((folder for folder in folders if folder.is_dir()), None)
     require(folder, f"there is no folder {' nor '.join(map(str, dict.fromkeys(folders)))}: name "
                     "one that diffusers wrote (extras.formats.load takes more)")
-    parts = read_folder(folder)
     try:
-        return assemble(folder.resolve().name, *parts, backend, device, dtype)
+        return assemble(folder.resolve().name, *read_folder(folder), backend, device, dtype)
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,

@@ -366,6 +366,17 @@ def test_the_plain_loader_names_what_a_config_lacks(tmp_path):
         tiny_sd.load(folder)
 
 
+def test_the_plain_loader_reads_no_device(tmp_path):
+    """Which would fill the memory, or never end."""
+    folder = write_model(tmp_path / "tiny")
+    for name in "vae/config.json", "unet/diffusion_pytorch_model.safetensors":
+        (folder / name).rename(tmp_path / "kept")
+        (folder / name).symlink_to("/dev/zero")
+        with pytest.raises(tiny_sd.UserError, match=name):
+            tiny_sd.load(folder)
+        (tmp_path / "kept").replace(folder / name)
+
+
 @pytest.mark.parametrize("name, said", [
     ("a." * 3000 + "weight", "recursion"), ("down_blocks.999.x", "counts to 999")])
 def test_the_plain_loader_refuses_a_name_without_end(name, said, tmp_path):
