@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 from pathlib import Path
 
 import tiny_sd
@@ -23,7 +24,8 @@ def find_model(name, models_dir=None):
         return str(tiny_sd.HERE / "weights" / "emoji")
     path = Path(name)
     if path.is_dir() and not (path / "unet").exists():
-        inside = sorted(file.name for file in path.iterdir() if may_be_model(file))
+        models = filter(may_be_model, sorted(path.iterdir()))
+        inside = [file.name for file in itertools.islice(models, 11)]
         if inside:
             more = ", ..." if len(inside) > 10 else ""
             raise UserError(f"{name} is a folder of models, not a model: choose one of "

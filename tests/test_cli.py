@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from extras import cli, fast, formats, like_diffusers
+from extras import cli, fast, formats, like_diffusers, named
 from helpers import finish, launch, sd
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, SCHEDULER, change, cli_lines, parse, pixels, start
@@ -284,6 +284,12 @@ def test_files_by_their_names(run, model, here, monkeypatch):
         file.truncate(8 + len(header) + 2 ** 37)
     line, = run.bare("red", "-m", "checkpoints")[2]
     assert line.endswith("choose one of huge.safetensors, one.safetensors, other.ckpt")
+    for number in range(50):
+        Path(f"checkpoints/a{number:02}.ckpt").touch()
+    looked_at = []
+    monkeypatch.setattr(named, "may_be_model", lambda file: looked_at.append(file) or True)
+    line, = run.bare("red", "-m", "checkpoints")[2]
+    assert line.endswith("a08.ckpt, a09.ckpt, ...") and len(looked_at) == 11    # not all of them
 
 
 def test_a_seed_drawn_at_random(run, draw):
