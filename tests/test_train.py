@@ -873,7 +873,10 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path, options, said, capsys):
 def test_a_state_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "vae.pt").write_text("no checkpoint")
     (tmp_path / "file").write_text("mine")
-    for state, said in (tmp_path, "vae.pt is not whole"), (tmp_path / "file", "file"):
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/vae.pt")     # it would be waited for
+    for state, said in ((tmp_path, "vae.pt is not whole"), (tmp_path / "file", "file"),
+                        (tmp_path / "pipe", "it is not a file")):
         assert said in refused(capsys, "vae", state, "--steps", 1, out=False)
     assert (tmp_path / "vae.pt").read_text() == "no checkpoint"
 

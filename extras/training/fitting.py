@@ -222,6 +222,7 @@ class State:
         if not path.exists():
             return {}
         try:
+            require(path.is_file(), "it is not a file")     # a pipe might never deliver anything
             kept = torch.load(path, map_location=self.device, weights_only=True)
             whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
             whole = whole and math.isfinite(sum(kept["losses"])) and all(
