@@ -72,7 +72,7 @@ import functools, os, signal, sys
 from extras.training import fitting, folder, measure, train
 measure.PROMPTS = {kind: some[:4] for kind, some in measure.PROMPTS.items()}
 train.train_tokenizer = functools.partial(train.train_tokenizer, captions=500)
-measure.Judge = functools.partial(measure.Judge, looks=2)
+measure.Judge = functools.partial(measure.Judge, tries=2)
 train.CONFIGS = train.CONFIGS | {"small": train.CONFIGS["small"]._replace(
     vae=folder.vae_config(size=64, channels=(8, 16, 16, 16), groups=8),
     unet=folder.unet_config(latents=8, channels=(16, 32, 32), attends=(False, True, True),
@@ -83,7 +83,7 @@ train.CONFIGS = train.CONFIGS | {"small": train.CONFIGS["small"]._replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer():
-    """Networks for 64 x 64 pixels; sheets of four prompts, words from 500 captions, two looks.
+    """Networks for 64 x 64 pixels; sheets of four prompts, words from 500 captions, two tries.
 
     test_teach.py trains, and the folder weights/emoji has, the true sizes.
     """
@@ -1066,17 +1066,14 @@ def test_many_pictures_at_once(exported, state):
 
 def test_the_judge_knows_true_pictures(things):
     """True pictures of combinations never trained are judged right; wrong ones are not."""
-    judge = measure.Judge(things)
+    judge, rng = measure.Judge(things, tries=40), np.random.default_rng(5)
     for title, (asked, alternatives) in measure.questions(things, 4).items():
-        pictures = (judge.truths(*one).reshape(-1, 32, 32, 3) * 255 for one in asked)
-        rates = judge.rates(title, [p[0].round().astype(np.uint8) for p in pictures], asked,
-                            alternatives)
-        assert len(rates) == 3 and {*rates.values()} == {1.0}
         wrong = [next(iter(alternatives(*one))) for one in asked]
-        pictures = (judge.truths(*one).reshape(-1, 32, 32, 3) * 255 for one in wrong)
-        rates = judge.rates(title, [p[0].round().astype(np.uint8) for p in pictures], asked,
-                            alternatives)
-        assert rates[f"{title}: the {title}"] == rates[f"{title}: both"] == 0
+        true, false = (
+            judge.rates(title, [scenes.paint(scenes.compose(things, rng, *one), things, 128)
+                                for one in some], asked, alternatives) for some in (asked, wrong))
+        assert len(true) == 3 and {*true.values()} == {1.0}, title
+        assert false[f"{title}: the {title}"] == false[f"{title}: both"] == 0
 
 
 def test_questions_are_of_what_is_held_out(things):

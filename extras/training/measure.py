@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import like_diffusers
-from extras.files import replace_atomically, save_new, save_picture
+from extras.files import free_names, replace_atomically, save_picture
 from extras.show import sheet as labelled
 from extras.training.fitting import grid
 from extras.training.painting import outlines
@@ -96,21 +96,23 @@ def small(pictures, side=32):
 class Judge:
     """Paint true pictures, and find the one nearest to a drawn picture."""
 
-    def __init__(self, things, looks=6, size=64):
-        self.things, self.looks, self.size = things, looks, size
+    def __init__(self, things, tries=40, size=64):
+        self.things, self.tries, self.size = things, tries, size
         self.truths = functools.cache(self.paint_truths)
 
     def paint_truths(self, subject, manner):
-        """Some true pictures of this, small, (looks, d); always the same."""
+        """True pictures of this, small, (n, d), with all of its drawings; always the same."""
         rng = np.random.default_rng(int(fixed_share(repr((subject, manner))) * 2 ** 32))
-        scenes = [compose(self.things, rng, subject, manner) for _ in range(self.looks)]
+        scenes = [compose(self.things, rng, subject, manner) for _ in range(self.tries)]
+        scenes = {tuple(part.picture for part in scene.parts): scene for scene in scenes}.values()
         return small(np.stack([paint(scene, self.things, self.size) for scene in scenes]))
 
     def nearest(self, picture, candidates):
         """The one of these (subject, manner) to which a picture (height, width, 3) is nearest."""
-        truths = np.stack([self.truths(*candidate) for candidate in candidates])
-        distances = np.square(truths - small(picture[None])).sum(-1).min(1)
-        return candidates[int(distances.argmin())]
+        picture = small(picture[None])
+        distances = [np.square(self.truths(*candidate) - picture).sum(-1).min()
+                     for candidate in candidates]
+        return candidates[int(np.argmin(distances))]
 
     def others(self, asked, n=60):
         """The same with n other things, which are chosen at random but fixed for each subject."""
@@ -203,12 +205,18 @@ def other_relations(subject, manner):
 # ── Measures: each returns {what: number} ───────────────────────────────────────────────────────
 
 def combinations(model, judge, n, steps):
-    """Yield the rates of each kind of combination that training never shows."""
+    """Yield the rates of each kind of combination that training never shows.
+
+    Also those of true pictures of the same prompts: no model can expect better.
+    """
     rng = np.random.default_rng(3)
     for title, (asked, alternatives) in questions(judge.things, n).items():
-        prompts = [compose(judge.things, rng, *one).caption for one in asked]
-        pictures = draw(model, prompts, range(n), steps=steps)
+        scenes = [compose(judge.things, rng, *one) for one in asked]
+        pictures = draw(model, [scene.caption for scene in scenes], range(n), steps=steps)
         yield judge.rates(title, pictures, asked, alternatives)
+        true = [paint(scene, judge.things) for scene in scenes]
+        both, = [*judge.rates(title, true, asked, alternatives).values()][-1:]
+        yield {f"{title}: both, in true pictures": both}
 
 
 def alone(model, judge, ids, title, steps):
@@ -309,7 +317,7 @@ def evaluate(out, things, n, steps, device):
     """Measure the model in a folder on n of each kind; print a table and write OUT.json."""
     tiny_sd.require(things.drawings is not None, "only models of the drawings can be evaluated")
     model, report = tiny_sd.load(out, "torch", device), {}
-    file = save_new(out.with_name(f"{out.name}.json"), lambda file: file.write(b"{}\n"))
+    file = next(name for name in free_names(out.with_suffix(".json")) if not name.exists())
     for numbers in measures(model, Judge(things), min(n, len(things.names)), out, steps):
         report |= numbers
         with replace_atomically(file) as temporary:
