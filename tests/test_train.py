@@ -538,6 +538,38 @@ def test_the_decoder_alone(state, exported):
     assert not torch.equal(before[name], after[name])
 
 
+def test_a_discriminator_learns_against_the_decoder():
+    """It learns to tell pictures apart; neither error reaches into the other network."""
+    torch.manual_seed(0)
+    image = torch.rand(8, 32, 32, 3) * 2 - 1
+    drawn = torch.nn.functional.avg_pool2d(image, 3, 1, 1).requires_grad_()     # over channels, too
+    params = train_py.new_discriminator(0)
+    optimizer = fitting.Optimizer(params, fitting.Schedule(rate=3e-3, steps=40))
+    layers = tiny_sd.nest(params)["discriminator"]
+    errors = []
+    for _ in range(40):
+        errors.append(train_py.misjudged(drawn, image, layers))
+        optimizer.zero_grad()
+        errors[-1].backward()
+        optimizer.step()
+    assert drawn.grad is None and errors[-1] < 0.2 < 1.5 < errors[0]
+    alike, fooled = train_py.judged(drawn, image, layers)
+    same, real = train_py.judged(image, image, layers)
+    assert real < fooled and alike > same == 0
+    for p in params.values():
+        p.grad = None
+    (alike + fooled).backward()
+    assert drawn.grad.norm() > 0 and all(p.grad is None for p in params.values())
+
+
+def test_errors_are_balanced():
+    """However large they are, their gradients are as large as the first one's, times a share."""
+    drawn = torch.ones(2, 3, 4, 3, requires_grad=True)
+    train_py.balanced([10 ** k * drawn[:, k].square().sum() for k in range(3)], drawn).backward()
+    sizes = drawn.grad.square().sum((0, 2, 3)).sqrt()
+    torch.testing.assert_close(sizes / sizes[0], torch.tensor(train_py.SHARES) / train_py.SHARES[0])
+
+
 # ── The control network ─────────────────────────────────────────────────────────────────────────
 
 def outlined(things, n):

@@ -337,8 +337,16 @@ def before_and_after(job, vae):
 # only latents; Stable Diffusion's published VAEs ft-EMA and ft-MSE were trained this way. Latents
 # from a U-Net are never exact, so the decoder also sees noisy ones, and learns to decode them
 # cleanly.
+#
+# A second network, the discriminator, learns to tell the decoder's pictures from painted ones,
+# patch by patch, while the decoder learns to fool it (Isola et al., 2017; Esser et al., 2021). The
+# decoder's pictures should also give the same values in the discriminator's inner layers as the
+# painted ones; LPIPS, too, compares pictures by the inner layers of a network.
 
 NOISE = 0.4     # the maximum, in standard deviations of the latents
+WIDTHS = 3, 24, 48, 96      # of the discriminator's layers
+EAGER = 4       # how much faster than the decoder it learns
+SHARES = 1, 1, 2        # of the gradient: pixels and edges, inner layers, fooling it
 
 
 def decoder_shapes(setting):
@@ -346,11 +354,51 @@ def decoder_shapes(setting):
             if name.startswith(("decoder.", "post_quant_conv."))}
 
 
+def new_discriminator(seed):
+    """Its initial weights: smaller, for inspect() multiplies by EAGER (Karras et al., 2018)."""
+    halving = [layer(o, i, 4, 4) for i, o in itertools.pairwise(WIDTHS)]
+    shapes = flatten({"discriminator": [*halving, conv(WIDTHS[-1], 1)]})
+    return {name: 1.4 / EAGER * p for name, p in initial(shapes, seed).items()}
+
+
+def inspect(x, layers):
+    """Each layer's output for pictures x; the last, (batch, h, w, 1), says how real a patch is."""
+    found = []
+    for weights in layers[:-1]:
+        x = EAGER * tiny_sd.TORCH["conv2d"](x, *weights.values(), stride=2)
+        found.append(x := F.leaky_relu(x, 0.2))
+    return [*found, EAGER ** 2 * tiny_sd.TORCH["conv2d"](x, *layers[-1].values())]
+
+
+def judged(drawn, image, layers):
+    """The decoder's errors in the discriminator's eyes: in its inner layers, and in its verdict."""
+    with torch.no_grad():
+        *theirs, _ = inspect(image, layers)
+    *ours, real = inspect(drawn, [{name: p.detach() for name, p in weights.items()}
+                                  for weights in layers])
+    alike = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(ours, theirs))
+    return alike, -real.mean()
+
+
+def misjudged(drawn, image, layers):
+    """The discriminator's own error (the hinge loss)."""
+    real, fake = (inspect(x, layers)[-1] for x in (image, drawn.detach()))
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def balanced(errors, drawn):
+    """The sum of errors, weighted so that their gradients at the picture are as SHARES says."""
+    first, *_ = sizes = [torch.autograd.grad(error, drawn, retain_graph=True)[0].norm()
+                         for error in errors]
+    return sum(share * error * first / size for share, error, size in zip(SHARES, errors, sizes))
+
+
 def train_decoder(job):
     setting, schedule, rng = job.setting, job.schedule, np.random.default_rng()
     n, whole = share_of_batch("decoder", schedule), job.state.trained("vae", setting.shapes("vae"))
     encoder = nest(whole)
-    params = parameters({name: whole[name] for name in decoder_shapes(setting)}, job.state.device)
+    begin = {name: whole[name] for name in decoder_shapes(setting)}
+    params = parameters(begin | new_discriminator(schedule.seed), job.state.device)
     optimizer, decoder = Optimizer(params, schedule), nest(params)
 
     def batches():
@@ -362,7 +410,9 @@ def train_decoder(job):
             yield z + tiny_sd.array_like(z, level) * z.std() * torch.randn_like(z), image
 
     def loss(z, image):
-        return pixels_and_edges(tiny_sd.vae_decode(z, decoder, setting.groups), image)
+        drawn, layers = tiny_sd.vae_decode(z, decoder, setting.groups), decoder["discriminator"]
+        errors = pixels_and_edges(drawn, image), *judged(drawn, image, layers)
+        return balanced(errors, drawn) + misjudged(drawn, image, layers)
 
     train_stage("decoder", job, optimizer, minimize(loss, optimizer, batches()), rng,
                 lambda: before_and_after(job, nest(whole | optimizer.mean)))
