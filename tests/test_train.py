@@ -978,13 +978,17 @@ def test_only_models_are_replaced(command, state, tmp_path, capsys):
     for data, out in ((DATA, mine), (inside, mine), (inside, mine / "thesis.txt")):
         said = refused(capsys, command, state, "--steps", 2, "--out", out, data=data)
         assert "is not one of our models" in said
-    (mine / "model_index.json").write_text("{}")
+    for name in "model_index.json", "controlnet/diffusion_pytorch_model.safetensors":
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("{}")
     said = refused(capsys, command, state, "--steps", 2, "--out", mine, data=mine / "data.zip")
     assert f"{mine} contains {mine / 'data.zip'}" in said
     (mine / ".git/refs").mkdir(parents=True)
     (mine / ".git/config").write_text("a repository")
     said = refused(capsys, command, state, "--steps", 2, "--out", mine)
-    assert f"contains {mine / '.git/config'}; {mine / 'data.zip'}; {mine / 'thesis.txt'}" in said
+    network = mine / "controlnet/diffusion_pytorch_model.safetensors"
+    added = mine / ".git/config", network, mine / "data.zip", mine / "thesis.txt"
+    assert f"contains {'; '.join(map(str, added))}: name another" in said
     (state / "model_index.json").write_text("{}")
     try:
         said = refused(capsys, command, state, "--steps", 2, "--out", state)

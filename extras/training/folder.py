@@ -26,10 +26,13 @@ from tiny_sd import flatten, require
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control network sees outlines
-NAMES = {      # of the files in a model's folder, or in a control network's
-    "model_index.json", "things.json", "config.json", "scheduler_config.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "model.safetensors",
-    "diffusion_pytorch_model.safetensors"}
+OURS = {       # the files in a model's folder, and in a control network's
+    "model_index.json", "things.json", "scheduler/scheduler_config.json", "config.json",
+    "diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+    "text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors"}
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
@@ -114,7 +117,8 @@ def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
                 f"{out} contains {path}: name another --out")
-    added = [str(file) for file in out.rglob("*") if file.name not in NAMES and not file.is_dir()]
+    added = [str(file) for file in out.rglob("*")
+             if not file.is_dir() and file.relative_to(out).as_posix() not in OURS]
     require(not added, f"{out} contains {first_five(added)}: name another --out")
 
 

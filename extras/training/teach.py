@@ -186,8 +186,9 @@ def train_from_scratch(args):
     options = [text for name, value in how.items() if value is not None
                for text in (f"--{name}", str(value))]
     path = os.pathsep.join(filter(None, [str(tiny_sd.HERE), os.environ.get("PYTHONPATH")]))
-    os.execve(sys.executable, [sys.executable, "-m", "extras.training.train", "all", *options],
-              os.environ | {"PYTHONPATH": path})
+    # -P: import nothing from the current folder, which may hold other people's code
+    command = [sys.executable, "-P", "-m", "extras.training.train", "all", *options]
+    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
 
 
 # ── Teaching ────────────────────────────────────────────────────────────────────────────────────
