@@ -1,5 +1,6 @@
 """extras/training on 24 things: every stage from nothing, on after a kill, in two processes."""
 
+import copy
 import json
 import math
 import os
@@ -916,12 +917,28 @@ def test_a_state_that_cannot_be_used(tmp_path, capsys):
 @pytest.mark.parametrize("content", [
     {}, [1, 2], {"params": {}, "mean": 3}, {"params": {}, "mean": {}, "step": "x"},
     {"params": {"a": 1}, "mean": {"a": 1}, "step": 1, "seconds": 1.0, "losses": []},
-    {"params": {}, "mean": {}, "step": 1, "seconds": 1.0, "losses": ["x"]}])
+    *({"params": {}, "mean": {}, "step": 1, "seconds": 1.0, "losses": []} | other for other in (
+        {"losses": ["x"]}, {"losses": torch.ones(1)}, {"step": 1.5}, {"step": torch.tensor(1)},
+        {"seconds": math.inf}, {"seconds": 10 ** 400}))])
 def test_a_state_of_another_content(tmp_path, capsys, content):
     torch.save(content, tmp_path / "vae.pt")
     before = (tmp_path / "vae.pt").read_bytes()
     assert "vae.pt" in refused(capsys, "vae", tmp_path, "--steps", 1)
     assert (tmp_path / "vae.pt").read_bytes() == before
+
+
+def test_an_optimizers_state_of_other_sizes():
+    params = {"a": torch.ones(2, 3), "b": torch.ones(3)}
+    optimizer = fitting.Optimizer(params, fitting.Schedule(rate=0.1))
+    (params["a"].sum() + params["b"].sum()).backward()
+    optimizer.step()
+    good = copy.deepcopy(optimizer.checkpoint())
+    for i, name in enumerate(["momentum", "exp_avg"]):
+        optimizer.restore(good)
+        kept = copy.deepcopy(good)
+        kept["optimizers"][i]["state"][0][name] = torch.ones(2)
+        with pytest.raises(tiny_sd.UserError, match="does not fit, remove it: sizes differ"):
+            optimizer.restore(kept)
 
 
 @pytest.mark.parametrize("stage", train_py.STAGES)

@@ -192,7 +192,9 @@ class Optimizer:
             self.mean[name].copy_(mean[name])
         try:
             for part, saved in zip(self.parts, checkpoint.get("optimizers", [])):
-                part.load_state_dict(saved)
+                part.load_state_dict(part.state_dict() | {"state": saved["state"]})
+                for p, kept in part.state.items():
+                    require(all(x.shape in (p.shape, ()) for x in kept.values()), "sizes differ")
         except Exception as error:      # torch raises many kinds
             raise UserError(f"what was kept does not fit, remove it: {error}") from None
         self.taken = checkpoint["step"]
@@ -224,10 +226,11 @@ class State:
         try:
             require(path.is_file(), "it is not a file")     # a pipe might never deliver anything
             kept = torch.load(path, map_location=self.device, weights_only=True)
-            whole = {*kept["params"]} == {*kept["mean"]} and kept["step"] >= 0 <= kept["seconds"]
-            whole = whole and math.isfinite(sum(kept["losses"])) and all(
-                isinstance(p, torch.Tensor) for part in ("params", "mean")
-                for p in kept[part].values())
+            params, mean, losses = (kept[name] for name in ("params", "mean", "losses"))
+            whole = (isinstance(kept["step"], int) and kept["step"] >= 0 <= kept["seconds"]
+                     and isinstance(losses, list) and math.isfinite(kept["seconds"] + sum(losses))
+                     and {*params} == {*mean} and all(isinstance(p, torch.Tensor) for p in
+                                                      [*params.values(), *mean.values()]))
         except Exception as error:      # torch and pickle raise many kinds
             raise UserError(f"{path} is not whole: remove it ({str(error)[:100]})") from None
         require(whole, f"{path} was not kept by this program: remove it")
