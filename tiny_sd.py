@@ -1146,6 +1146,7 @@ def read_safetensors(path):
             begin, end = entry["data_offsets"]
             array = data[start + begin:start + end].view(DTYPES[entry["dtype"]])
             arrays[name] = array.reshape(entry["shape"])
+        require(sum(a.nbytes for a in arrays.values()) <= len(data) - start, "its arrays overlap")
         return arrays
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {shorten(str(error))}") from None
@@ -1281,10 +1282,10 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
 
     scheduler = config["scheduler"]
     if alpha_bars is None:
-        require(scheduler.beta_schedule == "scaled_linear", "the scheduler's beta_schedule cannot "
-                f"be {shorten(repr(scheduler.beta_schedule))}")
-        alpha_bars = scaled_linear_schedule(scheduler.num_train_timesteps, scheduler.beta_start,
-                                            scheduler.beta_end)
+        kind, n = scheduler.beta_schedule, scheduler.num_train_timesteps
+        require(kind == "scaled_linear" and n <= 10 ** 5,
+                f"the scheduler's beta_schedule cannot be {shorten(repr(kind))} over {n} steps")
+        alpha_bars = scaled_linear_schedule(n, scheduler.beta_start, scheduler.beta_end)
     require(len(alpha_bars) and (np.diff(alpha_bars, append=-1) < 0).all(),
             "the scheduler's noise levels do not fall")
     return Model(name, SimpleNamespace(**config), encoders, networks["vae"], networks["unet"],
@@ -1320,12 +1321,11 @@ def load(path: str | Path, backend=None, device="cpu", dtype="float32") -> Model
 def latent_shape(model, width=None, height=None):
     """Return the latents' (h, w, channels) for a picture of this size in pixels, or the model's."""
     config, factor = model.config, model.factor
+    width, height = (factor * config.unet.sample_size if n is None else n for n in (width, height))
     for name, n in ("width", width), ("height", height):
-        require(n is None or hasattr(n, "__index__") and n % factor == 0
-                and 2 * factor <= n <= 4096,
+        require(hasattr(n, "__index__") and n % factor == 0 and 2 * factor <= n <= 4096,
                 f"{name} {n} is not a multiple of {factor} from {2 * factor} to 4096")
-    h, w = (config.unet.sample_size if n is None else n // factor for n in (height, width))
-    return h, w, config.vae.latent_channels
+    return height // factor, width // factor, config.vae.latent_channels
 
 
 class Parser(argparse.ArgumentParser):

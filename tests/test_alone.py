@@ -28,6 +28,10 @@ def alone(tmp_path_factory):
     (words / "tokenizer.json").write_text("{}")
     config = write_model(folder / "noiseless") / "scheduler/scheduler_config.json"
     config.write_text('{"beta_start": 0, "beta_end": 0, "beta_schedule": "scaled_linear"}')
+    config = write_model(folder / "noisy") / "scheduler/scheduler_config.json"
+    config.write_text('{"num_train_timesteps": 50000000000}')      # they would fill the memory
+    config = write_model(folder / "wide") / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 10 ** 5}))
     config = write_model(folder / "groupless") / "vae/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 0}))
     endless = write_model(folder / "endless")
@@ -123,6 +127,8 @@ REFUSED = {
     "red -o in.png": "in.png is there already", "red -o none/out.png": "there is no folder none to",
     "red -s x": "'x'", "red -m none": "none", "red -m in.png": "in.png",
     "red -m tiny/unet": "tiny/unet", "red -m wordless": "tokenizer/tokenizer.json: 'model'",
+    "red -m noisy": "cannot be 'scaled_linear' over 50000000000 steps",
+    "red -m wide": "is not a multiple of",
     "red -m noiseless": "noise levels do not fall", "red -m groupless": "ZeroDivisionError",
     "red -i program.png": "cannot identify image file 'program.png'", "red -i bomb.png": "bomb"}
 

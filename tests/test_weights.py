@@ -377,6 +377,17 @@ def test_the_plain_loader_reads_no_device(tmp_path):
         (tmp_path / "kept").replace(folder / name)
 
 
+def test_the_plain_loader_refuses_arrays_that_overlap(tmp_path):
+    """A small file of thousands that share their numbers would fill the memory."""
+    folder = write_model(tmp_path / "tiny")
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(tiny_sd.UserError, match="is not a whole safetensors file: its arrays over"):
+        tiny_sd.load(folder)
+
+
 @pytest.mark.parametrize("name, said", [
     ("a." * 3000 + "weight", "recursion"), ("down_blocks.999.x", "counts to 999")])
 def test_the_plain_loader_refuses_a_name_without_end(name, said, tmp_path):
