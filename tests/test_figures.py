@@ -63,6 +63,12 @@ def test_a_benchmark_reads_and_replaces_nobodys_files(tmp_path, monkeypatch, cap
     monkeypatch.setattr(benchmark.tempfile, "tempdir", str(tmp_path))
     folder = benchmark.random_model(arguments())
     assert [*tmp_path.iterdir()] == [folder] == [benchmark.random_model(arguments())]
+    if os.getuid() == 0:        # only root can make links that are another's
+        folder.rename(tmp_path / "mine")
+        folder.symlink_to("mine")
+        os.lchown(folder, 1, 1)
+        with pytest.raises(benchmark.Failure, match="is another user's"):
+            benchmark.random_model(arguments())
     monkeypatch.setattr(os, "getuid", lambda: -1)
     with pytest.raises(benchmark.Failure, match="is another user's"):
         benchmark.random_model(arguments())

@@ -82,8 +82,9 @@ def random_model(args):
         writer = spawn.Process(target=write_model, args=(folder, args))
         writer.start()
         writer.join()
-    # a model's folder may name code, which diffusers runs
-    if hasattr(os, "getuid") and folder.exists() and folder.stat().st_uid != os.getuid():
+    # a model's folder may name code, which diffusers runs; so another's link counts, too
+    there = os.path.lexists(folder)
+    if there and hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid():
         raise Failure(f"{folder} is another user's")
     return folder
 
