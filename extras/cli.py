@@ -626,7 +626,7 @@ def run(argv):
 
     film, frames, denoiser = watchers(first)
     model = drawing.load_model(jobs[0] if jobs else first)
-    jobs = [drawing.filled(model, job) for job in jobs]
+    jobs = drawing.ready(model, jobs)
     if first.backend == "numpy" and not first.low_memory:
         narrow.keep_what_pays(model, drawing.passes_of(jobs))
     if first.explain:

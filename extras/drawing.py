@@ -50,6 +50,14 @@ def filled(model, job):
         cfg_scale=scale if job.cfg_scale is None else job.cfg_scale)
 
 
+def ready(model, jobs):
+    """Return the jobs, filled; UserError if a file of one cannot be used, before any is drawn."""
+    jobs = [filled(model, job) for job in jobs]
+    for job in jobs[1:]:        # the first is next
+        start_walk(model, job, like_diffusers.denoiser, [])
+    return jobs
+
+
 def passes_of(jobs):
     """Return {part of the model: how many times these jobs read its weights}."""
     return {"unet": sum(map(steps_of, jobs)), "vae": sum(job.batch_size for job in jobs),

@@ -146,7 +146,7 @@ def arrays_spoilt(path, rng):
         arrays[rng.choice(["extra", "", "0", "a.b", name + ".x", "conv_in", "ä" * 99])] = array
     elif kind == 2:
         arrays[name] = rng.choice([array[:-1], array[None], array.reshape(-1), array[:0],
-                                   array.reshape(-1)[:1].reshape(())])
+                                   np.asarray(array.sum(dtype=array.dtype))])
     elif kind == 3:
         array.reshape(-1)[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf, 3e38])
         arrays[name] = array
@@ -269,7 +269,7 @@ def single_file_spoilt(path, rng):
             del arrays[name]
         elif kind == 1:
             arrays[name] = rng.choice([array[:-1], array[None], array.reshape(-1), array[:0],
-                                       array.reshape(-1)[:1].reshape(())])
+                                       np.asarray(array.sum(dtype=array.dtype))])
         elif kind == 2:
             other = re.sub(r"\d+", lambda m: rng.choice(["0", "7", "99", "x", "9" * 30, m[0]]),
                            name)

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from conftest import ROOT
 from extras import cli, formats
@@ -106,6 +108,15 @@ def test_other_options_draw_a_line_again(run, option):
 def test_a_list_without_prompts(refuse, text):
     Path("p.txt").write_text(text)
     assert refuse("--prompts", "p.txt") == "tiny_sd: --prompts p.txt has no prompts"
+
+
+@pytest.mark.parametrize("option", ["-i p.txt", "-i in.png --mask p.txt", "--control p.txt in.png",
+                                    "--control word.safetensors in.png"])
+def test_a_file_that_cannot_be_used_stops_the_list_before_it_begins(refuse, option):
+    PLAIN.save("in.png")
+    save_file({"emb_params": np.ones((2, 12), np.float32)}, "word.safetensors")
+    Path("p.txt").write_text(f"red\napple {option}\n")
+    assert refuse("--prompts", "p.txt").split()[1] in ("p.txt", "word.safetensors")
 
 
 def test_seeds_at_random_are_drawn_once(run):

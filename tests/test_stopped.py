@@ -97,7 +97,7 @@ PHASES = {  # the arguments, where it is interrupted, and what is there already 
     "writing the picture": ("", "PngImagePlugin.py:putchunk:2", []),
     "writing the second picture": ("-b 2", "files.py:save_picture:2", ["out-000.png"]),
     "writing the page": ("--show seen", "PngImagePlugin.py:putchunk:12", ["out-1.png"]),
-    "between two prompts": ("--prompts prompts.txt", "tiny_sd.py:generate:2", ["out-0001.png"]),
+    "between two prompts": ("--prompts prompts.txt", "drawing.py:make_room:2", ["out-0001.png"]),
     "writing the second prompt's": (
         "--prompts prompts.txt", "PngImagePlugin.py:putchunk:8", ["out-0001.png"],
     ),
