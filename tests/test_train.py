@@ -627,7 +627,7 @@ def test_the_control_network_leads_on_the_command_line(state, things, tmp_path, 
     Image.fromarray(outlined(things, 1)[0]).save("lines.png")
     base = ["a cat", "-m", str(state / "emoji"), "--steps", "2", "-o"]
     assert cli.main([*base, "alone.png"]) == 0
-    assert cli.main([*base, "led.png", "--control", f"{state}/outlines:99", "lines.png"]) == 0
+    assert cli.main([*base, "led.png", "--control", f"{state}/outlines:999", "lines.png"]) == 0
     alone, led = (np.asarray(Image.open(name)) for name in ("alone.png", "led.png"))
     assert alone.shape == led.shape and (alone != led).any()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import like_diffusers
-from extras.files import free_names, replace_atomically, save_picture
+from extras.files import replace_atomically, save_new, save_picture
 from extras.show import sheet as labelled
 from extras.training.fitting import grid
 from extras.training.painting import outlines
@@ -317,7 +317,7 @@ def evaluate(out, things, n, steps, device):
     """Measure the model in a folder on n of each kind; print a table and write OUT.json."""
     tiny_sd.require(things.drawings is not None, "only models of the drawings can be evaluated")
     model, report = tiny_sd.load(out, "torch", device), {}
-    file = next(name for name in free_names(out.with_suffix(".json")) if not name.exists())
+    file = save_new(out.with_name(f"{out.name}.json"), lambda file: file.write(b"{}\n"))
     for numbers in measures(model, Judge(things), min(n, len(things.names)), out, steps):
         report |= numbers
         with replace_atomically(file) as temporary:
