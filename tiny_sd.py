@@ -1045,8 +1045,7 @@ TORCH = TorchForms()
 def torch_operations():
     """Return {name: torch's form of that primitive}. Besides these, only §8 and to_torch use torch.
 
-    torch.nn.functional wants channels first: movedim reorders the axes of our images, without a
-    copy.
+    torch.nn.functional wants channels first: movedim reorders our images' axes without a copy.
     """
     import torch
     import torch.nn.functional as F
@@ -1087,9 +1086,8 @@ def torch_operations():
 
 # ── Reading weights ─────────────────────────────────────────────────────────────────────────────
 
-CONFIG_DEFAULTS = {     # fields that a config may omit; extras/checks.py has the allowed values
-    "text_encoder": {},
-    "text_encoder_2": {},
+CONFIG_DEFAULTS = {     # fields that a config may omit
+    "text_encoder": {}, "text_encoder_2": {},
     "vae": {"norm_num_groups": 32, "scaling_factor": 0.18215},
     "unet": {"norm_num_groups": 32, "attention_head_dim": 8, "num_attention_heads": None,
              "time_cond_proj_dim": None, "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -1099,15 +1097,19 @@ CONFIG_DEFAULTS = {     # fields that a config may omit; extras/checks.py has th
                   "prediction_type": "epsilon", "timestep_spacing": None, "set_alpha_to_one": None,
                   "use_karras_sigmas": None, "_guidance_scale": 7.5},   # the last is tiny_sd's own
 }
+ALLOWED = {     # larger sizes would fill the memory; extras/checks.py checks all fields
+    "unet": {"sample_size": range(1, 4097), "addition_time_embed_dim": (None, *range(2, 4097))},
+    "vae": {"latent_channels": range(1, 65)}, "text_encoder": {}, "text_encoder_2": {},
+    "scheduler": {"num_train_timesteps": range(10 ** 5 + 1),
+                  "prediction_type": ("epsilon", "v_prediction", "sample")}}
 
 
 def read_config(part, settings):
     """Return the config.json of a part as a record, with the defaults filled in."""
     config = SimpleNamespace(**CONFIG_DEFAULTS[part] | settings)
-    if part == "scheduler":
-        kind = config.prediction_type
-        require(kind in ("epsilon", "v_prediction", "sample"),
-                f"the scheduler's prediction_type cannot be {shorten(repr(kind))}")
+    for name, allowed in ALLOWED[part].items():
+        value = getattr(config, name, allowed[-1])
+        require(value in allowed, f"the {part}'s {name} cannot be {shorten(repr(value))}")
     if part == "unet":      # one number of heads, or one for each level, under either name
         heads = config.num_attention_heads or config.attention_head_dim
         levels = len(config.block_out_channels)
@@ -1193,9 +1195,8 @@ def read_folder(folder):
     else:
         model = read("tokenizer/tokenizer.json", lambda text: {**json.loads(text)["model"]})
         vocab, merges = model.get("vocab"), model.get("merges")
-    folders = ["tokenizer", "tokenizer_2"] if second else ["tokenizer"]
-    tokenizers = [read_tokenizer(read_json(f"{name}/tokenizer_config.json"), vocab, merges)
-                  for name in folders]      # the two differ in padding alone
+    tokenizers = [read_tokenizer(read_json(f"tokenizer{end}/tokenizer_config.json"), vocab, merges)
+                  for end in ("", "_2")[:1 + len(second)]]      # the two differ in padding alone
     return settings, arrays, tokenizers
 
 
@@ -1283,8 +1284,7 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     scheduler = config["scheduler"]
     if alpha_bars is None:
         kind, n = scheduler.beta_schedule, scheduler.num_train_timesteps
-        require(kind == "scaled_linear" and n <= 10 ** 5,
-                f"the scheduler's beta_schedule cannot be {shorten(repr(kind))} over {n} steps")
+        require(kind == "scaled_linear", f"the scheduler's beta_schedule cannot be {kind!r:.60}")
         alpha_bars = scaled_linear_schedule(n, scheduler.beta_start, scheduler.beta_end)
     require(len(alpha_bars) and (np.diff(alpha_bars, append=-1) < 0).all(),
             "the scheduler's noise levels do not fall")

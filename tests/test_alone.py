@@ -127,8 +127,8 @@ REFUSED = {
     "red -o in.png": "in.png is there already", "red -o none/out.png": "there is no folder none to",
     "red -s x": "'x'", "red -m none": "none", "red -m in.png": "in.png",
     "red -m tiny/unet": "tiny/unet", "red -m wordless": "tokenizer/tokenizer.json: 'model'",
-    "red -m noisy": "cannot be 'scaled_linear' over 50000000000 steps",
-    "red -m wide": "is not a multiple of",
+    "red -m noisy": "the scheduler's num_train_timesteps cannot be 50000000000",
+    "red -m wide": "the unet's sample_size cannot be 100000",
     "red -m noiseless": "noise levels do not fall", "red -m groupless": "ZeroDivisionError",
     "red -i program.png": "cannot identify image file 'program.png'", "red -i bomb.png": "bomb"}
 

@@ -388,6 +388,19 @@ def test_the_plain_loader_refuses_arrays_that_overlap(tmp_path):
         tiny_sd.load(folder)
 
 
+@pytest.mark.parametrize("part, name, value", [
+    ("unet", "sample_size", 10 ** 9), ("unet", "sample_size", "64"),
+    ("unet", "addition_time_embed_dim", 10 ** 9), ("vae", "latent_channels", 10 ** 9),
+    ("vae", "latent_channels", [4]), ("scheduler", "num_train_timesteps", 10 ** 9)])
+def test_the_plain_loader_refuses_sizes_that_no_weights_confirm(part, name, value, tmp_path):
+    """They would fill the memory as soon as something is drawn."""
+    folder = write_model(tmp_path / "tiny")
+    file = folder / part / f"{'scheduler_' * (part == 'scheduler')}config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(tiny_sd.UserError, match=re.escape(f"{part}'s {name} cannot be {value!r}")):
+        tiny_sd.load(folder)
+
+
 @pytest.mark.parametrize("name, said", [
     ("a." * 3000 + "weight", "recursion"), ("down_blocks.999.x", "counts to 999")])
 def test_the_plain_loader_refuses_a_name_without_end(name, said, tmp_path):
