@@ -157,6 +157,8 @@ def sort_out(path, tensors, known, n, words):
         rest = next((".".join(pieces[i:]) for i in range(1, len(pieces))
                      if module_of(".".join(pieces[:i]), n) in known), None)
         (wrong.append if rest is None else unknown.add)(rest or name)
+        if len(wrong) + len(unknown) > 100:     # the others would take time, and are not named
+            break
 
     kind = kind_of(tensors)
     require(modules or words or kind is None or "LoRA" in kind,
@@ -175,6 +177,7 @@ FIXED = {       # fields of peft's configs that change the result, with the only
     "alora_invocation_tokens": None, "trainable_token_indices": None, "arrow_config": None,
     "modules_to_save": None, "corda_config": None, "velora_config": None, "monteclora_config": None,
     "kasa_config": None}
+MOST_PATTERNS = 2000        # each is compared with every module; SDXL's U-Net has 800
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "pissa")
 
 
@@ -212,7 +215,8 @@ def own_fact(facts, name, module):
     A pattern's key is the end of a module's name or, after ^, the whole name.
     """
     patterns = facts.get(f"{name}_pattern") or {}
-    require(isinstance(patterns, dict), f"its {name}_pattern is not an object")
+    require(isinstance(patterns, dict) and len(patterns) <= MOST_PATTERNS,
+            f"its {name}_pattern is not an object of at most {MOST_PATTERNS} modules")
     for key, value in patterns.items():
         bare = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         require(re.fullmatch(r"[\w.]+", bare), f"the {name}_pattern {shorten(repr(key))} is not a "

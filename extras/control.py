@@ -50,8 +50,8 @@ def read_control(path, n, backend="numpy", device="cpu", dtype="float32"):
     if any(name.startswith(start) for name in arrays):
         arrays = {from_original_name("unet", name.removeprefix(start), None, n): array
                   for name, array in arrays.items() if name.startswith(start)}
-    require(all(any(name.startswith(own) for name in arrays) for own in OWN)
-            and max(map(len, arrays)) < 200, f"{path} is not a control network")
+    require(all(any(name.startswith(own) for name in arrays) for own in OWN),
+            f"{path} is not a control network")
     return nest({name: to_backend(array, backend, device, dtype)
                  for name, array in arrays.items()})
 

@@ -120,13 +120,18 @@ def remarks(model, job, known):
 def make_room(model, job):
     """UserError if three of the largest arrays (VAE float32, U-Net float16) do not fit in memory.
 
-    If twice as much does not fit, switch the VAE to bands.
+    The same for what is written at the end, when all work would be lost. If twice as much does not
+    fit, switch the VAE to bands.
     """
     width, height = larger.drawn_size(model, job)
+    pixels = width * height
+    check_memory(4 * pixels * job.enlarge ** 2, f"--enlarge {job.enlarge}", "enlarge it less")
+    if job.film:
+        check_memory(3 * pixels * job.batch_size * steps_of(job), f"--film {job.film}")
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
         bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
-        need = 3 * bytes_per_pixel * width * height
+        need = 3 * bytes_per_pixel * pixels
         check_memory(need, f"--width {width} --height {height}")
         if 2 * need > free_memory() and not job.seamless:
             larger.change_vae(model, larger.IN_BANDS)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import re
 import secrets
@@ -25,6 +26,7 @@ from extras.checks import first_five
 from tiny_sd import UserError, require, tell
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of pictures that we write
+LONGEST_SIDES = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}      # in pixels
 PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # of pictures to train on
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
@@ -280,13 +282,23 @@ def save_picture(pixels, path, parameters, enlarge=1):
     picture = Image.fromarray(pixels)
     if enlarge > 1:
         picture = ImageOps.scale(picture, enlarge, Image.Resampling.LANCZOS)
+    path = that_holds(path, picture)
     return save_new(path, lambda file: write_picture(picture, file, path.suffix.lower(),
                                                      parameters))
+
+
+def that_holds(path, picture):
+    """Return the path, with the suffix .png if its own format has no pictures this large."""
+    if max(picture.size) <= LONGEST_SIDES.get(path.suffix.lower(), math.inf):
+        return path
+    tell(f"{path} is saved as a .png: {path.suffix} cannot hold {picture.width} x {picture.height}")
+    return path.with_suffix(".png")
 
 
 def save_film(frames, path):
     """Save pictures as a GIF or an animated PNG, by path's suffix; return the name used."""
     first, *others = map(Image.fromarray, frames)
+    path = that_holds(path, first)
     return save_new(path, lambda file: first.save(
         file, path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
         duration=[120] * len(others) + [2000]))

@@ -21,6 +21,7 @@ from tiny_sd import UserError, require, shorten
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 LONGEST = 2 ** 22       # bytes of a data.pkl; Stable Diffusion 1.5's has about 200,000
+LONGEST_NAME = 300      # characters of a tensor's name: patterns take long to read longer ones
 STORAGES = {f"torch.{name}Storage": np.dtype(code) for name, code in {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "<u2", "Long": "<i8", "Int": "<i4",
     "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"}.items()}
@@ -148,7 +149,7 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 def set_item(target, key, value):
-    """Set target[key] of a dict; leave out keys that are not texts, which weights never have.
+    """Set target[key] of a dict; leave out keys that are not texts, or longer than weights have.
 
     Otherwise hashing could take forever: a tuple may contain itself a million times, and numbers
     can be chosen to collide.
@@ -156,7 +157,7 @@ def set_item(target, key, value):
     require(isinstance(target, dict), "it puts an item into something that is not a dict")
     require(isinstance(key, (str, bytes, int, float, Name, type(None))),
             "a dict's key is neither a text nor a number")
-    if isinstance(key, str):
+    if isinstance(key, str) and len(key) <= LONGEST_NAME:
         target[key] = value
 
 

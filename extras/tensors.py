@@ -108,9 +108,12 @@ def opened(path):
     """Open a .safetensors file, which reads its header."""
     from safetensors import SafetensorError, safe_open
     try:
-        return safe_open(path, "np")
+        file = safe_open(path, "np")
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    require(max(map(len, file.keys()), default=0) <= pickles.LONGEST_NAME,
+            f"{path} has a tensor's name of more than {pickles.LONGEST_NAME} characters")
+    return file
 
 
 def names_in(path):

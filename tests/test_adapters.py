@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import tiny_sd
 from conftest import record
-from extras import adapters, cli, formats, prompts
+from extras import adapters, cli, formats, named, prompts
 from helpers import TWO_ENCODERS, write_model
 
 pytestmark = pytest.mark.slow
@@ -239,6 +239,29 @@ def test_facts_of_peft_that_are_not_known_are_refused(facts, named, folder, tmp_
                  {"lora_adapter_metadata": json.dumps(facts)})
     with pytest.raises(tiny_sd.UserError, match=re.escape(named)):
         adapted(folder, path)
+
+
+@pytest.mark.parametrize("name", ["a." * 20_000 + "lora_up.weight", "_lora_" * 8000 + "-"])
+def test_an_endless_name_is_refused_at_once(name, folder, tmp_path):
+    """Files of 50 kB kept it busy for minutes; torch's files have such names, too."""
+    path = saved(tmp_path / "a.safetensors", {name: torch.zeros(1)})
+    with pytest.raises(tiny_sd.UserError, match="a tensor's name of more than 300 characters"):
+        adapted(folder, path)
+    assert named.may_be_model(path)
+    torch.save({name: torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(tiny_sd.UserError, match="has no named tensors"):
+        adapted(folder, tmp_path / "a.pt")
+
+
+def test_many_patterns_and_many_unknown_names_are_refused_at_once(folder, tmp_path):
+    facts = {"alpha_pattern": {f"k{i}": 1 for i in range(200_000)}}
+    path = saved(tmp_path / "a.safetensors", lora(LINEAR, "unet."),
+                 {"lora_adapter_metadata": json.dumps(facts)})
+    with pytest.raises(tiny_sd.UserError, match="alpha_pattern is not an object of at most 2000"):
+        adapted(folder, path)
+    many = {f"{i}.{'a.' * 100}weight": torch.zeros(1) for i in range(20_000)}
+    with pytest.raises(tiny_sd.UserError, match="and 96 more"):
+        adapted(folder, saved(tmp_path / "b.safetensors", many))
 
 
 def test_every_field_of_pefts_config_is_known():

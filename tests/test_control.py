@@ -287,8 +287,8 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
             (["gone.safetensors", "edges.png"], "gone.safetensors is empty"),
             (["one.safetensors", "edges.png"], "does not shrink as the model's"),
             (["none.safetensors", "edges.png"], "controlnet_cond_embedding is not whole"),
-            (["deep.safetensors", "edges.png"], "deep.safetensors is not a control network"),
-            (["count.safetensors", "edges.png"], "count.safetensors is not a control network"),
+            (["deep.safetensors", "edges.png"], "deep.safetensors has a tensor's name of more"),
+            (["count.safetensors", "edges.png"], "count.safetensors has a tensor's name of more"),
             (["outlines.safetensors", "edges.png", "--control-from", "1"], "--control-from 1"),
             (["outlines.safetensors", "edges.png", "--show", "page"], "--show")):
         capsys.readouterr()

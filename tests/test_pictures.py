@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from extras import cli, files, like_diffusers, show
+from extras import checks, cli, files, like_diffusers, show
 from helpers import sd
 from helpers_cli import *  # noqa: F403
 from helpers_cli import PLAIN, RNG, cli_lines, pixels, start, write_lora
@@ -211,6 +211,13 @@ def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
     assert refuse("red", "-i", "in.png") == "tiny_sd: there is not enough memory"
 
 
+@pytest.mark.parametrize("flags", [["--enlarge", "16"], ["--film", "a.gif", "--steps", "999"]])
+def test_what_memory_cannot_hold_at_the_end_is_refused_at_the_beginning(refuse, monkeypatch, flags):
+    monkeypatch.setattr(checks, "free_memory", lambda: 20_000_000)
+    said = refuse("red", "-W", "256", "-H", "256", *flags)
+    assert f"{flags[0]} {flags[1]} needs at least" in said
+
+
 # ── Where it writes ───────────────────────────────────────────────────────────────────────────────
 
 def test_an_existing_file_stays_and_the_next_free_name_is_printed(run):
@@ -290,6 +297,18 @@ def test_larger_pictures(run):
     assert "Size: 16x16" in large.text["parameters"]
     assert run("--like", "b.png", "-o", "c.png")[0] == 0
     assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
+@pytest.mark.parametrize("name, side", [("a.webp", 16384), ("a.jpg", 65501), ("a.gif", 65536)])
+def test_a_picture_too_large_for_its_format_is_not_lost(here, capsys, name, side):
+    """It took minutes to draw; before, --enlarge 16 -o a.webp ended in a traceback."""
+    pixels = np.zeros((1, side, 3), np.uint8)
+    for taken in "a.png", "a-1.png":
+        saved = (files.save_film([pixels] * 2, Path(name)) if "gif" in name
+                 else files.save_picture(pixels, Path(name), "said"))
+        assert str(saved) == taken and Image.open(taken).size == (side, 1)
+    assert f"cannot hold {side} x 1" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["a-1.png", "a.png"]
 
 
 def test_a_name_filled_in_is_never_too_long(run):
