@@ -42,6 +42,8 @@ def made(texts, args):
     """Return prompts with args' styles and choices filled in; clear these options in args."""
     for file, name in args.styles:
         texts = with_style(*texts, file, name)
+        for text in filter(None, texts):    # a style can repeat what the one before it has made
+            check_length(text)
     if args.wildcards is not None:
         texts = [text and choose(text, args.seed, args.wildcards) for text in texts]
     args.styles, args.wildcards = [], None
@@ -89,6 +91,8 @@ def with_style(prompt, negative, file, name):
 
     def joined(text, style):
         style = (style or "").strip()
+        require(style.count("{prompt}") <= 100, f"--styles {file}: {name} repeats {{prompt}} more "
+                "than 100 times")
         if "{prompt}" in style:
             return style.replace("{prompt}", text or "")
         return ", ".join(filter(None, (text, style))) if style else text

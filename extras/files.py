@@ -204,11 +204,11 @@ def read_text(file, limit=2 ** 24):
 @functools.cache
 def sweep(folder):
     """Remove this program's unfinished files that are older than a day, once per process."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"\.tiny_sd-[0-9a-f]{16}\.part", path.name):
-            with contextlib.suppress(OSError):
-                if path.lstat().st_mtime < time.time() - 24 * 3600:
-                    remove(path)
+    with contextlib.suppress(OSError):      # some folders can be written to, but not read
+        for path in folder.iterdir():
+            ours = re.fullmatch(r"\.tiny_sd-[0-9a-f]{16}\.part", path.name)
+            if ours and path.lstat().st_mtime < time.time() - 24 * 3600:
+                remove(path)
 
 
 def remove(path):

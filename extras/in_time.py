@@ -12,6 +12,7 @@ import functools
 import re
 
 from extras.guidance import composed
+from extras.prompts import LONGEST
 from tiny_sd import guide, require, shorten
 
 DEEPEST = 50        # levels of nested brackets; deeper ones are text
@@ -150,6 +151,9 @@ class Timeline:
                  *(texts_of(text, n, more) for text, _ in parts)]
         self.steps = list(zip(*texts))      # for each step (negative text, text of each part ...)
         self.texts = list(dict.fromkeys(text for step in self.steps for text in step))
+        total = sum(len(text or "") for text in self.texts)
+        require(total <= 10 * LONGEST, f"the prompt becomes {total:,} characters over all steps: "
+                f"{shorten(prompt, 30)}")
 
     def embed(self, model, texts):
         """Return the contexts of all texts, and their pooled vectors."""

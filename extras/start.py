@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -44,16 +45,26 @@ def set_up_signals():
     """Make Ctrl-C, SIGTERM and SIGHUP raise an exception, so that unfinished files get removed.
 
     For one second further signals are ignored; after that, another one ends the program at once.
+    An exception is lost if the signal comes while Python frees an object: then it is sent again.
     """
-    stopped = []
+    stopped, report = [], sys.unraisablehook
 
     def stop(number, frame):
         if not stopped:
-            stopped.append(time.monotonic())
+            stopped.append((number, time.monotonic()))
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        if time.monotonic() - stopped[0] > 1:
+        if time.monotonic() - stopped[0][1] > 1:
             os._exit(128 + number)
 
+    def lost(error):
+        if not stopped or not isinstance(error.exc_value, (KeyboardInterrupt, SystemExit)):
+            return report(error)
+        number, _ = stopped.pop()
+        # Windows has no pthread_kill, which also wakes a main thread that waits
+        send = getattr(signal, "pthread_kill", lambda _, number: signal.raise_signal(number))
+        return threading.Timer(0.1, send, [threading.main_thread().ident, number]).start()
+
+    sys.unraisablehook = lost
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from extras import choices, cli
 from helpers_cli import *  # noqa: F403
+from tiny_sd import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,16 @@ def test_all_choices_come_and_no_others(text, chosen):
 def test_styles(text, prompt, negative):
     assert choices.with_style("cat", "bad", "styles.csv", text) == (prompt, negative)
     assert choices.with_style("cat", None, "styles.csv", "ink")[1] is None
+
+
+def test_styles_of_styles_have_a_limit(here):
+    """A row of 130 kB, twice, made a prompt of a gigabyte."""
+    Path("s.csv").write_text(f"name,prompt,negative_prompt\na,{'{prompt}' * 100},\n"
+                             f"b,{'{prompt}' * 101},\n")
+    for name, said in ("a", "in one word: at most"), ("b", "b repeats {prompt} more than 100"):
+        args = SimpleNamespace(styles=[("s.csv", name)] * 3, wildcards=None)
+        with pytest.raises(UserError, match=said):
+            choices.made(["cat", None], args)
 
 
 def test_what_was_chosen_is_recorded(run):

@@ -181,6 +181,9 @@ def test_alternatives():
     assert in_time.texts_of(f"[a:b:{'9' * 400}]", 2) == ["a", "a"]
     with pytest.raises(sd.UserError, match="after AND is beyond a million"):
         in_time.Timeline(f"a AND b:{'9' * 400}", "", 2, None)
+    changing = "".join(f"[a:b:{i}]" for i in range(1, 50)) + " x" * 20_000
+    with pytest.raises(sd.UserError, match="becomes 2,002,450 characters over all steps"):
+        in_time.Timeline(changing, None, 50, None)      # a context of 100 GB at 999 steps
     assert in_time.texts_of("[a|b|[c:d:3]]", 6) == ["a", "b", "c", "a", "b", "d"]
 
 

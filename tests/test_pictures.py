@@ -1,6 +1,8 @@
 """Reading pictures with --init-img and --mask, output names, and previews."""
 
 import os
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -399,6 +401,24 @@ def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
 
 
 # ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
+
+def test_a_folder_that_can_be_written_to_but_not_read(capsys):
+    """The picture was drawn, and then lost: leftovers could not be looked for."""
+    folder, root = Path(tempfile.mkdtemp()), os.name == "posix" and os.geteuid() == 0
+    folder.chmod(0o333)
+    try:
+        if root:        # who may read everything
+            os.seteuid(65534)
+        for name in "a.png", "a-1.png":
+            pixels = np.zeros((8, 8, 3), np.uint8)
+            assert files.save_picture(pixels, folder / "a.png", "") == folder / name
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o777)
+    assert sorted(path.name for path in folder.iterdir()) == ["a-1.png", "a.png"]
+    shutil.rmtree(folder)
+
 
 def test_a_link_to_itself_is_a_name_taken(run):
     Path("out.png").symlink_to("out.png")

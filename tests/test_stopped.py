@@ -218,6 +218,29 @@ def possible(command):
     return command
 
 
+IN_A_FINALIZER = """
+import signal, time, weakref
+from extras.start import set_up_signals
+set_up_signals()
+
+class Thing:
+    pass
+
+thing = Thing()
+seen = weakref.ref(thing, lambda _: signal.raise_signal(signal.{}))
+del thing
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", -2), ("SIGTERM", 143)])
+def test_a_signal_while_an_object_is_freed_is_not_lost(name, status):
+    """There Python prints exceptions, and goes on: one Ctrl-C of a hundred did nothing."""
+    ended = subprocess.run([sys.executable, "-c", IN_A_FINALIZER.format(name)], cwd=ROOT,
+                           capture_output=True, text=True, timeout=50)
+    assert ended.returncode in (status, 130) and "ignored" not in ended.stderr
+
+
 @posix
 def test_nohup_is_heeded(here):
     """Signals that were ignored stay ignored."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import EpsImagePlugin, Image
 
 import tiny_sd
 from conftest import ROOT
-from extras import cli, control, files
+from extras import checks, cli, control, files
 from extras.training import drawings, fitting, folder, measure, painting, scenes
 from extras.training import train as train_py
 from helpers import TWO_ENCODERS, contents, drawn, write_model
@@ -241,6 +242,23 @@ def test_a_zip_unpacks_to_no_more_than_it_should(tmp_path):
         archive.writestr("things.json", " " * 2 ** 25)
     with pytest.raises(tiny_sd.UserError, match="has more than"):
         drawings.load_things(tmp_path / "own.zip", 32)
+
+
+def test_more_pictures_than_memory_holds_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    """A small zip can name one picture a million times."""
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # that a name comes twice
+        archive.writestr("things.json", '[["a"], ["b"]]')
+        for _ in range(2000):
+            archive.writestr("0000-noto.png", b"no picture")
+    for i in range(20):
+        Image.new("1", (8, 8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a thing")
+    monkeypatch.setattr(checks, "free_memory", lambda: 10_000)
+    with pytest.raises(tiny_sd.UserError, match="a zip of 2,000 pictures needs at least 0.0 GB"):
+        drawings.load_things(tmp_path / "own.zip", 32)
+    with pytest.raises(tiny_sd.UserError, match="with 20 pictures, needs at least 0.0 GB"):
+        drawings.load_captioned(tmp_path, 32)
 
 
 def test_postscript_in_a_zip_is_not_run(tmp_path, monkeypatch):
@@ -969,6 +987,13 @@ def test_a_start_that_does_not_fit_leaves_the_state_empty(tmp_path, state, capsy
     assert "training cannot start from" in said and not (tmp_path / "new").exists()
 
 
+def test_a_picture_in_the_state_that_is_not_the_trainings_stays(tmp_path, capsys):
+    (tmp_path / "vae.png").write_text("mine")
+    said = refused(capsys, "vae", tmp_path, "--steps", 1)
+    assert "vae.png is not of this training" in said
+    assert contents(tmp_path) == {tmp_path / "vae.png": b"mine"}
+
+
 def test_a_full_disk(tmp_path, capsys):
     """Here a limit on file sizes; what was saved before stays."""
     train("vae", tmp_path, "--steps", 1)
@@ -1052,6 +1077,8 @@ def test_a_model_is_replaced(state, tmp_path):
     """Also where a link leads, and again; folders of similar names stay."""
     shutil.copytree(state / "emoji", tmp_path / "old")
     (tmp_path / "old/things.json").unlink()
+    for name in ".DS_Store", "unet/Thumbs.db", "desktop.ini":   # of macOS and Windows
+        (tmp_path / "old" / name).write_bytes(b"")
     (tmp_path / "link").symlink_to("old")
     for name in ".old.old", ".old.new", ".link.new":
         (tmp_path / name).mkdir()

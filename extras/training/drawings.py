@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extras.checks import check_memory
 from extras.files import read_captioned, read_picture, read_text, replace_atomically
 from tiny_sd import UserError, require
 
@@ -229,6 +230,7 @@ def load_things(data, size):
         check_names(names)
         files = sorted(name for name in archive.namelist() if name.endswith(".png"))
         drawings = np.full((len(names), len(STYLES)), -1)
+        check_memory(5 * size ** 2 * len(files), f"a zip of {len(files):,} pictures", "take fewer")
         pictures = {side: np.empty((len(files), side, side, 4), np.uint8)
                     for side in (size, size // 2)}
         for i, file in enumerate(files):
@@ -251,6 +253,8 @@ def load_captioned(folder, size):
     """
     files = read_captioned(folder)
     require(len(files) > 1, f"{folder} has only one picture, which is too little to train on")
+    check_memory(4 * size ** 2 * len(files), f"{folder}, with {len(files):,} pictures,",
+                 "take fewer")
     pictures = np.full((len(files), size, size, 4), 255, np.uint8)
     for picture, (path, _) in zip(pictures, tqdm(files, "reading", leave=False)):
         picture[..., :3] = read_picture(path, size, size)

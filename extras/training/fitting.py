@@ -265,6 +265,9 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
     kept = state.load(stage)
     if kept:
         optimizer.restore(kept)
+    picture = state.path(stage).with_suffix(".png")
+    require(optimizer.taken or not os.path.lexists(picture),
+            f"{picture} is not of this training, which would replace it: name another --state")
     record = {"losses": kept.get("losses", []), "seconds": kept.get("seconds", 0.0)}
     begun, stop = time.monotonic() - record["seconds"], False
     to_keep, to_show = (record["seconds"] + n for n in (schedule.keep_every, schedule.show_every))

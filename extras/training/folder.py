@@ -33,6 +33,7 @@ OURS = {       # the files in a model's folder, and in a control network's
     "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors"}
+SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")     # macOS and Windows put them anywhere
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "v_prediction",
@@ -118,7 +119,8 @@ def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
         require(place not in (path, *path.parents),
                 f"{out} contains {path}: name another --out")
     added = [str(file) for file in out.rglob("*")
-             if not file.is_dir() and file.relative_to(out).as_posix() not in OURS]
+             if not file.is_dir() and file.relative_to(out).as_posix() not in OURS
+             and file.name not in SYSTEMS]
     require(not added, f"{out} contains {first_five(added)}: name another --out")
 
 
