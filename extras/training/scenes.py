@@ -216,11 +216,11 @@ def choose(things, rng, role=None):
 
 
 def draw_subject(things, rng):
-    """A random Subject: three in four are one thing alone."""
+    """A random Subject: three in five are one thing alone."""
     kind = rng.random()
-    if kind < 0.75:
+    if kind < 0.6:
         return Subject((choose(things, rng),))
-    if kind < 0.83:
+    if kind < 0.76:
         return Subject((choose(things, rng),), weighted(rng, COUNTS))
     relation = weighted(rng, RELATIONS)
     return Subject(participants(things, rng, relation), relation=relation)
