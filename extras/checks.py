@@ -27,7 +27,7 @@ from tiny_sd import (
 # integers; {...} one of these; [...] a list of 1 to 8 such values; str a text. Fields that may be
 # None may be missing. check_weights() checks the rest, by the shapes of the weights.
 
-SIZE, FEW = (1, 2 ** 24), (1, 100)
+SIZE, FEW = (1, 2 ** 24), (1, 30)
 CONFIG_FIELDS = {
     "text_encoder": {
         **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"),

@@ -1066,6 +1066,27 @@ def test_a_kill_while_a_model_is_replaced_loses_none(tmp_path):
     assert (tmp_path / ".mine.old/model").read_text() == "the old one"
 
 
+def test_what_is_added_while_a_model_is_replaced_stays(tmp_path, capsys):
+    out = tmp_path / "mine"
+    (out / "unet").mkdir(parents=True)
+    (out / "unet/config.json").write_text("ours")
+    with folder.folder_atomically(out) as new:
+        (new / "model_index.json").write_text("the new one")
+        (out / "unet/notes.txt").write_text("by the user")
+    assert (out / "model_index.json").read_text() == "the new one"
+    assert (tmp_path / ".mine.old/unet/notes.txt").read_text() == "by the user"
+    assert "stays, since it contains" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--keep-every", "--show-every"])
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_time_without_end_is_refused(option, seconds, tmp_path, capsys):
+    """With NaN nothing was saved before the end."""
+    with pytest.raises(SystemExit):
+        train_py.main(arguments("vae", tmp_path / "state", option, seconds))
+    assert f"{option} must be from 0" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")
 def test_two_trainings_do_not_share_a_state(tmp_path, capsys):
     with files.held(tmp_path / "state"):

@@ -22,7 +22,7 @@ from extras.training.scenes import (
     TINTS,
     taught,
 )
-from tiny_sd import flatten, require
+from tiny_sd import flatten, require, tell
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control network sees outlines
@@ -118,10 +118,15 @@ def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
                 f"{out} contains {path}: name another --out")
-    added = [str(file) for file in out.rglob("*")
-             if not file.is_dir() and file.relative_to(out).as_posix() not in OURS
-             and file.name not in SYSTEMS]
+    added = added_to(out)
     require(not added, f"{out} contains {first_five(added)}: name another --out")
+
+
+def added_to(folder):
+    """The files in a model's folder that this program did not write, as texts."""
+    return [str(file) for file in folder.rglob("*")
+            if not file.is_dir() and file.relative_to(folder).as_posix() not in OURS
+            and file.name not in SYSTEMS]
 
 
 def write_model(out, params, vae, things, setting, state):
@@ -199,4 +204,7 @@ def folder_atomically(path):
         if path.exists():       # a kill between the next lines leaves the old one under that name
             os.replace(path, old)
         os.replace(temporary, path)
-        remove(old)
+        if added := added_to(old):      # since check_replaceable looked
+            tell(f"{old} stays, since it contains {first_five(added)}")
+        else:
+            remove(old)

@@ -835,6 +835,9 @@ def parse_arguments(argv):
         value = getattr(args, name)
         if value is not None and not 0 < value <= most:
             p.error(f"--{name.replace('_', '-')} must be above 0, and at most {most:,}")
+    for name in "keep_every", "show_every":     # 0: after every step
+        if not 0 <= getattr(args, name) <= 10 ** 6:
+            p.error(f"--{name.replace('_', '-')} must be from 0 to 1,000,000 seconds")
     if not 0 <= args.seed < 2 ** 63:
         p.error("--seed must be from 0 to 2**63 - 1")
     if args.out and args.out.name in ("", ".."):
