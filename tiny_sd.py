@@ -1099,7 +1099,7 @@ CONFIG_DEFAULTS = {     # fields that a config may omit
 }
 ALLOWED = {     # larger sizes would fill the memory; extras/checks.py checks all fields
     "unet": {"sample_size": range(1, 4097), "addition_time_embed_dim": (None, *range(2, 4097))},
-    "vae": {"latent_channels": range(1, 65)}, "text_encoder": {}, "text_encoder_2": {},
+    "vae": {"latent_channels": range(1, 1025)}, "text_encoder": {}, "text_encoder_2": {},
     "scheduler": {"num_train_timesteps": range(10 ** 5 + 1),
                   "prediction_type": ("epsilon", "v_prediction", "sample")}}
 

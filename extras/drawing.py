@@ -127,7 +127,8 @@ def make_room(model, job):
     pixels = width * height
     check_memory(4 * pixels * job.enlarge ** 2, f"--enlarge {job.enlarge}", "enlarge it less")
     if job.film or job.show:
-        check_memory(3 * pixels * job.batch_size * steps_of(job), "keeping a picture of each step")
+        kept = f"--film {job.film}" if job.film else f"--show {job.show}"
+        check_memory(3 * pixels * job.batch_size * steps_of(job), kept)
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
         bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)

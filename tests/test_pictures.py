@@ -213,7 +213,8 @@ def test_too_little_memory_for_a_picture_is_said(refuse, monkeypatch):
     assert refuse("red", "-i", "in.png") == "tiny_sd: there is not enough memory"
 
 
-@pytest.mark.parametrize("flags", [["--enlarge", "16"], ["--film", "a.gif", "--steps", "999"]])
+@pytest.mark.parametrize("flags", [["--enlarge", "16"], ["--film", "a.gif", "--steps", "999"],
+                                   ["--show", "page", "--steps", "999"]])
 def test_what_memory_cannot_hold_at_the_end_is_refused_at_the_beginning(refuse, monkeypatch, flags):
     monkeypatch.setattr(checks, "free_memory", lambda: 20_000_000)
     said = refuse("red", "-W", "256", "-H", "256", *flags)
