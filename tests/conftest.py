@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ for name in filter(UNSET.fullmatch, [*os.environ]):
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "COLUMNS": "100", "NO_PROXY": "*",
                **{f"{library}_NUM_THREADS": "1"         # in small arrays, threads only wait
                   for library in ("OMP", "OPENBLAS", "MKL")}}
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a script's background jobs ignore it
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

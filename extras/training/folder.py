@@ -129,15 +129,15 @@ def added_to(folder):
             and file.name not in SYSTEMS]
 
 
-def write_model(out, params, vae, things, setting, state):
+def write_model(out, params, vae, things, setting, state, check):
     """Write the trained parts in float16 as a diffusers folder, with things.json.
 
-    params: {"text", "unet"}, nested; vae: nested."""
+    params: {"text", "unet"}, nested; vae: nested. check: for folder_atomically."""
     weights = {"text_encoder": params["text"], "vae": vae, "unet": params["unet"]}
     texts = folder_texts(state.tokenizer(things), setting, state.scaling_factor())
     if things.drawings is not None:
         texts["things.json"] = vocabulary(things)
-    with folder_atomically(out) as folder:
+    with folder_atomically(out, check) as folder:
         for name, value in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             indent = None if name == "things.json" else 2
@@ -154,9 +154,9 @@ def write_model(out, params, vae, things, setting, state):
             file.write_bytes(save(arrays, {"format": "pt"}))    # save_file's is private to the user
 
 
-def write_control(out, params, config):
+def write_control(out, params, config, check):
     """Write a control network in float16 as diffusers' folder of one. params: {name: tensor}."""
-    with folder_atomically(out) as folder:
+    with folder_atomically(out, check) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         arrays = {name: to_file(p) for name, p in params.items()}
         file = folder / "diffusion_pytorch_model.safetensors"
@@ -192,19 +192,23 @@ def folder_texts(words, setting, scaling_factor):
 
 
 @contextlib.contextmanager
-def folder_atomically(path):
-    """Yield a temporary folder to fill, then put it in place of path, or of what path links to."""
+def folder_atomically(path, check):
+    """Yield a temporary folder to fill, then put it in place of path, or of what path links to.
+
+    check: called before that, to raise UserError if what is there by then must not be replaced.
+    """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_name(path) as temporary:
         temporary.mkdir()
         yield temporary
+        check()
         names = free_names(path.with_name(f".{path.name}.old"))
         old = next(name for name in names if not os.path.lexists(name))
         if path.exists():       # a kill between the next lines leaves the old one under that name
             os.replace(path, old)
-        os.replace(temporary, path)
-        if added := added_to(old):      # since check_replaceable looked
+        os.rename(temporary, path)
+        if added := added_to(old):      # since then
             tell(f"{old} stays, since it contains {first_five(added)}")
         else:
             remove(old)

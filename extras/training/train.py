@@ -762,7 +762,8 @@ def run_command(args, setting, schedule, state, stack):
         check = functools.partial(check, mark=("config.json", "ControlNetModel"))
     if exports:
         check(asked)
-    asked = asked and out.exists()      # do not replace a folder that appears during training
+    # do not replace a folder that appears meanwhile
+    check = functools.partial(check, asked and out.exists())
     if args.command in (*STAGES, "all") and first:
         stack.enter_context(held(args.state))
     if args.start:
@@ -781,15 +782,13 @@ def run_command(args, setting, schedule, state, stack):
             part = schedule._replace(minutes=schedule.minutes * share)
             if share:
                 run_stage(name, job._replace(schedule=part))
-    if exports and first:
-        check(asked)
     if leads and first:
         params = state.trained("control", control_shapes(setting))
-        write_control(out, params, control_config(setting.unet))
+        write_control(out, params, control_config(setting.unet), check)
         print(out)
     elif exports and first:
         params = state.trained("unet", unet_stage_shapes(setting))
-        write_model(out, nest(params), state.vae(setting), things, setting, state)
+        write_model(out, nest(params), state.vae(setting), things, setting, state, check)
         print(out)
     if args.command == "evaluate":
         measure.evaluate(out, things, args.limit, args.draw_steps, args.device)
