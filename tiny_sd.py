@@ -49,7 +49,6 @@ the small program at the end runs, and a seed gives a different picture.
 
 import argparse
 import functools
-import io
 import json
 import math
 import re
@@ -1202,7 +1201,8 @@ def read_folder(folder):
 
 def read_tokenizer(settings, vocab, merges):
     """Return the tokenizer of a tokenizer_config.json, a vocabulary and a list of merges."""
-    require(isinstance(vocab, dict) and isinstance(merges, list), "the tokenizer has no vocabulary")
+    require(isinstance(vocab, dict) and isinstance(merges, list) and {*map(type, vocab.values())}
+            == {int} and max(map(abs, vocab.values())) < 2 ** 24, "the tokenizer has no vocabulary")
     pairs = [tuple(merge.split() if isinstance(merge, str) else map(str, merge))
              for merge in merges if isinstance(merge, (str, list))]
     pairs = [pair for pair in pairs if len(pair) == 2 and pair[0] != "#version:"]
@@ -1279,7 +1279,8 @@ def assemble(name, settings, arrays, tokenizers, backend=None, device="cpu", dty
     encoders = [Encoder(tokenizer, config.pop(part), networks.pop(part)) for tokenizer, part
                 in zip(tokenizers, ("text_encoder", "text_encoder_2"))]
     for words, _, weights in encoders:      # some files give a length of 1e30
-        words.length = min(words.length, len(weights["embeddings"]["position_embedding"]["weight"]))
+        positions = weights["embeddings"]["position_embedding"]["weight"]
+        words.length = min(words.length, len(positions), 1024)
 
     scheduler = config["scheduler"]
     if alpha_bars is None:
@@ -1384,10 +1385,9 @@ def draw(args):
                     noise=numpy_noise([args.seed], (h, w, channels)), **settings)
     *_, x = tqdm(walk, unit="step")
 
-    png = io.BytesIO()
-    Image.fromarray(decode(model, x)[0]).save(png, "PNG")
+    picture = Image.fromarray(decode(model, x)[0])
     with open(args.output, "xb") as file:
-        file.write(png.getvalue())
+        picture.save(file, "PNG")
     print(args.output)
 
 

@@ -268,6 +268,7 @@ def difference(has):
     if "hada_w1_a" in has:
         one, two = (product(has[f"hada_w{i}_a"], has[f"hada_w{i}_b"], has.get(f"hada_t{i}"))
                     for i in "12")
+        require(one.shape == two.shape, f"its LoHa's shapes are {one.shape} and {two.shape}")
         return one * two, len(has["hada_w1_b"])
     if any(name.startswith("lokr") for name in has):
         one, two = (has[f"lokr_w{i}"] if f"lokr_w{i}" in has else

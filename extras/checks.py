@@ -27,12 +27,12 @@ from tiny_sd import (
 # integers; {...} one of these; [...] a list of 1 to 8 such values; str a text. Fields that may be
 # None may be missing. check_weights() checks the rest, by the shapes of the weights.
 
-SIZE, FEW = (1, 2 ** 24), (1, 30)
+SIZE, FEW, LONGEST_SYMBOL = (1, 2 ** 24), (1, 30), 1000
 CONFIG_FIELDS = {
     "text_encoder": {
         **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"),
                         SIZE),
-        "num_hidden_layers": FEW, "max_position_embeddings": (3, 10 ** 5),
+        "num_hidden_layers": FEW, "max_position_embeddings": (3, 1024),
         "hidden_act": {*ACTIVATIONS}},
     "vae": {
         "block_out_channels": [SIZE], "layers_per_block": FEW, "latent_channels": (1, 64),
@@ -166,10 +166,12 @@ def replaced_settings(settings):
         lines.append(f"the scheduler {shorten(kind)} does not exist here: dpm++2m draws instead")
     for part, unread in UNREAD.items():
         known = {*CONFIG_FIELDS[part], *FIXED[part], *unread.split()}
-        for name, value in settings[part].items():
-            if name not in known and name[0] != "_" and value not in (None, False, [], {}):
-                lines.append(f"the {part}'s {shorten(name, 40)} is unknown here and ignored: "
-                             f"{shorten(repr(value), 60)}")
+        said = [f"{shorten(name, 40)}: {shorten(repr(value), 60)}"
+                for name, value in settings[part].items() if name not in known
+                and not name.startswith("_") and value not in (None, False, [], {})]
+        if said:
+            lines.append(f"these settings of the {part} are unknown here and ignored: "
+                         f"{first_five(said)}")
     return lines
 
 
@@ -220,6 +222,8 @@ def check_text_encoders(config, tokenizers):
     for (part, text), tokenizer in zip(texts.items(), tokenizers, strict=True):
         require(text.hidden_size % text.num_attention_heads == 0,
                 f"the {part}'s hidden_size does not divide into its num_attention_heads")
+        require(max(map(len, tokenizer.vocab)) <= LONGEST_SYMBOL, "a token of the vocabulary has "
+                f"more than {LONGEST_SYMBOL} characters")
         ids = tokenizer.vocab.values()
         require({*map(type, ids)} == {int} and 0 <= min(ids) and max(ids) < text.vocab_size, "the "
                 f"ids in the tokenizer's vocabulary are not all below the {part}'s vocab_size")

@@ -15,7 +15,7 @@ from tiny_sd import array_like, require, shorten
 
 # ── The graph in a picture ──────────────────────────────────────────────────────────────────────
 
-MOST_NODES, MOST_ENDS, MOST_STEPS = 2000, 20, 10_000
+MOST_NODES, MOST_NETWORKS, MOST_ENDS, MOST_STEPS = 2000, 20, 20, 10_000
 FROM = ("images", "image", "pixels", "samples", "latent_image")     # inputs that carry pictures
 SAMPLERS, LOADERS = ("KSampler", "KSamplerAdvanced"), ("CheckpointLoaderSimple", "CheckpointLoader")
 ENCODERS = ("VAEEncode", "VAEEncodeTiled", "VAEEncodeForInpaint")
@@ -120,6 +120,8 @@ class Graph:
         vae = [node for decoder in of_kinds(drawn, ("VAEDecode", "VAEDecodeTiled"))[:1]
                for node in self.way(decoder, "vae")]
 
+        networks = [node for node in words[0] if "control_net" in node["inputs"]]
+
         passed = [*drawn, *model, *clip, *vae, *words[0], *words[1]]
         unknown = dict.fromkeys(node["class_type"] for node in passed
                                 if node["class_type"] not in KNOWN)
@@ -127,8 +129,7 @@ class Graph:
             "Version": "ComfyUI", "Empty negative": "encoded",
             **self.beginning(drawn[start + 1:]), **self.sampling(sampler),
             **self.files(model, clip, vae, texts),
-            "ControlNet": " ".join(self.control(node) for node in words[0]
-                                   if "control_net" in node["inputs"]),
+            "ControlNet": " ".join(map(self.control, networks[:MOST_NETWORKS])),
             "Nodes": ", ".join(shorten(printable(kind, control=False), 40)
                                for kind in [*unknown][:10])}
         if later:

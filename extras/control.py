@@ -32,6 +32,7 @@ from tiny_sd import (
 )
 
 COPIED = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block")
+WIDEST = 512        # channels of the layers that see the picture, at first at its full size
 OWN = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
 
@@ -154,7 +155,10 @@ class Control:
         self.now = strength
         pixels = array_like(weights["conv_in"]["bias"], picture[None] / 255)
         try:
-            self.hint = hint_features(pixels, **weights["controlnet_cond_embedding"])
+            layers = weights["controlnet_cond_embedding"]
+            require(all(len(p) <= WIDEST for p in flatten(layers).values()),
+                    f"a layer has more than {WIDEST} channels")
+            self.hint = hint_features(pixels, **layers)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
                 ArithmeticError) as error:
             raise UserError("the control network's controlnet_cond_embedding is not whole: "

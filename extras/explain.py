@@ -14,11 +14,18 @@ from extras import prompts
 from extras.files import printable
 from extras.show import counting, positions_of_words
 
+LONGEST_WORD = 200      # of which all merges are shown
+
 
 def merging(tokenizer, word):
-    """Yield the word's symbols, at first and then after each merge, in order of rank."""
+    """Yield the word's symbols, at first and then after each merge, in order of rank.
+
+    Of a very long word, only at the end.
+    """
     learner, known = copy.copy(tokenizer), [None]
     learner.rank = {}
+    if len(word) > LONGEST_WORD:
+        return (yield tokenizer.merge(word))
     while known:
         symbols = learner.merge(word)
         yield symbols

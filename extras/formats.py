@@ -291,12 +291,17 @@ class AddedTokenizer(Tokenizer):
         self.pattern = "|".join(rf"\b{patterns[word]}\b" if words[word].get("single_word")
                                 else patterns[word] for word in sorted(words, key=len)[::-1])
 
+    def added_id(self, piece):
+        """Return the id of an added word as a text has it: (?i:µ) matches three letters."""
+        found = self.added.get(piece, self.added.get(piece.lower()))
+        return found if found is not None else next(
+            i for word, i in self.added.items() if re.fullmatch(re.escape(word), piece, re.I))
+
     def tokens(self, text):
         """Return the ids of a text."""
         ids = []
         for n, piece in enumerate(re.split(f"({self.pattern})", text)):
-            word = self.added.get(piece, self.added.get(piece.lower()))
-            ids += [word] if n % 2 else super().tokens(piece)
+            ids += [self.added_id(piece)] if n % 2 else super().tokens(piece)
         return ids
 
 

@@ -83,8 +83,9 @@ def box_around(mask, margin, height, width):
 
     margin: pixels to add on each side. The box stays inside the picture.
     """
-    ends = [(min(at) - margin, max(at) + 1 + margin) if len(at) else (0, n)
-            for at, n in zip(np.nonzero(mask), mask.shape)]
+    lines = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+    ends = [(at[0] - margin, at[-1] + 1 + margin) if len(at) else (0, n)
+            for at, n in zip(lines, mask.shape)]
     scale = max((end - start) / n for (start, end), n in zip(ends, (height, width)))
     sides = [min(n, round(scale * side)) for n, side in zip(mask.shape, (height, width))]
     (top, left) = (max(0, min(n - side, (start + end - side) // 2))

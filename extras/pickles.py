@@ -114,7 +114,8 @@ class Archive:
         """Return the Storage that a pickle refers to as ("storage", type, key, device, n)."""
         what, kind, key, _, n = reference
         require(what == "storage" and isinstance(kind, Name) and isinstance(key, str)
-                and type(n) is int and n >= 0, "it refers to something that is not a storage")
+                and len(key) < LONGEST_NAME and type(n) is int and n >= 0,
+                "it refers to something that is not a storage")
         require(kind.text in STORAGES, f"it holds a {shorten(repr(kind.text))}, which "
                                        "is not a storage of numbers known here")
         dtype, numbers = STORAGES[kind.text], self.member(f"data/{key}")
@@ -189,7 +190,19 @@ class Name:
 
 
 class Memo(dict):
-    """A pickle's memo; its numbers must be consecutive, so that none can be chosen to collide."""
+    """A pickle's memo; its numbers must be consecutive, so that none can be chosen to collide.
+
+    spend: called with each value that is taken from it.
+    """
+
+    def __init__(self, spend):
+        super().__init__()
+        self.spend = spend
+
+    def __getitem__(self, number):
+        value = super().__getitem__(number)
+        self.spend(value)
+        return value
 
     def __setitem__(self, number, value):
         require(number <= len(self), "its pickle skips numbers of its memo")
@@ -205,15 +218,31 @@ class Machine(pickle._Unpickler):
     def __init__(self, archive):
         super().__init__(io.BytesIO(archive.member("data.pkl", LONGEST).tobytes()),
                          encoding="latin1")
-        self.memo, self.persistent_load = Memo(), archive.storage
+        self.memo, self.persistent_load = Memo(self.spend), archive.storage
+        # A few bytes can name again what the memo holds; weights hardly ever do that.
+        self.items, self.bytes = LONGEST, 8 * len(archive.bytes)
+
+    def spend(self, *values):
+        """Count the items in values, and the bytes of arrays; UserError if there were too many."""
+        self.items -= sum(len(v) for v in values if isinstance(v, (tuple, list, dict)))
+        self.bytes -= sum(v.nbytes for v in values if isinstance(v, np.ndarray))
+        require(min(self.items, self.bytes) >= 0, "it uses the same things again and again")
 
     def find_class(self, module, name):
+        require(len(module) + len(name) < LONGEST_NAME, "it imports an endless name")
         return Name(f"{module}.{name}")
 
     def push_call(self):        # call a name with a tuple
         arguments, function = self.stack.pop(), self.stack.pop()
         require(isinstance(function, Name), "it calls something that it made itself")
+        require(isinstance(arguments, tuple), "it calls something without a tuple")
+        self.spend(arguments, *arguments)
         self.append(function(*arguments))
+        self.spend(self.stack[-1])
+
+    def _instantiate(self, function, arguments):    # the same by instructions of old pickles
+        self.stack += [function, tuple(arguments)]
+        self.push_call()
 
     def push_call_with_options(self):       # ignore the options; weights do not need them
         self.stack.pop()
@@ -243,6 +272,7 @@ class Machine(pickle._Unpickler):
     def set_attributes(self):
         state = self.stack.pop()
         if isinstance(self.stack[-1], ParameterDict):
+            self.spend(state["_parameters"])
             self.stack[-1].update(text_dict(state["_parameters"].items()))
         else:       # a state_dict's attributes do not matter
             require(isinstance(self.stack[-1], (dict, Nothing)),
@@ -257,6 +287,6 @@ class Machine(pickle._Unpickler):
             pickle.NEWOBJ_EX: push_call_with_options, pickle.BUILD: set_attributes,
             pickle.SETITEM: set_one, pickle.SETITEMS: set_items, pickle.DICT: push_dict,
             pickle.EMPTY_SET: push_nothing, pickle.FROZENSET: push_nothing_for_items,
-            **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
+            **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.DUP,
                              pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), refuse)
         }.items()}

@@ -153,7 +153,7 @@ def read_safetensors(path):
     for name in [name for name in arrays if name.endswith(".scale_weight")]:
         weight = name.removesuffix("scale_weight") + "weight"
         scale = widen(arrays.pop(name)).astype(np.float32)
-        require(weight in arrays and scale.size in (1, len(arrays[weight])),
+        require(weight in arrays and scale.size in (1, *arrays[weight].shape[:1]),
                 f"{path}: {name} does not fit a weight")
         scale = scale.reshape(-1, *[1] * (arrays[weight].ndim - 1))
         arrays[weight] = widen(arrays[weight]).astype(np.float32) * scale

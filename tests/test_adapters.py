@@ -241,6 +241,23 @@ def test_facts_of_peft_that_are_not_known_are_refused(facts, named, folder, tmp_
         adapted(folder, path)
 
 
+def test_shapes_that_only_broadcast_are_refused(folder, tmp_path):
+    """A column and a row of 160 kB would make gigabytes."""
+    a, b = torch.zeros(40_000, 1), torch.zeros(1, 1)
+    tensors = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": b, "hada_w2_b": a.T}
+    path = saved(tmp_path / "a.safetensors", {
+        f"lora_unet_{LINEAR.replace('.', '_')}.{name}": p for name, p in tensors.items()})
+    with pytest.raises(tiny_sd.UserError, match="its LoHa's shapes are"):
+        adapted(folder, path)
+
+
+def test_a_scale_of_a_single_number(folder, tmp_path):
+    path = saved(tmp_path / "a.safetensors", {"a.weight": torch.tensor(1.0),
+                                              "a.scale_weight": torch.tensor(1.0)})
+    with pytest.raises(tiny_sd.UserError, match="has nothing for a.weight"):
+        adapted(folder, path)
+
+
 @pytest.mark.parametrize("name", ["a." * 20_000 + "lora_up.weight", "_lora_" * 8000 + "-"])
 def test_an_endless_name_is_refused_at_once(name, folder, tmp_path):
     """Files of 50 kB kept it busy for minutes; torch's files have such names, too."""

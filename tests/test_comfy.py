@@ -2,6 +2,7 @@
 drawn again by ComfyUI's own equations.
 """
 
+import contextlib
 import json
 import time
 
@@ -50,6 +51,24 @@ ADVANCED = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=20, 
                 sampler_name="euler", scheduler="normal", start_at_step=0, end_at_step=10000,
                 return_with_leftover_noise="disable", model="@model", positive="@good",
                 negative="@bad", latent_image="@size")
+
+RING = {f"n{i}": node("ControlNetApply", control_net=f"@n{(i + 1) % 1900}",
+                      conditioning=f"@n{(i + 1) % 1900}", image=f"@n{(i + 1) % 1900}",
+                      **{f"i{j}": "@n0" for j in range(20)}) for i in range(1900)}
+
+
+def test_a_ring_of_networks_takes_no_time(tmp_path, monkeypatch):
+    """Each was followed through the whole ring."""
+    monkeypatch.chdir(tmp_path)
+    nodes = graph(**RING, drawn=node("KSampler", seed=1, steps=2, cfg=2, sampler_name="euler",
+                                     scheduler="normal", denoise=1, model="@model",
+                                     positive="@n0", negative="@bad", latent_image="@size"))
+    write_graph("a.png", json.dumps(nodes))
+    start = time.process_time()
+    with contextlib.suppress(UserError):
+        cli.make_job(["--like", "a.png"])
+    assert time.process_time() - start < 10
+
 
 GRAPHS = {      # name: the graph, what it changes of USUAL, and what is said of it
     "text to image": (graph(), {}, []),

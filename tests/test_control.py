@@ -273,6 +273,8 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
     save_file(arrays | none, "none.safetensors")
     save_file(arrays | {eye + ".0" * 3000: np.zeros(1, np.float32)}, "deep.safetensors")
     save_file(arrays | {f"{eye}.{'9' * 5000}": np.zeros(1, np.float32)}, "count.safetensors")
+    save_file(arrays | {f"{eye}.conv_in.weight": np.zeros((100_000, 3, 3, 3), np.float16),
+                        f"{eye}.conv_in.bias": np.zeros(100_000, np.float16)}, "huge.safetensors")
     arrays.pop("controlnet_cond_embedding.blocks.3.weight")
     save_file(arrays, "blind.safetensors")
     Path("gone.safetensors").write_bytes(b"")
@@ -286,6 +288,7 @@ def test_the_command_line(folder, written, tmp_path, monkeypatch, capsys):
             (["blind.safetensors", "edges.png"], "controlnet_cond_embedding"),
             (["gone.safetensors", "edges.png"], "gone.safetensors is empty"),
             (["one.safetensors", "edges.png"], "does not shrink as the model's"),
+            (["huge.safetensors", "edges.png"], "a layer has more than 512 channels"),
             (["none.safetensors", "edges.png"], "controlnet_cond_embedding is not whole"),
             (["deep.safetensors", "edges.png"], "deep.safetensors has a tensor's name of more"),
             (["count.safetensors", "edges.png"], "count.safetensors has a tensor's name of more"),

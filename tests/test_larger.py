@@ -1,5 +1,6 @@
 """Larger pictures (extras/larger.py)."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -205,6 +206,12 @@ def test_the_box_around_a_mask(hole, margin, box):
     mask = np.zeros((60, 100), bool)
     mask[hole[0]:hole[1], hole[2]:hole[3]] = True
     assert larger.box_around(mask, margin, 16, 16) == box
+
+
+def test_the_box_around_a_large_mask_takes_no_time():
+    start = time.process_time()
+    box = larger.box_around(np.ones((6000, 6000), bool), 0, 16, 16)
+    assert box == (0, 0, 6000, 6000) and time.process_time() - start < 3
 
 
 def test_only_what_is_masked_is_drawn_and_large(run, draw):

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import time
@@ -271,7 +272,7 @@ PROGRAMS = {    # by hand, in the letters of pickle's instructions; {} is what a
     "memo, a negative place": (b"K\x01p-1\ng-2\n.", "not a whole"),
     "memo, a number skipped": (b"K\x01p1\n.", "skips"),
     "no mark": (b"K\x01t.", "not a whole"), "POP of nothing": (b"0.", "not a whole"),
-    "DUP of nothing": (b"2.", "not a whole"), "half an item": (b"}(K\x01u.", "not a whole"),
+    "DUP": (b"]2.", "no weights need"), "half an item": (b"}(K\x01u.", "not a whole"),
     "TUPLE3 of two": (b"K\x01K\x02\x87.", "not a whole"),
     "REDUCE of one": (b"cos\nsystem\nR.", "not a whole"),
     "an int of 100,000 digits": (b"I" + b"9" * 10 ** 5 + b"\n.", "not a whole"),
@@ -340,6 +341,51 @@ def test_little_takes_little_time_and_memory(program, path):
     assert time.process_time() - start < 20
     assert tracemalloc.get_traced_memory()[1] < 2 ** 28
     tracemalloc.stop()
+
+
+def named(text):
+    return b"X" + struct.pack("<I", len(text)) + text       # BINUNICODE
+
+
+PAIRS = b"(" + b"".join(named(b"%06x" % i) + b"N\x86" for i in range(20_000)) + b"t\x85q\1"
+ORDERED = b"\x80\2ccollections\nOrderedDict\nq\0"
+TENSOR = (b"\x80\2ctorch._utils\n_rebuild_tensor_v2\nq\0((" + named(b"storage")
+          + b"ctorch\nByteStorage\n" + named(b"0") + named(b"cpu") + b"J\0\0\x10\0tQq\1"
+          + b"K\0J\0\0\x10\0\x85K\1\x85\x89Ntq\2h\0h\2R")      # of a million bytes
+AGAIN = {       # a few bytes each time, which use again something large
+    "names": b"\x80\4" + named(b"m" * 200_000) + b"q\0" + b"h\0h\0\x93" * 50_000 + b".",
+    "calls of a name": b"\x80\2clightning\n" + b"a" * 200_000 + b"\nq\0" + b"h\0)R0" * 50_000
+                       + b"}.",
+    "dicts": ORDERED + PAIRS + b"h\0h\1R" * 50_000 + b".",
+    "dicts, dropped": ORDERED + PAIRS + b"h\0h\1R0" * 50_000 + b"}.",
+    "dicts by OBJ": ORDERED + PAIRS.replace(b"\x85q", b"q") + b"0" + b"(h\0h\1o0" * 50_000 + b"}.",
+    "a state": ORDERED + PAIRS + b"Rq\2}" + named(b"_parameters") + b"h\2sq\3"
+               + b"ctorch.nn.modules.container\nParameterDict\n)R" + b"h\3b" * 50_000 + b".",
+    "a tensor": TENSOR + b"q\3}(" + b"".join(named(b"%d" % i) + b"h\3" for i in range(20_000))
+                + b"u.",
+    "views of a storage": TENSOR + b"0}(" + b"".join(named(b"%d" % i) + b"h\0h\2R"
+                                                      for i in range(20_000)) + b"u.",
+    "a storage of an endless name": b"\x80\2(" + named(b"storage") + b"ctorch\nByteStorage\n"
+                                    + named(b"0" * 60_000) + named(b"cpu") + b"K\0tq\0"
+                                    + b"h\0Q0" * 100_000 + b"}."}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_is_used_again_and_again_is_refused(name, path):
+    """It would take minutes, or tens of gigabytes."""
+    write(path, AGAIN[name], {"0": bytes(2 ** 20)})
+    start = time.process_time()
+    assert re.search("again and again|endless name|not a storage", refusal(path))
+    assert time.process_time() - start < 10
+
+
+def test_tied_weights_are_read(path):
+    """A tensor that a file names several times, as torch saves it."""
+    p = torch.randn(100, 3)
+    torch.save({"a": p, "b": p, "c": p.T, "d": p[1:]}, path)
+    found = read_pickle(path)
+    assert np.array_equal(found["a"], p) and np.array_equal(found["b"], p)
+    assert np.array_equal(found["c"], p.T) and np.array_equal(found["d"], p[1:])
 
 
 @pytest.mark.parametrize("program", [
