@@ -40,7 +40,7 @@ from extras import (
 )
 from extras.checks import nearest
 from extras.schedules import NAMES, schedule_named
-from extras.start import import_problem
+from extras.start import check_heard, import_problem
 from extras.things import describe_things, known_things
 from tiny_sd import SAMPLERS, UserError, require, tell
 
@@ -113,8 +113,9 @@ def option_parser(**settings):
     def add(*flags, **how):
         parser.options.append(group.add_argument(*flags, **how))
 
-    add("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
-        help="print the version and exit")
+    if parser.add_help:     # a line of --prompts must not end the program
+        add("--version", action="version", version=f"tiny_sd {tiny_sd.__version__}",
+            help="print the version and exit")
 
     group = parser.add_argument_group("what to draw")
     add("words", nargs="?", metavar="PROMPT", help="the prompt")
@@ -499,10 +500,9 @@ def drawn_names(job):
 
 def say(text):
     """Print a text; that a reader such as `| head` stops early is not an error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+        check_heard()
 
 
 def watchers(job):
@@ -554,18 +554,11 @@ def wait_for_other_ranks():
 
 def save_pictures(model, job, x, texts):
     """Decode and save the pictures one by one, and print each name."""
-    unheard = None
     for latents, path, text in zip(x, output_names(job), texts):
         pixels, = tiny_sd.decode(model, latents[None])
         if job.only_masked is not None:
             pixels = larger.pasted(job, pixels)
-        name = files.save_picture(pixels, path, text, job.enlarge)
-        try:
-            print(name, flush=True)
-        except OSError as error:        # stdout is full or closed: save the other pictures first
-            unheard = error
-    if unheard:
-        raise unheard
+        print(files.save_picture(pixels, path, text, job.enlarge), flush=True)
 
 
 def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, title=None):
@@ -637,6 +630,7 @@ def run(argv):
 
     begun, told = time.monotonic(), set()
     for number, job in enumerate(jobs):
+        check_heard()       # nobody may want the rest
         notes = [*job.notes, *drawing.remarks(model, job, known)]
         notes = [note for note in notes if note not in told]
         told |= {*notes}
@@ -665,7 +659,7 @@ def main(argv=None, run=run):
         with warnings.catch_warnings():     # of NumPy: decode() reports numbers that are not finite
             warnings.simplefilter("ignore", RuntimeWarning)
             run(sys.argv[1:] if argv is None else argv)
-        print(end="", flush=True)       # a failure to write must happen here, where it is caught
+        check_heard()
     except MemoryError as error:
         tell(str(error) or "there is not enough memory")
         return 2

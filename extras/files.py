@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import mmap
 import os
 import re
 import secrets
@@ -28,8 +29,13 @@ from tiny_sd import UserError, require, tell
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")       # of pictures that we write
 LONGEST_SIDES = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}      # in pixels
 PICTURES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")     # of pictures to train on
+# Pillow's names of what may be read: not PostScript, a program, nor IPTC, which may contain some.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM",
+           "TGA", "ICO", "PCX", "PSD", "SGI", "QOI", "DDS")
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+MOST_PIECES = 1000      # of a picture's Exif, comment or scans
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
+LONGEST_NAME = 240      # bytes, before a number; most file systems take 255
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
 
 
@@ -42,15 +48,54 @@ def opened(path):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
                 raise ValueError("it is not a file")        # a pipe might never deliver anything
-            with Image.open(path) as picture:
-                if picture.format == "EPS":     # Pillow would start Ghostscript
-                    raise ValueError("PostScript is a program, which might never end")
+            check_pieces(path)
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]
+            with Image.open(path, formats=known) as picture:
                 yield picture
     except MemoryError:
         raise
     except Exception as error:      # Pillow raises many kinds for broken files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path} is not a picture that can be read: {reason}") from None
+
+
+def check_pieces(path):
+    """ValueError if a JPEG or GIF has so many pieces that to read it takes minutes.
+
+    Pillow copies all that it has of an Exif or a comment for each further piece. Each scan of a
+    progressive JPEG costs as much as a picture.
+    """
+    if Path(path).stat().st_size > 13:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            kind = {b"\xff\xd8": jpeg_pieces, b"GI": gif_pieces}.get(data[:2], lambda data: ())
+            if len([*itertools.islice(kind(data), MOST_PIECES)]) == MOST_PIECES:
+                raise ValueError(f"it has more than {MOST_PIECES} scans, or pieces of text")
+
+
+def jpeg_pieces(data):
+    """Yield the kind of each scan, and of each piece of Exif, of a JPEG."""
+    at = 2
+    while marker := re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])").search(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9:        # the end of the picture
+            return
+        if kind in (0xDA, 0xE1):
+            yield kind
+        at += int.from_bytes(data[at:at + 2], "big")
+
+
+def gif_pieces(data):
+    """Yield each piece of the comments before a GIF's first picture."""
+    at = 13 + (3 << (data[10] % 8 + 1) if data[10] & 128 else 0)
+    while at < len(data) and data[at] not in b",;":
+        kind, at = data[at:at + 2], at + (2 if data[at] == ord("!") else 1)
+        while kind[:1] == b"!" and at < len(data):
+            length, at = data[at], at + 1 + data[at]
+            if not length:
+                break
+            if kind == b"!\xfe":
+                yield length
 
 
 def check_record(path, text):
@@ -236,12 +281,24 @@ def unfinished_name(path, inside=False):
         remove(unfinished)
 
 
+def settle(path):
+    """Wait until a file, or every file in a folder, is on the disk: a power cut would empty it."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file() and os.access(file, os.R_OK):
+            handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
 @contextlib.contextmanager
 def replace_atomically(path):
     """Yield a temporary name to write to, then rename it to path, so path is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_name(path) as unfinished:
         yield unfinished
+        settle(unfinished)
         os.replace(unfinished, path)
 
 
@@ -255,10 +312,12 @@ def held(folder):
             stack.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder} is in use by another training process") from None
+                free = os.path.samestat(os.fstat(handle), os.stat(folder))      # not just removed
+            except (BlockingIOError, FileNotFoundError):
+                free = False
             except OSError:     # a file system without locks
-                pass
+                free = True
+            require(free, f"{folder} is in use by another training process")
         try:
             yield folder
         finally:
@@ -314,6 +373,7 @@ def save_new(path, write):
 
 def take_free_name(unfinished, path):
     """Rename a finished file to the first free name of a.png, a-1.png, ...; return that name."""
+    settle(unfinished)
     for target in free_names(path):
         try:
             os.link(unfinished, target)     # unlike renaming, this refuses an existing name
@@ -328,11 +388,25 @@ def take_free_name(unfinished, path):
         return target
 
 
+def put_folder(folder, path):
+    """Rename a folder to the first free name of path, path-1, path-2, ...; return that."""
+    for target in free_names(path):
+        try:
+            if not os.path.lexists(target):
+                return folder.rename(target)
+        except OSError:     # try the next name if this one appeared meanwhile
+            if not os.path.lexists(target):
+                raise
+
+
 def free_names(path):
     """Yield a.png, a-1.png, a-2.png, ...: all the names to try."""
     yield path
+    stem = path.stem
+    while len(os.fsencode(stem + path.suffix)) > LONGEST_NAME:
+        stem = stem[:-1]
     for number in itertools.count(1):
-        yield path.with_stem(f"{path.stem}-{number}")
+        yield path.with_stem(f"{stem}-{number}")
 
 
 def write_picture(picture, file, suffix, parameters):

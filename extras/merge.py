@@ -13,7 +13,7 @@ import numpy as np
 
 from extras import formats, singlefile
 from extras.checks import first_five
-from extras.files import check_folder_of, take_free_name, unfinished_name
+from extras.files import check_folder_of, settle, take_free_name, unfinished_name
 from extras.tensors import SUFFIXES, TYPES, metadata_of
 from tiny_sd import DTYPES, WEIGHT_FILES, current_name, require, tell, widen
 
@@ -57,7 +57,10 @@ def merge(models, output):
                               if old in places else None)
         if abs(total - 1) > 1e-3:
             tell(f"the weights of --merge sum to {total:g}, so each is divided by that")
-        return take_free_name(unfinished, output) if suffix else unfinished.replace(output)
+        if suffix:
+            return take_free_name(unfinished, output)
+        settle(unfinished)
+        return unfinished.replace(output)
 
 
 def check_alike(paths, read):

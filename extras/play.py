@@ -28,11 +28,11 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from extras.start import command
 from tiny_sd import HERE, UserError, require
 
 LESSON = HERE / "tiny_sd.py"
 PAGE = HERE / "extras" / "play.html"
-STUDIO = "from extras.start import program; program('extras.studio')"
 LARGEST_REQUEST, LARGEST_PICTURE = 100_000, 20_000_000      # bytes
 LONGEST_ANSWER, LONGEST_LINE = 2 ** 26, 10_000     # bytes; enough for twelve million pixels
 KEPT = 4        # pictures from the page, the last ones
@@ -129,24 +129,25 @@ class Worker:
         self.argv, self.source, self.process = argv, LESSON.read_text(encoding="utf-8"), None
         self.numbers, self.queues = itertools.count(1), {}
         self.changed, self.state, self.version = threading.Condition(), {"state": "loading"}, 0
+        self.turn = threading.RLock()       # for the thread that starts or ends the process
 
     def start(self):
         """Start the process, or restart it."""
-        self.end()
-        try:
-            self.launch()
-        except OSError as error:    # as where tiny_sd.py is gone for a moment
-            self.tell("broken", text=f"the process that draws cannot be started: {error}")
+        with self.turn:
+            self.end()
+            try:
+                self.launch()
+            except OSError as error:    # as where tiny_sd.py is gone for a moment
+                self.tell("broken", text=f"the process that draws cannot be started: {error}")
 
     def launch(self):
         """Start the process, and threads that listen to it; OSError where it cannot be."""
         source = LESSON.read_text(encoding="utf-8", errors="replace")
         self.tell("loading", edited=source != self.source, notes=[],
                   changed=changed_names(self.source, source))
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", STUDIO, *self.argv], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+            [*command("extras.studio"), *self.argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
         said = deque(maxlen=40)
         readers = [threading.Thread(target=read, args=(self.process, said), daemon=True)
                    for read in (self.read_notes, self.read_answers)]
@@ -160,9 +161,10 @@ class Worker:
         process.wait()
         for reader in readers:      # its pipes stay open where a changed line started another one
             reader.join(1)
-        if process is self.process:
-            self.end()
-            self.tell("broken", text="".join(said))
+        with self.turn:
+            if process is self.process:
+                self.end()
+                self.tell("broken", text="".join(said))
 
     def end(self):
         """End the process, and notify those who wait for it."""
@@ -217,8 +219,9 @@ class Worker:
 
     def ask(self, request):
         """Send a request; return its number and a queue of its answers, the last one "end"."""
-        if self.process is None:
-            self.start()
+        with self.turn:
+            if self.process is None:
+                self.start()
         number, answers = next(self.numbers), queue.SimpleQueue()
         self.queues[number] = answers
         self.send(request | {"id": number})
@@ -254,6 +257,14 @@ class Server(ThreadingHTTPServer):
         self.pictures, self.numbers = {}, itertools.count(1)
         self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
         self.address = f"http://{self.hosts[0]}/{self.token}/"
+
+    def get_request(self):
+        """Accept a connection; pause if there are no descriptors left, instead of trying on."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
 
     def handle_error(self, request, client_address):
         """Ignore broken connections."""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import like_diffusers
-from extras.files import check_folder_of, free_names, unfinished_name
+from extras.files import check_folder_of, put_folder, settle, unfinished_name
 from tiny_sd import require
 
 # ── Watching ────────────────────────────────────────────────────────────────────────────────────
@@ -107,17 +107,6 @@ def check_folder(folder, path):
         check_folder_of(path, f"--show {folder} cannot be created: ")
 
 
-def put_folder(folder, path):
-    """Rename a folder to the first free name of path, path-1, path-2, ...; return that."""
-    for target in free_names(path):
-        try:
-            if not os.path.lexists(target):
-                return folder.rename(target)
-        except OSError:     # try the next name if this one appeared meanwhile
-            if not os.path.lexists(target):
-                raise
-
-
 class Film:
     """Record what a run computes at each step. Pass it to generate() as make_denoiser, then save().
 
@@ -175,6 +164,7 @@ class Film:
         with unfinished_name(self.folder, inside=fill) as unfinished:
             unfinished.mkdir()
             write_page(self, x, prompt, chunks, seeds, unfinished)
+            settle(unfinished)
             if fill and list(self.folder.iterdir()) == [unfinished]:
                 for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".html"):
                     file.rename(self.folder / file.name)
@@ -223,7 +213,7 @@ def check_preview(path):
     ours = not os.path.lexists(path)
     if path.is_file():
         with open(path, "rb") as file:
-            ours = b"tiny_sd preview" in file.read(99)
+            ours = b"Software\0tiny_sd preview" in file.read(99)
     require(ours, f"--preview {path} exists already and is not a preview: name another file")
 
 
@@ -324,7 +314,7 @@ def positions_of_words(tokenizer, chunks, n):
         ended = True
         for position, (i, weight) in enumerate(chunk, start + 1):
             symbol = tokenizer.symbol[i]
-            if ended and symbol:
+            if ended and symbol or not words:
                 words.append(([], [], weight))
             words[-1][0].append(i)
             words[-1][1].append(position)

@@ -1,6 +1,5 @@
 """Start the program: `python tiny_sd.py` calls this before it loads NumPy."""
 
-import contextlib
 import importlib
 import os
 import signal
@@ -13,20 +12,24 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Unfailing:
-    """stderr that ignores write errors: a full disk there must not cost a picture."""
+    """A stream that keeps its first error: a full disk or a closed pipe must not cost a picture."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.error = stream, None
 
     def write(self, text):
         """Write the text if possible."""
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self.stream.write(text)
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
 
     def flush(self):
         """Flush the stream if possible."""
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -38,7 +41,15 @@ def set_up_streams():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="backslashreplace")   # for terminals that lack some characters
-    sys.stderr = Unfailing(sys.stderr)
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+
+
+def check_heard():
+    """Raise the error of stdout, if there was one, and print nothing more."""
+    sys.stdout.flush()
+    if error := getattr(sys.stdout, "error", None):
+        sys.stdout = open(os.devnull, "w")
+        raise error
 
 
 def set_up_signals():
@@ -82,6 +93,17 @@ def import_problem(error):
     if isinstance(error, ModuleNotFoundError) and name and "." not in name:
         text += f": pip install {'pillow' if name == 'PIL' else name}"
     return text
+
+
+def command(name):
+    """Return the words of a command that runs a module as program() does.
+
+    It imports nothing from the current folder, which may hold other people's code; a path in
+    PYTHONPATH could be split at a colon.
+    """
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return [sys.executable, "-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+            f"from extras.start import program; program({name!r})", here]
 
 
 def program(name="extras.cli"):

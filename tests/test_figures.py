@@ -76,6 +76,11 @@ def test_a_benchmark_reads_and_replaces_nobodys_files(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         arguments("--json", str(tmp_path / "old.json"))
     assert "old.json exists already" in capsys.readouterr().err
+    args = arguments("--json", str(tmp_path / "new.json"))
+    (tmp_path / "new.json").write_text("mine")      # it came meanwhile
+    with pytest.raises(FileExistsError):
+        benchmark.run(args)
+    assert (tmp_path / "new.json").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Reading pictures with --init-img and --mask, output names, and previews."""
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from conftest import ROOT
 from extras import checks, cli, files, like_diffusers, show
@@ -342,12 +344,20 @@ def test_a_prompt_too_long_for_a_jpeg(run):
 
 
 def test_a_name_that_is_too_long_is_refused_before_anything_is_drawn(refuse, monkeypatch):
-    """With its number, and with the number that it gets if the name exists."""
+    """With its number, too."""
     monkeypatch.setattr(like_diffusers, "generate", None)
-    refuse("apple", "-o", "a" * 300 + ".png")
+    assert "too long" in refuse("apple", "-o", "a" * 300 + ".png")
     refuse("apple", "-b", "2", "-o", "a" * 249 + ".png")
-    Path("a" * 251 + ".png").touch()
-    assert "too long" in refuse("apple", "-o", "a" * 251 + ".png")
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "🦊"])
+def test_a_long_name_that_exists_is_shortened_to_get_a_number(letter, run):
+    """In bytes, and without cutting a character in two."""
+    long = letter * (250 // len(letter.encode()))
+    Path(f"{long}.png").write_text("mine")
+    status, (name,), _ = run("apple", "-o", f"{long}.png")
+    assert status == 0 and long.startswith(name.removesuffix("-1.png"))
+    assert Image.open(name).size == (16, 16) and Path(f"{long}.png").read_text() == "mine"
 
 
 # ── Previews ──────────────────────────────────────────────────────────────────────────────────────
@@ -378,7 +388,8 @@ def test_a_film(run, refuse, suffix, kind):
 def test_preview_replaces_only_a_preview(run, refuse):
     PLAIN.save("mine.png")
     Path("text.png").write_text("mine")
-    for name in ("mine.png", "text.png"):
+    assert run("tiny_sd preview", "-o", "named.png")[0] == 0    # its prompt is near the beginning
+    for name in ("mine.png", "text.png", "named.png"):
         assert (refuse("apple", "--preview", name)
                 == f"tiny_sd: --preview {name} exists already and is not a preview: name another "
                    "file")
@@ -399,6 +410,63 @@ def test_preview_replaces_no_picture_saved_in_the_meantime(run, monkeypatch):
     status, out, err = run("apple", "--preview", "mine.png")
     assert (status, out) == (2, []) and "not a preview" in err[-1]
     assert np.array_equal(pixels(Image.open("mine.png")), pixels(PLAIN))
+
+
+# ── Pictures that take minutes ────────────────────────────────────────────────────────────────────
+
+def segments(kind, piece, n):
+    """A JPEG, or GIF, with n more pieces."""
+    data = io.BytesIO()
+    Image.new("RGB" if kind == "JPEG" else "P", (16, 16)).save(data, kind)
+    data = data.getvalue()
+    at = 2 if kind == "JPEG" else 13 + 3 * 2 ** (data[10] % 8 + 1)
+    return data[:at] + piece * n + data[at:]
+
+
+def scans(n):
+    data = io.BytesIO()
+    Image.effect_noise((64, 64), 80).save(data, "JPEG", progressive=True)
+    data = data.getvalue()
+    first = data.index(b"\xff\xda")
+    second = data.index(b"\xff\xda", first + 2)
+    return data[:first] + data[first:second] * n + data[second:]
+
+
+EXIF, COMMENT = b"\xff\xe1\0\x0aExif\0\0ab", b"\x21\xfe\1x\0"
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: segments("JPEG", EXIF, n), lambda n: segments("GIF", COMMENT, n),
+    lambda n: segments("GIF", b"\x21\xfe" + b"\1x" * n + b"\0", 1), scans],
+    ids=["Exif", "comments", "a comment", "scans"])
+def test_endless_pieces_are_refused(make, refuse):
+    """Few are not."""
+    for n in 5000, 20:
+        Path(f"{n}.jpg").write_bytes(make(n))
+    for flag in "-i", "--like":
+        assert "1000 scans" in refuse(*["a"] * (flag == "-i"), flag, "5000.jpg")
+    assert files.upright("20.jpg").size[0] in (16, 64)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a script")
+def test_postscript_inside_is_not_run(refuse, tmp_path, monkeypatch):
+    """An IPTC file may hold any other, and Pillow would start Ghostscript for some."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)      # it looks once
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EOF\n"
+    fields = [(3, 60, b"\1\0"), (3, 65, b"\0"), (3, 20, b"\0\x40"), (3, 30, b"\0\x40"),
+              (3, 120, b"\5"), (8, 10, program)]
+    Path("a.png").write_bytes(b"".join(bytes([28, record, number]) + len(data).to_bytes(2, "big")
+                                       + data for record, number, data in fields))
+    with Image.open("a.png") as picture, contextlib.suppress(OSError):
+        picture.load()
+    assert (tmp_path / "ran").exists()      # it is no dud
+    (tmp_path / "ran").unlink()
+    for flag in "-i", "--like":
+        assert "cannot identify" in refuse(*["a"] * (flag == "-i"), flag, "a.png")
+    assert not (tmp_path / "ran").exists()
 
 
 # ── Nothing is lost ───────────────────────────────────────────────────────────────────────────────
@@ -443,14 +511,32 @@ def test_a_file_system_without_links(run, monkeypatch):
             and len(list(Path().iterdir())) == 3)
 
 
-def test_nobody_reads_the_names(model):
-    """As after "| head -1": the pictures that were drawn are still saved."""
-    process = start("red", "-m", model, "-b", "3", "--steps", "1")
+def test_what_is_written_survives_a_power_cut(run, monkeypatch):
+    """It is on the disk before it gets its name."""
+    kept, wait = set(), os.fsync
+
+    def fsync(handle):
+        kept.add(os.fstat(handle).st_ino)
+        wait(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run("apple", "--film", "a.gif", "--show", "seen")[0] == 0
+    with files.replace_atomically(Path("state/a.pt")) as unfinished:
+        unfinished.write_text("days of training")
+    written = [path for path in Path().rglob("*") if path.is_file()]
+    assert len(written) > 5 and {path.stat().st_ino for path in written} <= kept
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("-b 3", "out-000.png out-001.png out-002.png"),
+    ("--film out.gif --show seen", "out.png out.gif seen/index.html")])
+def test_nobody_reads_the_names(model, flags, names):
+    """As after "| head -1": what was drawn is still saved."""
+    process = start("red", "-m", model, "--steps", "1", *flags.split())
     process.stdout.close()
     err = process.stderr.read().decode()
     assert process.wait() == 2 and err.endswith("tiny_sd: [Errno 32] Broken pipe\n")
-    for name in ("out-000.png", "out-001.png", "out-002.png"):
-        Image.open(name).load()
+    missing = [name for name in names.split() if not Path(name).exists()]
+    assert not missing, [*Path().rglob("*")]
 
 
 def test_a_lora_that_goes_while_it_is_in_use(run, monkeypatch):

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -406,12 +407,58 @@ def test_a_change_that_prints_json_is_not_the_process_that_is_ready(said):
 
 def test_a_change_that_starts_another_process(monkeypatch):
     """Which holds the pipes open when its parent has ended."""
-    monkeypatch.setattr(play, "STUDIO", "import subprocess, sys\nsubprocess.Popen(["
-                        "sys.executable, '-c', 'import time; time.sleep(40)'])\n1 / 0")
+    monkeypatch.setattr(play, "command", lambda name: [
+        sys.executable, "-c", "import subprocess, sys\nsubprocess.Popen(["
+        "sys.executable, '-c', 'import time; time.sleep(40)'])\n1 / 0"])
     worker = play.Worker([])
     worker.start()
     said = worker.news(state="loading", timeout=30)
     assert said["state"] == "broken" and "\nZeroDivisionError" in said["text"]
+
+
+def test_requests_that_come_together_start_one_process(monkeypatch):
+    """When the process that draws has ended, as where memory ran out."""
+    worker, started = play.Worker([]), []
+
+    def launch():
+        started.append(time.sleep(0.05))
+        worker.process = SimpleNamespace(stdin=io.BytesIO(), kill=print, wait=print)
+    monkeypatch.setattr(worker, "launch", launch)
+    threads = [threading.Thread(target=worker.ask, args=({"ask": "draw"},)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(started) == 1
+
+
+def test_a_command_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    """Not even where the program's own folder has a colon in its name, at which paths split."""
+    shutil.copytree(ROOT / "extras", tmp_path / "a:b/extras",
+                    ignore=shutil.ignore_patterns("__pycache__", "training", "tools", "pictures"))
+    (tmp_path / "b/extras").mkdir(parents=True)
+    for name in "extras/__init__", "extras/start", "os":
+        (tmp_path / f"b/{name}.py").write_text("print('foreign')\n1 / 0\n")
+    found = tmp_path / "a:b/extras/start.py"
+    (tmp_path / "a:b/extras/own.py").write_text("def main():\n    print('own', __file__)\n")
+    source = f"import sys; sys.path.insert(0, {str(found.parents[1])!r}); import extras.start as s"
+    words = subprocess.run([sys.executable, "-P", "-c", f"{source}; print(*s.command('extras.own'),"
+                            "sep='\\n')"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(words.splitlines(), cwd=tmp_path / "b", capture_output=True, text=True)
+    assert done.stdout == f"own {found.parent / 'own.py'}\n" and not done.returncode, done
+
+
+def test_without_descriptors_it_waits(monkeypatch):
+    """Instead of trying to accept a connection without a pause."""
+    waited = []
+    monkeypatch.setattr(play.time, "sleep", waited.append)
+
+    def get_request(self):
+        raise OSError("too many open files")
+    monkeypatch.setattr(play.ThreadingHTTPServer, "get_request", get_request)
+    with pytest.raises(OSError, match="too many"):
+        play.Server.__new__(play.Server).get_request()
+    assert waited == [0.1]
 
 
 def test_a_request_that_is_too_deep_to_pass_on():

@@ -155,6 +155,7 @@ def test_drawing_icons(tmp_path):
     texts = {"icons.json": {"icons": {"red-box": {"body": red}}, "width": 16, "height": 16,
                             "aliases": {"box": {"parent": "red-box"}}},
              "chars.json": {"1f4e6": "red-box"}}
+    texts["icons.json"]["info"] = " " * 2 ** 25      # as large as the packages' own are
     for name, value in texts.items():
         (tmp_path / name).write_text(json.dumps(value))
     icons = drawings.read_icons(tmp_path)
@@ -662,7 +663,7 @@ def test_only_control_networks_are_replaced(state, tmp_path, capsys):
     for out in state / "emoji", state / "emoji/unet":
         before = contents(out)
         said = refused(capsys, "control", state, "--steps", 3, "--out", out)
-        assert "is not one of our models (it has no config.json of a ControlNetModel)" in said
+        assert "is not one of our models (it has no config.json with" in said
         assert contents(out) == before
     said = refused(capsys, "control", tmp_path, "--steps", 3)
     assert said == f"tiny_sd: {tmp_path / 'unet.pt'} is missing: run the stage unet first"
@@ -956,7 +957,7 @@ def test_an_optimizers_state_of_other_sizes():
         optimizer.restore(good)
         kept = copy.deepcopy(good)
         kept["optimizers"][i]["state"][0][name] = torch.ones(2)
-        with pytest.raises(tiny_sd.UserError, match="does not fit, remove it: sizes differ"):
+        with pytest.raises(tiny_sd.UserError, match="does not fit, move it elsewhere: sizes"):
             optimizer.restore(kept)
 
 
@@ -1009,6 +1010,9 @@ def test_a_full_disk(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"vae.pt", "vae.png"}
 
 
+OURS = '{"_name_or_path": "tiny_sd"}'
+
+
 @pytest.mark.parametrize("command", ["export", "all"])
 def test_only_models_are_replaced(command, state, tmp_path, capsys):
     """And only if asked; never other people's files, nor folders with the data or the state."""
@@ -1023,7 +1027,7 @@ def test_only_models_are_replaced(command, state, tmp_path, capsys):
         assert "is not one of our models" in said
     for name in "model_index.json", "controlnet/diffusion_pytorch_model.safetensors":
         (mine / name).parent.mkdir(exist_ok=True)
-        (mine / name).write_text("{}")
+        (mine / name).write_text(OURS)
     said = refused(capsys, command, state, "--steps", 2, "--out", mine, data=mine / "data.zip")
     assert f"{mine} contains {mine / 'data.zip'}" in said
     (mine / ".git/refs").mkdir(parents=True)
@@ -1032,13 +1036,31 @@ def test_only_models_are_replaced(command, state, tmp_path, capsys):
     network = mine / "controlnet/diffusion_pytorch_model.safetensors"
     added = mine / ".git/config", network, mine / "data.zip", mine / "thesis.txt"
     assert f"contains {'; '.join(map(str, added))}: name another" in said
-    (state / "model_index.json").write_text("{}")
+    (state / "model_index.json").write_text(OURS)
     try:
         said = refused(capsys, command, state, "--steps", 2, "--out", state)
     finally:
         (state / "model_index.json").unlink()
     assert f"{state} contains {state}" in said
     assert (mine / "thesis.txt").read_text() == "years of work"
+    said = refused(capsys, command, state, "--steps", 2, "--out", tmp_path / ("x" * 255))
+    assert said.endswith("is too long")
+
+
+@pytest.mark.parametrize("kind", ["a model", "with a control network"])
+def test_models_of_others_are_not_replaced(kind, state, tmp_path, capsys):
+    """Even if their files have the same names."""
+    mine = tmp_path / "mine"
+    if kind == "a model":
+        write_model(mine)
+        words = "is not one of our models (it has no model_index.json with"
+    else:
+        shutil.copytree(state / "emoji", mine)
+        shutil.copytree(state / "outlines", mine, dirs_exist_ok=True)
+        words = f"{mine} contains {mine / 'config.json'}; "
+    before = contents(mine)
+    assert words in refused(capsys, "export", state, "--out", mine)
+    assert contents(mine) == before
 
 
 def test_what_came_while_it_trained_is_not_replaced(state, tmp_path, capsys, monkeypatch):
@@ -1111,6 +1133,72 @@ def test_a_time_without_end_is_refused(option, seconds, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_py.main(arguments("vae", tmp_path / "state", option, seconds))
     assert f"{option} must be from 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")
+def test_a_state_that_was_just_removed_is_not_held(tmp_path, monkeypatch):
+    """Two processes would hold it: one the folder that is gone, one the next of its name."""
+    lock = files.fcntl.flock
+
+    def slow(handle, kind):
+        (tmp_path / "state").rmdir()
+        lock(handle, kind)
+    monkeypatch.setattr(files.fcntl, "flock", slow)
+    with pytest.raises(tiny_sd.UserError, match="in use"), files.held(tmp_path / "state"):
+        pass
+
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(13, "Permission denied"), "Permission denied"), (MemoryError(), "cannot be"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "cannot be read: Default")])
+def test_a_whole_state_is_not_called_broken(error, said, state, monkeypatch):
+    """Whoever reads so might delete days of training."""
+    monkeypatch.setattr(fitting.torch, "load", Mock(side_effect=error))
+    with pytest.raises(tiny_sd.UserError, match=said) as told:
+        fitting.State(state).load("vae")
+    assert "move it" not in str(told.value) and "remove" not in str(told.value)
+
+
+def test_a_model_is_on_the_disk_before_the_old_one_is_removed(tmp_path, monkeypatch):
+    kept, wait = [], os.fsync
+
+    def fsync(handle):
+        kept.append((os.fstat(handle).st_ino, (tmp_path / "mine/old").exists()))
+        wait(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/old").touch()
+    with folder.folder_atomically(tmp_path / "mine", print) as new:
+        (new / "unet").mkdir()
+        (new / "unet/weights").write_text("new")
+    assert kept == [((tmp_path / "mine/unet/weights").stat().st_ino, True)]
+
+
+def test_what_appears_while_it_renders_stays(tmp_path, monkeypatch):
+    """The drawings then get another name."""
+    data = tmp_path / "mine.zip"
+    monkeypatch.setattr(drawings, "install_sets", lambda _: [tmp_path])
+    monkeypatch.setattr(drawings, "SETS", {"noto": "noto"})
+    monkeypatch.setattr(drawings, "read_icons", lambda _: None)
+    monkeypatch.setattr(drawings, "choose_things", lambda *_: [(["a cat"], {"noto": "cat"})])
+    (tmp_path / "metadata.json").write_text('{"categories": {}}')
+
+    def draw_icon(*_):
+        data.write_text("years of drawings")
+        return Image.new("RGBA", (128, 128))
+    monkeypatch.setattr(drawings, "draw_icon", draw_icon)
+    assert drawings.render(data, tmp_path) == tmp_path / "mine-1.zip"
+    assert data.read_text() == "years of drawings"
+    assert zipfile.ZipFile(tmp_path / "mine-1.zip").namelist() == ["0000-noto.png", "things.json"]
+
+
+def test_a_model_put_aside_is_told(tmp_path, monkeypatch, capsys):
+    """If the new one cannot take its name."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(os, "rename", Mock(side_effect=OSError("Directory not empty")))
+    with pytest.raises(tiny_sd.UserError), folder.folder_atomically(tmp_path / "mine", print):
+        pass
+    assert (tmp_path / ".mine.old").exists() and ".mine.old now" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")

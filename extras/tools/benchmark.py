@@ -624,6 +624,7 @@ def parse_arguments():
 
 def run(args):
     """Print each part's results as soon as they are known, and write them to --json."""
+    report = args.json and open(args.json, "x")     # now, so that nothing else takes the name
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
@@ -641,14 +642,18 @@ def run(args):
             if part not in PEERS[peer]:
                 print(f"without {peer}: it has no part {part}")
         results += compare(part, args, folder)
-        print(f"\n{table([row for row in results if row['part'] == part])}\n", flush=True)
         if args.json:
             found = {"machine": facts, "command": sys.argv[1:], "results": results}
-            args.json.write_text(json.dumps(found, indent=1))
+            report.seek(0)
+            report.truncate()
+            report.write(json.dumps(found, indent=1))
+            report.flush()
+        print(f"\n{table([row for row in results if row['part'] == part])}\n", flush=True)
 
 
 def main():
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")       # where × is unknown
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
                    "DIFFUSERS_VERBOSITY": "error"}
     if args.threads < cores():      # every process started from here on inherits it

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from extras.checks import check_memory
-from extras.files import read_captioned, read_picture, read_text, replace_atomically
+from extras.files import read_captioned, read_picture, read_text, save_new
 from tiny_sd import UserError, require
 
 WORDS = json.loads(read_text(Path(__file__).with_name("words.json")))
@@ -51,7 +51,7 @@ def squeeze(name):
 
 def read_icons(folder):
     """The drawings in an unpacked package of Iconify."""
-    data = json.loads(read_text(folder / "icons.json"))
+    data = json.loads(read_text(folder / "icons.json", 2 ** 28))     # fluent has 100 MB
     bodies = {name: icon["body"] for name, icon in data["icons"].items()}
     names = {squeeze(name): name for name in bodies}
     for alias, icon in data.get("aliases", {}).items():
@@ -160,14 +160,21 @@ def draw_icon(icons, name, side=128, margin=4):
 def render(data, packages):
     """Write data, a zip of every thing in every style: 0000-noto.png and so on, and things.json.
 
-    packages: the folder for the npm packages, which are installed there if missing."""
+    packages: the folder for the npm packages, which are installed there if missing. Return the name
+    used: another if a file of this name appeared meanwhile."""
     folders = install_sets(packages)
     icons = {style: read_icons(folder) for style, folder in zip(SETS, folders)}
     categories = {name: category for category, names in
                   json.loads(read_text(folders[0] / "metadata.json"))["categories"].items()
                   for name in names}
     things = choose_things(icons, categories)
-    with replace_atomically(data) as path, zipfile.ZipFile(path, "w") as archive:
+    data.parent.mkdir(parents=True, exist_ok=True)
+    return save_new(data, functools.partial(write_zip, things, icons))
+
+
+def write_zip(things, icons, file):
+    """Draw the things, and write the zip to an open file."""
+    with zipfile.ZipFile(file, "w") as archive:
         for i, (_, drawn) in enumerate(tqdm(things, "render")):
             for style, name in drawn.items():
                 png = io.BytesIO()

@@ -196,7 +196,7 @@ class Optimizer:
                 for p, kept in part.state.items():
                     require(all(x.shape in (p.shape, ()) for x in kept.values()), "sizes differ")
         except Exception as error:      # torch raises many kinds
-            raise UserError(f"what was kept does not fit, remove it: {error}") from None
+            raise UserError(f"what was kept does not fit, move it elsewhere: {error}") from None
         self.taken = checkpoint["step"]
 
     def checkpoint(self):
@@ -231,9 +231,13 @@ class State:
                      and isinstance(losses, list) and math.isfinite(kept["seconds"] + sum(losses))
                      and {*params} == {*mean} and all(isinstance(p, torch.Tensor) for p in
                                                       [*params.values(), *mean.values()]))
+        except (OSError, MemoryError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
         except Exception as error:      # torch and pickle raise many kinds
-            raise UserError(f"{path} is not whole: remove it ({str(error)[:100]})") from None
-        require(whole, f"{path} was not kept by this program: remove it")
+            reason = str(error)[:100]
+            require("memory" not in reason, f"{path} cannot be read: {reason}")
+            raise UserError(f"{path} is not whole: move it elsewhere ({reason})") from None
+        require(whole, f"{path} was not kept by this program: move it elsewhere")
         return kept
 
     def save(self, stage, checkpoint):

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from extras.checks import first_five
-from extras.files import free_names, read_text, remove, unfinished_name
+from extras.files import LONGEST_NAME, free_names, read_text, remove, settle, unfinished_name
 from extras.training.scenes import (
     COLOURS,
     COUNTS,
@@ -26,13 +26,14 @@ from tiny_sd import flatten, require, tell
 
 VOCABULARY, LENGTH = 2000, 32       # tokens known, and tokens in a caption
 HINT_CHANNELS = [8, 16, 32, 64]     # of the convolutions by which a control network sees outlines
-OURS = {       # the files in a model's folder, and in a control network's
-    "model_index.json", "things.json", "scheduler/scheduler_config.json", "config.json",
-    "diffusion_pytorch_model.safetensors", "text_encoder/config.json",
-    "text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+MODEL = {       # the files in a model's folder
+    "model_index.json", "things.json", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors"}
+CONTROL = {"config.json", "diffusion_pytorch_model.safetensors"}    # in a control network's
+NAME = {"_name_or_path": "tiny_sd"}     # in model_index.json or config.json: we wrote the folder
 SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")     # macOS and Windows put them anywhere
 SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -68,7 +69,7 @@ def control_config(unet):
     """
     others = ("out_channels", "sample_size", "center_input_sample", "up_block_types")
     kept = {name: value for name, value in unet.items() if name not in others}
-    return kept | {"_class_name": "ControlNetModel", "mid_block_type": "UNetMidBlock2D",
+    return NAME | kept | {"_class_name": "ControlNetModel", "mid_block_type": "UNetMidBlock2D",
                    "down_block_types": ["DownBlock2D"] * len(unet["block_out_channels"]),
                    "conditioning_embedding_out_channels": HINT_CHANNELS}
 
@@ -101,31 +102,31 @@ def vocabulary(things):
             "places": [*PLACES], "more": said}
 
 
-def check_replaceable(out, kept, asked, mark=("model_index.json", "")):
+def check_replaceable(out, kept, ours, asked):
     """UserError unless a model may be written to the folder out.
 
-    It may replace one of our models if asked, and nothing else: not what was added to it. It must
-    not be or contain any of the files and folders to keep. mark: the file by which to recognise a
-    model, and a word in it.
+    It may replace one that we wrote, if asked, and nothing else: not what was added to it. It must
+    not be or contain any of the files and folders to keep. ours: MODEL or CONTROL.
     """
-    file, word = mark
+    require(len(os.fsencode(out.name)) <= LONGEST_NAME, f"the name {out} is too long")
     if os.path.lexists(out):
         require(asked, f"{out} exists already: name it with --out to replace it, or name another")
-        require((out / file).is_file() and word in read_text(out / file),
-                f"{out} exists already and is not one of our models (it has no {file}"
-                f"{word and f' of a {word}'}): name another --out")
+        file = "config.json" if ours is CONTROL else "model_index.json"
+        mark = json.dumps(NAME)[1:-1]
+        require((out / file).is_file() and mark in read_text(out / file), f"{out} exists already "
+                f"and is not one of our models (it has no {file} with {mark}): name another --out")
     place = Path(os.path.realpath(out))
     for path in map(Path, map(os.path.realpath, kept)):
         require(place not in (path, *path.parents),
                 f"{out} contains {path}: name another --out")
-    added = added_to(out)
+    added = added_to(out, ours)
     require(not added, f"{out} contains {first_five(added)}: name another --out")
 
 
-def added_to(folder):
+def added_to(folder, ours=MODEL | CONTROL):
     """The files in a model's folder that this program did not write, as texts."""
     return [str(file) for file in folder.rglob("*")
-            if not file.is_dir() and file.relative_to(folder).as_posix() not in OURS
+            if not file.is_dir() and file.relative_to(folder).as_posix() not in ours
             and file.name not in SYSTEMS]
 
 
@@ -174,7 +175,7 @@ def folder_texts(words, setting, scaling_factor):
     classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
                "vae": "AutoencoderKL", "unet": "UNet2DConditionModel",
                "scheduler": SCHEDULER["_class_name"]}
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+    index = NAME | {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
              "requires_safety_checker": False, "safety_checker": [None, None],
              "feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {part: ["transformers" if "CLIP" in name else "diffusers", name]
@@ -202,12 +203,17 @@ def folder_atomically(path, check):
     with unfinished_name(path) as temporary:
         temporary.mkdir()
         yield temporary
+        settle(temporary)
         check()
         names = free_names(path.with_name(f".{path.name}.old"))
         old = next(name for name in names if not os.path.lexists(name))
         if path.exists():       # a kill between the next lines leaves the old one under that name
             os.replace(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            tell(f"the model of before is {old} now") if old.exists() else None
+            raise
         if added := added_to(old):      # since then
             tell(f"{old} stays, since it contains {first_five(added)}")
         else:

@@ -146,7 +146,7 @@ class State(fitting.State):
         kept = super().load(stage)
         if kept:
             require(kept.get("facts") == self.facts, f"{self.path(stage)} was started with other "
-                    "options, captions or weights: use those, or remove it")
+                    "options, captions or weights: use those, or move it elsewhere")
             tell(f"resuming at step {kept['step']}")
         return kept
 

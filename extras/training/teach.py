@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import tiny_sd
 from extras import fast, files, formats, show, things
+from extras.start import command
 from tiny_sd import UserError, require, tell
 
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────
@@ -153,7 +154,8 @@ def check_output(args):
     state = state_of(output)
     reached = state / REACHED
     files.check_folder_of(output)
-    require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: remove it")
+    require(state.is_dir() or not os.path.lexists(state), f"{state} is not a folder: move it "
+                                                          "elsewhere")
     require(reached.is_file() or not os.path.lexists(reached), f"{reached} is not a file")
     for path in [] if reached.exists() else [output, output.with_suffix(".png")]:
         require(not os.path.lexists(path), f"{path} exists already")
@@ -185,10 +187,7 @@ def train_from_scratch(args):
            "minutes": minutes, "batch": args.batch_size, "rate": args.rate}
     options = [text for name, value in how.items() if value is not None
                for text in (f"--{name}", str(value))]
-    path = os.pathsep.join(filter(None, [str(tiny_sd.HERE), os.environ.get("PYTHONPATH")]))
-    # -P: import nothing from the current folder, which may hold other people's code
-    command = [sys.executable, "-P", "-m", "extras.training.train", "all", *options]
-    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
+    os.execv(sys.executable, [*command("extras.training.train"), "all", *options])
 
 
 # ── Teaching ────────────────────────────────────────────────────────────────────────────────────

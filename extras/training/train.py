@@ -61,8 +61,10 @@ from extras.training.fitting import (
     share_of_batch,
 )
 from extras.training.folder import (
+    CONTROL,
     HINT_CHANNELS,
     LENGTH,
+    MODEL,
     SCHEDULER,
     VOCABULARY,
     check_replaceable,
@@ -167,8 +169,8 @@ class State(fitting.State):
         lines = [tuple(line.split()) for line in read_text(path).split("\n")[1:]]
         merges = [pair for pair in lines if pair]
         require(len(merges) == VOCABULARY - 514 and all(len(pair) == 2 for pair in merges),
-                f"{path} does not hold {VOCABULARY - 514} pairs: remove it, with clip.pt and "
-                "unet.pt, or name another --state")
+                f"{path} does not hold {VOCABULARY - 514} pairs: move it elsewhere, with clip.pt "
+                "and unet.pt, or name another --state")
         words = tiny_sd.Tokenizer(merges, length=LENGTH)
         words.merge = functools.cache(words.merge)      # captions repeat the same words
         return words
@@ -757,9 +759,7 @@ def run_command(args, setting, schedule, state, stack):
     out = args.out or args.state / ("outlines" if leads else "emoji")
     exports, first = args.command in ("export", "all", "control"), process()[0] == 0
     asked, kept = args.out is not None, [data, args.state]
-    check = functools.partial(check_replaceable, out, kept)
-    if leads:
-        check = functools.partial(check, mark=("config.json", "ControlNetModel"))
+    check = functools.partial(check_replaceable, out, kept, CONTROL if leads else MODEL)
     if exports:
         check(asked)
     # do not replace a folder that appears meanwhile
@@ -769,7 +769,7 @@ def run_command(args, setting, schedule, state, stack):
     if args.start:
         state.begin_from(args.start, setting)
     if args.command in ("render", "all") and not data.exists():
-        render(data, args.state / "npm")
+        data = render(data, args.state / "npm")
     if args.command == "render":
         return print(data)
 
