@@ -28,6 +28,7 @@ from PIL import Image
 
 import tiny_sd
 from extras import cli, drawing, facts, files, in_time, like_diffusers, prompts, show, things
+from extras.checks import check_memory
 from extras.samplers import SCHEDULED, TITLES
 from extras.schedules import NAMES, title
 from tiny_sd import UserError, require, tell
@@ -151,6 +152,8 @@ class Studio:
         """Draw a picture, and send each step."""
         job, model, begun = job_of(self.job, request), self.model, time.monotonic()
         drawing.make_room(model, job)
+        check_memory(3 * job.width * job.height * drawing.steps_of(job),
+                     f"a film of {job.steps} steps", "take fewer")
         if prompts.TAG.search(job.prompt) and not job.plain_prompt:
             tell("tags like <lora:name> do not work on the page: start it with --play --lora FILE")
         film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)

@@ -25,7 +25,7 @@ from PIL import Image
 
 import tiny_sd
 from conftest import ROOT
-from extras import cli, drawing, formats, play, studio
+from extras import checks, cli, drawing, formats, play, studio
 from helpers import Fork, all_signals_end_it, finish, write_model
 
 pytestmark = pytest.mark.slow
@@ -227,6 +227,17 @@ def test_the_guesses_of_large_pictures(site, monkeypatch):
     room.answer({"id": 1, "ask": "draw", "prompt": "red", "steps": 1})
     assert pixels(found[1]["x_0"]).shape == (8, 8, 3)
     assert pixels(found[2]["picture"]).shape == (16, 16, 3) and not only(found, "sharp")
+
+
+def test_a_film_that_memory_cannot_hold_is_not_begun(site, monkeypatch):
+    found = []
+    room = studio.Studio(["--play", "-m", str(site.folder / "tiny")], queue.SimpleQueue(),
+                         lambda **answer: found.append(answer))
+    monkeypatch.setattr(checks, "free_memory", lambda: 600_000)
+    room.answer({"id": 1, "ask": "draw", "prompt": "red", "steps": 999})
+    assert "a film of 999 steps needs" in only(found, "error")[0]["text"]
+    room.answer({"id": 2, "ask": "draw", "prompt": "red", "steps": 2})
+    assert len(only(found, "error")) == 1
 
 
 def test_the_page_computes_by_the_formulas_where_asked(site):
