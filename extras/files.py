@@ -36,6 +36,7 @@ USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 MOST_PIECES = 1000      # of a picture's Exif, comment or scans
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
 LONGEST_NAME = 240      # bytes, before a number; most file systems take 255
+ODD = re.compile(r'[<>:"|?*\\]|[. ]\Z')      # some disks can hold no such names
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
 
 
@@ -330,10 +331,18 @@ def held(folder):
 
 
 def check_folder_of(path, what=""):
-    """UserError, starting with `what`, unless this file's folder exists and is writable."""
+    """UserError, starting with `what`, unless this file could be written to its folder."""
     require(path.parent.is_dir(), f"{what}there is no folder {path.parent} to write to")
     require(os.access(path.parent, os.W_OK),
             f"{what}the folder {path.parent} cannot be written to")
+    if ODD.search(path.name):
+        try:
+            open(path, "xb").close()
+            path.unlink()
+        except FileExistsError:
+            pass
+        except (OSError, ValueError):
+            raise UserError(f"{what}{path} is not a name that this disk can hold") from None
 
 
 def save_picture(pixels, path, parameters, enlarge=1):
@@ -406,11 +415,11 @@ def put_folder(folder, path):
 def free_names(path):
     """Yield a.png, a-1.png, a-2.png, ...: all the names to try."""
     yield path
-    stem = path.stem
-    while len(os.fsencode(stem + path.suffix)) > LONGEST_NAME:
+    stem, suffix = (path.stem, path.suffix) if len(path.suffix) < 20 else (path.name, "")
+    while len(os.fsencode(stem + suffix)) > LONGEST_NAME:
         stem = stem[:-1]
     for number in itertools.count(1):
-        yield path.with_stem(f"{stem}-{number}")
+        yield path.with_name(f"{stem}-{number}{suffix}")
 
 
 def write_picture(picture, file, suffix, parameters):

@@ -194,10 +194,10 @@ DAMAGED = {     # what is done to the folder, and what the line must name
     "tokenizer, no text": (write("tokenizer/merges.txt", b"\xff\xfe"), "tokenizer"),
     "tokenizer, a list": (write("tokenizer/vocab.json", b'["a"]'), "tokenizer"),
     "tokenizer, nested 100,000 deep": (write("tokenizer/vocab.json", b"[" * 100_000), "vocab"),
-    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "startoftext"),
+    "tokenizer, no words": (write("tokenizer/vocab.json", b"{}"), "no vocabulary"),
     "tokenizer, no specials": (write("tokenizer/vocab.json", b'{"a": 0}'), "startoftext"),
     "tokenizer, an id that is none": (write("tokenizer/vocab.json", b'{"<|startoftext|>": true, '
-                                            b'"<|endoftext|>": 1}'), "are not all below")}
+                                            b'"<|endoftext|>": 1}'), "no vocabulary")}
 CHANGED = {     # a part, what its config says, and what the line must name
     "text_encoder": [
         ({"num_attention_heads": 5}, "text_encoder"), ({"hidden_act": "relu"}, "relu"),

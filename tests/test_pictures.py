@@ -360,6 +360,29 @@ def test_a_long_name_that_exists_is_shortened_to_get_a_number(letter, run):
     assert Image.open(name).size == (16, 16) and Path(f"{long}.png").read_text() == "mine"
 
 
+def test_a_suffix_without_end_gets_a_number_too():
+    names = files.free_names(Path("x." + "a" * 245))
+    assert [len(next(names).name) for _ in range(3)] == [247, 242, 242]
+
+
+@pytest.mark.parametrize("flags", ["-o what?.png", "--film a|b.gif", "--show sh?ow", "-o a:b.png"])
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_name_that_the_disk_cannot_hold(flags, holds, run, monkeypatch):
+    """As on memory cards: it is refused before anything is drawn."""
+    def found(path, mode="r", *args, **how):
+        if mode == "xb" and not holds:
+            raise OSError(22, "Invalid argument")
+        return open(path, mode, *args, **how)
+    monkeypatch.setattr(files, "open", found, raising=False)
+    if not holds:
+        monkeypatch.setattr(like_diffusers, "generate", None)
+    status, _, err = run("apple", *flags.split())
+    path = Path(flags.split()[1])
+    assert status == (0 if holds else 2) and path.exists() == holds
+    assert holds or f"{path} is not a name that this disk can hold" in err[0]
+    assert not holds or path.stat().st_size
+
+
 # ── Previews ──────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.slow
