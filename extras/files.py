@@ -1,6 +1,7 @@
 """Read any picture and any text file; write files completely or not at all, replacing nothing."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -37,6 +38,7 @@ MOST_PIECES = 1000      # of a picture's Exif, comment or scans
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
 LONGEST_NAME = 240      # bytes, before a number; most file systems take 255
 ODD = re.compile(r'[<>:"|?*\\]|[. ]\Z')      # some disks can hold no such names
+UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)   # what a file system lacks
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
 
 
@@ -293,6 +295,9 @@ def settle(path):
             handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
             try:
                 os.fsync(handle)
+            except OSError as error:
+                if error.errno not in UNKNOWN:      # the disk is full, or broken
+                    raise
             finally:
                 os.close(handle)
 

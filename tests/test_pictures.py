@@ -1,6 +1,7 @@
 """Reading pictures with --init-img and --mask, output names, and previews."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -547,6 +548,18 @@ def test_what_is_written_survives_a_power_cut(run, monkeypatch):
         unfinished.write_text("days of training")
     written = [path for path in Path().rglob("*") if path.is_file()]
     assert len(written) > 5 and {path.stat().st_ino for path in written} <= kept
+
+
+@pytest.mark.parametrize("number, status", [(errno.EINVAL, 0), (errno.ENOTSUP, 0), (errno.EIO, 2)])
+def test_a_file_system_that_cannot_wait(number, status, run, monkeypatch):
+    """Some network folders; what fails to reach the disk is not there, not even in part."""
+    def fsync(handle):
+        raise OSError(number, "the reason")
+    monkeypatch.setattr(os, "fsync", fsync)
+    found, _, err = run("apple")
+    assert found == status and Path("out.png").exists() == (status == 0)
+    assert status == 0 or err[-1] == "tiny_sd: out.png cannot be written: the reason"
+    assert not [*Path().glob(".tiny_sd*")]
 
 
 @pytest.mark.parametrize("flags, names", [
