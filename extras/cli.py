@@ -670,6 +670,8 @@ def main(argv=None, run=run):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise       # torch reports a lack of memory this way
         message = str(error)
+        if isinstance(error, FileNotFoundError) and not error.filename:     # of os.getcwd()
+            message = "the current folder no longer exists: go to another"
         for words, flags in FLAGS.items():
             message = re.sub(words, flags, message)
         tell(message)

@@ -279,6 +279,15 @@ def test_a_full_stderr(prompt, flags, status):
             and Path("out-1.png").exists() != bool(status))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps it")
+def test_a_current_folder_that_is_gone(here):
+    """It is refused in a line; with a whole path for the output, it draws."""
+    gone = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+    status, _, err = program("red", first=gone)
+    assert (status, err) == (2, ["tiny_sd: the current folder no longer exists: go to another"])
+    assert program("red", "-o", here / "a.png", "--steps", "1", first=gone)[0] == 0
+
+
 # ── A full disk ───────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
