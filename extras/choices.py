@@ -18,6 +18,8 @@ from extras.files import read_text
 from extras.prompts import LISTS, check_length
 from tiny_sd import UserError, require
 
+LONGEST_LINE, MOST_FLAGS = 110_000, 200     # of a list, so that none takes forever
+
 
 def split_line(line):
     """Return the prompt of a line of a list, and the flags after it.
@@ -25,7 +27,10 @@ def split_line(line):
     A prompt may be in quotes. AUTOMATIC1111's web UI writes it after --prompt, among flags with
     underscores.
     """
+    require(len(line) <= LONGEST_LINE, f"a line has {len(line)} characters: at most "
+            f"{LONGEST_LINE} are allowed")
     words = shlex.split(line) if line.startswith("--") else []
+    require(len(words) <= MOST_FLAGS, f"a line has more than {MOST_FLAGS} flags and values")
     if "--prompt" in words[:-1]:
         i = words.index("--prompt")
         flags = [word.replace("_", "-").replace("--sampler-name", "--sampler")
@@ -35,7 +40,9 @@ def split_line(line):
     require(not re.match("--?[A-Za-z]", prompt), "a line starts with its prompt, and flags follow: "
             f"it cannot start with {prompt.split()[0]}")
     quoted = len(prompt) > 1 and prompt[0] == prompt[-1] == '"'
-    return prompt[1:-1] if quoted else prompt, shlex.split("".join(flags))
+    flags = shlex.split("".join(flags))
+    require(len(flags) <= MOST_FLAGS, f"a line has more than {MOST_FLAGS} flags and values")
+    return prompt[1:-1] if quoted else prompt, flags
 
 
 def made(texts, args):
@@ -83,18 +90,23 @@ def with_style(prompt, negative, file, name):
     The prompt replaces {prompt} in the style's text, or else goes before it.
     """
     try:
-        rows = [*csv.DictReader(io.StringIO(read_text(file)))]
+        head, *rows = [*csv.reader(io.StringIO(read_text(file)))] or [[]]
     except csv.Error as error:
         raise UserError(f"--styles {file} is not a table: {error}") from None
-    styles = {row["name"]: row for row in rows if row.get("name")}
+    places = {column: i for i, column in enumerate(head)}
+
+    def cell(row, column):
+        place = places.get(column, len(row))
+        return row[place] if place < len(row) else ""
+    styles = {cell(row, "name"): row for row in rows if cell(row, "name")}
     require(name in styles, f"--styles {file} has no style {name}{nearest(name, styles)}")
 
     def joined(text, style):
-        style = (style or "").strip()
+        style = style.strip()
         require(style.count("{prompt}") <= 100, f"--styles {file}: {name} repeats {{prompt}} more "
                 "than 100 times")
         if "{prompt}" in style:
             return style.replace("{prompt}", text or "")
         return ", ".join(filter(None, (text, style))) if style else text
     row = styles[name]
-    return joined(prompt, row.get("prompt")), joined(negative, row.get("negative_prompt"))
+    return joined(prompt, cell(row, "prompt")), joined(negative, cell(row, "negative_prompt"))

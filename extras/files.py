@@ -55,6 +55,7 @@ def opened(path):
             Image.init()
             known = [name for name in FORMATS if name in Image.OPEN]
             with Image.open(path, formats=known) as picture:
+                check_tiles(picture)
                 yield picture
     except MemoryError:
         raise
@@ -64,25 +65,36 @@ def opened(path):
 
 
 def check_pieces(path):
-    """ValueError if a JPEG or GIF has so many pieces that to read it takes minutes.
+    """ValueError if a JPEG, GIF or PPM has so many pieces that to read it takes minutes.
 
-    Pillow copies all that it has of an Exif or a comment for each further piece. Each scan of a
-    progressive JPEG costs as much as a picture.
+    Pillow copies all that it has of an Exif or a comment for each further piece, or all that is
+    left of a PPM. Each scan of a progressive JPEG costs as much as a picture.
     """
     if Path(path).stat().st_size > 13:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            kind = {b"\xff\xd8": jpeg_pieces, b"GI": gif_pieces}.get(data[:2], lambda data: ())
+            kind = KINDS.get(data[:2], lambda data: ())
             if len([*itertools.islice(kind(data), MOST_PIECES)]) == MOST_PIECES:
                 raise ValueError(f"it has more than {MOST_PIECES} scans, or pieces of text")
 
 
+def check_tiles(picture):
+    """ValueError if a picture is made of very many tiles, or of tiles that cover it many times."""
+    boxes = [extents for _, extents, *_ in picture.tile if extents]
+    area = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if len(boxes) > 2 ** 17 or area > 16 * picture.width * picture.height + 2 ** 24:
+        raise ValueError("its tiles cover it many times")
+
+
 def jpeg_pieces(data):
     """Yield the kind of each scan, and of each piece of Exif, of a JPEG."""
-    at = 2
+    at, scanned = 2, False
     while marker := re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])").search(data, at):
         kind, at = marker[1][0], marker.end()
-        if kind == 0xD9:        # the end of the picture
-            return
+        if kind == 0xD9:        # the end of the picture, if it has begun
+            if scanned:
+                return
+            continue
+        scanned |= kind == 0xDA
         if kind in (0xDA, 0xE1):
             yield kind
         at += int.from_bytes(data[at:at + 2], "big")
@@ -99,6 +111,10 @@ def gif_pieces(data):
                 break
             if kind == b"!\xfe":
                 yield length
+
+
+KINDS = {b"\xff\xd8": jpeg_pieces, b"GI": gif_pieces,       # by the first two bytes
+         **dict.fromkeys((b"P1", b"P2", b"P3"), functools.partial(re.finditer, b"#"))}
 
 
 def check_record(path, text):

@@ -29,7 +29,7 @@ MARK = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|
 PAUSE = re.compile(r"\bBREAK\b")
 BREAK = ("BREAK", -1)
 LONGEST, LONGEST_WORD, DEEPEST = 100_000, 10_000, 200       # so that no prompt takes forever
-LONGEST_NAME, MOST_TAGS = 200, 100
+LONGEST_NAME, MOST_TAGS, MOST_CHUNKS = 200, 100, 4096
 
 
 def weighted_parts(text):
@@ -183,6 +183,8 @@ def embed_prompts(model, texts, skip=None, chunks_of=chunks_of, weigh=weigh):
         n = max(lengths)
     rows = np.stack([end - length + np.arange(n) % length
                      for end, length in zip(np.cumsum(lengths), lengths)])  # (texts, n)
+    require(rows.size <= MOST_CHUNKS, f"the prompt becomes {len(texts)} texts of {n} chunks, more "
+            f"than {MOST_CHUNKS} in all")
     context = context[rows].reshape(len(texts), -1, context.shape[-1])      # (texts, 77 n, width)
     return context, None if pooled is None else pooled[rows[:, 0]]
 

@@ -1,6 +1,7 @@
 """Prompts from lists and tables (extras/choices.py)."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,25 @@ def test_all_choices_come_and_no_others(text, chosen):
 def test_styles(text, prompt, negative):
     assert choices.with_style("cat", "bad", "styles.csv", text) == (prompt, negative)
     assert choices.with_style("cat", None, "styles.csv", "ink")[1] is None
+
+
+def test_a_wide_table_takes_little(here):
+    """A DictReader would fill in 60,000 columns of each row."""
+    Path("wide.csv").write_text("name,prompt," + "," * 60_000 + "\n" + "a,b\n" * 20_000 + "x,y\n")
+    start = time.process_time()
+    assert choices.with_style("cat", None, "wide.csv", "x") == ("cat, y", None)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("line, said", [
+    ("a cat --lora " + "a" * 10 ** 6, "a line has 1000013 characters"),
+    ("a cat " + "-s1 " * 10_000, "more than 200 flags"),
+    ("--prompt x " + "-s1 " * 10_000, "more than 200 flags")])
+def test_a_line_without_end_is_refused_at_once(line, said):
+    start = time.process_time()
+    with pytest.raises(UserError, match=said):
+        choices.split_line(line)
+    assert time.process_time() - start < 5
 
 
 def test_styles_of_styles_have_a_limit(here):

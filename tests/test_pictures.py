@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import struct
 import tempfile
 import threading
 from pathlib import Path
@@ -461,8 +462,9 @@ EXIF, COMMENT = b"\xff\xe1\0\x0aExif\0\0ab", b"\x21\xfe\1x\0"
 
 @pytest.mark.parametrize("make", [
     lambda n: segments("JPEG", EXIF, n), lambda n: segments("GIF", COMMENT, n),
-    lambda n: segments("GIF", b"\x21\xfe" + b"\1x" * n + b"\0", 1), scans],
-    ids=["Exif", "comments", "a comment", "scans"])
+    lambda n: segments("GIF", b"\x21\xfe" + b"\1x" * n + b"\0", 1), scans,
+    lambda n: b"P3\n" + b"#\n" * n + b"16 16\n255\n" + b"0 " * 768],
+    ids=["Exif", "comments", "a comment", "scans", "a PPM's comments"])
 def test_endless_pieces_are_refused(make, refuse):
     """Few are not."""
     for n in 5000, 20:
@@ -470,6 +472,29 @@ def test_endless_pieces_are_refused(make, refuse):
     for flag in "-i", "--like":
         assert "1000 scans" in refuse(*["a"] * (flag == "-i"), flag, "5000.jpg")
     assert files.upright("20.jpg").size[0] in (16, 64)
+
+
+def test_pieces_behind_an_end_are_counted(refuse):
+    """Pillow reads on until the first scan."""
+    Path("a.jpg").write_bytes(segments("JPEG", b"\xff\xd9" + EXIF * 5000, 1))
+    assert "1000 scans" in refuse("a", "-i", "a.jpg")
+
+
+def test_tiles_that_cover_a_picture_many_times(refuse):
+    """A TIFF may list a strip of two million pixels a hundred thousand times."""
+    def tags(*entries):
+        return len(entries).to_bytes(2, "little") + b"".join(
+            struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    n = 100_000
+    data = b"II*\0" + (8).to_bytes(4, "little") + tags(
+        (256, 4, 1, 2000), (257, 4, 1, 2000), (258, 3, 1, 1), (259, 3, 1, 1), (262, 3, 1, 1),
+        (273, 4, n, 200), (277, 3, 1, 1), (278, 4, 1, 1000), (279, 4, n, 200 + 4 * n))
+    data = data.ljust(200, b"\0") + struct.pack(f"<{n}I", *[200, 300] * (n // 2))
+    Path("a.tif").write_bytes(data + struct.pack(f"<{n}I", *[250_000] * n) + bytes(300_000))
+    assert "cover it many times" in refuse("a", "-i", "a.tif")
+    Image.new("RGB", (2000, 2000)).save("plain.tif")
+    Image.new("CMYK", (500, 500)).save("other.tif", compression="tiff_lzw")
+    assert files.upright("plain.tif").size == (2000, 2000) and files.upright("other.tif")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a script")

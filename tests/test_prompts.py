@@ -162,6 +162,12 @@ def test_contexts_of_weighted_chunks(model, reference):
     same("weighted context", tiny_sd.to_numpy(context[0]), negative[0].repeat(3, 1), 1e-4)
 
 
+def test_many_texts_beside_a_long_one_are_refused(model):
+    """Each would be repeated to its length: 73 kB would take 16 GB."""
+    with pytest.raises(UserError, match="302 texts of 50 chunks, more than 4096"):
+        prompts.embed_prompts(model, ["a BREAK " * 50, *"b" * 301])
+
+
 def test_two_and_three_chunks_have_six_in_common(model):
     context, _ = prompts.embed_prompts(model, ["a BREAK b", "a BREAK b BREAK c"])
     two, three = (context[i].reshape(6, 77, -1) for i in range(2))

@@ -1,6 +1,7 @@
 """extras/training on 24 things: every stage from nothing, on after a kill, in two processes."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -275,6 +276,16 @@ def test_postscript_in_a_zip_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(tiny_sd.UserError, match="own.zip"):
         drawings.load_things(tmp_path / "own.zip", 32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_endless_pictures_in_a_zip_are_refused(tmp_path):
+    png = io.BytesIO()
+    Image.new("1", (2000, 10)).save(png, "PNG")
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        archive.writestr("things.json", '[["a"], ["b"]]')
+        archive.writestr("0000-noto.png", png.getvalue())
+    with pytest.raises(tiny_sd.UserError, match="wider or higher than 1024"):
+        drawings.load_things(tmp_path / "own.zip", 32)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
@@ -818,6 +829,23 @@ def test_processes_take_the_mean_of_their_gradients(of_two):
     for name, p in alone["p"].items():
         torch.testing.assert_close(together[name], p.detach(), check_stride=False)
         assert (p != 1).all()
+
+
+@pytest.mark.parametrize("theirs", [{}, {"step": 2, "losses": [0.5, 0.25]},
+                                    {"step": 2, "losses": [0.5, 0.2]}], ids=str)
+def test_processes_that_read_different_states_are_stopped(theirs, monkeypatch, tmp_path):
+    """As on two machines without a common disk: half of the weights would be another network's."""
+    seen, ours = [], {"step": 2, "losses": [0.5, 0.25]}
+    state = train_py.State(tmp_path)
+    monkeypatch.setattr(fitting.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fitting.dist, "all_reduce", lambda marks, _: seen.append(marks.clone()))
+    fitting.check_same(state, theirs)
+    monkeypatch.setattr(fitting.dist, "all_reduce",
+                        lambda marks, _: marks.copy_(torch.maximum(marks, seen[0])))
+    if theirs == ours:
+        return fitting.check_same(state, ours)
+    with pytest.raises(tiny_sd.UserError, match="a disk that all of them share"):
+        fitting.check_same(state, ours)
 
 
 def test_too_few_things_to_evaluate(things, monkeypatch):

@@ -33,6 +33,7 @@ SETS = {"noto": "noto@1.2.9", "blob": "noto-v1@1.2.5", "shaded": "fluent-emoji@1
         "flat": "fluent-emoji-flat@1.2.6", "twemoji": "twemoji@1.2.5", "firefox": "fxemoji@1.2.2"}
 STYLES = [*SETS]
 LARGEST = 2 ** 24       # bytes of a file in the zip, unpacked
+WIDEST = 1024           # pixels of a picture in the zip; render makes 128
 
 
 # ── Rendering ───────────────────────────────────────────────────────────────────────────────────
@@ -243,6 +244,8 @@ def load_things(data, size):
         for i, file in enumerate(files):
             drawings[parse_name(file, len(names))] = i
             picture = Image.open(io.BytesIO(archive.read(file)), formats=["PNG"])
+            if max(picture.size) > WIDEST:
+                raise ValueError(f"{file} is wider or higher than {WIDEST} pixels")
             picture = picture.convert("RGBA").convert("RGBa")
             for side, array in pictures.items():
                 array[i] = np.asarray(picture.resize((side, side), Image.BOX))

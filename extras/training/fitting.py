@@ -335,6 +335,16 @@ def agree(device, seconds, loss, stop):
     return seconds, loss, bool(stop)
 
 
+def check_same(state, kept):
+    """UserError unless all processes read the same state, which only the first one saves."""
+    mark = zlib.crc32(repr((kept.get("step"), kept.get("losses"))).encode())
+    marks = torch.tensor([mark, -mark], device=state.device)
+    if dist.is_initialized():
+        dist.all_reduce(marks, dist.ReduceOp.MAX)
+    require(marks.sum() == 0, f"the processes read different states: {state.folder} has to lie on "
+                              "a disk that all of them share")
+
+
 @contextlib.contextmanager
 def signals_wait():
     """Yield a list that collects a signal, instead of ending the program; a second one ends it.

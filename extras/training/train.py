@@ -52,6 +52,7 @@ from extras.training.fitting import (
     ZERO,
     Optimizer,
     Schedule,
+    check_same,
     fit,
     initial,
     join_processes,
@@ -741,6 +742,7 @@ STAGES = {"vae": (train_vae, 0.15), "decoder": (train_decoder, 0.05),
 def run_stage(stage, job):
     """Train a stage, unless it is finished."""
     kept, setting, schedule = job.state.load(stage), job.setting, job.schedule
+    check_same(job.state, kept)
     step, seconds = kept.get("step", 0), kept.get("seconds", 0)
     if schedule.progress(step, seconds) >= 1:
         if process()[0] == 0:
