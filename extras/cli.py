@@ -581,7 +581,6 @@ def draw(model, job, notes=(), denoiser=like_diffusers.denoiser, last=False, tit
         pass
     if last:
         model.unet = None
-    formats.check_unchanged(model)
     save_pictures(model, job, x, texts)
     return x
 
@@ -641,6 +640,7 @@ def run(argv):
         print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
+    formats.check_unchanged(model)      # only now: what is drawn may be fine
     if (first.prompts or first.grid) and ranks > 1:
         wait_for_other_ranks()
     return save_grid(first, queue) if rank == 0 else None
@@ -667,7 +667,7 @@ def main(argv=None, run=run):
         tell(import_problem(error))
         return 2
     except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
             raise       # torch reports a lack of memory this way
         message = str(error)
         if isinstance(error, FileNotFoundError) and not error.filename:     # of os.getcwd()

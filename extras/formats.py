@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -136,7 +137,7 @@ def check_unchanged(model):
         now = os.stat(path) if os.path.exists(path) else known
         same = (now.st_size, now.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
         require(same or not os.path.samestat(now, known),       # a new file of that name is fine
-                f"{path} was changed while it was in use: run this again")
+                f"{path} was changed while it was in use: what was drawn then may be wrong")
 
 
 def check_size(arrays, device, dtype, name):
@@ -394,12 +395,30 @@ def fetch_vae(name):
                  "a folder, and name that with --vae")
 
 
+def fetch_file(repository, file, revision):
+    """Download one file into the hub's cache; return its path.
+
+    The library makes paths of two of the server's headers, so these must not lead elsewhere.
+    """
+    from huggingface_hub import file_download
+
+    def checked(*args, read=file_download.get_hf_file_metadata, **settings):
+        found = read(*args, **settings)
+        for header in found.etag, found.commit_hash:
+            require(re.fullmatch(r"\w[\w.-]*", header or "none"), f"{repository}: the server "
+                    f"sent a header that is no name of a file: {shorten(repr(header))}")
+        return found
+
+    with mock.patch.object(file_download, "get_hf_file_metadata", checked):
+        return file_download.hf_hub_download(repository, file, revision=revision)
+
+
 def download(repository, pin, licence, files_of):
     """Return the folder of a hub repository, downloaded unless it is in the cache.
 
     pin: the revision. files_of(has): the files to download; has(file) says which exist.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
     for revision in (pin, "main"):
         cached = functools.partial(try_to_load_from_cache, repository, revision=revision)
         files = files_of(lambda f, c=cached: isinstance(c(f), str))
@@ -407,7 +426,7 @@ def download(repository, pin, licence, files_of):
         if all(isinstance(file, str) for file in found):
             if pin != "main" and not isinstance(cached(PADS), str):     # cached by an old version
                 try:
-                    hf_hub_download(repository, PADS, revision=revision)
+                    fetch_file(repository, PADS, revision)
                 except Exception as error:      # the HTTP library below raises many kinds
                     tell(f"{repository} lacks {PADS} in the cache, so pictures may differ: "
                          f"it could not be fetched ({error})")
@@ -422,7 +441,7 @@ def download(repository, pin, licence, files_of):
     licence = licence or (info.card_data or {}).get("license")
     tell(f"fetching {hub.endpoint}/{repository}, {sum(map(sizes.get, files)) / 1e9:.1f} GB, "
          f"licence: {licence}")
-    fetched = [hf_hub_download(repository, file, revision=pin) for file in files]
+    fetched = [fetch_file(repository, file, pin) for file in files]
     return Path(fetched[0]).parents[files[0].count("/")]
 
 

@@ -18,6 +18,7 @@ import re
 import secrets
 import select
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,8 @@ def stamp(path):
     """Return a value that changes when a file is saved; None while it does not exist."""
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):        # a pipe would never end
+            return None
         return status.st_mtime_ns, status.st_size, status.st_ino
     except OSError:
         return None
@@ -142,6 +145,8 @@ class Worker:
 
     def launch(self):
         """Start the process, and threads that listen to it; OSError where it cannot be."""
+        if not stamp(LESSON):
+            raise FileNotFoundError(f"No such file: {LESSON}")
         source = LESSON.read_text(encoding="utf-8", errors="replace")
         self.tell("loading", edited=source != self.source, notes=[],
                   changed=changed_names(self.source, source))
@@ -369,6 +374,7 @@ class Handler(BaseHTTPRequestHandler):
         """Save a picture in the folder under a new number; return the number."""
         number = next(self.server.numbers)
         path = self.server.folder / f"picture-{number}.png"
+        path.parent.mkdir(mode=0o700, exist_ok=True)        # systems clean up /tmp now and then
         path.write_bytes(data)
         self.server.pictures[number] = path
         for old in [*self.server.pictures][:-2 * KEPT]:

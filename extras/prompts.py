@@ -274,6 +274,10 @@ class LearntTokenizer(Tokenizer):
         self.learnt = {tuple(tokenizer.tokens(word)): ids for word, ids in called.items()}
         self.bracketed = {word.lower(): ids for word, ids in called.items()
                           if re.fullmatch("(embedding:)?<.+>", word)}
+        longest_first = sorted(self.bracketed, key=len, reverse=True)
+        marks = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self.marks = re.compile(f"({marks})", re.IGNORECASE)
+        self.sizes = [*sorted({len(word) for word in self.learnt}, reverse=True), 1]
         self.lengths = getattr(tokenizer, "lengths", {}) | {
             ids[0]: len(ids) for ids in words.values()}
         self.names = getattr(tokenizer, "names", {}) | {ids[0]: [] for ids in words.values()}
@@ -285,19 +289,15 @@ class LearntTokenizer(Tokenizer):
 
     def tokens(self, text):
         """Return the ids of a text, with those of learnt words."""
-        longest_first = sorted(self.bracketed, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
-        pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
-        return [i for piece in pieces
+        return [i for piece in self.marks.split(text)
                 for i in self.bracketed.get(piece.lower()) or self.learnt_tokens(piece)]
 
     def learnt_tokens(self, text):
         """Return the ids of a text, finding learnt words by their tokens."""
         spelt, ids, i = self.inner.tokens(text), [], 0
-        sizes = [*sorted({len(word) for word in self.learnt}, reverse=True), 1]
         while i < len(spelt):
-            word = next((word for n in sizes if (word := tuple(spelt[i:i + n])) in self.learnt),
-                        (spelt[i],))
+            words = (tuple(spelt[i:i + n]) for n in self.sizes)
+            word = next((word for word in words if word in self.learnt), (spelt[i],))
             ids += self.learnt.get(word, word)
             i += len(word)
         return ids

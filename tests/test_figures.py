@@ -79,8 +79,14 @@ def test_a_benchmark_reads_and_replaces_nobodys_files(tmp_path, monkeypatch, cap
     args = arguments("--json", str(tmp_path / "new.json"))
     (tmp_path / "new.json").write_text("mine")      # it came meanwhile
     with pytest.raises(FileExistsError):
-        benchmark.run(args)
+        with benchmark.reserved(args.json):
+            pass
     assert (tmp_path / "new.json").read_text() == "mine"
+    for text in "", "{}":       # without results nothing is left
+        with benchmark.reserved(tmp_path / "next.json") as file:
+            file.write(text)
+            file.flush()
+        assert (tmp_path / "next.json").exists() == bool(text)
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ class Hub:
 
     def __init__(self, folder, private=False):
         self.folder, self.private, self.requests, self.stop_after = folder, private, [], {}
+        self.etag = None
         hub, self.stalled, self.go = self, threading.Event(), threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
@@ -97,7 +98,7 @@ class Hub:
             return self.send(request, 404,
                              {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         source = self.folder / file["file"]
-        size, etag = source.stat().st_size, f'"{sha1(source)}"'
+        size, etag = source.stat().st_size, f'"{self.etag or sha1(source)}"'
         if file["revision"] and source.suffix == ".safetensors":
             return self.send(request, 302,
                              {"Location": f"/cdn/{file['file']}", "X-Linked-Size": str(size),
@@ -229,6 +230,15 @@ def test_fetched_once_then_found_without_a_network(serve, run, model, tmp_path):
     pictures = [Image.open(name) for name in ("out.png", "out-1.png", "out-2.png", "out-3.png")]
     assert (len({picture.tobytes() for picture in pictures}) == 1
             and "Model: small-model," in pictures[0].text["parameters"])
+
+
+def test_a_server_does_not_choose_where_files_go(serve, run, tmp_path):
+    """The hub's library makes a path of the ETag."""
+    hub = serve()
+    hub.etag = "../../../../../stolen"
+    status, out, said, _ = run(hub, "-m", REPOSITORY)
+    assert (status, out) == (2, "") and "a header that is no name of a file" in said[-1]
+    assert not [*tmp_path.rglob("*stolen*")] and not [*tmp_path.parent.glob("*stolen*")]
 
 
 def test_a_second_text_encoder_comes_too(serve, run, model, tmp_path):

@@ -323,6 +323,21 @@ def test_a_state_of_other_options_is_refused(run, pictures, monkeypatch, at_step
     assert "mine.safetensors.state/teaching.pt is not whole: move it elsewhere" in line
 
 
+def test_a_signal_while_the_last_step_is_kept(run, monkeypatch):
+    """It waits until what was reached is on the disk."""
+    wait = os.fsync
+
+    def fsync(handle):
+        os.kill(os.getpid(), signal.SIGINT)
+        wait(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run("--steps", 2)[0] == 130
+    monkeypatch.setattr(os, "fsync", wait)
+    state = torch.load("mine.safetensors.state/teaching.pt", weights_only=True)
+    assert state["step"] == 2
+    assert run("--steps", 2)[0] == 0 and Path("mine.safetensors").exists()
+
+
 def test_the_sheet_shows_it_without_and_with(run, tiny):
     """The command line's pictures of each caption, from seeds 0, 1 and 2."""
     assert run("--steps", 5, "--rate", 0.05)[0] == 0

@@ -622,9 +622,19 @@ def parse_arguments():
     return args
 
 
-def run(args):
+@contextlib.contextmanager
+def reserved(path):
+    """Open a new file at once, so that nothing else takes its name; remove it if it stays empty."""
+    with open(path, "x") if path else contextlib.nullcontext() as file:
+        try:
+            yield file
+        finally:
+            if file and not os.fstat(file.fileno()).st_size:
+                path.unlink()
+
+
+def run(args, report):
     """Print each part's results as soon as they are known, and write them to --json."""
-    report = args.json and open(args.json, "x")     # now, so that nothing else takes the name
     facts, results = machine(args.device), []
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for peer in list(args.peer):
@@ -659,7 +669,8 @@ def main():
     if args.threads < cores():      # every process started from here on inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     try:
-        run(args)
+        with reserved(args.json) as report:
+            run(args, report)
     except (Failure, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

@@ -162,9 +162,10 @@ def draw_overfit(folder, options):
     zorps = taught("zorp", folder, *options)
     one, prompts = folder / "one", ["a zorp on a red background", *ZORP_PROMPTS[:3],
                                     *ZORP_PROMPTS[4:]]
-    one.mkdir(exist_ok=True)
-    for file in (folder / "zorp").glob("zorp-01.*"):
-        shutil.copy(file, one)
+    if not one.exists():
+        one.mkdir()
+        for file in (folder / "zorp").glob("zorp-01.*"):
+            shutil.copy(file, one)
     rows, titles = [drawn(None, prompts)], ["before"]
     for steps in (50, 200, 800):
         lora = taught("one", folder, "-b", "4", "--steps", str(steps), name=f"one-{steps}")

@@ -304,11 +304,11 @@ def fit(stage, optimizer, losses, rng, schedule, state, show=None, dtype=None):
                 save_sample(stage, state, show)
                 took = time.monotonic() - begun - now
                 to_show = now + max(schedule.show_every, 10 * took)
+        keep()
 
-    keep()
     if dist.is_initialized():       # the next stage reads what the first process saved
         dist.barrier()
-    if stop:
+    if stop or caught:
         tell(f"step {optimizer.taken} is kept in {state.path(stage)}: the same command resumes "
              "from there")
         for number in caught[:1]:
