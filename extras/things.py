@@ -76,7 +76,7 @@ def by_words(things):
 
 def remarks(known, prompt):
     """Yield a line if a prompt names none of the known things, or has unknown words."""
-    words, names = split_words(prompt), by_words(known["things"])
+    words, names = split_words(prompt)[:1000], by_words(known["things"])     # enough for a remark
     lengths = {*map(len, names)}
     named = any(tuple(words[i:i + n]) in names for n in lengths for i in range(len(words)))
     new = unknown_words(known, prompt)

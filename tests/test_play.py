@@ -472,6 +472,16 @@ def test_without_descriptors_it_waits(monkeypatch):
     assert waited == [0.1]
 
 
+def test_a_pipe_in_place_of_the_lesson_is_not_read(tmp_path, monkeypatch):
+    """It would hold up the server for ever."""
+    os.mkfifo(tmp_path / "tiny_sd.py")
+    worker = play.Worker([])
+    monkeypatch.setattr(play, "LESSON", tmp_path / "tiny_sd.py")
+    assert play.stamp(play.LESSON) is None
+    worker.start()
+    assert worker.state["state"] == "broken" and "No such file" in worker.state["text"]
+
+
 def test_a_request_that_is_too_deep_to_pass_on():
     """It may be just deep enough to be read."""
     worker, deep = play.Worker([]), []

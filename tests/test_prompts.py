@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_sd
 from conftest import TEXT, randomise, same
-from extras import cli, formats, in_time, like_diffusers, named, prompts, show
+from extras import checks, cli, drawing, formats, in_time, like_diffusers, named, prompts, show
 from helpers import own_lines
 from tiny_sd import UserError
 
@@ -160,6 +160,20 @@ def test_contexts_of_weighted_chunks(model, reference):
     # divided by means near 0, which have fewer digits
     same("weighted context", tiny_sd.to_numpy(context[1]), positive[0], 1e-4)
     same("weighted context", tiny_sd.to_numpy(context[0]), negative[0].repeat(3, 1), 1e-4)
+
+
+def test_a_film_counts_the_attention_to_each_token(model, monkeypatch):
+    """Of a prompt of 72 kB, each step had a third of a gigabyte."""
+    job = cli.make_job(["red", "--show", "new", "--steps", "50", "-W", "64", "-H", "64"])
+    job = drawing.filled(model, job)
+    one, many = (drawing.bytes_of_a_step(model, job._replace(prompt=" BREAK ".join(["a"] * n)))
+                 for n in (1, 100))
+    chunk = 4 * 77 * 64 * 64 / model.factor ** 2
+    assert (one, many) == (3 * 64 * 64 + chunk, 3 * 64 * 64 + 100 * chunk)
+    monkeypatch.setattr(checks, "free_memory", lambda: 50 * many - 1)
+    drawing.make_room(model, job)
+    with pytest.raises(UserError, match="--show new needs at least .* shorten the prompt"):
+        drawing.make_room(model, job._replace(prompt=" BREAK ".join(["a"] * 100)))
 
 
 def test_many_texts_beside_a_long_one_are_refused(model):

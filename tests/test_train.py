@@ -1220,6 +1220,19 @@ def test_what_appears_while_it_renders_stays(tmp_path, monkeypatch):
     assert zipfile.ZipFile(tmp_path / "mine-1.zip").namelist() == ["0000-noto.png", "things.json"]
 
 
+def test_a_state_that_comes_while_it_trains_is_kept(tmp_path, capsys):
+    """Such as the backup that was missing at the start."""
+    state = fitting.State(tmp_path)
+    assert state.load("vae") == {}
+    (tmp_path / "vae.pt").write_text("weeks of training")
+    for step in 1, 2:
+        state.save("vae", {"step": step})
+    assert saved(tmp_path, "vae") == {"step": 2}
+    assert (tmp_path / "vae-1.pt").read_text() == "weeks of training"
+    assert {path.name for path in tmp_path.iterdir()} == {"vae.pt", "vae-1.pt"}
+    assert f"it is {tmp_path / 'vae-1.pt'} now" in capsys.readouterr().err
+
+
 def test_a_model_put_aside_is_told(tmp_path, monkeypatch, capsys):
     """If the new one cannot take its name."""
     (tmp_path / "mine").mkdir()

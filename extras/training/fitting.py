@@ -23,7 +23,7 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from extras.files import replace_atomically
+from extras.files import free_names, replace_atomically
 from extras.start import SIGNALS
 from tiny_sd import UserError, require, tell
 
@@ -213,7 +213,7 @@ class State:
     """
 
     def __init__(self, folder, device="cpu"):
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.begun = folder, device, set()
 
     def path(self, stage):
         return self.folder / f"{stage}.pt"
@@ -222,6 +222,7 @@ class State:
         """The saved state of a stage, or {}."""
         path = self.path(stage)
         if not path.exists():
+            self.begun.add(stage)
             return {}
         try:
             require(path.is_file(), "it is not a file")     # a pipe might never deliver anything
@@ -241,9 +242,16 @@ class State:
         return kept
 
     def save(self, stage, checkpoint):
+        """Save the state of a stage; what came to its name since it was begun gets another."""
+        path = self.path(stage)
+        if stage in self.begun and os.path.lexists(path):
+            aside = next(name for name in free_names(path) if not os.path.lexists(name))
+            os.rename(path, aside)
+            tell(f"{path} came while this training ran: it is {aside} now")
+        self.begun.discard(stage)
         whole = io.BytesIO()    # on a full disk torch.save would abort the process
         torch.save(checkpoint, whole)
-        with replace_atomically(self.path(stage)) as temporary:
+        with replace_atomically(path) as temporary:
             temporary.write_bytes(whole.getbuffer())
 
 
