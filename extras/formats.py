@@ -282,7 +282,7 @@ class AddedTokenizer(Tokenizer):
 
     def __init__(self, tokenizer, words):
         vars(self).update(vars(tokenizer))
-        ids = {word: token["id"] for word, token in words.items()}
+        self.spelt = ids = {word: token["id"] for word, token in words.items()}
         self.vocab, self.symbol = self.vocab | ids, self.symbol | {
             i: "".join(self.bytes[b] for b in word.encode()) + "</w>" for word, i in ids.items()}
         self.added = {word if token.get("special") else word.lower(): token["id"]
@@ -296,7 +296,7 @@ class AddedTokenizer(Tokenizer):
         """Return the id of an added word as a text has it: (?i:µ) matches three letters."""
         found = self.added.get(piece, self.added.get(piece.lower()))
         return found if found is not None else next(
-            i for word, i in self.added.items() if re.fullmatch(re.escape(word), piece, re.I))
+            i for word, i in self.spelt.items() if re.fullmatch(re.escape(word), piece, re.I))
 
     def tokens(self, text):
         """Return the ids of a text."""
