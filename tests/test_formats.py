@@ -243,7 +243,8 @@ def test_what_would_fill_the_memory_is_refused(small):
         formats.load(small)
 
 
-@pytest.mark.parametrize("word, written", [("µm", "μm"), ("s", "ſ"), ("i̇", "İ"), ("İ", "i"), ("K", "K")])
+@pytest.mark.parametrize("word, written", [
+    ("µm", "μm"), ("s", "ſ"), ("i̇", "İ"), ("İ", "i"), ("K", "K")])
 def test_an_added_word_in_letters_that_only_look_alike(word, written, small):
     """(?i:µ) matches three letters, which lower() does not turn into one."""
     token = {"content": word, "single_word": False, "lstrip": False, "rstrip": False,
