@@ -251,6 +251,7 @@ def job_of(base, request):
         given[name] = files.printable(value) if kind is str else value
     job = base._replace(**given, notes=[], facts={})
     job = job._replace(negative_prompt=job.negative_prompt or None, schedule=job.schedule or None)
+    require(job.sampler in tiny_sd.SAMPLERS, f"there is no sampler {job.sampler!r:.50}")
     cli.check_job(job)
     return job
 

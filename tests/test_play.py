@@ -169,7 +169,8 @@ def test_a_length_that_is_no_number(site, length):
 @pytest.mark.parametrize("values, said", [
     ({"steps": 1000}, "steps 1000"), ({"width": 8192}, "width 8192"), ({"width": 7}, "width 7"),
     ({"seed": -3}, "seed -3"), ({"cfg_scale": 1e9}, "1000000000"), ({"strength": 0}, "strength"),
-    ({"sampler": "none"}, "none"), ({"steps": "4"}, "steps"), ({"prompt": ["a"]}, "prompt"),
+    ({"sampler": "none"}, "there is no sampler"), ({"steps": "4"}, "steps"),
+    ({"prompt": ["a"]}, "prompt"),
     ({"schedule": 1}, "schedule"), ({"schedule": "x"}, "x"), ({"seed": 2 ** 70}, "seed"),
     ({"cfg_scale": True}, "cfg_scale")])
 def test_what_is_out_of_range_is_said(site, values, said):
