@@ -318,6 +318,17 @@ def settle(path):
                 os.close(handle)
 
 
+def settle_name(path):
+    """Wait until a file's name is on the disk, too, where the system can do that; return it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return path
+
+
 @contextlib.contextmanager
 def replace_atomically(path):
     """Yield a temporary name to write to, then rename it to path, so path is never incomplete."""
@@ -419,7 +430,7 @@ def take_free_name(unfinished, path):
             except FileExistsError:
                 continue
             os.replace(unfinished, target)
-        return target
+        return settle_name(target)
 
 
 def put_folder(folder, path):

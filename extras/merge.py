@@ -13,7 +13,13 @@ import numpy as np
 
 from extras import formats, singlefile
 from extras.checks import first_five
-from extras.files import check_folder_of, settle, take_free_name, unfinished_name
+from extras.files import (
+    check_folder_of,
+    settle,
+    settle_name,
+    take_free_name,
+    unfinished_name,
+)
 from extras.tensors import SUFFIXES, TYPES, metadata_of
 from tiny_sd import DTYPES, WEIGHT_FILES, current_name, require, tell, widen
 
@@ -60,7 +66,7 @@ def merge(models, output):
         if suffix:
             return take_free_name(unfinished, output)
         settle(unfinished)
-        return unfinished.replace(output)
+        return settle_name(unfinished.replace(output))
 
 
 def check_alike(paths, read):

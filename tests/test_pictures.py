@@ -571,6 +571,7 @@ def test_what_is_written_survives_a_power_cut(run, monkeypatch):
     assert run("apple", "--film", "a.gif", "--show", "seen")[0] == 0
     with files.replace_atomically(Path("state/a.pt")) as unfinished:
         unfinished.write_text("days of training")
+    assert Path().stat().st_ino in kept     # the names
     written = [path for path in Path().rglob("*") if path.is_file()]
     assert len(written) > 5 and {path.stat().st_ino for path in written} <= kept
 
