@@ -290,9 +290,8 @@ def check_outputs(job):
     require(job.preview != job.output, f"--preview and --output are both {job.output}")
     for path in filter(None, (*output_names(job), job.preview, job.film)):
         files.check_folder_of(path)
-        free = next(name for name in files.free_names(path) if not os.path.lexists(name))
         with contextlib.suppress(FileNotFoundError, ValueError):
-            free.lstat()        # fails if a name is too long
+            files.free_name(path).lstat()        # fails if a name is too long
         page, place = (other and Path(os.path.realpath(other)) for other in (job.show, path))
         require(page not in (place, *place.parents),        # Path.resolve fails on a link to itself
                 f"--show {job.show} needs a separate folder, without {path}")
@@ -629,7 +628,7 @@ def run(argv):
 
     begun, told = time.monotonic(), set()
     for number, job in enumerate(jobs):
-        check_heard()       # nobody may want the rest
+        check_heard()       # stop if nobody reads the names
         notes = [*job.notes, *drawing.remarks(model, job, known)]
         notes = [note for note in notes if note not in told]
         told |= {*notes}
@@ -640,7 +639,7 @@ def run(argv):
         print(film.save(x, first.prompt, chunks, drawing.seeds_of(first)))
     if frames:
         print(files.save_film(frames, first.film))
-    formats.check_unchanged(model)      # only now: what is drawn may be fine
+    formats.check_unchanged(model)      # not before saving: the picture may be fine
     if (first.prompts or first.grid) and ranks > 1:
         wait_for_other_ranks()
     return save_grid(first, queue) if rank == 0 else None

@@ -128,7 +128,7 @@ def make_room(model, job):
     check_memory(4 * pixels * job.enlarge ** 2, f"--enlarge {job.enlarge}", "enlarge it less")
     if job.film or job.show:
         kept = f"--film {job.film}" if job.film else f"--show {job.show}"
-        check_memory(bytes_of_a_step(model, job) * steps_of(job), kept, "shorten the prompt")
+        check_memory(bytes_of_a_step(model, job) * steps_of(job), kept, "take fewer steps")
     if job.device == "cpu":
         vae, unet = model.config.vae.block_out_channels, model.config.unet.block_out_channels
         bytes_per_pixel = max(4 * vae[:2][-1], 2 * unet[0] * job.batch_size // model.factor ** 2)
@@ -139,9 +139,9 @@ def make_room(model, job):
 
 
 def bytes_of_a_step(model, job):
-    """Return how many bytes --show, or about those of --film, keep of each step.
+    """Return about how many bytes --film or --show keeps for each step.
 
-    A picture, and how much each of its latents attends to each token.
+    A picture, and for --show how much each latent attends to each token.
     """
     tokens = model.encoders[0].tokenizer.length * len(chunks_of(model, job)) if job.show else 0
     return job.batch_size * job.width * job.height * (3 + 4 * tokens / model.factor ** 2)

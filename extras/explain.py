@@ -14,13 +14,13 @@ from extras import prompts
 from extras.files import printable
 from extras.show import counting, positions_of_words
 
-LONGEST_WORD = 200      # of which all merges are shown
+LONGEST_WORD = 200      # characters; of a longer word only the result is shown
 
 
 def merging(tokenizer, word):
     """Yield the word's symbols, at first and then after each merge, in order of rank.
 
-    Of a very long word, only at the end.
+    For a very long word, only the last of these.
     """
     learner, known = copy.copy(tokenizer), [None]
     learner.rank = {}

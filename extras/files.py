@@ -37,8 +37,8 @@ USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
 MOST_PIECES = 1000      # of a picture's Exif, comment or scans
 LONGEST_RECORD = 4_000_000      # characters of a text in a picture that we still parse
 LONGEST_NAME = 240      # bytes, before a number; most file systems take 255
-ODD = re.compile(r'[<>:"|?*\\]|[. ]\Z')      # some disks can hold no such names
-UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)   # what a file system lacks
+ODD = re.compile(r'[<>:"|?*\\]|[. ]\Z')      # some file systems do not allow these
+UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)   # of those without fsync
 AT_ONCE = getattr(os, "O_NONBLOCK", 0)      # opens a FIFO that has no writer yet
 
 
@@ -374,7 +374,8 @@ def check_folder_of(path, what=""):
         except FileExistsError:
             pass
         except (OSError, ValueError):
-            raise UserError(f"{what}{path} is not a name that this disk can hold") from None
+            raise UserError(f"{what}{path} is a name that this file system does not allow"
+                            ) from None
 
 
 def save_picture(pixels, path, parameters, enlarge=1):
@@ -442,6 +443,11 @@ def put_folder(folder, path):
         except OSError:     # try the next name if this one appeared meanwhile
             if not os.path.lexists(target):
                 raise
+
+
+def free_name(path):
+    """Return the first free name of a.png, a-1.png, a-2.png, ..."""
+    return next(name for name in free_names(path) if not os.path.lexists(name))
 
 
 def free_names(path):

@@ -406,7 +406,7 @@ def fetch_file(repository, file, revision):
         found = read(*args, **settings)
         for header in found.etag, found.commit_hash:
             require(re.fullmatch(r"\w[\w.-]*", header or "none"), f"{repository}: the server "
-                    f"sent a header that is no name of a file: {shorten(repr(header))}")
+                    f"sent a header that is not a file name: {shorten(repr(header))}")
         return found
 
     with mock.patch.object(file_download, "get_hf_file_metadata", checked):

@@ -264,7 +264,7 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://{self.hosts[0]}/{self.token}/"
 
     def get_request(self):
-        """Accept a connection; pause if there are no descriptors left, instead of trying on."""
+        """Accept a connection; if there are no descriptors left, pause before the next try."""
         try:
             return super().get_request()
         except OSError:

@@ -153,7 +153,7 @@ class Studio:
         job, model, begun = job_of(self.job, request), self.model, time.monotonic()
         drawing.make_room(model, job)
         need = drawing.bytes_of_a_step(model, job._replace(show="page")) * drawing.steps_of(job)
-        check_memory(need, f"a film of {job.steps} steps", "take fewer")
+        check_memory(need, f"a film of {job.steps} steps", "take fewer steps")
         if prompts.TAG.search(job.prompt) and not job.plain_prompt:
             tell("tags like <lora:name> do not work on the page: start it with --play --lora FILE")
         film, run = show.Film(), SimpleNamespace(job=job, steps=[], guesses=[], picture=None)

@@ -237,7 +237,7 @@ def test_a_server_does_not_choose_where_files_go(serve, run, tmp_path):
     hub = serve()
     hub.etag = "../../../../../stolen"
     status, out, said, _ = run(hub, "-m", REPOSITORY)
-    assert (status, out) == (2, "") and "a header that is no name of a file" in said[-1]
+    assert (status, out) == (2, "") and "a header that is not a file name" in said[-1]
     assert not [*tmp_path.rglob("*stolen*")] and not [*tmp_path.parent.glob("*stolen*")]
 
 

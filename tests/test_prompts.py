@@ -172,7 +172,7 @@ def test_a_film_counts_the_attention_to_each_token(model, monkeypatch):
     assert (one, many) == (3 * 64 * 64 + chunk, 3 * 64 * 64 + 100 * chunk)
     monkeypatch.setattr(checks, "free_memory", lambda: 50 * many - 1)
     drawing.make_room(model, job)
-    with pytest.raises(UserError, match="--show new needs at least .* shorten the prompt"):
+    with pytest.raises(UserError, match="--show new needs at least .* take fewer steps"):
         drawing.make_room(model, job._replace(prompt=" BREAK ".join(["a"] * 100)))
 
 

@@ -985,7 +985,7 @@ def test_an_optimizers_state_of_other_sizes():
         optimizer.restore(good)
         kept = copy.deepcopy(good)
         kept["optimizers"][i]["state"][0][name] = torch.ones(2)
-        with pytest.raises(tiny_sd.UserError, match="does not fit, move it elsewhere: sizes"):
+        with pytest.raises(tiny_sd.UserError, match="does not fit; move it elsewhere: sizes"):
             optimizer.restore(kept)
 
 
@@ -1230,7 +1230,7 @@ def test_a_state_that_comes_while_it_trains_is_kept(tmp_path, capsys):
     assert saved(tmp_path, "vae") == {"step": 2}
     assert (tmp_path / "vae-1.pt").read_text() == "weeks of training"
     assert {path.name for path in tmp_path.iterdir()} == {"vae.pt", "vae-1.pt"}
-    assert f"it is {tmp_path / 'vae-1.pt'} now" in capsys.readouterr().err
+    assert f"it is now {tmp_path / 'vae-1.pt'}" in capsys.readouterr().err
 
 
 def test_a_model_put_aside_is_told(tmp_path, monkeypatch, capsys):
@@ -1239,7 +1239,7 @@ def test_a_model_put_aside_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "rename", Mock(side_effect=OSError("Directory not empty")))
     with pytest.raises(tiny_sd.UserError), folder.folder_atomically(tmp_path / "mine", print):
         pass
-    assert (tmp_path / ".mine.old").exists() and ".mine.old now" in capsys.readouterr().err
+    assert (tmp_path / ".mine.old").exists() and ".mine.old" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="there are no such locks")

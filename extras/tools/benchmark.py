@@ -663,7 +663,7 @@ def run(args, report):
 
 def main():
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")       # where × is unknown
+    sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without ×
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
                    "DIFFUSERS_VERBOSITY": "error"}
     if args.threads < cores():      # every process started from here on inherits it

@@ -52,7 +52,7 @@ def squeeze(name):
 
 def read_icons(folder):
     """The drawings in an unpacked package of Iconify."""
-    data = json.loads(read_text(folder / "icons.json", 2 ** 28))     # fluent has 100 MB
+    data = json.loads(read_text(folder / "icons.json", 2 ** 28))     # fluent's has 100 MB
     bodies = {name: icon["body"] for name, icon in data["icons"].items()}
     names = {squeeze(name): name for name in bodies}
     for alias, icon in data.get("aliases", {}).items():

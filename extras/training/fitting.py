@@ -23,7 +23,7 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from extras.files import free_names, replace_atomically
+from extras.files import free_name, replace_atomically
 from extras.start import SIGNALS
 from tiny_sd import UserError, require, tell
 
@@ -196,7 +196,7 @@ class Optimizer:
                 for p, kept in part.state.items():
                     require(all(x.shape in (p.shape, ()) for x in kept.values()), "sizes differ")
         except Exception as error:      # torch raises many kinds
-            raise UserError(f"what was kept does not fit, move it elsewhere: {error}") from None
+            raise UserError(f"what was kept does not fit; move it elsewhere: {error}") from None
         self.taken = checkpoint["step"]
 
     def checkpoint(self):
@@ -245,9 +245,9 @@ class State:
         """Save the state of a stage; what came to its name since it was begun gets another."""
         path = self.path(stage)
         if stage in self.begun and os.path.lexists(path):
-            aside = next(name for name in free_names(path) if not os.path.lexists(name))
+            aside = free_name(path)
             os.rename(path, aside)
-            tell(f"{path} came while this training ran: it is {aside} now")
+            tell(f"{path} appeared while this training ran: it is now {aside}")
         self.begun.discard(stage)
         whole = io.BytesIO()    # on a full disk torch.save would abort the process
         torch.save(checkpoint, whole)

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from extras.checks import first_five
-from extras.files import LONGEST_NAME, free_names, read_text, remove, settle, unfinished_name
+from extras.files import LONGEST_NAME, free_name, read_text, remove, settle, unfinished_name
 from extras.training.scenes import (
     COLOURS,
     COUNTS,
@@ -205,16 +205,16 @@ def folder_atomically(path, check):
         yield temporary
         settle(temporary)
         check()
-        names = free_names(path.with_name(f".{path.name}.old"))
-        old = next(name for name in names if not os.path.lexists(name))
+        old = free_name(path.with_name(f".{path.name}.old"))
         if path.exists():       # a kill between the next lines leaves the old one under that name
             os.replace(path, old)
         try:
             os.rename(temporary, path)
         except OSError:
-            tell(f"the model of before is {old} now") if old.exists() else None
+            if old.exists():
+                tell(f"the previous model is now {old}")
             raise
-        if added := added_to(old):      # since then
+        if added := added_to(old):      # since the check
             tell(f"{old} stays, since it contains {first_five(added)}")
         else:
             remove(old)
